@@ -1,0 +1,61 @@
+"""Clip search: shrink each group's range to the one with the least squared rounding error.
+
+Clipping the few largest values makes the step finer for all others; the best trade per group is
+found on a grid (LAPQ, arXiv:1911.07190, with p = 2; AWQ, arXiv:2306.00978, appendix, searches clips
+the same way). The unclipped range is on the grid, so the error is never above `rtn`'s.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantcli.algorithms.rtn import group_range
+from quantcli.numerics import choose_qparams, code_range, in_groups, quantize
+from quantcli.scheme import NumberFormat, QuantizedTensor
+
+NEEDS: frozenset[str] = frozenset()
+
+#: Fractions of the full range that are tried. Above 1 the step grows until no value is clipped at all.
+RANGE_FRACTIONS = (1.0, *(1.06 - 0.03 * i for i in range(20)))
+
+
+def supports(number_format: NumberFormat) -> str | None:
+    """NF4 has no range to clip: its outermost codes are the absmax itself."""
+    return "nf4 takes its block's absmax as it is; use rtn" if number_format.dtype == "nf4" else None
+
+
+def run(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
+    """Quantize ``weight``, float32 ``[rows, columns]``, with scales stored as ``scale_dtype``."""
+    groups = in_groups(weight, number_format)
+    low, high = group_range(groups, number_format)
+    best = torch.full_like(low, torch.inf)
+    scale, zero_point = choose_qparams(low, high, number_format, scale_dtype)
+    buffer = torch.empty_like(groups)
+    for fraction in RANGE_FRACTIONS:
+        candidate, offset = choose_qparams(low * fraction, high * fraction, number_format, scale_dtype)
+        error = _squared_error(groups, candidate, offset, number_format, buffer)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, candidate, scale)
+        if offset is not None and zero_point is not None:
+            zero_point = torch.where(better, offset, zero_point)
+    codes = quantize(groups, scale, zero_point, number_format).reshape(weight.shape)
+    return QuantizedTensor(codes, scale, zero_point, tuple(weight.shape), number_format)
+
+
+def _squared_error(
+    groups: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat, out: Tensor
+) -> Tensor:
+    """Squared error per group of rounding to the grid, computed in ``out`` without allocating."""
+    qmin, qmax = code_range(number_format)
+    step = scale.unsqueeze(-1)
+    torch.div(groups, step, out=out)
+    out.round_()
+    if zero_point is None:
+        out.clamp_(qmin, qmax)
+    else:
+        offset = zero_point.float().unsqueeze(-1)
+        out.clamp_(qmin - offset, qmax - offset)
+    out.mul_(step).sub_(groups)
+    return out.square_().sum(-1)

@@ -1,0 +1,37 @@
+"""Round to nearest: the range of each group becomes its scale, nothing is searched.
+
+The baseline of every paper of the field, for example LLM.int8() (arXiv:2208.07339), section 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantcli.numerics import choose_qparams, in_groups, quantize
+from quantcli.scheme import NumberFormat, QuantizedTensor
+
+NEEDS: frozenset[str] = frozenset()
+
+
+def supports(number_format: NumberFormat) -> str | None:
+    """None: every number format can be rounded to."""
+    return None
+
+
+def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value per group; symmetric about zero where the format is."""
+    if number_format.symmetric:
+        absmax = groups.abs().amax(-1)
+        return -absmax, absmax
+    low, high = torch.aminmax(groups, dim=-1)
+    return low, high
+
+
+def run(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
+    """Quantize ``weight``, float32 ``[rows, columns]``, with scales stored as ``scale_dtype``."""
+    groups = in_groups(weight, number_format)
+    low, high = group_range(groups, number_format)
+    scale, zero_point = choose_qparams(low, high, number_format, scale_dtype)
+    codes = quantize(groups, scale, zero_point, number_format).reshape(weight.shape)
+    return QuantizedTensor(codes, scale, zero_point, tuple(weight.shape), number_format)

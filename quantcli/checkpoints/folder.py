@@ -1,0 +1,254 @@
+"""A model's weights as one list of tensors, whichever files hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quantcli.checkpoints.safetensors_file import SafetensorsReader, read_header
+from quantcli.errors import InputError
+from quantcli.scheme import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+MAX_JSON_BYTES = 256 << 20
+MAX_OPEN_FILES = 64
+
+#: What a folder's weights are looked for as, best first.
+_FOLDER_ENTRIES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+_OTHER_FORMATS = {
+    ".gguf": "a GGUF file; quantcli starts from the original weights",
+    ".h5": "a Keras or TensorFlow file",
+    ".msgpack": "a Flax file",
+    ".tflite": "a TFLite file",
+}
+
+
+class Reader(Protocol):
+    """What a single file offers."""
+
+    def read_rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """Rows of one tensor."""
+
+    def close(self) -> None:
+        """Release the file."""
+
+
+class Checkpoint:
+    """Tensors of a model: listed from headers, read by rows.
+
+    ``path`` is what the user gave; ``folder`` the Hugging Face folder around the weights, or None for
+    a bare file; ``config`` its config.json, or None.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        infos: tuple[TensorInfo, ...],
+        *,
+        folder: Path | None = None,
+        metadata: Mapping[str, str] | None = None,
+        readers: Mapping[Path, Reader] | None = None,
+        warnings: tuple[str, ...] = (),
+    ) -> None:
+        self.path = path
+        self.folder = folder
+        self.metadata = dict(metadata or {})
+        self.config = load_json(folder / "config.json") if folder and (folder / "config.json").is_file() else None
+        self.warnings = warnings
+        self._infos = infos
+        self._lock = threading.Lock()
+        self._readers: OrderedDict[Path, Reader] = OrderedDict(readers or {})
+
+    def infos(self) -> tuple[TensorInfo, ...]:
+        """Every tensor, in file order."""
+        return self._infos
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold weights, sorted."""
+        return tuple(sorted({info.file for info in self._infos}))
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def load(self, name: str) -> Tensor:
+        """One whole tensor in its own dtype. Raises KeyError for an unknown name."""
+        info = next((info for info in self._infos if info.name == name), None)
+        if info is None:
+            raise KeyError(name)
+        return self.read_rows(info, 0, info.rows)
+
+    def read_rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of a tensor, in its own dtype; safe from several threads."""
+        with self._lock:
+            reader = self._readers.get(info.file)
+            if reader is None:
+                reader = self._readers[info.file] = SafetensorsReader(info.file)
+                # A dropped reader closes its file once no thread uses it any more.
+                while len(self._readers) > MAX_OPEN_FILES:
+                    self._readers.popitem(last=False)
+        return reader.read_rows(info, start, stop)
+
+    def sha256(self) -> str:
+        """Hash of the weight files: of the one file, or of ``sha256sum``'s lines over several."""
+        digests = {}
+        for file in self.files:
+            with file.open("rb", buffering=0) as stream:
+                digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        if len(digests) == 1:
+            return next(iter(digests.values()))
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open any MODEL that is a checkpoint; reads headers only.
+
+    Raises:
+        InputError: the path is missing, is not a model, or its files are corrupt or incomplete.
+    """
+    try:
+        return _open(path)
+    except OSError as error:
+        raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
+
+
+def _open(path: Path) -> Checkpoint:
+    if not path.exists():
+        raise InputError(f"{path} does not exist.", "A MODEL is a folder, .safetensors, .pt, .pth or .bin.")
+    if path.is_dir():
+        return _open_folder(path)
+    if path.name.endswith(".index.json"):
+        return _open_index(path)
+    return _open_file(path, None)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    for name in _FOLDER_ENTRIES:
+        entry = folder / name
+        if entry.is_file():
+            return _open_index(entry) if name.endswith(".json") else _open_file(entry, folder)
+    indices = sorted(folder.glob("*.index.json"))
+    if len(indices) == 1:
+        return _open_index(indices[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return _open_file(files[0], folder)
+    if len(files) > 1:
+        raise InputError(
+            f"{folder} holds {len(files)} safetensors files and no index that joins them.",
+            hint="Add model.safetensors.index.json, or name one file.",
+        )
+    if (folder / "config.json").is_file():
+        raise InputError(f"{folder} has a config.json but no weights (model.safetensors or pytorch_model.bin).")
+    raise InputError(f"{folder} is not a model: it holds no safetensors or pytorch_model.bin file.")
+
+
+def _open_file(path: Path, folder: Path | None) -> Checkpoint:
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        header = read_header(path)
+        _refuse_empty(header.infos, path)
+        return Checkpoint(path if folder is None else folder, header.infos, folder=folder, metadata=header.metadata)
+    if suffix in TORCH_SUFFIXES:
+        from quantcli.checkpoints.torch_file import open_torch_file
+
+        reader = open_torch_file(path)
+        shown = path if folder is None else folder
+        return Checkpoint(shown, reader.infos, folder=folder, readers={path: reader})
+    what = _OTHER_FORMATS.get(suffix, "not a kind of model that quantcli knows")
+    raise InputError(f"{path} is {what}.", "A MODEL is a folder, .safetensors, .pt, .pth or .bin.")
+
+
+def _open_index(index: Path) -> Checkpoint:
+    """A sharded model: the index says which file holds which tensor; both sides are checked."""
+    weight_map = load_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{index} has no weight_map from tensor names to file names.")
+    folder = index.parent
+    infos: list[TensorInfo] = []
+    readers: dict[Path, Reader] = {}
+    metadata: dict[str, str] = {}
+    unlisted: list[str] = []
+    for shard in sorted(set(weight_map.values())):
+        path = _inside(folder, shard, index)
+        if not path.is_file():
+            raise InputError(f"{index} names the shard {shard}, which is not there.", "Download or copy it again.")
+        part = _open_file(path, None)
+        readers |= part._readers
+        metadata |= part.metadata
+        present = {info.name for info in part.infos()}
+        missing = [name for name, file in weight_map.items() if file == shard and name not in present]
+        if missing:
+            raise InputError(f"{index} says that {missing[0]!r} is in {shard}, which does not hold it.")
+        infos += [info for info in part.infos() if weight_map.get(info.name) == shard]
+        unlisted += [f"{info.name} ({shard})" for info in part.infos() if weight_map.get(info.name) != shard]
+    _refuse_empty(tuple(infos), index)
+    warnings = ()
+    if unlisted:
+        warnings = (f"{len(unlisted)} tensors of the shards are not in the index and are ignored: {unlisted[0]}",)
+    return Checkpoint(folder, tuple(infos), folder=folder, metadata=metadata, readers=readers, warnings=warnings)
+
+
+def _refuse_empty(infos: tuple[TensorInfo, ...], path: Path) -> None:
+    if not infos:
+        raise InputError(f"{path} holds no tensor.")
+
+
+def _inside(folder: Path, name: str, index: Path) -> Path:
+    """A shard's path; a name that leads out of the folder is refused."""
+    for flavour in (PurePosixPath(name), PureWindowsPath(name)):
+        if flavour.is_absolute() or ".." in flavour.parts or flavour.drive:
+            raise InputError(f"{index} names the shard {name!r}, which lies outside its folder.")
+    return folder / name
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError where it is unreadable, too large or not an object."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path} is over {MAX_JSON_BYTES >> 20} MiB, too much for what it should be.")
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} is not a JSON object.")
+    return loaded
+
+
+_COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".bpe", ".vocab", ".py", ".yaml")
+_COMPANION_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|README)", re.IGNORECASE)
+_WEIGHT_INDEX = re.compile(r"\.index\.json$")
+
+
+def companions(folder: Path) -> Iterator[Path]:
+    """Files of a model folder that travel with its weights: configuration, tokenizer, licence, text.
+
+    Relative paths, sorted. Subfolders are searched (sentence-transformers keeps its pooling in one),
+    hidden ones and linked ones are not.
+    """
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        linked = any((folder / parent).is_symlink() for parent in relative.parents if parent.parts)
+        if hidden or linked or not path.is_file() or _WEIGHT_INDEX.search(path.name):
+            continue
+        if path.suffix.lower() in _COMPANION_SUFFIXES or _COMPANION_NAMES.match(path.name):
+            yield relative

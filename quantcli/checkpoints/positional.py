@@ -1,0 +1,94 @@
+"""Reading and writing at an offset, from any thread, without a memory map.
+
+A map would count every touched page of a shard as resident memory; explicit reads cost only their buffer.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantcli.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HAS_POSITIONAL_IO = hasattr(os, "preadv") and hasattr(os, "pwrite")
+
+
+class PositionalFile:
+    """One file that threads read from, or write to, at offsets of their own."""
+
+    def __init__(self, path: Path, *, write: bool = False) -> None:
+        self.path = path
+        flags = (os.O_RDWR | os.O_CREAT) if write else os.O_RDONLY
+        self._descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, count: int) -> bytearray:
+        """``count`` bytes from ``offset``. Raises InputError where the file ends before them."""
+        buffer = bytearray(count)
+        self._read_into(memoryview(buffer), offset)
+        return buffer
+
+    def read_tensor(self, offset: int, count: int) -> Tensor:
+        """``count`` bytes from ``offset`` as a uint8 tensor. Raises InputError where the file ends early."""
+        import torch
+
+        buffer = torch.empty(count, dtype=torch.uint8)
+        self._read_into(memoryview(buffer.numpy()), offset)
+        return buffer
+
+    def _read_into(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            if _HAS_POSITIONAL_IO:
+                got = os.preadv(self._descriptor, [view[done:]], offset + done)
+            else:
+                with self._lock:
+                    os.lseek(self._descriptor, offset + done, os.SEEK_SET)
+                    piece = os.read(self._descriptor, len(view) - done)
+                view[done : done + len(piece)] = piece
+                got = len(piece)
+            if got == 0:
+                raise InputError(f"{self.path} ends at byte {offset + done}, before the data its header promises.")
+            done += got
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of ``data`` at ``offset``."""
+        view = memoryview(data)
+        done = 0
+        while done < len(view):
+            if _HAS_POSITIONAL_IO:
+                done += os.pwrite(self._descriptor, view[done:], offset + done)
+            else:
+                with self._lock:
+                    os.lseek(self._descriptor, offset + done, os.SEEK_SET)
+                    done += os.write(self._descriptor, view[done:])
+
+    def resize(self, size: int) -> None:
+        """Extend (sparsely) or cut the file to ``size`` bytes."""
+        os.ftruncate(self._descriptor, size)
+
+    def sync(self) -> None:
+        """Flush to the device."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Release the descriptor; further use is an error, closing again is not."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            self.close()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it is contiguous."""
+    import torch
+
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())

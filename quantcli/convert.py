@@ -1,0 +1,344 @@
+"""`convert`: plan, stream every tensor through its algorithm into its format, verify, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from quantcli.artifact import Layout, plan_layout
+from quantcli.checkpoints.folder import Checkpoint, companions, open_checkpoint
+from quantcli.errors import InputError, UsageError
+from quantcli.plan import LayerPlan, Plan, resolve
+from quantcli.recipe import Recipe, load_recipe
+from quantcli.report import LayerRow, ModelRow, Report
+from quantcli.staging import Staging, check_target, explain, open_staging, require_space
+from quantcli.units import format_bytes
+from quantcli.version import __version__
+
+if TYPE_CHECKING:
+    from quantcli.streaming import Destination, LayerJob, LayerResult, Progress
+
+_T = TypeVar("_T")
+
+#: What torch itself and the interpreter take before the first tensor.
+BASE_MEMORY_BYTES = 300 << 20
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    *,
+    scheme: str | None = None,
+    format: str | None = None,
+    algorithm: str | None = None,
+    recipe: Recipe | str | Path | None = None,
+    group_size: int | None = None,
+    skip: Sequence[str] = (),
+    rest: str | None = None,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize a checkpoint and verify the result.
+
+    Args:
+        model: a folder, a safetensors file or index, or a torch state dict.
+        output: the folder to write, or for a single-file input also a ``.safetensors`` file.
+        scheme: a preset such as ``int4``; needed unless the recipe names one.
+        format: on-disk format; by default the one that fits the scheme.
+        algorithm: ``auto``, ``rtn`` or ``mse``.
+        recipe: a `Recipe`, or the path of a YAML file.
+        group_size: values per scale, for schemes with groups.
+        skip: globs of layers to leave as they are.
+        rest: ``keep``, ``fp16`` or ``bf16`` for what is not quantized.
+        threads: worker threads; by default the number of usable cores.
+        max_memory: bytes that must not be exceeded; fewer threads are used to stay below.
+        dry_run: plan and report only.
+        force: replace an existing output.
+        progress: called with bytes done and bytes in all, from any thread.
+
+    Returns:
+        The report: sizes, error per layer, what was verified.
+
+    Raises:
+        UsageError: the wishes do not go together.
+        InputError: the model is missing, damaged or unsupported, or the output cannot be written.
+        VerificationError: what was written does not decode to what was meant.
+    """
+    started = time.monotonic()
+    source, target = Path(model), Path(output)
+    checkpoint = open_checkpoint(source)
+    base = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
+    wishes = base.with_flags(
+        scheme=scheme, format=format, algorithm=algorithm, group_size=group_size, skip=list(skip), rest=rest
+    )
+    plan = resolve(wishes, checkpoint.infos(), checkpoint.config)
+    layout = plan_layout(plan, checkpoint, target)
+    if dry_run:
+        return _report(checkpoint, target, plan, layout, {}, None, {"dry_run": True})
+    check_target(target, source, force=force)
+    workers = _worker_count(plan, threads, max_memory)
+    conversion = _Conversion(checkpoint, plan, layout, workers, progress)
+    with open_staging(target) as staging:
+        done = staging.begin(conversion.fingerprint(), force=force)
+        try:
+            require_space(target, layout.nbytes - sum(path.stat().st_size for path in staging.out.rglob("*.safetensors")))
+            details = conversion.run(staging, done)
+            staging.publish(single_file=layout.single_file)
+        except OSError as error:
+            raise explain(error, target) from error
+    details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
+    return _report(checkpoint, target, plan, layout, conversion.results, conversion.sha256, details)
+
+
+class _Conversion:
+    """One run of `convert`: the state its steps share."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, layout: Layout, workers: int, progress: Progress | None
+    ) -> None:
+        self.checkpoint, self.plan, self.layout = checkpoint, plan, layout
+        self.workers, self.progress = workers, progress
+        self.results: dict[str, LayerResult] = {}
+        self.sha256 = ""
+        self._journal_lock = threading.Lock()
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides the output, short of reading the weights."""
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.checkpoint.files]
+        identity = {
+            "quantcli": __version__,
+            "recipe": self.plan.recipe.model_dump(),
+            "files": files,
+            "tensors": [(info.name, info.dtype, info.shape) for info in self.checkpoint.infos()],
+            "config": self.checkpoint.config,
+            "single_file": self.layout.single_file,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+    def run(self, staging: Staging, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Write, verify and describe everything inside the staging folder."""
+        from quantcli.runtime_check import RuntimeCheck
+        from quantcli.streaming import LayerResult
+        from quantcli.verify import Verifier
+
+        self.results = {name: LayerResult.from_json(record) for name, record in done.items()}
+        destinations = self.layout.create_files(staging.out)
+        self._write_companions(staging.out)
+        check = RuntimeCheck(staging.out, self.plan) if self.checkpoint.folder else None
+        try:
+            with ThreadPoolExecutor(1) as hasher:
+                digest = hasher.submit(self.checkpoint.sha256)
+                self._stream(staging, destinations)
+                self.sha256 = digest.result()
+            for destination in destinations.values():
+                destination.file.close()
+            layers = [layer for layer in self.plan.layers if not layer.dropped]
+            artifact = staging.out / (self.layout.single_file or "")
+            verifier = Verifier(artifact, self.plan, self.layout.specs)
+            _in_parallel(
+                ((lambda layer=layer: verifier.check(layer, self.results[layer.info.name])) for layer in layers),
+                self.workers,
+            )
+            verified = {"tensors": len(layers), "codes": "equal", "names_and_shapes": "as planned"}
+            runtime = check.result() if check else {"checked": False, "reason": "a bare file has no runtime of its own"}
+        finally:
+            if check:
+                check.stop()
+        manifest = self._manifest({**verified, "runtime": runtime})
+        self.layout.write_manifest(staging.out, manifest)
+        return {"verified": manifest["verified"], "threads": self.workers}
+
+    def _stream(self, staging: Staging, destinations: Mapping[str, Destination]) -> None:
+        from quantcli.streaming import LayerJob
+
+        total = sum(layer.info.nbytes for layer in self.plan.layers)
+        tracker = _Tracker(total, self.progress)
+        jobs = []
+        for layer in self.plan.layers:
+            if layer.dropped or layer.info.name in self.results:
+                tracker.add(layer.info.nbytes)
+            else:
+                jobs.append(LayerJob(layer, self.plan, self.checkpoint, destinations))
+
+        def convert_slab(job: LayerJob, index: int) -> None:
+            result = job.run_slab(index)
+            if result is not None:
+                name = job.layer.info.name
+                with self._journal_lock:
+                    staging.record({"name": name, **result.to_json()})
+                    self.results[name] = result
+            tracker.add(job.slab_nbytes(index))
+
+        tasks = (
+            (lambda job=job, index=index: convert_slab(job, index)) for job in jobs for index in range(len(job.slabs))
+        )
+        _in_parallel(tasks, self.workers)
+
+    def _write_companions(self, out: Path) -> None:
+        """Config and tokenizer files; what describes the weights is rewritten, the rest copied."""
+        folder = self.checkpoint.folder
+        if folder is None:
+            return
+        for relative in companions(folder):
+            destination = out / relative
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            if relative.as_posix() not in ("config.json", "quantcli.json"):
+                shutil.copyfile(folder / relative, destination)
+        config = self.layout.config(self.plan, self.checkpoint.config)
+        if config is not None:
+            (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _manifest(self, verified: Mapping[str, Any]) -> dict[str, Any]:
+        layers = {}
+        for layer in self.plan.layers:
+            entry: dict[str, Any] = {"scheme": str(layer.scheme) if layer.scheme else None}
+            if layer.scheme is not None:
+                result = self.results[layer.info.name]
+                sqnr_db = result.sqnr_db
+                entry |= {"algorithm": layer.algorithm, "sqnr_db": None if sqnr_db is None else round(sqnr_db, 4)}
+            else:
+                entry |= {"dtype": layer.dtype, "reason": layer.reason}
+            layers[layer.info.name] = {key: value for key, value in entry.items() if value is not None}
+        return {
+            "quantcli": __version__,
+            "input_sha256": self.sha256,
+            "format": self.plan.format,
+            "scheme": self.plan.scheme,
+            "algorithm": self.plan.algorithm,
+            "recipe": self.plan.recipe.model_dump(mode="json"),
+            "layers": layers,
+            "verified": dict(verified),
+        }
+
+
+class _Tracker:
+    """Counts bytes from any thread and passes the sum on."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.done, self.progress = total, 0, progress
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+            if self.progress:
+                self.progress(self.done, self.total)
+
+
+def _in_parallel(tasks: Iterable[Callable[[], None]], workers: int) -> None:
+    """Run tasks on threads with one torch thread each; the first failure stops the rest and is raised."""
+    import torch
+
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    pending: set[Future[None]] = set()
+    try:
+        for task in tasks:
+            pending.add(pool.submit(task))
+            if len(pending) >= 2 * workers:
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+        for future in pending:
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _worker_count(plan: Plan, threads: int | None, max_memory: int | None) -> int:
+    """Threads to use, fewer where memory is short. Raises UsageError where not even one fits."""
+    from quantcli.streaming import working_set_bytes
+
+    workers = threads or usable_cores()
+    if max_memory is None:
+        return workers
+    largest = max(plan.layers, key=working_set_bytes)
+    each = working_set_bytes(largest)
+    scales = max(layer.info.numel // 4 for layer in plan.layers if layer.is_coded) if any(layer.is_coded for layer in plan.layers) else 0
+    fitting = (max_memory - BASE_MEMORY_BYTES - scales) // max(1, each)
+    if fitting < 1:
+        needed = format_bytes(BASE_MEMORY_BYTES + scales + each)
+        raise UsageError(
+            f"--max-memory {format_bytes(max_memory)} is too little: {largest.info.name} needs {needed} in all.",
+            hint="Raise the limit, or --skip this layer.",
+        )
+    return int(min(workers, fitting))
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size of this process so far."""
+    import psutil
+
+    process = psutil.Process()
+    if hasattr(process.memory_info(), "peak_wset"):
+        return int(process.memory_info().peak_wset)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _report(
+    checkpoint: Checkpoint,
+    target: Path,
+    plan: Plan,
+    layout: Layout,
+    results: Mapping[str, LayerResult],
+    sha256: str | None,
+    details: dict[str, Any],
+) -> Report:
+    before = checkpoint.size_bytes
+    rows = [_layer_row(layer, layout, results.get(layer.info.name)) for layer in plan.layers]
+    coded = [row.sqnr_db for row in rows if row.sqnr_db is not None]
+    metrics: dict[str, float | None] = {
+        "size_ratio": layout.nbytes / before,
+        "sqnr_db_min": min(coded, default=None),
+    }
+    source = ModelRow(str(checkpoint.path), "reference", sha256=sha256, size_bytes=before)
+    artifact = ModelRow(
+        str(target), "candidate", plan.format, plan.scheme, None, layout.nbytes, metrics, {"algorithm": plan.algorithm}
+    )
+    warnings = [*checkpoint.warnings, *plan.warnings]
+    return Report("convert", [source, artifact], rows, [], warnings, details)
+
+
+def _layer_row(layer: LayerPlan, layout: Layout, result: LayerResult | None) -> LayerRow:
+    after = sum(spec.nbytes for spec in layout.layer_specs[layer.info.name].values())
+    label = layer.label if layer.scheme else None
+    if layer.scheme and layer.scheme.weights.granularity.kind in ("group", "block"):
+        label = f"{layer.label} {layer.scheme.weights.granularity}"
+    reason = layer.reason
+    if reason and layer.dtype != layer.info.dtype:
+        reason = f"{reason}; cast {layer.info.dtype} to {layer.dtype}"
+    return LayerRow(
+        layer.info.name,
+        label,
+        layer.info.nbytes,
+        after,
+        result.sqnr_db if result else None,
+        reason,
+        details={"shape": list(layer.info.shape), "role": layer.role},
+    )
+
+
+__all__ = ["InputError", "convert"]

@@ -1,0 +1,153 @@
+"""bitsandbytes NF4 as transformers saves and loads it (checked against bitsandbytes 0.50).
+
+QLoRA, arXiv:2305.14314. The weight is flattened; every ``block`` consecutive values share an absmax,
+which double quantization stores in 8 bits. torch is imported only where bits are laid out: planning does
+without.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from quantcli.formats.patterns import module_patterns
+from quantcli.scheme import NESTED_BLOCK, QuantizedTensor, Scheme, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAME = "bitsandbytes"
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+ROLES = {
+    "embedding": "bitsandbytes replaces only linear layers",
+    "conv": "bitsandbytes replaces only linear layers",
+    "experts": "bitsandbytes cannot carry fused 3-D expert weights",
+}
+
+#: Room for the JSON that describes one layer; it is padded with spaces, because its length must be
+#: known before the offset it holds is.
+STATE_BYTES = 320
+_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def supports(scheme: Scheme) -> str | None:
+    """Why the scheme cannot be written, or None when it can."""
+    weights = scheme.weights
+    if weights.dtype != "nf4":
+        return f"{NAME} carries nf4 weights, not {weights.dtype}"
+    if weights.granularity.kind != "block" or weights.granularity.size not in BLOCK_SIZES:
+        return f"{NAME} carries nf4 in blocks of {', '.join(map(str, BLOCK_SIZES))}; not {weights.granularity}"
+    if scheme.inputs is not None:
+        return f"{NAME} keeps inputs as they are"
+    return None
+
+
+def carries(role: str) -> str | None:
+    """Why layers of this role stay as they are, or None when they are quantized."""
+    return ROLES.get(role)
+
+
+def codes_name(weight: str, scheme: Scheme) -> str:
+    """The codes take the weight's own name."""
+    return weight
+
+
+def _blocks(shape: tuple[int, ...], scheme: Scheme) -> int:
+    return -(-prod(shape) // (scheme.weights.granularity.size or 1))
+
+
+def layout(weight: str, shape: tuple[int, ...], scheme: Scheme, scale_dtype: str) -> dict[str, TensorSpec]:
+    """Every tensor that stands for ``weight`` ``[rows, columns]``."""
+    blocks = _blocks(shape, scheme)
+    specs = {
+        weight: TensorSpec("U8", (-(-prod(shape) // 2), 1)),
+        f"{weight}.quant_map": TensorSpec("F32", (16,)),
+        f"{weight}.quant_state.bitsandbytes__nf4": TensorSpec("U8", (STATE_BYTES,)),
+    }
+    if not scheme.weights.double_quantized:
+        return specs | {f"{weight}.absmax": TensorSpec("F32", (blocks,))}
+    return specs | {
+        f"{weight}.absmax": TensorSpec("U8", (blocks,)),
+        f"{weight}.nested_absmax": TensorSpec("F32", (-(-blocks // NESTED_BLOCK),)),
+        f"{weight}.nested_quant_map": TensorSpec("F32", (256,)),
+    }
+
+
+def codes_offset(row: int, columns: int, scheme: Scheme) -> int:
+    """Bytes of the stored codes that lie before a row; slabs start at whole blocks, so at whole bytes."""
+    return row * columns // 2
+
+
+def encode_codes(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Stored form of a slab of rows, int8 ``[rows, columns]``."""
+    from quantcli import packing
+
+    return packing.pack_nibbles_high_first(codes.reshape(-1))
+
+
+def decode_codes(stored: Tensor, columns: int, scheme: Scheme) -> Tensor:
+    """Inverse of `encode_codes`: int8 ``[rows, columns]``."""
+    from quantcli import packing
+
+    flat = stored.reshape(-1)
+    count = flat.numel() * 2 // columns * columns
+    return packing.unpack_nibbles_high_first(flat, count).reshape(-1, columns)
+
+
+def encode_scales(weight: str, tensor: QuantizedTensor, scheme: Scheme, scale_dtype: str) -> dict[str, Tensor]:
+    """Every other tensor of the layer; ``tensor.codes`` is not looked at."""
+    import torch
+
+    from quantcli.numerics import dynamic_codebook, nf4_codebook, quantize_scales
+
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": scheme.weights.granularity.size,
+        "dtype": _TORCH_NAMES[scale_dtype],
+        "shape": list(tensor.shape),
+    }
+    encoded = {f"{weight}.quant_map": nf4_codebook()}
+    if scheme.weights.double_quantized:
+        codes, absmax, offset = quantize_scales(tensor.scale)
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+        encoded |= {
+            f"{weight}.absmax": codes,
+            f"{weight}.nested_absmax": absmax,
+            f"{weight}.nested_quant_map": dynamic_codebook(),
+        }
+    else:
+        encoded[f"{weight}.absmax"] = tensor.scale
+    text = json.dumps(state).encode().ljust(STATE_BYTES)
+    encoded[f"{weight}.quant_state.bitsandbytes__nf4"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return encoded
+
+
+def decode_scales(
+    weight: str, shape: tuple[int, ...], scheme: Scheme, load: Callable[[str], Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Scale (float32) of a layer, as `QuantizedTensor` holds it; NF4 has no zero point."""
+    absmax = load(f"{weight}.absmax")
+    if not scheme.weights.double_quantized:
+        return absmax, None
+    from quantcli.numerics import dequantize_scales
+
+    state = json.loads(load(f"{weight}.quant_state.bitsandbytes__nf4").numpy().tobytes())
+    return dequantize_scales(absmax, load(f"{weight}.nested_absmax"), state["nested_offset"]), None
+
+
+def config(schemes: Mapping[str, Scheme], left: Iterable[str], dtype: str) -> dict[str, Any]:
+    """``quantization_config`` of a model; ``dtype`` is the dtype of what is not quantized."""
+    nested = any(scheme.weights.double_quantized for scheme in schemes.values())
+    return {
+        "quant_method": NAME,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": nested,
+        "bnb_4bit_compute_dtype": _TORCH_NAMES[dtype],
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": module_patterns(left, [*schemes, *left]),
+    }

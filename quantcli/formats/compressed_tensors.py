@@ -1,0 +1,192 @@
+"""compressed-tensors: what llm-compressor writes and transformers, vLLM and SGLang load.
+
+Weight-only int4 and int8 use the ``pack-quantized`` layout, int8 with quantized inputs
+``int-quantized`` (checked against compressed-tensors 0.20). torch is imported only where bits are laid
+out: planning does without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from quantcli.formats.patterns import module_patterns
+from quantcli.scheme import NumberFormat, QuantizedTensor, Scheme, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAME = "compressed-tensors"
+
+#: Layer roles the format carries. Its config targets module classes, and transformers loads only
+#: quantized ``Linear`` modules.
+ROLES = {
+    "embedding": "transformers cannot load a quantized embedding in compressed-tensors",
+    "conv": "compressed-tensors carries only linear layers",
+    "conv1d": "compressed-tensors does not match transposed Conv1D layers; nf4 does",
+    "experts": "compressed-tensors cannot carry fused 3-D expert weights",
+}
+
+
+def supports(scheme: Scheme) -> str | None:
+    """Why the scheme cannot be written, or None when it can."""
+    weights, inputs = scheme.weights, scheme.inputs
+    if weights.dtype not in ("int4", "int8"):
+        return f"{NAME} carries int4 and int8 weights, not {weights.dtype}"
+    if weights.granularity.kind not in ("tensor", "channel", "group"):
+        return f"{NAME} carries scales per tensor, channel or group, not per {weights.granularity.kind}"
+    if not weights.symmetric and weights.granularity.kind == "tensor":
+        return f"{NAME} carries zero points per channel or group, not per tensor"
+    if inputs is None:
+        return None
+    if inputs.dtype != "int8" or not inputs.dynamic or inputs.granularity.kind != "token":
+        return f"{NAME} carries inputs as int8 per token, ranges found at inference; not {inputs}"
+    if not inputs.symmetric:
+        return f"{NAME} carries symmetric inputs only"
+    if weights.dtype != "int8" or weights.granularity.kind == "group" or not weights.symmetric:
+        return f"int8 inputs need symmetric int8 weights per tensor or channel, not {weights}"
+    return None
+
+
+def carries(role: str) -> str | None:
+    """Why layers of this role stay as they are, or None when they are quantized."""
+    return ROLES.get(role)
+
+
+def _is_packed(scheme: Scheme) -> bool:
+    return scheme.inputs is None
+
+
+def codes_name(weight: str, scheme: Scheme) -> str:
+    """Name of the tensor that holds the codes of ``weight``."""
+    return f"{weight}_packed" if _is_packed(scheme) else weight
+
+
+def layout(weight: str, shape: tuple[int, ...], scheme: Scheme, scale_dtype: str) -> dict[str, TensorSpec]:
+    """Every tensor that stands for ``weight`` ``[rows, columns]``."""
+    rows, columns = shape
+    number_format = scheme.weights
+    kind, size = number_format.granularity.kind, number_format.granularity.size
+    scales = {"tensor": (1,), "channel": (rows, 1), "group": (rows, columns // (size or 1))}[kind]
+    specs = {f"{weight}_scale": TensorSpec(scale_dtype, scales)}
+    if not _is_packed(scheme):
+        return {weight: TensorSpec("I8", shape)} | specs
+    per_word = 32 // number_format.bits
+    specs[f"{weight}_packed"] = TensorSpec("I32", (rows, -(-columns // per_word)))
+    specs[f"{weight}_shape"] = TensorSpec("I64", (2,))
+    if not number_format.symmetric:
+        specs[f"{weight}_zero_point"] = TensorSpec("I32", (-(-rows // per_word), scales[1]))
+    return specs
+
+
+def codes_offset(row: int, columns: int, scheme: Scheme) -> int:
+    """Bytes of the stored codes that lie before a row."""
+    if not _is_packed(scheme):
+        return row * columns
+    return row * -(-columns * scheme.weights.bits // 32) * 4
+
+
+def encode_codes(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Stored form of a slab of rows, int8 ``[rows, columns]``."""
+    if not _is_packed(scheme):
+        return codes
+    from quantcli import packing
+
+    if scheme.weights.bits == 4:
+        return packing.pack_int4_low_nibble_first(codes)
+    return packing.pack_int8_in_int32(codes)
+
+
+def decode_codes(stored: Tensor, columns: int, scheme: Scheme) -> Tensor:
+    """Inverse of `encode_codes`: int8 ``[rows, columns]``."""
+    if not _is_packed(scheme):
+        return stored
+    from quantcli import packing
+
+    if scheme.weights.bits == 4:
+        return packing.unpack_int4_low_nibble_first(stored, columns)
+    return packing.unpack_int8_from_int32(stored, columns)
+
+
+def encode_scales(weight: str, tensor: QuantizedTensor, scheme: Scheme, scale_dtype: str) -> dict[str, Tensor]:
+    """Every other tensor of the layer; ``tensor.codes`` is not looked at."""
+    import torch
+
+    from quantcli.numerics import TORCH_DTYPES
+
+    scale = tensor.scale.to(TORCH_DTYPES[scale_dtype])
+    if tensor.number_format.granularity.kind == "tensor":
+        scale = scale.reshape(1)
+    encoded = {f"{weight}_scale": scale}
+    if _is_packed(scheme):
+        encoded[f"{weight}_shape"] = torch.tensor(tensor.shape, dtype=torch.int64)
+    if tensor.zero_point is not None:
+        # Zero points are packed along the rows, so the packed words run down a column.
+        encoded[f"{weight}_zero_point"] = encode_codes(tensor.zero_point.T.contiguous(), scheme).T.contiguous()
+    return encoded
+
+
+def decode_scales(
+    weight: str, shape: tuple[int, ...], scheme: Scheme, load: Callable[[str], Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Scale (float32) and zero point of a layer, as `QuantizedTensor` holds them."""
+    scale = load(f"{weight}_scale").float()
+    if scheme.weights.granularity.kind == "tensor":
+        scale = scale.reshape(1, 1)
+    if scheme.weights.symmetric:
+        return scale, None
+    packed = load(f"{weight}_zero_point").T.contiguous()
+    return scale, decode_codes(packed, shape[0], scheme).T.contiguous()
+
+
+def _arguments(number_format: NumberFormat) -> dict[str, Any]:
+    granularity = number_format.granularity
+    arguments: dict[str, Any] = {
+        "num_bits": number_format.bits,
+        "type": "int",
+        "strategy": granularity.kind,
+        "symmetric": number_format.symmetric,
+        "dynamic": number_format.dynamic,
+    }
+    if granularity.kind == "group":
+        arguments["group_size"] = granularity.size
+    return arguments
+
+
+def _layout_name(scheme: Scheme) -> str:
+    return "pack-quantized" if _is_packed(scheme) else "int-quantized"
+
+
+def _regexes(names: Iterable[str], everything: Iterable[str]) -> list[str]:
+    return [f"re:{pattern}$" for pattern in module_patterns(names, everything)]
+
+
+def config(schemes: Mapping[str, Scheme], left: Iterable[str], dtype: str) -> dict[str, Any]:
+    """``quantization_config`` of a model: scheme per quantized module, and the modules left out.
+
+    Names are module names (without ``.weight``); ``dtype`` is not used by this format. The most
+    common scheme targets ``Linear``, every other one the names it applies to.
+    """
+    groups: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(name)
+    ordered = sorted(groups, key=lambda scheme: -len(groups[scheme]))
+    everything = [*schemes, *left]
+    config_groups = {}
+    for index, scheme in enumerate(ordered):
+        targets = ["Linear"] if index == 0 else _regexes(groups[scheme], everything)
+        config_groups[f"group_{index}"] = {
+            "targets": targets,
+            "weights": _arguments(scheme.weights),
+            "input_activations": _arguments(scheme.inputs) if scheme.inputs else None,
+            "output_activations": None,
+            "format": _layout_name(scheme),
+        }
+    layouts = {_layout_name(scheme) for scheme in ordered}
+    return {
+        "quant_method": NAME,
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": _regexes(left, everything),
+        "config_groups": config_groups,
+    }

@@ -1,0 +1,62 @@
+"""Bit layouts: pairs of pack and unpack, each the exact inverse of the other.
+
+Codes come in as int8. Layouts are little-endian, as every on-disk format here defines them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _pad_columns(codes: Tensor, multiple: int, value: int) -> Tensor:
+    missing = -codes.shape[-1] % multiple
+    return torch.nn.functional.pad(codes, (0, missing), value=value) if missing else codes
+
+
+def pack_int4_low_nibble_first(codes: Tensor) -> Tensor:
+    """Signed 4-bit codes ``[rows, columns]`` -> int32 ``[rows, ceil(columns / 8)]``.
+
+    Code i of a word sits at bits 4i, stored as ``code + 8``; a partial last word is filled with zero
+    bits. This is compressed-tensors' ``pack-quantized`` layout.
+    """
+    unsigned = _pad_columns(codes, 8, value=-8) + 8
+    # Two neighbouring bytes as one int16: low nibbles of both end up in the low byte.
+    pairs = unsigned.view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32)
+
+
+def unpack_int4_low_nibble_first(packed: Tensor, columns: int) -> Tensor:
+    """Inverse of `pack_int4_low_nibble_first`: int8 ``[rows, columns]``."""
+    pairs = packed.contiguous().view(torch.uint8).to(torch.int16)
+    unsigned = ((pairs | (pairs << 4)) & 0x0F0F).view(torch.int8)
+    return (unsigned - 8)[:, :columns]
+
+
+def pack_int8_in_int32(codes: Tensor) -> Tensor:
+    """Signed 8-bit codes ``[rows, columns]`` -> int32 ``[rows, ceil(columns / 4)]``.
+
+    Code i of a word sits at bits 8i, stored as ``code + 128``; a partial last word is filled with
+    zero bits. This is compressed-tensors' ``pack-quantized`` layout at 8 bits.
+    """
+    return (_pad_columns(codes, 4, value=-128) ^ -128).view(torch.int32)
+
+
+def unpack_int8_from_int32(packed: Tensor, columns: int) -> Tensor:
+    """Inverse of `pack_int8_in_int32`: int8 ``[rows, columns]``."""
+    return (packed.contiguous().view(torch.int8) ^ -128)[:, :columns]
+
+
+def pack_nibbles_high_first(codes: Tensor) -> Tensor:
+    """Unsigned 4-bit codes ``[n]`` -> uint8 ``[ceil(n / 2)]``, the even index in the high nibble.
+
+    bitsandbytes' layout of the flattened weight.
+    """
+    pairs = _pad_columns(codes, 2, value=0).view(torch.int16)
+    return ((pairs << 4) | (pairs >> 8)).to(torch.uint8)
+
+
+def unpack_nibbles_high_first(packed: Tensor, count: int) -> Tensor:
+    """Inverse of `pack_nibbles_high_first`: int8 ``[count]``."""
+    pairs = packed.to(torch.int16)
+    return ((pairs >> 4) | ((pairs & 0x0F) << 8)).view(torch.int8)[:count]

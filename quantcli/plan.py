@@ -1,0 +1,340 @@
+"""From a recipe and a checkpoint's headers to a plan: one decision per tensor, before any weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from quantcli import plugins
+from quantcli.errors import InputError, UsageError
+from quantcli.recipe import Recipe, Rule, build_scheme
+from quantcli.roles import LAYER_ROLES, classify, module_of
+from quantcli.scheme import (
+    DTYPE_OF_NUMBER,
+    FALLBACK_GROUP_SIZES,
+    FLOAT_DTYPES,
+    PRESETS,
+    Scheme,
+    TensorInfo,
+)
+
+_LEFT_BECAUSE = {
+    "norm": "norm: tiny, and sensitive",
+    "bias": "bias: tiny, and sensitive",
+    "buffer": "not floating point",
+    "parameter": "not the weight of a layer",
+    "empty": "empty",
+    "head": "output head: runtimes and accuracy want it unquantized",
+    "tied head": "output head, tied to the embedding",
+    "router": "router: decides which expert runs",
+}
+
+_LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "router")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one tensor.
+
+    ``scheme`` None: it is left, for ``reason``, and stored as ``dtype``. ``label`` is the scheme's
+    short name in tables. ``note`` tells of a choice made for a quantized layer.
+    """
+
+    info: TensorInfo
+    role: str
+    dtype: str
+    scheme: Scheme | None = None
+    label: str = ""
+    algorithm: str | None = None
+    reason: str | None = None
+    note: str | None = None
+    dropped: bool = False
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored ``[inputs, outputs]``."""
+        return self.role == "conv1d"
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape as a matrix of output rows, which is how it is quantized."""
+        shape = (self.info.rows, self.info.columns)
+        return (shape[1], shape[0]) if self.transposed else shape
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the tensor becomes codes and scales, rather than a copy or a cast."""
+        return self.scheme is not None and not self.scheme.weights.is_cast
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole conversion. ``dtype`` is what scales and most leftovers are stored as."""
+
+    layers: tuple[LayerPlan, ...]
+    format: str
+    scheme: str
+    algorithm: str
+    dtype: str
+    recipe: Recipe
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def quantized(self) -> list[LayerPlan]:
+        """Layers that get codes, or with a casting scheme a new dtype."""
+        return [layer for layer in self.layers if layer.scheme is not None]
+
+
+def resolve(recipe: Recipe, infos: Sequence[TensorInfo], config: Mapping[str, Any] | None) -> Plan:
+    """Decide every tensor's fate.
+
+    Raises:
+        UsageError: scheme, algorithm and format do not go together, a rule matches nothing, or a group
+            size that was asked for does not divide a layer.
+        InputError: the checkpoint holds quantized weights already, or nothing the scheme applies to.
+    """
+    refuse_quantized(infos, config)
+    if recipe.scheme is None:
+        raise UsageError("No scheme is given.", f"Choose one with --scheme: {', '.join(PRESETS)}.")
+    scheme = build_scheme(recipe.scheme)
+    name = recipe.scheme if isinstance(recipe.scheme, str) else scheme.weights.dtype
+    return _Resolver(recipe, scheme, name, infos, config).plan()
+
+
+def refuse_quantized(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> None:
+    """Raise InputError where weights are quantized already: quantizing twice only adds error."""
+    found = quantization_of(infos, config)
+    if found:
+        raise InputError(f"The model is already quantized ({found}).", "Convert the original weights instead.")
+
+
+def quantization_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> str | None:
+    """How a checkpoint is quantized already, or None."""
+    declared = (config or {}).get("quantization_config")
+    if isinstance(declared, dict):
+        return str(declared.get("quant_method", "quantization_config"))
+    suffixes = {
+        "weight_packed": "compressed-tensors", "weight_scale": "compressed-tensors", "qweight": "gptq or awq",
+        "bitsandbytes__nf4": "bitsandbytes", "bitsandbytes__fp4": "bitsandbytes", "SCB": "bitsandbytes",
+        "weight_scale_inv": "fp8",
+    }  # fmt: skip
+    for info in infos:
+        leaf = info.name.rpartition(".")[2]
+        if leaf in suffixes:
+            return suffixes[leaf]
+        if info.dtype.startswith("F8_"):
+            return "fp8"
+    return None
+
+
+class _Resolver:
+    """Holds what the decisions share; `plan` makes them."""
+
+    def __init__(
+        self, recipe: Recipe, scheme: Scheme, name: str, infos: Sequence[TensorInfo], config: Mapping[str, Any] | None
+    ) -> None:
+        self.recipe, self.scheme, self.name, self.infos = recipe, scheme, name, infos
+        self.roles = classify(infos, config)
+        self.rules = [*(Rule(match=glob, skip=True) for glob in recipe.skip), *recipe.rules]
+        self.format_name = recipe.format or default_format(scheme)
+        self.format = plugins.output_format(self.format_name)
+        self.algorithm = recipe.algorithm
+        self.bad_groups: list[str] = []
+        self._check_combination(scheme, recipe.algorithm)
+        floats = [info for info in infos if info.is_float]
+        by_dtype = Counter[str]()
+        for info in floats:
+            by_dtype[info.dtype] += info.numel
+        self.majority = by_dtype.most_common(1)[0][0] if by_dtype else "F32"
+        self.rest_dtype = self._rest_dtype()
+
+    def _check_combination(self, scheme: Scheme, algorithm: str) -> None:
+        reason = self.format.supports(scheme)
+        if reason:
+            raise UsageError(f"The format cannot carry this scheme: {reason}.", self._fitting_format(scheme))
+        if algorithm != "auto":
+            reason = plugins.algorithm(algorithm).supports(scheme.weights)
+            if reason:
+                raise UsageError(f"The algorithm {algorithm} does not fit: {reason}.")
+
+    def _fitting_format(self, scheme: Scheme) -> str:
+        fitting = [name for name in plugins.FORMATS if plugins.output_format(name).supports(scheme) is None]
+        return f"Use --format {fitting[0]}." if fitting else "No format carries it."
+
+    def _rest_dtype(self) -> str | None:
+        """What leftovers are cast to; None: they stay as they are."""
+        wish = self.recipe.rest
+        if self.scheme.weights.is_cast and wish == "auto":
+            return DTYPE_OF_NUMBER[self.scheme.weights.dtype]
+        if wish == "auto":
+            return "BF16" if self.majority in ("F32", "F64") else None
+        return None if wish == "keep" else DTYPE_OF_NUMBER[wish]
+
+    def plan(self) -> Plan:
+        """Decide every tensor, then check that the whole makes sense."""
+        self._check_rules_match()
+        layers = tuple(self._decide(info) for info in self.infos)
+        if self.bad_groups:
+            size = self.scheme.weights.granularity.size if self.recipe.group_size is None else self.recipe.group_size
+            raise UsageError(
+                f"The group size {size} does not divide the columns of {len(self.bad_groups)} layers: "
+                f"{_listed(self.bad_groups)}.",
+                hint="Leave --group-size out to take the largest that fits each layer, or --skip these layers.",
+            )
+        if not any(layer.scheme for layer in layers):
+            reasons = Counter(layer.reason for layer in layers if layer.role in LAYER_ROLES)
+            why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+            raise InputError(f"Nothing in this model can be quantized with {self.name} as {self.format_name}: {why or 'no layer has weights'}.")
+        dtype = self.rest_dtype or (self.majority if self.majority != "F64" else "F32")
+        algorithms = sorted({layer.algorithm for layer in layers if layer.algorithm})
+        return Plan(
+            layers, self.format_name, self.name, " and ".join(algorithms), dtype, self.recipe, self._warnings(layers)
+        )
+
+    def _check_rules_match(self) -> None:
+        names = [info.name for info in self.infos]
+        for rule in self.rules:
+            for glob in rule.globs:
+                if not any(matches(glob, name) for name in names):
+                    hint = plugins.suggestion(glob, dict.fromkeys(module_of(name) for name in names))
+                    raise UsageError(f"{glob!r} matches no layer.", hint if hint.startswith("Did") else "See: quantcli inspect MODEL --layers")
+
+    def _decide(self, info: TensorInfo) -> LayerPlan:
+        role = self.roles[info.name]
+        rule = next((rule for rule in self.rules if any(matches(glob, info.name) for glob in rule.globs)), None)
+        if role == "tied head" and info.shares:
+            return LayerPlan(info, role, info.dtype, reason=f"tied to {info.shares}: stored once", dropped=True)
+        if rule and rule.skip:
+            return self._leave(info, role, "skipped as asked")
+        scheme = build_scheme(rule.scheme) if rule and rule.scheme else self.scheme
+        label = (rule.scheme if isinstance(rule.scheme, str) else scheme.weights.dtype) if rule and rule.scheme else self.name
+        if scheme.weights.is_cast:
+            return self._cast(info, role, scheme, label)
+        if role not in LAYER_ROLES:
+            return self._leave(info, role, _LEFT_BECAUSE[role])
+        asked = rule is not None and rule.scheme is not None
+        if role == "tied head" or (role in ("head", "router") and not asked):
+            return self._leave(info, role, _LEFT_BECAUSE[role])
+        reason = self.format.carries(role)
+        if reason:
+            return self._leave(info, role, reason)
+        return self._quantize(info, role, scheme, label, rule)
+
+    def _cast(self, info: TensorInfo, role: str, scheme: Scheme, label: str) -> LayerPlan:
+        target = DTYPE_OF_NUMBER[scheme.weights.dtype]
+        if not info.is_float or not info.numel or info.dtype == target:
+            why = "already so" if info.dtype == target else _LEFT_BECAUSE["empty" if not info.numel else "buffer"]
+            return LayerPlan(info, role, info.dtype, reason=why)
+        if self._is_kept_fp32(info):
+            return LayerPlan(info, role, info.dtype, reason="fp32 among 16-bit tensors: kept as its author chose")
+        return LayerPlan(info, role, target, scheme, label, algorithm=None)
+
+    def _is_kept_fp32(self, info: TensorInfo) -> bool:
+        """Whether a wide tensor stays wide: all others are 16 bits, so someone meant it."""
+        wide = info.dtype in ("F32", "F64")
+        return self.recipe.rest == "auto" and wide and self.majority in ("F16", "BF16")
+
+    def _leave(self, info: TensorInfo, role: str, reason: str) -> LayerPlan:
+        dtype = info.dtype
+        if self.rest_dtype and info.is_float and info.numel and not self._needs_fp32(info, role):
+            dtype = self.rest_dtype
+        return LayerPlan(info, role, dtype, reason=reason)
+
+    def _needs_fp32(self, info: TensorInfo, role: str) -> bool:
+        """Whether `--rest auto` keeps a tensor: routers, and statistics or state-space parameters."""
+        if self.recipe.rest != "auto":
+            return False
+        small_parameter = role == "parameter" and len(info.shape) <= 2
+        return role == "router" or small_parameter or self._is_kept_fp32(info)
+
+    def _quantize(self, info: TensorInfo, role: str, scheme: Scheme, label: str, rule: Rule | None) -> LayerPlan:
+        plan = LayerPlan(info, role, info.dtype, scheme, label)
+        columns = plan.matrix_shape[1]
+        spelled_out = not isinstance(rule.scheme if rule and rule.scheme else self.recipe.scheme, str)
+        wanted = (rule.group_size if rule else None) or self.recipe.group_size
+        note = None
+        kind, default = scheme.weights.granularity.kind, scheme.weights.granularity.size
+        if kind in ("group", "block") and default is not None:
+            divided = columns if kind == "group" else info.numel
+            size = wanted or default
+            if divided % size:
+                if wanted or (spelled_out and kind == "group"):
+                    self.bad_groups.append(module_of(info.name))
+                    return self._leave(info, role, "group size does not divide")
+                fitting = [n for n in FALLBACK_GROUP_SIZES if divided % n == 0 and self.format.supports(scheme.with_group_size(n)) is None]
+                if not fitting:
+                    return self._leave(info, role, f"no {kind} size of {', '.join(map(str, FALLBACK_GROUP_SIZES))} divides {divided}")
+                size = fitting[0]
+                note = f"{kind} {size}: {default} does not divide {divided}"
+            scheme = scheme.with_group_size(size)
+        elif wanted and self.recipe.rules == [] and kind != "group":
+            raise UsageError(f"--group-size does not apply to {self.name}, whose scales are per {kind}.")
+        self._check_combination(scheme, "auto")
+        algorithm = self._algorithm(scheme, (rule.algorithm if rule else None) or self.algorithm)
+        return replace(plan, scheme=scheme, algorithm=algorithm, note=note)
+
+    def _algorithm(self, scheme: Scheme, wish: str) -> str:
+        if wish == "auto":
+            return "mse" if scheme.weights.dtype == "int4" else "rtn"
+        reason = plugins.algorithm(wish).supports(scheme.weights)
+        if reason:
+            raise UsageError(f"The algorithm {wish} does not fit: {reason}.")
+        return wish
+
+    def _warnings(self, layers: Iterable[LayerPlan]) -> tuple[str, ...]:
+        warnings = []
+        experts = [layer for layer in layers if layer.role == "experts" and layer.scheme is None]
+        if experts:
+            share = sum(layer.info.nbytes for layer in experts) / max(1, sum(info.nbytes for info in self.infos))
+            warnings.append(
+                f"{len(experts)} fused 3-D expert weights, {share:.0%} of the model, are left unquantized: "
+                f"{experts[0].reason}."
+            )
+        sizes = Counter(layer.note for layer in layers if layer.note)
+        warnings += [f"{count} layers use {note}." for note, count in sizes.most_common(3)]
+        if self.format_name == "compressed-tensors" and not self.scheme.weights.symmetric:
+            warnings.append(
+                "transformers 5.23 loads asymmetric compressed-tensors only with "
+                "quantization_config=CompressedTensorsConfig(dequantize=True)."
+            )
+        return tuple(warnings)
+
+
+def default_format(scheme: Scheme) -> str:
+    """The format for a scheme where none is asked for."""
+    if scheme.weights.is_cast:
+        return "safetensors"
+    return "bitsandbytes" if scheme.weights.dtype == "nf4" else "compressed-tensors"
+
+
+def matches(glob: str, name: str) -> bool:
+    """Whether a glob means this tensor: by its own name, or its module's."""
+    return fnmatchcase(name, glob) or fnmatchcase(module_of(name), glob)
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def left_linear_modules(plan: Plan) -> list[str]:
+    """Modules a loader could take for quantized ones, but whose weights were left."""
+    return [
+        module_of(layer.info.name)
+        for layer in plan.layers
+        if not layer.is_coded
+        and layer.info.name.endswith(".weight")
+        and layer.role in (*_LINEAR_ROLES, "embedding")
+    ]
+
+
+def original_dtype(infos: Iterable[TensorInfo]) -> str:
+    """The floating-point dtype that most elements have."""
+    counts = Counter[str]()
+    for info in infos:
+        if info.dtype in FLOAT_DTYPES:
+            counts[info.dtype] += info.numel
+    return counts.most_common(1)[0][0] if counts else "F32"

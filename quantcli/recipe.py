@@ -1,0 +1,166 @@
+"""The recipe: what the user asks for, from flags and a strict YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from quantcli.errors import InputError, UsageError
+from quantcli.plugins import suggestion
+from quantcli.scheme import PRESETS, Granularity, NumberFormat, Scheme
+from quantcli.units import parse_bytes
+
+Rest = Literal["auto", "keep", "fp16", "bf16"]
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NumberFormatSpec(_Strict):
+    """A number format spelled out in a recipe."""
+
+    dtype: Literal["fp16", "bf16", "int8", "int4", "nf4"]
+    granularity: Literal["tensor", "channel", "group", "block", "token"] = "tensor"
+    group_size: int | None = Field(default=None, ge=1)
+    block_size: int | None = Field(default=None, ge=1)
+    symmetric: bool = True
+    dynamic: bool = False
+    double_quantized: bool = False
+
+    def build(self) -> NumberFormat:
+        """The value type. Raises ValueError where size and granularity do not fit."""
+        sizes = {"group": self.group_size, "block": self.block_size}
+        size = sizes.get(self.granularity)
+        if self.granularity == "block" and size is None:
+            size = 64
+        stray = [f"{kind}_size" for kind, value in sizes.items() if value and kind != self.granularity]
+        if stray:
+            raise ValueError(f"{stray[0]} goes with granularity {stray[0].removesuffix('_size')}")
+        if self.granularity == "group" and size is None:
+            raise ValueError("granularity group needs a group_size")
+        granularity = Granularity(self.granularity, size)
+        return NumberFormat(self.dtype, granularity, self.symmetric, self.dynamic, self.double_quantized)
+
+
+class SchemeSpec(_Strict):
+    """A scheme spelled out in a recipe."""
+
+    weights: NumberFormatSpec
+    inputs: NumberFormatSpec | None = None
+
+    def build(self) -> Scheme:
+        """The value type. Raises ValueError."""
+        return Scheme(self.weights.build(), self.inputs.build() if self.inputs else None)
+
+
+def _known_preset(value: Any) -> Any:
+    if isinstance(value, str) and value not in PRESETS:
+        raise ValueError(f"unknown scheme {value!r}. {suggestion(value, PRESETS)}")
+    return value
+
+
+class Rule(_Strict):
+    """What holds for the layers that ``match``: a glob, or a list of them, over layer or tensor names."""
+
+    match: str | list[str]
+    scheme: str | SchemeSpec | None = None
+    group_size: int | None = Field(default=None, ge=1)
+    algorithm: str | None = None
+    skip: bool = False
+
+    _preset = field_validator("scheme")(_known_preset)
+
+    @property
+    def globs(self) -> list[str]:
+        """The patterns as a list."""
+        return [self.match] if isinstance(self.match, str) else self.match
+
+
+class Recipe(_Strict):
+    """Everything that decides what `convert` writes. The first rule that matches a layer wins."""
+
+    scheme: str | SchemeSpec | None = None
+    algorithm: str = "auto"
+    format: str | None = None
+    group_size: int | None = Field(default=None, ge=1)
+    rest: Rest = "auto"
+    skip: list[str] = []
+    max_shard_size: int = Field(default=DEFAULT_MAX_SHARD_BYTES, ge=1)
+    rules: list[Rule] = []
+
+    _preset = field_validator("scheme")(_known_preset)
+
+    @field_validator("max_shard_size", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    def with_flags(self, **flags: Any) -> Recipe:
+        """The recipe with flags on top; None (or an empty list) leaves the recipe's own word."""
+        return validate({**self.model_dump(exclude_unset=True), **{k: v for k, v in flags.items() if v}}, "flags")
+
+
+def build_scheme(value: str | SchemeSpec) -> Scheme:
+    """A preset by name, or a spelled-out scheme. Raises UsageError."""
+    if isinstance(value, str):
+        return PRESETS[value]
+    try:
+        return value.build()
+    except ValueError as error:
+        raise UsageError(f"The recipe's scheme cannot be meant: {error}.") from error
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file. Raises InputError where it cannot be read, UsageError where it cannot be meant."""
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The recipe {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(loaded, dict):
+        raise UsageError(f"The recipe {path} is not a mapping.", "Start with a line such as: scheme: int4")
+    return validate(loaded, str(path))
+
+
+def validate(data: dict[str, Any], where: str) -> Recipe:
+    """Build a Recipe from plain data. Raises UsageError that names the key and the nearest known one."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        location = [str(part) for part in problem["loc"] if part not in ("SchemeSpec", "str", "list[str]")]
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(location[:-1])
+            raise UsageError(f"{where}: unknown key {'.'.join(location)!r}.", suggestion(location[-1], known)) from error
+        message = problem["msg"].removeprefix("Value error, ").rstrip(".?")
+        end = "?" if "Did you mean" in message else "."
+        raise UsageError(f"{where}: {'.'.join(location)}: {message}{end}") from error
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    nested = {"rules": Rule, "scheme": SchemeSpec, "weights": NumberFormatSpec, "inputs": NumberFormatSpec}
+    for part in location:
+        model = nested.get(part, model)
+    return list(model.model_fields)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where the last one would silently win."""
+
+
+def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)

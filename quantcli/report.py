@@ -1,0 +1,163 @@
+"""The report of every command: one structure, rendered as JSON, Markdown or JUnit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantcli.version import __version__
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class ModelRow:
+    """One model of a report. ``metrics`` are finite numbers or None."""
+
+    path: str
+    role: str
+    format: str | None = None
+    scheme: str | None = None
+    sha256: str | None = None
+    size_bytes: int | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LayerRow:
+    """One tensor of a report; ``sqnr_db`` None: nothing was lost, or it was not measured."""
+
+    name: str
+    scheme: str | None
+    bytes_before: int
+    bytes_after: int
+    sqnr_db: float | None = None
+    reason: str | None = None
+    model: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class GateRow:
+    """One ``--require`` of one candidate."""
+
+    require: str
+    model: str
+    value: float | None
+    passed: bool
+
+
+@dataclass
+class Report:
+    """What a command found out."""
+
+    command: str
+    models: list[ModelRow] = field(default_factory=list)
+    layers: list[LayerRow] = field(default_factory=list)
+    gates: list[GateRow] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate holds."""
+        return all(gate.passed for gate in self.gates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document of the command line's contract."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": self.command,
+            "quantcli": __version__,
+            "models": [_row(model) for model in self.models],
+            "layers": [_row(layer) for layer in self.layers],
+            "gates": [_row(gate) for gate in self.gates],
+            "warnings": self.warnings,
+            **self.details,
+        }
+
+    def to_json(self) -> str:
+        """Canonical JSON: floats are finite or null."""
+        return json.dumps(finite(self.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _row(row: Any) -> dict[str, Any]:
+    fields = {key: value for key, value in vars(row).items() if key != "details"}
+    return fields | getattr(row, "details", {})
+
+
+def finite(value: Any) -> Any:
+    """The same data with every NaN and infinity replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table ready to be shown: cells are text, ``right`` names the columns that hold numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    right: frozenset[str] = frozenset()
+    note: str | None = None
+
+    def to_markdown(self) -> str:
+        """GitHub-flavoured Markdown."""
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+        rule = "|" + "|".join(" ---: " if column in self.right else " --- " for column in self.columns) + "|"
+        parts = [f"### {self.title}", "", line(self.columns), rule, *(line(row) for row in self.rows)]
+        return "\n".join([*parts, "", self.note, ""] if self.note else [*parts, ""])
+
+
+def write_markdown(tables: Sequence[Table], report: Report, path: Path | None) -> None:
+    """Write tables, gates and warnings to ``path``, and inside a GitHub step to its summary as well."""
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if path is None and not summary:
+        return
+    parts = [f"## quantcli {report.command}", "", *(table.to_markdown() for table in tables)]
+    if report.warnings:
+        parts += ["### Warnings", "", *(f"- {warning}" for warning in report.warnings), ""]
+    text = "\n".join(parts)
+    if path is not None:
+        path.write_text(text, encoding="utf-8")
+    if summary:
+        with open(summary, "a", encoding="utf-8") as stream:
+            stream.write(text)
+
+
+def write_junit(report: Report, path: Path) -> None:
+    """Write one test case per gate, for CI systems that show JUnit results.
+
+    Raises:
+        MissingExtraError: junitparser is not installed.
+    """
+    try:
+        from junitparser import Failure, JUnitXml, TestCase, TestSuite
+    except ImportError as error:
+        from quantcli.errors import MissingExtraError
+
+        raise MissingExtraError("junitparser", "report", "--junit") from error
+    suite = TestSuite(f"quantcli {report.command}")
+    for gate in report.gates:
+        case = TestCase(gate.require, classname=gate.model)
+        if not gate.passed:
+            case.result = [Failure(f"{gate.require} does not hold: the value is {gate.value}")]
+        suite.add_testcase(case)
+    document = JUnitXml()
+    document.add_testsuite(suite)
+    document.write(str(path), pretty=True)

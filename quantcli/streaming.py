@@ -1,0 +1,298 @@
+"""The engine of `convert`: weights go through in slabs of rows, on worker threads, in bounded memory.
+
+A slab is read, worked on in chunks that fit a core's cache, and written to its final place, whose
+offset is known from the headers. What remains in memory of a layer is its scales. Slabs and chunks depend
+on shapes alone, so the bytes do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import gcd
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from quantcli import numerics, plugins
+from quantcli.checkpoints.folder import Checkpoint
+from quantcli.checkpoints.positional import PositionalFile, tensor_bytes
+from quantcli.errors import InputError
+from quantcli.numerics import TORCH_DTYPES
+from quantcli.plan import LayerPlan, Plan
+from quantcli.scheme import QuantizedTensor, Scheme
+
+#: Elements worked on at a time: as float32 they fill a 1 MiB cache.
+CHUNK_ELEMENTS = 1 << 18
+#: Elements read and written at a time.
+SLAB_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where one output tensor lies."""
+
+    file: PositionalFile
+    offset: int
+
+
+@dataclass
+class LayerResult:
+    """What is known of a finished layer: checksums of what was meant, and the error that it costs.
+
+    ``crcs``: one per slab, of the codes (int8), or of the stored bytes of a copy or cast.
+    ``scales_crc``: of scale and zero point, as decoding gives them. ``signal`` and ``noise`` are sums
+    of squares of the weight and of its error.
+    """
+
+    crcs: list[int] = field(default_factory=list)
+    scales_crc: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise; None where nothing was lost."""
+        return numerics.decibels(self.signal, self.noise)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal."""
+        return {"crcs": self.crcs, "scales_crc": self.scales_crc, "signal": self.signal, "noise": self.noise}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> LayerResult:
+        """Inverse of `to_json`."""
+        return cls(record["crcs"], record["scales_crc"], record["signal"], record["noise"])
+
+
+@dataclass
+class _SlabResult:
+    crc: int
+    signal: float = 0.0
+    noise: float = 0.0
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+
+def whole_tensor(layer: LayerPlan) -> bool:
+    """Whether a layer cannot be worked on by rows: one scale for all, scales of scales, or transposed."""
+    if not layer.is_coded or layer.scheme is None:
+        return False
+    weights = layer.scheme.weights
+    return weights.granularity.kind == "tensor" or weights.double_quantized or layer.transposed
+
+
+def slabs(layer: LayerPlan) -> list[tuple[int, int]]:
+    """Row ranges of the matrix that are read and written at a time."""
+    rows, columns = layer.matrix_shape if layer.is_coded else (layer.info.rows, layer.info.columns)
+    if whole_tensor(layer) or not layer.info.numel:
+        return [(0, rows)]
+    return list(_ranges(rows, columns, SLAB_ELEMENTS, _row_alignment(layer)))
+
+
+def _row_alignment(layer: LayerPlan) -> int:
+    """Rows must come in multiples of this, so that no block of scales is cut."""
+    if layer.scheme is None or layer.scheme.weights.granularity.kind != "block":
+        return 1
+    size = layer.scheme.weights.granularity.size or 1
+    return size // gcd(size, layer.matrix_shape[1])
+
+
+def _ranges(rows: int, columns: int, elements: int, alignment: int) -> Iterator[tuple[int, int]]:
+    step = max(1, elements // max(1, columns) // alignment) * alignment
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+class LayerJob:
+    """One layer on its way; slabs may come in any order and from any thread."""
+
+    def __init__(
+        self, layer: LayerPlan, plan: Plan, checkpoint: Checkpoint, destinations: Mapping[str, Destination]
+    ) -> None:
+        self.layer, self.plan, self.checkpoint, self.destinations = layer, plan, checkpoint, destinations
+        self.slabs = slabs(layer)
+        self._results: dict[int, _SlabResult] = {}
+        self._lock = threading.Lock()
+
+    def run_slab(self, index: int) -> LayerResult | None:
+        """Convert one slab; the one that completes the layer also writes its scales and returns the result."""
+        start, stop = self.slabs[index]
+        result = self._coded(start, stop) if self.layer.is_coded else self._plain(start, stop)
+        with self._lock:
+            self._results[index] = result
+            if len(self._results) < len(self.slabs):
+                return None
+        return self._finish()
+
+    def slab_nbytes(self, index: int) -> int:
+        """Bytes of the input that a slab covers."""
+        start, stop = self.slabs[index]
+        rows = self.slabs[-1][1]
+        return self.layer.info.nbytes * (stop - start) // rows if rows else self.layer.info.nbytes
+
+    def _plain(self, start: int, stop: int) -> _SlabResult:
+        info = self.layer.info
+        rows = self.checkpoint.read_rows(info, start, stop)
+        stored = rows.to(TORCH_DTYPES[self.layer.dtype])
+        if info.is_float and not bool(torch.isfinite(stored).all()):
+            self._refuse(rows, stored, start)
+        signal, noise = _cast_powers(rows, stored) if stored.dtype != rows.dtype else (0.0, 0.0)
+        data = tensor_bytes(stored)
+        width = len(data) // (stop - start) if stop > start else 0
+        self._write(info.name, start * width, data)
+        return _SlabResult(zlib.crc32(data), signal, noise)
+
+    def _coded(self, start: int, stop: int) -> _SlabResult:
+        scheme = self.layer.scheme
+        assert scheme is not None and self.layer.algorithm is not None
+        rows = self._matrix(start, stop)
+        form = plugins.coded_format(self.plan.format)
+        algorithm = plugins.algorithm(self.layer.algorithm)
+        weights = scheme.weights
+        whole = weights.granularity.kind == "tensor"
+        elements = rows.numel() if whole else CHUNK_ELEMENTS
+        ranges = list(_ranges(len(rows), rows.shape[1], elements, _row_alignment(self.layer)))
+        codes = torch.empty(rows.shape, dtype=torch.int8)
+        scales, zero_points = [], []
+        signal = noise = 0.0
+        for first, last in ranges:
+            chunk = rows[first:last].float()
+            tensor = algorithm.run(chunk, weights, TORCH_DTYPES[self.plan.dtype])
+            if not bool(torch.isfinite(tensor.scale).all()):
+                self._refuse(rows[first:last], tensor.scale, start + first)
+            codes[first:last] = tensor.codes
+            scales.append(tensor.scale)
+            zero_points += [] if tensor.zero_point is None else [tensor.zero_point]
+            if not weights.double_quantized:
+                powers = _error_powers(chunk, tensor)
+                signal, noise = signal + powers[0], noise + powers[1]
+        scale = torch.cat(scales)
+        if weights.double_quantized:
+            signal, noise = self._nested_powers(rows, codes, scale, ranges)
+        stored = tensor_bytes(form.encode_codes(codes, scheme))
+        offset = form.codes_offset(start, rows.shape[1], scheme)
+        self._write(form.codes_name(self.layer.info.name, scheme), offset, stored)
+        zero_point = torch.cat(zero_points) if zero_points else None
+        return _SlabResult(zlib.crc32(tensor_bytes(codes)), signal, noise, scale, zero_point)
+
+    def _matrix(self, start: int, stop: int) -> Tensor:
+        info = self.layer.info
+        if self.layer.transposed:
+            return self.checkpoint.read_rows(info, 0, info.rows).T.contiguous()
+        return self.checkpoint.read_rows(info, start, stop).reshape(stop - start, -1)
+
+    def _nested_powers(
+        self, rows: Tensor, codes: Tensor, scale: Tensor, ranges: list[tuple[int, int]]
+    ) -> tuple[float, float]:
+        """Error with the scales as double quantization will give them back."""
+        assert self.layer.scheme is not None
+        weights = self.layer.scheme.weights
+        restored = numerics.dequantize_scales(*numerics.quantize_scales(scale))
+        size = weights.granularity.size or 1
+        signal = noise = 0.0
+        for first, last in ranges:
+            chunk = rows[first:last].float()
+            begin, end = first * rows.shape[1] // size, last * rows.shape[1] // size
+            tensor = QuantizedTensor(codes[first:last], restored[begin:end], None, tuple(chunk.shape), weights)
+            powers = _error_powers(chunk, tensor)
+            signal, noise = signal + powers[0], noise + powers[1]
+        return signal, noise
+
+    def _finish(self) -> LayerResult:
+        ordered = [self._results[index] for index in range(len(self.slabs))]
+        signal = sum(result.signal for result in ordered)
+        noise = sum(result.noise for result in ordered)
+        outcome = LayerResult([result.crc for result in ordered], 0, signal, noise)
+        scheme = self.layer.scheme
+        if not self.layer.is_coded or scheme is None:
+            return outcome
+        scale = torch.cat([result.scale for result in ordered if result.scale is not None])
+        zero_points = [result.zero_point for result in ordered if result.zero_point is not None]
+        tensor = QuantizedTensor(
+            torch.empty(0, dtype=torch.int8),
+            scale,
+            torch.cat(zero_points) if zero_points else None,
+            self.layer.matrix_shape,
+            scheme.weights,
+        )
+        form = plugins.coded_format(self.plan.format)
+        for name, part in form.encode_scales(self.layer.info.name, tensor, scheme, self.plan.dtype).items():
+            self._write(name, 0, tensor_bytes(part))
+        if scheme.weights.double_quantized:
+            scale = numerics.dequantize_scales(*numerics.quantize_scales(scale))
+        outcome.scales_crc = scales_crc(scale, tensor.zero_point)
+        return outcome
+
+    def _write(self, name: str, offset: int, data: bytes | memoryview) -> None:
+        destination = self.destinations[name]
+        destination.file.write(destination.offset + offset, data)
+
+    def _refuse(self, rows: Tensor, stored: Tensor, first_row: int) -> NoReturn:
+        """Raise for values that are not finite, in the weight itself or only once stored."""
+        flat = rows.reshape(len(rows), -1) if rows.ndim else rows.reshape(1, 1)
+        bad = (~torch.isfinite(flat)).nonzero()
+        name = self.layer.info.name
+        if len(bad):
+            row, column = bad[0].tolist()
+            value = flat[row, column].item()
+            raise InputError(
+                f"{name} holds {value} at row {first_row + row}, column {column}: the model is damaged or diverged.",
+                hint="Repair the weight, or leave it out of the file.",
+            )
+        raise InputError(
+            f"{name} has values too large for {self.plan.dtype if self.layer.is_coded else self.layer.dtype}: they "
+            "would become infinite.",
+            hint="Use bf16, which has the range of fp32 (--scheme bf16, or --rest bf16).",
+        )
+
+
+def _powers(reference: Tensor, other: Tensor) -> tuple[float, float]:
+    """Sums of squares of a flat tensor and of its difference from another."""
+    difference = other - reference
+    return torch.dot(reference, reference).item(), torch.dot(difference, difference).item()
+
+
+def _cast_powers(rows: Tensor, stored: Tensor) -> tuple[float, float]:
+    signal = noise = 0.0
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    pairs = zip(rows.reshape(-1).split(CHUNK_ELEMENTS), stored.reshape(-1).split(CHUNK_ELEMENTS), strict=True)
+    for before, after in pairs:
+        powers = _powers(before.to(wide), after.to(wide))
+        signal, noise = signal + powers[0], noise + powers[1]
+    return signal, noise
+
+
+def _error_powers(weight: Tensor, tensor: QuantizedTensor) -> tuple[float, float]:
+    weights = tensor.number_format
+    codes = numerics.in_groups(tensor.codes, weights)
+    restored = numerics.dequantize(codes, tensor.scale, tensor.zero_point, weights)
+    return _powers(weight.reshape(-1), restored.reshape(-1))
+
+
+def scales_crc(scale: Tensor, zero_point: Tensor | None) -> int:
+    """Checksum of scale (float32) and zero point (int8)."""
+    crc = zlib.crc32(tensor_bytes(scale))
+    return crc if zero_point is None else zlib.crc32(tensor_bytes(zero_point), crc)
+
+
+def working_set_bytes(layer: LayerPlan) -> int:
+    """Memory one worker needs for a slab of this layer, at the most."""
+    largest = max((stop - start for start, stop in slabs(layer)), default=0)
+    columns = layer.matrix_shape[1] if layer.is_coded else layer.info.columns
+    elements = largest * columns
+    source = elements * (layer.info.nbytes // max(1, layer.info.numel))
+    if not layer.is_coded:
+        return 2 * source + 16 * min(elements, CHUNK_ELEMENTS)
+    chunk = elements if _one_scale(layer.scheme) else min(elements, CHUNK_ELEMENTS)
+    return source * (2 if layer.transposed else 1) + 3 * elements + 20 * chunk
+
+
+def _one_scale(scheme: Scheme | None) -> bool:
+    return scheme is not None and scheme.weights.granularity.kind == "tensor"
+
+
+Progress = Callable[[int, int], None]
