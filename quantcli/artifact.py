@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantcli import plugins
 from quantcli.checkpoints.folder import Checkpoint
@@ -18,15 +18,20 @@ from quantcli.plan import LayerPlan, Plan, left_linear_modules
 from quantcli.roles import module_of
 from quantcli.scheme import NUMBER_OF_DTYPE, TensorSpec
 
-if TYPE_CHECKING:
-    from quantcli.streaming import Destination
-
 MANIFEST = "quantcli.json"
 INDEX = "model.safetensors.index.json"
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 #: Room in a single file's header for what a layer's manifest entry gains once its error is known.
 _RESERVE_PER_LAYER = 400
 _RESERVE = 4096
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where one output tensor lies."""
+
+    file: PositionalFile
+    offset: int
 
 
 @dataclass
@@ -47,8 +52,6 @@ class Layout:
 
     def create_files(self, out: Path) -> dict[str, Destination]:
         """Write every header and reserve every file; returns where each tensor goes."""
-        from quantcli.streaming import Destination
-
         destinations = {}
         for shard, (header, offsets, size) in self.headers.items():
             file = PositionalFile(out / shard, write=True)

@@ -8,12 +8,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from quantcli.artifact import Layout, plan_layout
+from quantcli.artifact import Destination, Layout, plan_layout
 from quantcli.checkpoints.folder import Checkpoint, companions, open_checkpoint
 from quantcli.errors import InputError, UsageError
 from quantcli.plan import LayerPlan, Plan, resolve
@@ -24,7 +24,7 @@ from quantcli.units import format_bytes
 from quantcli.version import __version__
 
 if TYPE_CHECKING:
-    from quantcli.streaming import Destination, LayerJob, LayerResult, Progress
+    from quantcli.streaming import LayerJob, LayerResult, Progress
 
 _T = TypeVar("_T")
 
@@ -129,28 +129,23 @@ class _Conversion:
     def run(self, staging: Staging, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Write, verify and describe everything inside the staging folder."""
         from quantcli.runtime_check import RuntimeCheck
-        from quantcli.streaming import LayerResult
-        from quantcli.verify import Verifier
 
-        self.results = {name: LayerResult.from_json(record) for name, record in done.items()}
         destinations = self.layout.create_files(staging.out)
         self._write_companions(staging.out)
-        check = RuntimeCheck(staging.out, self.plan) if self.checkpoint.folder else None
+        check = None
+        if self.checkpoint.folder:
+            check = RuntimeCheck(staging.out, self.plan, self.checkpoint, self.layout.nbytes)
         try:
+            if check and not check.needs_weights:
+                check.start()
             with ThreadPoolExecutor(1) as hasher:
+                # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
                 digest = hasher.submit(self.checkpoint.sha256)
-                self._stream(staging, destinations)
+                self._stream(staging, destinations, done)
                 self.sha256 = digest.result()
             for destination in destinations.values():
                 destination.file.close()
-            layers = [layer for layer in self.plan.layers if not layer.dropped]
-            artifact = staging.out / (self.layout.single_file or "")
-            verifier = Verifier(artifact, self.plan, self.layout.specs)
-            _in_parallel(
-                ((lambda layer=layer: verifier.check(layer, self.results[layer.info.name])) for layer in layers),
-                self.workers,
-            )
-            verified = {"tensors": len(layers), "codes": "equal", "names_and_shapes": "as planned"}
+            verified = self._verify(staging.out / (self.layout.single_file or ""))
             runtime = check.result() if check else {"checked": False, "reason": "a bare file has no runtime of its own"}
         finally:
             if check:
@@ -159,9 +154,21 @@ class _Conversion:
         self.layout.write_manifest(staging.out, manifest)
         return {"verified": manifest["verified"], "threads": self.workers}
 
-    def _stream(self, staging: Staging, destinations: Mapping[str, Destination]) -> None:
-        from quantcli.streaming import LayerJob
+    def _verify(self, artifact: Path) -> dict[str, Any]:
+        from quantcli.verify import Verifier
 
+        verifier = Verifier(artifact, self.plan, self.layout.specs)
+        layers = [layer for layer in self.plan.layers if not layer.dropped]
+        tasks = ((lambda layer=layer: verifier.check(layer, self.results[layer.info.name])) for layer in layers)
+        _in_parallel(tasks, self.workers)
+        return {"tensors": len(layers), "codes": "equal", "names_and_shapes": "as planned"}
+
+    def _stream(
+        self, staging: Staging, destinations: Mapping[str, Destination], done: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        from quantcli.streaming import LayerJob, LayerResult
+
+        self.results = {name: LayerResult.from_json(record) for name, record in done.items()}
         total = sum(layer.info.nbytes for layer in self.plan.layers)
         tracker = _Tracker(total, self.progress)
         jobs = []
@@ -236,34 +243,51 @@ class _Tracker:
                 self.progress(self.done, self.total)
 
 
-def _in_parallel(tasks: Iterable[Callable[[], None]], workers: int) -> None:
-    """Run tasks on threads with one torch thread each; the first failure stops the rest and is raised."""
+def _in_parallel(tasks: Iterator[Callable[[], None]], workers: int) -> None:
+    """Run tasks on threads with one torch thread each; the first failure stops the rest and is raised.
+
+    Threads take tasks from the iterator themselves: a future per slab would cost as much as the slab.
+    """
     import torch
 
+    lock, failures, stop = threading.Lock(), list[BaseException](), threading.Event()
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        try:
+            while not stop.is_set():
+                with lock:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                task()
+        except BaseException as error:
+            failures.append(error)
+            stop.set()
+
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    pending: set[Future[None]] = set()
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
     try:
-        for task in tasks:
-            pending.add(pool.submit(task))
-            if len(pending) >= 2 * workers:
-                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    future.result()
-        for future in pending:
-            future.result()
+        for thread in threads:
+            thread.join()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        stop.set()
+        for thread in threads:
+            thread.join()
         torch.set_num_threads(before)
+    if failures:
+        raise failures[0]
 
 
 def _worker_count(plan: Plan, threads: int | None, max_memory: int | None) -> int:
     """Threads to use, fewer where memory is short. Raises UsageError where not even one fits."""
-    from quantcli.streaming import working_set_bytes
-
     workers = threads or usable_cores()
     if max_memory is None:
         return workers
+    from quantcli.streaming import working_set_bytes
+
     largest = max(plan.layers, key=working_set_bytes)
     each = working_set_bytes(largest)
     scales = max(layer.info.numel // 4 for layer in plan.layers if layer.is_coded) if any(layer.is_coded for layer in plan.layers) else 0

@@ -12,6 +12,7 @@ Weights are float32 matrices ``[rows, columns]``. All functions are pure.
 
 from __future__ import annotations
 
+import zlib
 from functools import cache
 from math import log10
 
@@ -78,23 +79,23 @@ def in_groups(weight: Tensor, number_format: NumberFormat) -> Tensor:
 
 
 def _stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Round scales to their storage dtype; a scale that became zero becomes the smallest positive one."""
-    rounded = scale.to(scale_dtype).float()
-    return rounded.masked_fill_(rounded == 0, torch.finfo(scale_dtype).smallest_normal)
+    """Round scales to their storage dtype, and up to its smallest normal number: zero cannot divide."""
+    return scale.to(scale_dtype).float().clamp_(min=torch.finfo(scale_dtype).smallest_normal)
 
 
 def choose_qparams(
-    low: Tensor, high: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype = torch.float32
+    low: Tensor | None, high: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point that cover the range ``low..high`` (float32, one entry per group).
+    """Scale and zero point that cover a range, float32, one entry per group.
 
-    Returns ``(scale, zero_point)`` shaped like ``low``; the zero point is int8, or None when symmetric.
+    A symmetric format covers ``-high..high`` and takes no ``low``; an asymmetric one ``low..high``.
+    Returns ``(scale, zero_point)`` shaped like ``high``; the zero point is int8, or None when symmetric.
     """
     qmin, qmax = code_range(number_format)
     if number_format.dtype == "nf4":
-        return torch.maximum(-low, high), None
-    if number_format.symmetric:
-        return _stored(torch.maximum(-low, high) / ((qmax - qmin) / 2), scale_dtype), None
+        return high, None
+    if low is None:
+        return _stored(high / ((qmax - qmin) / 2), scale_dtype), None
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = _stored((high - low) / (qmax - qmin), scale_dtype)
     zero_point = (qmin - low / scale).round_().clamp_(qmin, qmax)
@@ -171,3 +172,8 @@ def dequantize_scales(codes: Tensor, absmax: Tensor, offset: float) -> Tensor:
 def decibels(signal: float, noise: float) -> float | None:
     """Signal-to-noise ratio in dB from two powers; None where there is no noise or no signal."""
     return 10 * log10(signal / noise) if signal > 0 and noise > 0 else None
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes: guards against accidents, not against an adversary."""
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())

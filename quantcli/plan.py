@@ -11,7 +11,7 @@ from typing import Any
 from quantcli import plugins
 from quantcli.errors import InputError, UsageError
 from quantcli.recipe import Recipe, Rule, build_scheme
-from quantcli.roles import LAYER_ROLES, classify, module_of
+from quantcli.roles import HEAD_NAMES, LAYER_ROLES, classify, module_of
 from quantcli.scheme import (
     DTYPE_OF_NUMBER,
     FALLBACK_GROUP_SIZES,
@@ -321,14 +321,20 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def left_linear_modules(plan: Plan) -> list[str]:
-    """Modules a loader could take for quantized ones, but whose weights were left."""
-    return [
+    """Modules a loader could take for quantized ones, but whose weights were left, or are not stored.
+
+    A head that is tied to the embedding is often not in the checkpoint at all, yet it is a linear
+    module of the model; it is named as the field names it.
+    """
+    left = [
         module_of(layer.info.name)
         for layer in plan.layers
         if not layer.is_coded
         and layer.info.name.endswith(".weight")
         and layer.role in (*_LINEAR_ROLES, "embedding")
     ]
+    has_head = any(layer.role in ("head", "tied head") for layer in plan.layers)
+    return left if has_head else [*left, *HEAD_NAMES]
 
 
 def original_dtype(infos: Iterable[TensorInfo]) -> str:

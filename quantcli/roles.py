@@ -18,6 +18,8 @@ from quantcli.scheme import TensorInfo
 LAYER_ROLES = ("linear", "conv1d", "conv", "embedding", "head", "tied head", "router", "experts")
 
 _EMBEDDING_LEAF = re.compile(r"embed|^(emb|wte|wpe|shared|relative_attention_bias)$")
+#: Output heads of language models that share the embedding's weight and so are often not stored.
+HEAD_NAMES = ("lm_head", "embed_out", "cls.predictions.decoder")
 _HEAD_LEAF = re.compile(r"^(lm_head|embed_out)$")
 _SMALLEST_EXPERT_SIDE = 32
 

@@ -1,4 +1,149 @@
+"""Does transformers find in an artifact exactly what it expects? Asked of transformers itself, in a process apart.
+
+The artifact is loaded by ``from_pretrained``, which lists the names and shapes it missed, did not expect,
+or could not fit. What it lacks and the original does not is a failure. The
+model is laid out on the meta device, so neither time nor memory depends on its size; bitsandbytes, which
+reads its settings from tensors, is loaded for real where that fits into memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from quantcli.checkpoints.folder import Checkpoint
+from quantcli.errors import VerificationError
+from quantcli.plan import Plan
+
+TIMEOUT_SECONDS = 900
+#: Packages that transformers needs to load a format.
+_NEEDS = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
+_KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
 class RuntimeCheck:
-    def __init__(self, out, plan): pass
-    def result(self): return {}
-    def stop(self): pass
+    """A check under way. It can start once the artifact's headers and config.json are written."""
+
+    def __init__(self, artifact: Path, plan: Plan, checkpoint: Checkpoint, nbytes: int) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 closed by `stop`
+        self._skipped = _reason_to_skip(plan, checkpoint, nbytes)
+        self._arguments = (str(artifact), str(checkpoint.folder), plan.format)
+        self.needs_weights = plan.format == "bitsandbytes"
+
+    def start(self) -> None:
+        """Begin, in the background."""
+        if self._skipped or self._process:
+            return
+        # The child imports what this process would, and nothing from the current folder.
+        code = f"import sys; sys.path[:] = {sys.path!r}; from quantcli.runtime_check import main; main()"
+        quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code, *self._arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | quiet,
+            text=True,
+        )
+
+    def result(self) -> dict[str, Any]:
+        """What was found, for the manifest.
+
+        Raises:
+            VerificationError: transformers would miss or misread weights of the artifact.
+        """
+        if self._skipped:
+            return {"checked": False, "reason": self._skipped}
+        self.start()
+        assert self._process is not None
+        try:
+            self._process.wait(TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return {"checked": False, "reason": f"transformers took over {TIMEOUT_SECONDS} s"}
+        self._output.seek(0)
+        lines = [line for line in self._output.read().splitlines() if line.startswith("{")]
+        if self._process.returncode or not lines:
+            return {"checked": False, "reason": f"the check ended with status {self._process.returncode}"}
+        found: dict[str, Any] = json.loads(lines[-1])
+        problems = found.pop("problems", [])
+        if problems:
+            raise VerificationError(
+                f"transformers {found.get('transformers')} would not load the result: {'; '.join(problems[:4])}.",
+                hint="--skip the layers it names, or choose another --format.",
+            )
+        return found
+
+    def stop(self) -> None:
+        """End a check that is still running, and release what it holds."""
+        if self._process and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._output.close()
+
+
+def _reason_to_skip(plan: Plan, checkpoint: Checkpoint, nbytes: int) -> str | None:
+    import psutil
+
+    if "model_type" not in (checkpoint.config or {}):
+        return "config.json names no model type"
+    for package in filter(None, ("transformers", _NEEDS.get(plan.format))):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    if plan.format == "bitsandbytes" and nbytes > psutil.virtual_memory().available // 4:
+        return "bitsandbytes cannot be checked without loading, and memory is too small"
+    return None
+
+
+def main() -> None:
+    """The child process: load the artifact, where that is not clean the original too, and print JSON."""
+    artifact, original, form = sys.argv[1:4]
+    import transformers
+
+    found: dict[str, Any] = {"checked": True, "transformers": transformers.__version__}
+    problems: list[str] = []
+    try:
+        after = _loading_info(artifact, None if form == "bitsandbytes" else "meta")
+        found["class"] = after["class"]
+    except Exception as error:
+        after = None
+        problems = [_first_line(error)]
+    if after is None or any(after[kind] for kind in _KINDS):
+        try:
+            before = _loading_info(original, "meta")
+        except Exception as error:
+            reason = f"transformers {transformers.__version__} does not load the original: {_first_line(error)}"
+            print(json.dumps({"checked": False, "reason": reason}))
+            return
+        for kind in _KINDS:
+            new = sorted(after[kind] - before[kind]) if after else []
+            problems += [f"{kind.replace('_', ' ')}: {', '.join(new[:3])}"] if new else []
+    print(json.dumps(found | {"problems": problems}))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else repr(error)
+
+
+def _loading_info(folder: str, device: str | None) -> dict[str, Any]:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    loader = named or transformers.AutoModel
+    options = {"device_map": device} if device else {}
+    model, info = loader.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
+    names = {kind: {_name(entry) for entry in info.get(kind, ())} for kind in _KINDS}
+    return names | {"class": type(model).__name__}
+
+
+def _name(entry: Any) -> str:
+    """A key, or the name in front of two shapes that do not fit."""
+    return entry if isinstance(entry, str) else str(entry[0])

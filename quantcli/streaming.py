@@ -8,7 +8,6 @@ on shapes alone, so the bytes do not depend on the number of threads.
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import gcd
@@ -18,38 +17,31 @@ import torch
 from torch import Tensor
 
 from quantcli import numerics, plugins
+from quantcli.artifact import Destination
 from quantcli.checkpoints.folder import Checkpoint
-from quantcli.checkpoints.positional import PositionalFile, tensor_bytes
+from quantcli.checkpoints.positional import tensor_bytes
 from quantcli.errors import InputError
 from quantcli.numerics import TORCH_DTYPES
 from quantcli.plan import LayerPlan, Plan
-from quantcli.scheme import QuantizedTensor, Scheme
+from quantcli.scheme import NumberFormat, QuantizedTensor, Scheme
 
 #: Elements worked on at a time: as float32 they fill a 1 MiB cache.
 CHUNK_ELEMENTS = 1 << 18
 #: Elements read and written at a time.
-SLAB_ELEMENTS = 1 << 22
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where one output tensor lies."""
-
-    file: PositionalFile
-    offset: int
+SLAB_ELEMENTS = 1 << 20
 
 
 @dataclass
 class LayerResult:
     """What is known of a finished layer: checksums of what was meant, and the error that it costs.
 
-    ``crcs``: one per slab, of the codes (int8), or of the stored bytes of a copy or cast.
-    ``scales_crc``: of scale and zero point, as decoding gives them. ``signal`` and ``noise`` are sums
+    ``checksums``: one per slab, of the codes (int8), or of the stored bytes of a copy or cast.
+    ``scales_checksum``: of scale and zero point, as decoding gives them. ``signal`` and ``noise`` are sums
     of squares of the weight and of its error.
     """
 
-    crcs: list[int] = field(default_factory=list)
-    scales_crc: int = 0
+    checksums: list[int] = field(default_factory=list)
+    scales_checksum: int = 0
     signal: float = 0.0
     noise: float = 0.0
 
@@ -60,21 +52,19 @@ class LayerResult:
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
-        return {"crcs": self.crcs, "scales_crc": self.scales_crc, "signal": self.signal, "noise": self.noise}
+        return {"checksums": self.checksums, "scales_checksum": self.scales_checksum, "signal": self.signal, "noise": self.noise}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> LayerResult:
         """Inverse of `to_json`."""
-        return cls(record["crcs"], record["scales_crc"], record["signal"], record["noise"])
+        return cls(record["checksums"], record["scales_checksum"], record["signal"], record["noise"])
 
 
-@dataclass
+@dataclass(frozen=True)
 class _SlabResult:
-    crc: int
+    checksum: int
     signal: float = 0.0
     noise: float = 0.0
-    scale: Tensor | None = None
-    zero_point: Tensor | None = None
 
 
 def whole_tensor(layer: LayerPlan) -> bool:
@@ -101,6 +91,17 @@ def _row_alignment(layer: LayerPlan) -> int:
     return size // gcd(size, layer.matrix_shape[1])
 
 
+def _scale_shape(weights: NumberFormat, shape: tuple[int, int]) -> tuple[int, ...]:
+    rows, columns = shape
+    kind, size = weights.granularity.kind, weights.granularity.size or 1
+    return {
+        "tensor": (1, 1),
+        "channel": (rows, 1),
+        "group": (rows, columns // size),
+        "block": (rows * columns // size,),
+    }[kind]
+
+
 def _ranges(rows: int, columns: int, elements: int, alignment: int) -> Iterator[tuple[int, int]]:
     step = max(1, elements // max(1, columns) // alignment) * alignment
     for start in range(0, rows, step):
@@ -117,6 +118,7 @@ class LayerJob:
         self.slabs = slabs(layer)
         self._results: dict[int, _SlabResult] = {}
         self._lock = threading.Lock()
+        self._scale = self._zero_point = torch.empty(0)
 
     def run_slab(self, index: int) -> LayerResult | None:
         """Convert one slab; the one that completes the layer also writes its scales and returns the result."""
@@ -126,7 +128,19 @@ class LayerJob:
             self._results[index] = result
             if len(self._results) < len(self.slabs):
                 return None
-        return self._finish()
+        outcome = self._finish()
+        self._scale = self._zero_point = torch.empty(0)
+        return outcome
+
+    def _reserve_scales(self, weights: NumberFormat) -> None:
+        """Allocate the layer's scales at once: small results kept among large temporaries would
+        fragment the heap until it outgrew the model.
+        """
+        with self._lock:
+            if not self._scale.numel():
+                shape = _scale_shape(weights, self.layer.matrix_shape)
+                self._scale = torch.empty(shape)
+                self._zero_point = torch.empty(shape if not weights.symmetric else (0,), dtype=torch.int8)
 
     def slab_nbytes(self, index: int) -> int:
         """Bytes of the input that a slab covers."""
@@ -139,45 +153,51 @@ class LayerJob:
         rows = self.checkpoint.read_rows(info, start, stop)
         stored = rows.to(TORCH_DTYPES[self.layer.dtype])
         if info.is_float and not bool(torch.isfinite(stored).all()):
-            self._refuse(rows, stored, start)
+            self._refuse(rows, start)
         signal, noise = _cast_powers(rows, stored) if stored.dtype != rows.dtype else (0.0, 0.0)
         data = tensor_bytes(stored)
         width = len(data) // (stop - start) if stop > start else 0
         self._write(info.name, start * width, data)
-        return _SlabResult(zlib.crc32(data), signal, noise)
+        return _SlabResult(numerics.checksum(stored), signal, noise)
 
     def _coded(self, start: int, stop: int) -> _SlabResult:
         scheme = self.layer.scheme
         assert scheme is not None and self.layer.algorithm is not None
+        weights, dtype = scheme.weights, TORCH_DTYPES[self.plan.dtype]
+        form, algorithm = plugins.coded_format(self.plan.format), plugins.algorithm(self.layer.algorithm)
+        self._reserve_scales(weights)
         rows = self._matrix(start, stop)
-        form = plugins.coded_format(self.plan.format)
-        algorithm = plugins.algorithm(self.layer.algorithm)
-        weights = scheme.weights
-        whole = weights.granularity.kind == "tensor"
-        elements = rows.numel() if whole else CHUNK_ELEMENTS
-        ranges = list(_ranges(len(rows), rows.shape[1], elements, _row_alignment(self.layer)))
+        elements = rows.numel() if weights.granularity.kind == "tensor" else CHUNK_ELEMENTS
         codes = torch.empty(rows.shape, dtype=torch.int8)
-        scales, zero_points = [], []
+        chunks = list(_ranges(len(rows), rows.shape[1], elements, _row_alignment(self.layer)))
         signal = noise = 0.0
-        for first, last in ranges:
+        for first, last in chunks:
             chunk = rows[first:last].float()
-            tensor = algorithm.run(chunk, weights, TORCH_DTYPES[self.plan.dtype])
-            if not bool(torch.isfinite(tensor.scale).all()):
-                self._refuse(rows[first:last], tensor.scale, start + first)
+            tensor = algorithm.run(chunk, weights, dtype)
             codes[first:last] = tensor.codes
-            scales.append(tensor.scale)
-            zero_points += [] if tensor.zero_point is None else [tensor.zero_point]
+            part = self._scale_rows(start + first, start + last)
+            self._scale[part] = tensor.scale
+            if tensor.zero_point is not None:
+                self._zero_point[part] = tensor.zero_point
             if not weights.double_quantized:
                 powers = _error_powers(chunk, tensor)
                 signal, noise = signal + powers[0], noise + powers[1]
-        scale = torch.cat(scales)
+        if not bool(torch.isfinite(self._scale[self._scale_rows(start, stop)]).all()):
+            self._refuse(rows, start)
         if weights.double_quantized:
-            signal, noise = self._nested_powers(rows, codes, scale, ranges)
-        stored = tensor_bytes(form.encode_codes(codes, scheme))
+            signal, noise = self._nested_powers(rows, codes, chunks)
         offset = form.codes_offset(start, rows.shape[1], scheme)
-        self._write(form.codes_name(self.layer.info.name, scheme), offset, stored)
-        zero_point = torch.cat(zero_points) if zero_points else None
-        return _SlabResult(zlib.crc32(tensor_bytes(codes)), signal, noise, scale, zero_point)
+        self._write(form.codes_name(self.layer.info.name, scheme), offset, tensor_bytes(form.encode_codes(codes, scheme)))
+        return _SlabResult(numerics.checksum(codes), signal, noise)
+
+    def _scale_rows(self, first: int, last: int) -> slice:
+        """Where the scales of some rows of the matrix lie."""
+        assert self.layer.scheme is not None
+        granularity = self.layer.scheme.weights.granularity
+        if granularity.kind == "block":
+            columns, size = self.layer.matrix_shape[1], granularity.size or 1
+            return slice(first * columns // size, last * columns // size)
+        return slice(0, 1) if granularity.kind == "tensor" else slice(first, last)
 
     def _matrix(self, start: int, stop: int) -> Tensor:
         info = self.layer.info
@@ -185,19 +205,15 @@ class LayerJob:
             return self.checkpoint.read_rows(info, 0, info.rows).T.contiguous()
         return self.checkpoint.read_rows(info, start, stop).reshape(stop - start, -1)
 
-    def _nested_powers(
-        self, rows: Tensor, codes: Tensor, scale: Tensor, ranges: list[tuple[int, int]]
-    ) -> tuple[float, float]:
-        """Error with the scales as double quantization will give them back."""
+    def _nested_powers(self, rows: Tensor, codes: Tensor, chunks: list[tuple[int, int]]) -> tuple[float, float]:
+        """Error with the scales as double quantization will give them back; the slab is the whole tensor."""
         assert self.layer.scheme is not None
-        weights = self.layer.scheme.weights
-        restored = numerics.dequantize_scales(*numerics.quantize_scales(scale))
-        size = weights.granularity.size or 1
+        restored = numerics.dequantize_scales(*numerics.quantize_scales(self._scale))
         signal = noise = 0.0
-        for first, last in ranges:
+        for first, last in chunks:
             chunk = rows[first:last].float()
-            begin, end = first * rows.shape[1] // size, last * rows.shape[1] // size
-            tensor = QuantizedTensor(codes[first:last], restored[begin:end], None, tuple(chunk.shape), weights)
+            scale = restored[self._scale_rows(first, last)]
+            tensor = QuantizedTensor(codes[first:last], scale, None, tuple(chunk.shape), self.layer.scheme.weights)
             powers = _error_powers(chunk, tensor)
             signal, noise = signal + powers[0], noise + powers[1]
         return signal, noise
@@ -206,32 +222,27 @@ class LayerJob:
         ordered = [self._results[index] for index in range(len(self.slabs))]
         signal = sum(result.signal for result in ordered)
         noise = sum(result.noise for result in ordered)
-        outcome = LayerResult([result.crc for result in ordered], 0, signal, noise)
+        outcome = LayerResult([result.checksum for result in ordered], 0, signal, noise)
         scheme = self.layer.scheme
         if not self.layer.is_coded or scheme is None:
             return outcome
-        scale = torch.cat([result.scale for result in ordered if result.scale is not None])
-        zero_points = [result.zero_point for result in ordered if result.zero_point is not None]
-        tensor = QuantizedTensor(
-            torch.empty(0, dtype=torch.int8),
-            scale,
-            torch.cat(zero_points) if zero_points else None,
-            self.layer.matrix_shape,
-            scheme.weights,
-        )
+        no_codes = torch.empty(0, dtype=torch.int8)
+        zero_point = self._zero_point if self._zero_point.numel() else None
+        tensor = QuantizedTensor(no_codes, self._scale, zero_point, self.layer.matrix_shape, scheme.weights)
         form = plugins.coded_format(self.plan.format)
         for name, part in form.encode_scales(self.layer.info.name, tensor, scheme, self.plan.dtype).items():
             self._write(name, 0, tensor_bytes(part))
+        restored = self._scale
         if scheme.weights.double_quantized:
-            scale = numerics.dequantize_scales(*numerics.quantize_scales(scale))
-        outcome.scales_crc = scales_crc(scale, tensor.zero_point)
+            restored = numerics.dequantize_scales(*numerics.quantize_scales(restored))
+        outcome.scales_checksum = scales_checksum(restored, zero_point)
         return outcome
 
     def _write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         destination = self.destinations[name]
         destination.file.write(destination.offset + offset, data)
 
-    def _refuse(self, rows: Tensor, stored: Tensor, first_row: int) -> NoReturn:
+    def _refuse(self, rows: Tensor, first_row: int) -> NoReturn:
         """Raise for values that are not finite, in the weight itself or only once stored."""
         flat = rows.reshape(len(rows), -1) if rows.ndim else rows.reshape(1, 1)
         bad = (~torch.isfinite(flat)).nonzero()
@@ -251,8 +262,8 @@ class LayerJob:
 
 
 def _powers(reference: Tensor, other: Tensor) -> tuple[float, float]:
-    """Sums of squares of a flat tensor and of its difference from another."""
-    difference = other - reference
+    """Sums of squares of a flat tensor and of its difference from another, which is overwritten."""
+    difference = other.sub_(reference)
     return torch.dot(reference, reference).item(), torch.dot(difference, difference).item()
 
 
@@ -261,7 +272,7 @@ def _cast_powers(rows: Tensor, stored: Tensor) -> tuple[float, float]:
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     pairs = zip(rows.reshape(-1).split(CHUNK_ELEMENTS), stored.reshape(-1).split(CHUNK_ELEMENTS), strict=True)
     for before, after in pairs:
-        powers = _powers(before.to(wide), after.to(wide))
+        powers = _powers(before.to(wide), after.to(wide, copy=True))
         signal, noise = signal + powers[0], noise + powers[1]
     return signal, noise
 
@@ -273,10 +284,10 @@ def _error_powers(weight: Tensor, tensor: QuantizedTensor) -> tuple[float, float
     return _powers(weight.reshape(-1), restored.reshape(-1))
 
 
-def scales_crc(scale: Tensor, zero_point: Tensor | None) -> int:
+def scales_checksum(scale: Tensor, zero_point: Tensor | None) -> int:
     """Checksum of scale (float32) and zero point (int8)."""
-    crc = zlib.crc32(tensor_bytes(scale))
-    return crc if zero_point is None else zlib.crc32(tensor_bytes(zero_point), crc)
+    own = numerics.checksum(scale)
+    return own if zero_point is None else own ^ numerics.checksum(zero_point)
 
 
 def working_set_bytes(layer: LayerPlan) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import torch
 
 from quantcli import plugins
 from quantcli.checkpoints.folder import Checkpoint, open_checkpoint
-from quantcli.checkpoints.positional import tensor_bytes
 from quantcli.errors import VerificationError
+from quantcli.numerics import checksum
 from quantcli.plan import LayerPlan, Plan
 from quantcli.scheme import TensorInfo, TensorSpec
-from quantcli.streaming import LayerResult, scales_crc, slabs
+from quantcli.streaming import LayerResult, scales_checksum, slabs
 
 
 class Verifier:
@@ -39,9 +38,9 @@ class Verifier:
 
     def _check_plain(self, layer: LayerPlan, result: LayerResult) -> None:
         info = self.infos[layer.info.name]
-        for (start, stop), crc in zip(slabs(layer), result.crcs, strict=True):
+        for (start, stop), meant in zip(slabs(layer), result.checksums, strict=True):
             stored = self.checkpoint.read_rows(info, start, stop)
-            self._compare(layer, zlib.crc32(tensor_bytes(stored)), crc, f"rows {start} to {stop}")
+            self._compare(layer, checksum(stored), meant, f"rows {start} to {stop}")
 
     def _check_coded(self, layer: LayerPlan, result: LayerResult) -> None:
         assert layer.scheme is not None
@@ -49,15 +48,15 @@ class Verifier:
         name, columns = layer.info.name, layer.matrix_shape[1]
         info = self.infos[form.codes_name(name, layer.scheme)]
         rows = layer.matrix_shape[0]
-        for (start, stop), crc in zip(slabs(layer), result.crcs, strict=True):
+        for (start, stop), meant in zip(slabs(layer), result.checksums, strict=True):
             # Stored rows need not be matrix rows (bitsandbytes flattens): offsets tell which they are.
             width = max(1, info.nbytes // max(1, info.rows))
             first = form.codes_offset(start, columns, layer.scheme) // width
             last = info.rows if stop == rows else form.codes_offset(stop, columns, layer.scheme) // width
             codes = form.decode_codes(self.checkpoint.read_rows(info, first, last), columns, layer.scheme)
-            self._compare(layer, zlib.crc32(tensor_bytes(codes)), crc, f"rows {start} to {stop}")
+            self._compare(layer, checksum(codes), meant, f"rows {start} to {stop}")
         scale, zero_point = form.decode_scales(name, layer.matrix_shape, layer.scheme, self._load)
-        self._compare(layer, scales_crc(scale, zero_point), result.scales_crc, "scales")
+        self._compare(layer, scales_checksum(scale, zero_point), result.scales_checksum, "scales")
 
     def _load(self, name: str) -> torch.Tensor:
         info = self.infos[name]

@@ -29,11 +29,12 @@ def run(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -
     """Quantize ``weight``, float32 ``[rows, columns]``, with scales stored as ``scale_dtype``."""
     groups = in_groups(weight, number_format)
     low, high = group_range(groups, number_format)
-    best = torch.full_like(low, torch.inf)
+    best = torch.full_like(high, torch.inf)
     scale, zero_point = choose_qparams(low, high, number_format, scale_dtype)
     buffer = torch.empty_like(groups)
     for fraction in RANGE_FRACTIONS:
-        candidate, offset = choose_qparams(low * fraction, high * fraction, number_format, scale_dtype)
+        low_part = None if low is None else low * fraction
+        candidate, offset = choose_qparams(low_part, high * fraction, number_format, scale_dtype)
         error = _squared_error(groups, candidate, offset, number_format, buffer)
         better = error < best
         best = torch.where(better, error, best)

@@ -19,11 +19,10 @@ def supports(number_format: NumberFormat) -> str | None:
     return None
 
 
-def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value per group; symmetric about zero where the format is."""
+def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor | None, Tensor]:
+    """Smallest and largest value per group; a symmetric format has only the largest magnitude."""
     if number_format.symmetric:
-        absmax = groups.abs().amax(-1)
-        return -absmax, absmax
+        return None, groups.abs().amax(-1)
     low, high = torch.aminmax(groups, dim=-1)
     return low, high
 

@@ -170,11 +170,12 @@ def config(schemes: Mapping[str, Scheme], left: Iterable[str], dtype: str) -> di
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(name)
-    ordered = sorted(groups, key=lambda scheme: -len(groups[scheme]))
+    # The most general target comes last: compressed-tensors warns of targets that find nothing left.
+    ordered = sorted(groups, key=lambda scheme: len(groups[scheme]))
     everything = [*schemes, *left]
     config_groups = {}
     for index, scheme in enumerate(ordered):
-        targets = ["Linear"] if index == 0 else _regexes(groups[scheme], everything)
+        targets = ["Linear"] if index == len(ordered) - 1 else _regexes(groups[scheme], everything)
         config_groups[f"group_{index}"] = {
             "targets": targets,
             "weights": _arguments(scheme.weights),
