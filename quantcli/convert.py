@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantcli.artifact import Destination, Layout, plan_layout
 from quantcli.checkpoints.folder import Checkpoint, companions, open_checkpoint
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import UsageError
 from quantcli.plan import LayerPlan, Plan, resolve
 from quantcli.recipe import Recipe, load_recipe
 from quantcli.report import LayerRow, ModelRow, Report
@@ -322,6 +322,13 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def plan_rows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, Layout, list[LayerRow]]:
+    """What a recipe would do to a checkpoint. Raises as `quantcli.plan.resolve`."""
+    plan = resolve(recipe, checkpoint.infos(), checkpoint.config)
+    layout = plan_layout(plan, checkpoint, Path("out"))
+    return plan, layout, [_layer_row(layer, layout, None) for layer in plan.layers]
+
+
 def _report(
     checkpoint: Checkpoint,
     target: Path,
@@ -363,6 +370,3 @@ def _layer_row(layer: LayerPlan, layout: Layout, result: LayerResult | None) -> 
         reason,
         details={"shape": list(layer.info.shape), "role": layer.role},
     )
-
-
-__all__ = ["InputError", "convert"]

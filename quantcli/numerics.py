@@ -19,7 +19,7 @@ from math import log10
 import torch
 from torch import Tensor
 
-from quantcli.scheme import NESTED_BLOCK, NumberFormat
+from quantcli.scheme import NESTED_BLOCK, NumberFormat, QuantizedTensor
 
 #: The 16 values of NF4, quantiles of a normal distribution (QLoRA, arXiv:2305.14314, appendix E).
 NF4_CODEBOOK = (
@@ -79,8 +79,13 @@ def in_groups(weight: Tensor, number_format: NumberFormat) -> Tensor:
 
 
 def _stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Round scales to their storage dtype, and up to its smallest normal number: zero cannot divide."""
-    return scale.to(scale_dtype).float().clamp_(min=torch.finfo(scale_dtype).smallest_normal)
+    """Round scales to their storage dtype, and up from zero, which cannot divide.
+
+    Subnormal fp16 is kept: rows of small weights need it, and it is an ordinary number in float32.
+    """
+    info = torch.finfo(scale_dtype)
+    smallest = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
+    return scale.to(scale_dtype).float().clamp_(min=smallest)
 
 
 def choose_qparams(
@@ -128,6 +133,22 @@ def dequantize(
     if zero_point is not None:
         values -= zero_point.unsqueeze(-1)
     return values.mul_(scale.unsqueeze(-1))
+
+
+def error_powers(groups: Tensor, tensor: QuantizedTensor) -> tuple[float, float]:
+    """Sums of squares of a weight (see `in_groups`) and of what quantization changed in it."""
+    codes = in_groups(tensor.codes, tensor.number_format)
+    if tensor.zero_point is None and tensor.number_format.dtype != "nf4":
+        # As `dequantize`, but in one pass over the weight.
+        difference = torch.addcmul(groups, codes.float(), tensor.scale.unsqueeze(-1), value=-1)
+    else:
+        difference = dequantize(codes, tensor.scale, tensor.zero_point, tensor.number_format).sub_(groups)
+    return _power(groups), _power(difference)
+
+
+def _power(values: Tensor) -> float:
+    flat = values.reshape(-1)
+    return torch.dot(flat, flat).item()
 
 
 @cache

@@ -11,11 +11,10 @@ from typing import Any
 from quantcli import plugins
 from quantcli.errors import InputError, UsageError
 from quantcli.recipe import Recipe, Rule, build_scheme
-from quantcli.roles import HEAD_NAMES, LAYER_ROLES, classify, module_of
+from quantcli.roles import HEAD_NAMES, LAYER_ROLES, classify, module_of, quantization_of
 from quantcli.scheme import (
     DTYPE_OF_NUMBER,
     FALLBACK_GROUP_SIZES,
-    FLOAT_DTYPES,
     PRESETS,
     Scheme,
     TensorInfo,
@@ -109,25 +108,6 @@ def refuse_quantized(infos: Iterable[TensorInfo], config: Mapping[str, Any] | No
     found = quantization_of(infos, config)
     if found:
         raise InputError(f"The model is already quantized ({found}).", "Convert the original weights instead.")
-
-
-def quantization_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> str | None:
-    """How a checkpoint is quantized already, or None."""
-    declared = (config or {}).get("quantization_config")
-    if isinstance(declared, dict):
-        return str(declared.get("quant_method", "quantization_config"))
-    suffixes = {
-        "weight_packed": "compressed-tensors", "weight_scale": "compressed-tensors", "qweight": "gptq or awq",
-        "bitsandbytes__nf4": "bitsandbytes", "bitsandbytes__fp4": "bitsandbytes", "SCB": "bitsandbytes",
-        "weight_scale_inv": "fp8",
-    }  # fmt: skip
-    for info in infos:
-        leaf = info.name.rpartition(".")[2]
-        if leaf in suffixes:
-            return suffixes[leaf]
-        if info.dtype.startswith("F8_"):
-            return "fp8"
-    return None
 
 
 class _Resolver:
@@ -335,12 +315,3 @@ def left_linear_modules(plan: Plan) -> list[str]:
     ]
     has_head = any(layer.role in ("head", "tied head") for layer in plan.layers)
     return left if has_head else [*left, *HEAD_NAMES]
-
-
-def original_dtype(infos: Iterable[TensorInfo]) -> str:
-    """The floating-point dtype that most elements have."""
-    counts = Counter[str]()
-    for info in infos:
-        if info.dtype in FLOAT_DTYPES:
-            counts[info.dtype] += info.numel
-    return counts.most_common(1)[0][0] if counts else "F32"

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from quantcli.scheme import TensorInfo
+from quantcli.scheme import FLOAT_DTYPES, TensorInfo
 
 #: Roles whose tensors are weights of a layer that some format can quantize.
 LAYER_ROLES = ("linear", "conv1d", "conv", "embedding", "head", "tied head", "router", "experts")
@@ -104,3 +104,30 @@ def _transposed(roles: Mapping[str, str], by_name: Mapping[str, TensorInfo]) -> 
         if verdict[True] > verdict[False]:
             found.append(name)
     return found
+
+
+def quantization_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> str | None:
+    """How a checkpoint is quantized already, or None."""
+    declared = (config or {}).get("quantization_config")
+    if isinstance(declared, dict):
+        return str(declared.get("quant_method", "quantization_config"))
+    suffixes = {
+        "weight_packed": "compressed-tensors", "weight_scale": "compressed-tensors", "qweight": "gptq or awq",
+        "bitsandbytes__nf4": "bitsandbytes", "bitsandbytes__fp4": "bitsandbytes", "SCB": "bitsandbytes",
+        "weight_scale_inv": "fp8",
+    }  # fmt: skip
+    for info in infos:
+        leaf = info.name.rpartition(".")[2]
+        if leaf in suffixes:
+            return suffixes[leaf]
+        if info.dtype.startswith("F8_"):
+            return "fp8"
+    return None
+
+def original_dtype(infos: Iterable[TensorInfo]) -> str:
+    """The floating-point dtype that most elements have."""
+    counts = Counter[str]()
+    for info in infos:
+        if info.dtype in FLOAT_DTYPES:
+            counts[info.dtype] += info.numel
+    return counts.most_common(1)[0][0] if counts else "F32"

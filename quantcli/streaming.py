@@ -180,7 +180,7 @@ class LayerJob:
             if tensor.zero_point is not None:
                 self._zero_point[part] = tensor.zero_point
             if not weights.double_quantized:
-                powers = _error_powers(chunk, tensor)
+                powers = numerics.error_powers(numerics.in_groups(chunk, weights), tensor)
                 signal, noise = signal + powers[0], noise + powers[1]
         if not bool(torch.isfinite(self._scale[self._scale_rows(start, stop)]).all()):
             self._refuse(rows, start)
@@ -208,13 +208,14 @@ class LayerJob:
     def _nested_powers(self, rows: Tensor, codes: Tensor, chunks: list[tuple[int, int]]) -> tuple[float, float]:
         """Error with the scales as double quantization will give them back; the slab is the whole tensor."""
         assert self.layer.scheme is not None
+        weights = self.layer.scheme.weights
         restored = numerics.dequantize_scales(*numerics.quantize_scales(self._scale))
         signal = noise = 0.0
         for first, last in chunks:
             chunk = rows[first:last].float()
             scale = restored[self._scale_rows(first, last)]
-            tensor = QuantizedTensor(codes[first:last], scale, None, tuple(chunk.shape), self.layer.scheme.weights)
-            powers = _error_powers(chunk, tensor)
+            tensor = QuantizedTensor(codes[first:last], scale, None, tuple(chunk.shape), weights)
+            powers = numerics.error_powers(numerics.in_groups(chunk, weights), tensor)
             signal, noise = signal + powers[0], noise + powers[1]
         return signal, noise
 
@@ -261,27 +262,17 @@ class LayerJob:
         )
 
 
-def _powers(reference: Tensor, other: Tensor) -> tuple[float, float]:
-    """Sums of squares of a flat tensor and of its difference from another, which is overwritten."""
-    difference = other.sub_(reference)
-    return torch.dot(reference, reference).item(), torch.dot(difference, difference).item()
-
-
 def _cast_powers(rows: Tensor, stored: Tensor) -> tuple[float, float]:
+    """Sums of squares of a tensor and of what a cast changed in it."""
     signal = noise = 0.0
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     pairs = zip(rows.reshape(-1).split(CHUNK_ELEMENTS), stored.reshape(-1).split(CHUNK_ELEMENTS), strict=True)
     for before, after in pairs:
-        powers = _powers(before.to(wide), after.to(wide, copy=True))
-        signal, noise = signal + powers[0], noise + powers[1]
+        reference = before.to(wide)
+        difference = after.to(wide, copy=True).sub_(reference)
+        signal += torch.dot(reference, reference).item()
+        noise += torch.dot(difference, difference).item()
     return signal, noise
-
-
-def _error_powers(weight: Tensor, tensor: QuantizedTensor) -> tuple[float, float]:
-    weights = tensor.number_format
-    codes = numerics.in_groups(tensor.codes, weights)
-    restored = numerics.dequantize(codes, tensor.scale, tensor.zero_point, weights)
-    return _powers(weight.reshape(-1), restored.reshape(-1))
 
 
 def scales_checksum(scale: Tensor, zero_point: Tensor | None) -> int:

@@ -88,6 +88,20 @@ class Checkpoint:
         """Size of the weight files."""
         return sum(file.stat().st_size for file in self.files)
 
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """quantcli's own record of how the artifact was made, or None where it is not one."""
+        if self.folder and (self.folder / "quantcli.json").is_file():
+            return load_json(self.folder / "quantcli.json")
+        text = self.metadata.get("quantcli")
+        if text is None:
+            return None
+        try:
+            loaded = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{self.path} holds a damaged quantcli manifest: {error}.") from error
+        return loaded if isinstance(loaded, dict) else None
+
     def load(self, name: str) -> Tensor:
         """One whole tensor in its own dtype. Raises KeyError for an unknown name."""
         info = next((info for info in self._infos if info.name == name), None)

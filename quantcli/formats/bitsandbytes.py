@@ -40,6 +40,8 @@ def supports(scheme: Scheme) -> str | None:
         return f"{NAME} carries nf4 weights, not {weights.dtype}"
     if weights.granularity.kind != "block" or weights.granularity.size not in BLOCK_SIZES:
         return f"{NAME} carries nf4 in blocks of {', '.join(map(str, BLOCK_SIZES))}; not {weights.granularity}"
+    if not weights.symmetric or weights.dynamic:
+        return f"nf4 weights are symmetric and their scales are stored; not {weights}"
     if scheme.inputs is not None:
         return f"{NAME} keeps inputs as they are"
     return None
@@ -149,5 +151,6 @@ def config(schemes: Mapping[str, Scheme], left: Iterable[str], dtype: str) -> di
         "bnb_4bit_use_double_quant": nested,
         "bnb_4bit_compute_dtype": _TORCH_NAMES[dtype],
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": module_patterns(left, [*schemes, *left]),
+        # Older transformers match prefixes, so that mlp.gate would also skip mlp.gate_proj.
+        "llm_int8_skip_modules": [f"{pattern}$" for pattern in module_patterns(left, [*schemes, *left])],
     }

@@ -35,6 +35,8 @@ def supports(scheme: Scheme) -> str | None:
         return f"{NAME} carries int4 and int8 weights, not {weights.dtype}"
     if weights.granularity.kind not in ("tensor", "channel", "group"):
         return f"{NAME} carries scales per tensor, channel or group, not per {weights.granularity.kind}"
+    if weights.dynamic or weights.double_quantized:
+        return f"{NAME} stores the scales of weights as they are; not {weights}"
     if not weights.symmetric and weights.granularity.kind == "tensor":
         return f"{NAME} carries zero points per channel or group, not per tensor"
     if inputs is None:

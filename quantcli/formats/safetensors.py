@@ -11,6 +11,8 @@ def supports(scheme: Scheme) -> str | None:
     """Why the scheme cannot be written, or None when it can."""
     if scheme.weights.dtype not in ("fp16", "bf16"):
         return f"{NAME} carries fp16 and bf16, not {scheme.weights.dtype}"
+    if scheme.inputs is not None:
+        return f"{NAME} keeps inputs as they are"
     return None
 
 

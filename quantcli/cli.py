@@ -1,0 +1,237 @@
+"""The command line: thin commands over the library, and the exit statuses. The only importer of typer."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn, Optional
+
+import typer
+
+from quantcli import __version__
+from quantcli.errors import InputError, QuantcliError, UsageError
+from quantcli.report import Report, Table, write_junit, write_markdown
+from quantcli.ui import Ui
+from quantcli.units import parse_bytes
+
+app = typer.Typer(
+    name="quantcli",
+    add_completion=False,
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make neural networks smaller by lowering numerical precision, and prove that they still work.",
+)
+
+Model = Annotated[Path, typer.Argument(help="A Hugging Face folder, .safetensors, .index.json, .pt, .pth or .bin.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, hints or warnings on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Markdown = Annotated[Optional[Path], typer.Option("--markdown", metavar="FILE", help="Also write the report as Markdown.")]
+Junit = Annotated[Optional[Path], typer.Option("--junit", metavar="FILE", help="Also write the gates as JUnit XML.")]
+
+#: What typer raises for a wrong command line. Whether it comes from click or from the copy of click that
+#: newer versions of typer carry, typer's own BadParameter descends from it.
+_CommandLineError = typer.BadParameter.__mro__[2]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"quantcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def inspect(
+    context: typer.Context,
+    model: Model,
+    scheme: Annotated[Optional[list[str]], typer.Option("--scheme", "-s", metavar="S", help="Plan for this scheme; may be repeated.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="List every tensor.")] = False,
+    json: AsJson = False,
+    markdown: Markdown = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a model is made of, and what a scheme would do to it. Reads headers only."""
+    ui = _ui(context, json, quiet, debug)
+    from quantcli.inspect import inspect as run
+    from quantcli.tables import inspect_tables
+
+    report = run(model, scheme or ())
+    _finish(ui, report, inspect_tables(report, layers=layers), markdown)
+    if not scheme and not report.models[0].details["parameters"] is None:
+        ui.talk("Next: quantcli inspect MODEL --scheme int4 shows what a scheme would save.")
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="What to write.", show_default=False)],
+    scheme: Annotated[Optional[str], typer.Option("--scheme", "-s", metavar="S", help="fp16, bf16, int8, int4, nf4, nf4-double or int8-dynamic.")] = None,
+    format: Annotated[Optional[str], typer.Option("--format", metavar="F", help="compressed-tensors, bitsandbytes or safetensors; by default what fits the scheme.")] = None,
+    algorithm: Annotated[Optional[str], typer.Option("--algorithm", metavar="A", help="auto, rtn or mse.")] = None,
+    recipe: Annotated[Optional[Path], typer.Option("--recipe", metavar="FILE", help="A YAML file of rules per layer.")] = None,
+    group_size: Annotated[Optional[int], typer.Option("--group-size", metavar="N", min=1, help="Values that share a scale.")] = None,
+    skip: Annotated[Optional[list[str]], typer.Option("--skip", metavar="GLOB", help="Layers to leave as they are; may be repeated.")] = None,
+    rest: Annotated[Optional[str], typer.Option("--rest", metavar="KIND", help="keep, fp16 or bf16: what becomes of the rest.")] = None,
+    threads: Annotated[Optional[int], typer.Option("--threads", metavar="N", min=1, help="Worker threads.")] = None,
+    max_memory: Annotated[Optional[str], typer.Option("--max-memory", metavar="BYTES", help="Memory not to be exceeded, such as 700MB.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and report; write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    json: AsJson = False,
+    markdown: Markdown = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model, tensor by tensor, and verify the result."""
+    ui = _ui(context, json, quiet, debug)
+    from quantcli.convert import convert as run
+    from quantcli.tables import convert_tables
+
+    limit = _bytes(max_memory, "--max-memory")
+    with ui.progress("Converting", unit="bytes") as progress:
+        report = run(
+            model,
+            output,
+            scheme=scheme,
+            format=format,
+            algorithm=algorithm,
+            recipe=recipe,
+            group_size=group_size,
+            skip=skip or (),
+            rest=rest,
+            threads=threads,
+            max_memory=limit,
+            dry_run=dry_run,
+            force=force,
+            progress=progress,
+        )
+    _finish(ui, report, convert_tables(report), markdown)
+
+
+@app.command("eval")
+def evaluate(
+    context: typer.Context,
+    model: Model,
+    candidates: Annotated[Optional[list[Path]], typer.Argument(metavar="[CANDIDATE]...", help="Models to compare with it.", show_default=False)] = None,
+    data: Annotated[Optional[Path], typer.Option("--data", metavar="DATA", help="Text: .txt, .jsonl or .parquet.")] = None,
+    task: Annotated[str, typer.Option("--task", metavar="T", help="auto, language-modeling, embedding or fidelity.")] = "auto",
+    samples: Annotated[Optional[int], typer.Option("--samples", metavar="N", min=1, help="Sequences at the most.")] = None,
+    seq_len: Annotated[Optional[int], typer.Option("--seq-len", metavar="L", min=2, help="Tokens per sequence.")] = None,
+    tokenizer: Annotated[Optional[Path], typer.Option("--tokenizer", metavar="FOLDER", help="Where the tokenizer is, if not with MODEL.")] = None,
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="Also compare every layer's output.")] = False,
+    require: Annotated[Optional[list[str]], typer.Option("--require", metavar="EXPR", help='A gate such as "kl_nats <= 0.05"; may be repeated.')] = None,
+    json: AsJson = False,
+    markdown: Markdown = None,
+    junit: Junit = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure accuracy: a reference model and candidates on the same data. A gate that fails exits with 1."""
+    ui = _ui(context, json, quiet, debug)
+    if data is None:
+        raise UsageError("eval needs --data.", "Name a .txt, .jsonl or .parquet file; nothing is fetched or made up.")
+    from quantcli.evaluate import evaluate as run
+    from quantcli.tables import eval_tables
+
+    with ui.progress("Evaluating", unit="samples") as progress:
+        report = run(
+            model,
+            candidates or (),
+            data=data,
+            task=task,
+            samples=samples,
+            seq_len=seq_len,
+            tokenizer=tokenizer,
+            by_layer=by_layer,
+            require=require or (),
+            progress=progress,
+        )
+    _finish(ui, report, eval_tables(report), markdown, junit)
+
+
+def _ui(context: typer.Context, json: bool, quiet: bool, debug: bool) -> Ui:
+    ui: Ui = context.obj
+    ui.json, ui.quiet, ui.debug = json, quiet, debug
+    return ui
+
+
+def _bytes(text: str | None, flag: str) -> int | None:
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}.") from error
+
+
+def _finish(ui: Ui, report: Report, tables: Sequence[Table], markdown: Path | None, junit: Path | None = None) -> None:
+    """Show and write a report; a failed gate ends the command with status 1."""
+    ui.show(report, tables)
+    try:
+        write_markdown(tables, report, markdown)
+        if junit is not None:
+            write_junit(report, junit)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be written: {error.strerror}.") from error
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    0 done; 1 a gate failed; 2 usage; 3 input; 4 a defect of quantcli; 130 interrupted.
+    """
+    ui = Ui()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        status = app(args=None if argv is None else list(argv), obj=ui, standalone_mode=False)
+        if isinstance(status, int):
+            return status
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except _CommandLineError as error:
+        where = getattr(error, "ctx", None)
+        ui.fail(error.format_message(), f"See: {where.command_path if where else 'quantcli'} --help")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        ui.fail("Interrupted.", "The same command continues where it stopped.")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does; that is no failure of ours.
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except QuantcliError as error:
+        return _failed(ui, error, error.message, error.hint, error.exit_code)
+    except MemoryError as error:
+        return _failed(ui, error, "There is not enough memory.", "Use fewer --threads.", InputError.exit_code)
+    except Exception as error:
+        message = f"This is a defect of quantcli: {type(error).__name__}: {error}"
+        return _failed(ui, error, message, "Run again with --debug and report what it prints.", QuantcliError.exit_code)
+    return 0
+
+
+def _failed(ui: Ui, error: BaseException, message: str, hint: str | None, status: int) -> int:
+    if ui.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    ui.fail(message, hint)
+    return status
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,118 @@
+"""Running models: Hugging Face folders, loaded offline and without remote code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantcli.checkpoints.folder import load_json
+from quantcli.errors import InputError, MissingExtraError
+
+#: Parameters that a checkpoint may lack without its outputs being random.
+_HARMLESS_WHEN_MISSING = ("pooler", "position_ids")
+
+
+def _transformers() -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", "hf", "Running a Hugging Face model") from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def load_model(path: Path, *, causal: bool) -> nn.Module:
+    """A Hugging Face folder as a torch module in float32 and evaluation mode.
+
+    With ``causal`` the language-modeling head is there, else the bare model. Weights that were quantized
+    stay what their codes say; everything is computed in float32, so that what differs is quantization.
+
+    Raises:
+        InputError: the folder is not a model that transformers can load, or weights are missing.
+    """
+    transformers = _transformers()
+    config = load_json(require_folder(path) / "config.json")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    for needed, extra in {"compressed-tensors": ("compressed_tensors", "hf"), "bitsandbytes": ("bitsandbytes", "bnb")}.items():
+        if method == needed:
+            _require(extra[0], extra[1], f"Loading {path} ({needed})")
+    loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    try:
+        model, info = loader.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(f"transformers {transformers.__version__} cannot load {path}: {reason}") from error
+    missing = [name for name in info["missing_keys"] if not any(part in name for part in _HARMLESS_WHEN_MISSING)]
+    if missing:
+        raise InputError(
+            f"{path} lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
+            f"{', '.join(sorted(missing)[:3])}.",
+            hint="Choose another --task, or repair the model.",
+        )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _require(package: str, extra: str, purpose: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(package, extra, purpose)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder. Raises InputError where there is none."""
+    transformers = _transformers()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            require_folder(path), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(f"{path} has no usable tokenizer: {reason}", "Name one with --tokenizer FOLDER.") from error
+
+
+def require_folder(path: Path) -> Path:
+    """The path, if it is a Hugging Face folder. Raises InputError otherwise."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist.")
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} is not a Hugging Face folder (it has no config.json), so it cannot be run.")
+    return path
+
+
+def is_causal(path: Path) -> bool:
+    """Whether a folder's architecture is a causal language model."""
+    architectures = load_json(require_folder(path) / "config.json").get("architectures") or []
+    return any("CausalLM" in str(name) or str(name).endswith("LMHeadModel") for name in architectures)
+
+
+def pooling_of(path: Path) -> str:
+    """How a sentence-transformers folder pools token vectors: ``mean``, ``cls`` or ``last``; by default mean."""
+    pooling = path / "1_Pooling" / "config.json"
+    if not pooling.is_file():
+        return "mean"
+    config = load_json(pooling)
+    modes = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
+    chosen = [mode for mode, key in modes.items() if config.get(key)]
+    if len(chosen) != 1:
+        raise InputError(f"{pooling} asks for a pooling that is not supported; known are {', '.join(modes)}.")
+    return chosen[0]
+
+
+def weighted_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that hold a weight of their own and may be quantized: linear, convolution, embedding layers."""
+    found = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or "Linear" in kind or kind == "Conv1D":
+            found[name] = module
+    return found

@@ -1,0 +1,203 @@
+"""Reports as tables for people: alike layers in one row, sizes and ratios in units."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from quantcli.report import LayerRow, ModelRow, Report, Table
+from quantcli.units import format_bytes, format_seconds
+
+_SIZES = frozenset({"Before", "After", "Size", "SQNR", "Ratio", "Tensors", "Value"})
+_METRICS = {
+    "perplexity": ("Perplexity", "{:.4g}"),
+    "kl_nats": ("KL (nats)", "{:.3g}"),
+    "top1_agreement": ("Top-1 agreement", "{:.2%}"),
+    "argmax_agreement": ("Argmax agreement", "{:.2%}"),
+    "cosine": ("Cosine", "{:.5f}"),
+    "cosine_min": ("Worst cosine", "{:.5f}"),
+    "sqnr_db": ("SQNR", "{:.1f} dB"),
+}
+
+
+def decibel_text(value: float | None) -> str:
+    """A signal-to-noise ratio, or a dash where nothing was lost."""
+    return "-" if value is None else f"{value:.1f} dB"
+
+
+def _ratio_text(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def convert_tables(report: Report) -> list[Table]:
+    """Layers, what was left and why, totals."""
+    source, artifact = report.models
+    done = [row for row in report.layers if row.scheme]
+    left = [row for row in report.layers if not row.scheme]
+    layers = Table(
+        f"{source.path} -> {artifact.path}",
+        ("Layer", "Scheme", "Before", "After", "SQNR"),
+        [
+            (name, row[0].scheme or "", *_sizes(row), _worst(row))
+            for name, row in collapse(done, key=lambda row: row.scheme or "")
+        ],
+        _SIZES,
+        "SQNR: signal to quantization noise of the weights; of alike layers the worst." if done else None,
+    )
+    reasons: dict[str, list[LayerRow]] = {}
+    for row in left:
+        reasons.setdefault(row.reason or "", []).append(row)
+    kept = Table(
+        "Left unquantized",
+        ("Why", "Tensors", "Before", "After"),
+        [(reason, str(len(rows)), *_sizes(rows)) for reason, rows in reasons.items()],
+        _SIZES,
+    )
+    return [layers, *([kept] if left else []), _totals(report, source, artifact)]
+
+
+def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
+    rows = [
+        ("Size", f"{format_bytes(source.size_bytes or 0)} -> {format_bytes(artifact.size_bytes or 0)}"),
+        ("Ratio", f"{_ratio_text(artifact.metrics['size_ratio'] or 0)} ({1 / (artifact.metrics['size_ratio'] or 1):.1f}x smaller)"),
+        ("Format", f"{artifact.format}, algorithm {artifact.details['algorithm'] or 'cast'}"),
+    ]
+    if "seconds" in report.details:
+        rows.append(("Time", format_seconds(report.details["seconds"])))
+        rows.append(("Peak memory", format_bytes(report.details["peak_rss_bytes"])))
+        verified = report.details["verified"]
+        rows.append(("Verified", f"{verified['tensors']} tensors reopened and decoded, all codes equal"))
+        runtime = verified["runtime"]
+        known = f"transformers {runtime['transformers']} finds every weight of {runtime['class']}" if runtime["checked"] else f"not checked: {runtime['reason']}"
+        rows.append(("Runtime", known))
+    return Table("Total" if "seconds" in report.details else "Total (dry run: nothing was written)", ("", "Value"), rows)
+
+
+def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
+    """The model, what it is made of, and what schemes would do."""
+    (model,) = report.models
+    details = model.details
+    facts = [
+        ("Architecture", details["architecture"] or "unknown (no config.json)"),
+        ("Format", " ".join(filter(None, (model.format, model.scheme)))),
+        ("Size", f"{format_bytes(model.size_bytes or 0)} in {_count(details['files'], 'file')}"),
+        ("Parameters", f"{details['parameters']:,}" if details["parameters"] else "quantized"),
+        ("Tensors", str(details["tensors"])),
+        ("Dtypes", ", ".join(f"{dtype} {format_bytes(entry['bytes'])}" for dtype, entry in details["dtypes"].items())),
+    ]
+    tables = [
+        Table(model.path, ("", "Value"), facts),
+        Table(
+            "By role",
+            ("Role", "Tensors", "Size"),
+            [(role, str(entry["tensors"]), format_bytes(entry["bytes"])) for role, entry in details["roles"].items()],
+            _SIZES,
+        ),
+    ]
+    schemes = report.details.get("schemes", [])
+    if schemes:
+        rows = [
+            (
+                entry["scheme"], entry["format"], format_bytes(entry["size_bytes"]), _ratio_text(entry["size_ratio"]),
+                str(entry["quantized_tensors"]), "; ".join(f"{count} {_short(why)}" for why, count in entry["left"].items()),
+            )
+            for entry in schemes
+            if entry["applies"]
+        ]  # fmt: skip
+        tables.append(Table("What convert would write", ("Scheme", "Format", "Size", "Ratio", "Tensors", "Left"), rows, _SIZES))
+    if layers:
+        tables.append(_layer_table(report.layers))
+    return tables
+
+
+def _layer_table(layers: Sequence[LayerRow]) -> Table:
+    rows = [
+        (row.name, str(row.details["shape"]), row.scheme or row.reason or row.details["role"], *_sizes([row])) for row in layers
+    ]
+    return Table("Tensors", ("Name", "Shape", "Decision", "Before", "After"), rows, _SIZES)
+
+
+def eval_tables(report: Report) -> list[Table]:
+    """Models side by side; then layers, worst first; then gates."""
+    present = [name for name in _METRICS if any(name in model.metrics for model in report.models)]
+    columns = ("Model", "Scheme", "Size", "Ratio", *(_METRICS[name][0] for name in present))
+    rows = []
+    for model in report.models:
+        cells = [_metric(model, name) for name in present]
+        rows.append(
+            (
+                model.path, f"{model.format} {model.scheme}", format_bytes(model.size_bytes or 0),
+                _ratio_text(model.metrics["size_ratio"] or 0), *cells,
+            )
+        )  # fmt: skip
+    note = f"{report.details['samples']} samples of {report.details['data']}; +- is one standard error"
+    right = _SIZES | {_METRICS[name][0] for name in present}
+    tables = [Table(report.details["task"].capitalize(), columns, rows, right, note)]
+    for path in dict.fromkeys(row.model for row in report.layers):
+        part = [row for row in report.layers if row.model == path]
+        cells = [(row.name, row.scheme or "", *_sizes([row]), decibel_text(row.sqnr_db)) for row in part]
+        tables.append(
+            Table(
+                f"Layers of {path}, worst first", ("Layer", "Scheme", "Before", "After", "SQNR"), cells, _SIZES,
+                "SQNR of each layer's output against the reference's; it holds the error of the layers before.",
+            )
+        )  # fmt: skip
+    if report.gates:
+        tables.append(gate_table(report))
+    return tables
+
+
+def gate_table(report: Report) -> Table:
+    """One row per gate."""
+    rows = [
+        (gate.require, gate.model, "none" if gate.value is None else f"{gate.value:.6g}", "passed" if gate.passed else "FAILED")
+        for gate in report.gates
+    ]
+    return Table("Gates", ("Require", "Model", "Value", "Result"), rows, _SIZES)
+
+
+def _metric(model: ModelRow, name: str) -> str:
+    value = model.metrics.get(name)
+    if value is None:
+        return "-"
+    form = _METRICS[name][1]
+    error = model.metrics.get(f"{name}_se")
+    return form.format(value) if error is None else f"{form.format(value)} +- {form.format(error)}"
+
+
+def _sizes(rows: Iterable[LayerRow]) -> tuple[str, str]:
+    rows = list(rows)
+    return format_bytes(sum(row.bytes_before for row in rows)), format_bytes(sum(row.bytes_after for row in rows))
+
+
+def _worst(rows: Iterable[LayerRow]) -> str:
+    return decibel_text(min((row.sqnr_db for row in rows if row.sqnr_db is not None), default=None))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _short(reason: str) -> str:
+    return reason.split(":")[0].split(";")[0]
+
+
+def collapse(rows: Sequence[LayerRow], key: Callable[[LayerRow], str]) -> list[tuple[str, list[LayerRow]]]:
+    """Rows that differ in layer numbers only, together: ``model.layers.{0-29}.mlp.up_proj``."""
+    groups: dict[tuple[str, str], list[LayerRow]] = {}
+    for row in rows:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", row.name)
+        groups.setdefault((pattern, key(row)), []).append(row)
+    return [(_range_name(pattern, members), members) for (pattern, _), members in groups.items()]
+
+
+def _range_name(pattern: str, members: Sequence[LayerRow]) -> str:
+    if len(members) == 1:
+        return members[0].name
+    numbers = [re.findall(r"(?<=\.)\d+(?=\.)", row.name) for row in members]
+    name = pattern
+    for position in zip(*numbers, strict=True):
+        values = sorted({int(value) for value in position})
+        text = str(values[0]) if len(values) == 1 else f"{{{values[0]}-{values[-1]}}}"
+        name = name.replace("#", text, 1)
+    return f"{name} x {len(members)}"

@@ -1,0 +1,98 @@
+"""What people see: tables on stdout, talk on stderr. The only importer of rich."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quantcli.report import Report, Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Width where there is no terminal to ask: wide enough that logs do not wrap tables.
+_LOG_WIDTH = 200
+
+
+class Ui:
+    """Output of one command."""
+
+    def __init__(self) -> None:
+        self.json = self.quiet = self.debug = False
+
+    def show(self, report: Report, tables: Sequence[Table]) -> None:
+        """The report on stdout: one JSON document, or tables; warnings on stderr."""
+        if self.json:
+            print(report.to_json())
+        else:
+            console = self._console(sys.stdout)
+            for table in tables:
+                _print_table(console, table)
+        for warning in report.warnings:
+            self.talk(f"Warning: {warning}", style="yellow")
+
+    def talk(self, message: str, style: str = "") -> None:
+        """A line on stderr, unless quiet."""
+        if not self.quiet:
+            self._say(message, style)
+
+    def fail(self, message: str, hint: str | None = None) -> None:
+        """An error: one paragraph on stderr, even when quiet."""
+        self._say(f"Error: {message}" + (f" {hint}" if hint else ""), "bold red")
+
+    def _say(self, message: str, style: str) -> None:
+        width = shutil.get_terminal_size((100, 24)).columns
+        text = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False)
+        if style and sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+            head, colon, rest = text.partition(":")
+            self._console(sys.stderr).print(f"[{style}]{head}{colon}[/{style}]", end="", highlight=False)
+            text = rest
+        print(text, file=sys.stderr)
+
+    @contextmanager
+    def progress(self, label: str, *, unit: str) -> Iterator[Callable[[int, int], None] | None]:
+        """A progress bar on stderr: none when quiet or without a terminal. ``unit`` is ``bytes`` or ``samples``."""
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        amount: Any = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+        columns = (TextColumn(label), BarColumn(), amount, TimeRemainingColumn(compact=True), TextColumn("left"))
+        with Progress(*columns, console=self._console(sys.stderr), transient=True) as bar:
+            task = bar.add_task(label, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    @staticmethod
+    def _console(stream: Any) -> Console:
+        from rich.console import Console
+
+        width = None if stream.isatty() else int(os.environ.get("COLUMNS", _LOG_WIDTH))
+        return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+
+
+def _print_table(console: Console, table: Table) -> None:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    bare = not any(table.columns[:1])
+    shown = RichTable(
+        title=Text(table.title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=not bare,
+        pad_edge=False,
+        caption=Text(table.note, style="dim") if table.note else None,
+        caption_justify="left",
+    )
+    for column in table.columns:
+        shown.add_column(column, justify="right" if column in table.right else "left", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
