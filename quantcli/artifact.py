@@ -52,7 +52,7 @@ class Layout:
 
     def create_files(self, out: Path) -> dict[str, Destination]:
         """Write every header and reserve every file; returns where each tensor goes."""
-        destinations = {}
+        destinations: dict[str, Destination] = {}
         for shard, (header, offsets, size) in self.headers.items():
             file = PositionalFile(out / shard, write=True)
             file.write(0, header)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
@@ -27,16 +27,21 @@ app = typer.Typer(
     help="Make neural networks smaller by lowering numerical precision, and prove that they still work.",
 )
 
-Model = Annotated[Path, typer.Argument(help="A Hugging Face folder, .safetensors, .index.json, .pt, .pth or .bin.", show_default=False)]
+Model = Annotated[
+    Path,
+    typer.Argument(help="A Hugging Face folder, .safetensors, .index.json, .pt, .pth or .bin.", show_default=False),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, hints or warnings on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Markdown = Annotated[Optional[Path], typer.Option("--markdown", metavar="FILE", help="Also write the report as Markdown.")]
+Markdown = Annotated[
+    Optional[Path], typer.Option("--markdown", metavar="FILE", help="Also write the report as Markdown.")
+]
 Junit = Annotated[Optional[Path], typer.Option("--junit", metavar="FILE", help="Also write the gates as JUnit XML.")]
 
 #: What typer raises for a wrong command line. Whether it comes from click or from the copy of click that
 #: newer versions of typer carry, typer's own BadParameter descends from it.
-_CommandLineError = typer.BadParameter.__mro__[2]
+_CommandLineError: type[Any] = typer.BadParameter.__mro__[2]
 
 
 def _version(wanted: bool) -> None:
@@ -48,7 +53,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -58,7 +65,9 @@ def _root(
 def inspect(
     context: typer.Context,
     model: Model,
-    scheme: Annotated[Optional[list[str]], typer.Option("--scheme", "-s", metavar="S", help="Plan for this scheme; may be repeated.")] = None,
+    scheme: Annotated[
+        Optional[list[str]], typer.Option("--scheme", "-s", metavar="S", help="Plan for this scheme; may be repeated.")
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="List every tensor.")] = False,
     json: AsJson = False,
     markdown: Markdown = None,
@@ -72,7 +81,7 @@ def inspect(
 
     report = run(model, scheme or ())
     _finish(ui, report, inspect_tables(report, layers=layers), markdown)
-    if not scheme and not report.models[0].details["parameters"] is None:
+    if not scheme and report.models[0].details["parameters"] is not None:
         ui.talk("Next: quantcli inspect MODEL --scheme int4 shows what a scheme would save.")
 
 
@@ -81,15 +90,36 @@ def convert(
     context: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="What to write.", show_default=False)],
-    scheme: Annotated[Optional[str], typer.Option("--scheme", "-s", metavar="S", help="fp16, bf16, int8, int4, nf4, nf4-double or int8-dynamic.")] = None,
-    format: Annotated[Optional[str], typer.Option("--format", metavar="F", help="compressed-tensors, bitsandbytes or safetensors; by default what fits the scheme.")] = None,
+    scheme: Annotated[
+        Optional[str],
+        typer.Option("--scheme", "-s", metavar="S", help="fp16, bf16, int8, int4, nf4, nf4-double or int8-dynamic."),
+    ] = None,
+    format: Annotated[
+        Optional[str],
+        typer.Option(
+            "--format",
+            metavar="F",
+            help="compressed-tensors, bitsandbytes or safetensors; by default what fits the scheme.",
+        ),
+    ] = None,
     algorithm: Annotated[Optional[str], typer.Option("--algorithm", metavar="A", help="auto, rtn or mse.")] = None,
-    recipe: Annotated[Optional[Path], typer.Option("--recipe", metavar="FILE", help="A YAML file of rules per layer.")] = None,
-    group_size: Annotated[Optional[int], typer.Option("--group-size", metavar="N", min=1, help="Values that share a scale.")] = None,
-    skip: Annotated[Optional[list[str]], typer.Option("--skip", metavar="GLOB", help="Layers to leave as they are; may be repeated.")] = None,
-    rest: Annotated[Optional[str], typer.Option("--rest", metavar="KIND", help="keep, fp16 or bf16: what becomes of the rest.")] = None,
+    recipe: Annotated[
+        Optional[Path], typer.Option("--recipe", metavar="FILE", help="A YAML file of rules per layer.")
+    ] = None,
+    group_size: Annotated[
+        Optional[int], typer.Option("--group-size", metavar="N", min=1, help="Values that share a scale.")
+    ] = None,
+    skip: Annotated[
+        Optional[list[str]],
+        typer.Option("--skip", metavar="GLOB", help="Layers to leave as they are; may be repeated."),
+    ] = None,
+    rest: Annotated[
+        Optional[str], typer.Option("--rest", metavar="KIND", help="keep, fp16 or bf16: what becomes of the rest.")
+    ] = None,
     threads: Annotated[Optional[int], typer.Option("--threads", metavar="N", min=1, help="Worker threads.")] = None,
-    max_memory: Annotated[Optional[str], typer.Option("--max-memory", metavar="BYTES", help="Memory not to be exceeded, such as 700MB.")] = None,
+    max_memory: Annotated[
+        Optional[str], typer.Option("--max-memory", metavar="BYTES", help="Memory not to be exceeded, such as 700MB.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and report; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     json: AsJson = False,
@@ -127,14 +157,30 @@ def convert(
 def evaluate(
     context: typer.Context,
     model: Model,
-    candidates: Annotated[Optional[list[Path]], typer.Argument(metavar="[CANDIDATE]...", help="Models to compare with it.", show_default=False)] = None,
-    data: Annotated[Optional[Path], typer.Option("--data", metavar="DATA", help="Text: .txt, .jsonl or .parquet.")] = None,
-    task: Annotated[str, typer.Option("--task", metavar="T", help="auto, language-modeling, embedding or fidelity.")] = "auto",
-    samples: Annotated[Optional[int], typer.Option("--samples", metavar="N", min=1, help="Sequences at the most.")] = None,
-    seq_len: Annotated[Optional[int], typer.Option("--seq-len", metavar="L", min=2, help="Tokens per sequence.")] = None,
-    tokenizer: Annotated[Optional[Path], typer.Option("--tokenizer", metavar="FOLDER", help="Where the tokenizer is, if not with MODEL.")] = None,
+    candidates: Annotated[
+        Optional[list[Path]],
+        typer.Argument(metavar="[CANDIDATE]...", help="Models to compare with it.", show_default=False),
+    ] = None,
+    data: Annotated[
+        Optional[Path], typer.Option("--data", metavar="DATA", help="Text: .txt, .jsonl or .parquet.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option("--task", metavar="T", help="auto, language-modeling, embedding or fidelity.")
+    ] = "auto",
+    samples: Annotated[
+        Optional[int], typer.Option("--samples", metavar="N", min=1, help="Sequences at the most.")
+    ] = None,
+    seq_len: Annotated[
+        Optional[int], typer.Option("--seq-len", metavar="L", min=2, help="Tokens per sequence.")
+    ] = None,
+    tokenizer: Annotated[
+        Optional[Path], typer.Option("--tokenizer", metavar="FOLDER", help="Where the tokenizer is, if not with MODEL.")
+    ] = None,
     by_layer: Annotated[bool, typer.Option("--by-layer", help="Also compare every layer's output.")] = False,
-    require: Annotated[Optional[list[str]], typer.Option("--require", metavar="EXPR", help='A gate such as "kl_nats <= 0.05"; may be repeated.')] = None,
+    require: Annotated[
+        Optional[list[str]],
+        typer.Option("--require", metavar="EXPR", help='A gate such as "kl_nats <= 0.05"; may be repeated.'),
+    ] = None,
     json: AsJson = False,
     markdown: Markdown = None,
     junit: Junit = None,
@@ -212,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output went away, as `head` does; that is no failure of ours.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
     except QuantcliError as error:
         return _failed(ui, error, error.message, error.hint, error.exit_code)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,7 +93,9 @@ def convert(
     with open_staging(target) as staging:
         done = staging.begin(conversion.fingerprint(), force=force)
         try:
-            require_space(target, layout.nbytes - sum(path.stat().st_size for path in staging.out.rglob("*.safetensors")))
+            require_space(
+                target, layout.nbytes - sum(path.stat().st_size for path in staging.out.rglob("*.safetensors"))
+            )
             details = conversion.run(staging, done)
             staging.publish(single_file=layout.single_file)
         except OSError as error:
@@ -290,7 +293,11 @@ def _worker_count(plan: Plan, threads: int | None, max_memory: int | None) -> in
 
     largest = max(plan.layers, key=working_set_bytes)
     each = working_set_bytes(largest)
-    scales = max(layer.info.numel // 4 for layer in plan.layers if layer.is_coded) if any(layer.is_coded for layer in plan.layers) else 0
+    scales = (
+        max(layer.info.numel // 4 for layer in plan.layers if layer.is_coded)
+        if any(layer.is_coded for layer in plan.layers)
+        else 0
+    )
     fitting = (max_memory - BASE_MEMORY_BYTES - scales) // max(1, each)
     if fitting < 1:
         needed = format_bytes(BASE_MEMORY_BYTES + scales + each)
@@ -310,13 +317,11 @@ def usable_cores() -> int:
 
 def peak_rss_bytes() -> int:
     """Largest resident size of this process so far."""
-    import psutil
+    if sys.platform == "win32":
+        import psutil
 
-    process = psutil.Process()
-    if hasattr(process.memory_info(), "peak_wset"):
-        return int(process.memory_info().peak_wset)
+        return int(psutil.Process().memory_info().peak_wset)
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

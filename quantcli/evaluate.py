@@ -88,7 +88,10 @@ def evaluate(
     tracker = _Counter(progress, len(inputs))
     for group in _groups(checkpoints):
         _run([reference, *others], group, causal, inputs, scores, comparisons, tracker)
-    rows = [_model_row(checkpoint, index, score) for index, (checkpoint, score) in enumerate(zip(checkpoints, scores, strict=True))]
+    rows = [
+        _model_row(checkpoint, index, score)
+        for index, (checkpoint, score) in enumerate(zip(checkpoints, scores, strict=True))
+    ]
     for row in rows:
         row.metrics["size_ratio"] = (row.size_bytes or 0) / (rows[0].size_bytes or 1)
         row.metrics["size_bytes"] = row.size_bytes
@@ -177,7 +180,7 @@ def _run(
 
 def _outputs(model: nn.Module, sample: _Sample) -> dict[str, Tensor]:
     """Every floating-point output of a model, by name, float32."""
-    found = model(**sample.inputs, return_dict=True)
+    found = models.run(model, sample.inputs)
     outputs = {name: value for name, value in found.items() if isinstance(value, Tensor) and value.is_floating_point()}
     if not outputs:
         raise InputError(f"{type(model).__name__} returns no tensor to compare.")

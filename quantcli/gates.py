@@ -48,7 +48,9 @@ def parse_gates(texts: Iterable[str], known: Sequence[str]) -> list[Gate]:
         metric, symbol, bound = match.groups()
         if metric not in known and metric.removesuffix("_drop") not in known:
             listed = ", ".join(sorted(known))
-            raise UsageError(f"--require names the unknown metric {metric!r}.", f"Known: {listed}; each also with _drop.")
+            raise UsageError(
+                f"--require names the unknown metric {metric!r}.", f"Known: {listed}; each also with _drop."
+            )
         try:
             gates.append(Gate(text, metric, symbol, float(bound)))
         except ValueError as error:

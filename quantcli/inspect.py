@@ -42,7 +42,9 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
     row = ModelRow(
         str(checkpoint.path),
         "reference",
-        manifest.get("format") or quantized or ("torch" if checkpoint.files[0].suffix != ".safetensors" else "safetensors"),
+        manifest.get("format")
+        or quantized
+        or ("torch" if checkpoint.files[0].suffix != ".safetensors" else "safetensors"),
         manifest.get("scheme") or (None if quantized else NUMBER_OF_DTYPE.get(dtype, dtype)),
         None,
         checkpoint.size_bytes,
@@ -83,7 +85,7 @@ def _plan(checkpoint: Checkpoint, scheme: str, report: Report) -> dict[str, Any]
         return {"scheme": scheme, "applies": False, "reason": str(error)}
     report.layers += rows
     report.warnings += [f"{scheme}: {warning}" for warning in plan.warnings]
-    left = Counter(layer.reason for layer in plan.layers if layer.scheme is None)
+    left = Counter(layer.role for layer in plan.layers if layer.scheme is None)
     return {
         "scheme": scheme,
         "applies": True,

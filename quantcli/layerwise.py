@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantcli.checkpoints.folder import Checkpoint
 from quantcli.metrics import Fidelity
-from quantcli.models import weighted_modules
+from quantcli.models import run, weighted_modules
 from quantcli.report import LayerRow
 from quantcli.roles import module_of
 
@@ -27,9 +27,9 @@ class LayerComparison:
     def add(self, reference: nn.Module, candidate: nn.Module, inputs: dict[str, Tensor]) -> None:
         """Run one sample through both models."""
         with captured(reference) as ours:
-            reference(**inputs)
+            run(reference, inputs)
         with captured(candidate) as theirs:
-            candidate(**inputs)
+            run(candidate, inputs)
         for name, output in ours.items():
             if name in theirs and output.shape == theirs[name].shape:
                 self._fidelity.setdefault(name, Fidelity()).add(output, theirs[name])

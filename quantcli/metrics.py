@@ -45,7 +45,7 @@ class Perplexity:
     def add(self, logits: Tensor, ids: Tensor) -> None:
         """Logits float32 ``[length, vocabulary]`` of the sequence ``ids`` ``[length]``."""
         total = 0.0
-        for rows, targets in zip(logits[:-1].split(_ROWS), ids[1:].split(_ROWS), strict=True):
+        for rows, targets in zip(torch.split(logits[:-1], _ROWS), torch.split(ids[1:], _ROWS), strict=True):
             total += torch.nn.functional.cross_entropy(rows, targets, reduction="sum").item()
         self._nll.add(total / (len(ids) - 1))
 
@@ -64,7 +64,7 @@ class Divergence:
     def add(self, reference: Tensor, candidate: Tensor) -> None:
         """Logits float32 ``[rows, classes]`` of both."""
         kl = agreement = 0.0
-        for ours, theirs in zip(reference.split(_ROWS), candidate.split(_ROWS), strict=True):
+        for ours, theirs in zip(torch.split(reference, _ROWS), torch.split(candidate, _ROWS), strict=True):
             kl += kl_nats(ours, theirs).sum().item()
             agreement += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
         self._kl.add(kl / len(reference))
@@ -115,4 +115,4 @@ def cosine(one: Tensor, other: Tensor) -> float:
     norms = one.norm().item() * other.norm().item()
     if norms == 0:
         return 1.0 if torch.equal(one, other) else 0.0
-    return min(1.0, torch.dot(one, other).item() / norms)
+    return min(1.0, float(torch.dot(one, other).item() / norms))

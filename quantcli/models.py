@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantcli.checkpoints.folder import load_json
 from quantcli.errors import InputError, MissingExtraError
@@ -40,14 +43,18 @@ def load_model(path: Path, *, causal: bool) -> nn.Module:
     transformers = _transformers()
     config = load_json(require_folder(path) / "config.json")
     method = (config.get("quantization_config") or {}).get("quant_method")
-    for needed, extra in {"compressed-tensors": ("compressed_tensors", "hf"), "bitsandbytes": ("bitsandbytes", "bnb")}.items():
+    for needed, extra in {
+        "compressed-tensors": ("compressed_tensors", "hf"),
+        "bitsandbytes": ("bitsandbytes", "bnb"),
+    }.items():
         if method == needed:
             _require(extra[0], extra[1], f"Loading {path} ({needed})")
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     try:
-        model, info = loader.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
+        with quiet():
+            model, info = loader.from_pretrained(
+                path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"transformers {transformers.__version__} cannot load {path}: {reason}") from error
@@ -59,6 +66,19 @@ def load_model(path: Path, *, causal: bool) -> nn.Module:
             hint="Choose another --task, or repair the model.",
         )
     return model.eval()  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep stderr clean: compressed-tensors draws progress bars that cannot be turned off."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def run(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """One forward pass; the first one of a compressed-tensors model unpacks its weights."""
+    with quiet():
+        return model(**inputs, return_dict=True)
 
 
 def _require(package: str, extra: str, purpose: str) -> None:
@@ -113,6 +133,10 @@ def weighted_modules(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)) or "Linear" in kind or kind == "Conv1D":
+        if (
+            isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd))
+            or "Linear" in kind
+            or kind == "Conv1D"
+        ):
             found[name] = module
     return found

@@ -107,9 +107,7 @@ def choose_qparams(
     return scale, zero_point.to(torch.int8)
 
 
-def quantize(
-    groups: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat
-) -> Tensor:
+def quantize(groups: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat) -> Tensor:
     """Codes of ``groups`` (see `in_groups`), int8 of the same shape; one scale per group."""
     if number_format.dtype == "nf4":
         # The reciprocal, not the quotient: bitsandbytes rounds this way and codes must equal its own.
@@ -123,9 +121,7 @@ def quantize(
     return scaled.clamp_(qmin, qmax).to(torch.int8)
 
 
-def dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat
-) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat) -> Tensor:
     """Float32 values that the codes stand for; shapes as in `quantize`."""
     if number_format.dtype == "nf4":
         return nf4_codebook()[codes.int()] * scale.unsqueeze(-1)
@@ -197,4 +193,4 @@ def decibels(signal: float, noise: float) -> float | None:
 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of a tensor's bytes: guards against accidents, not against an adversary."""
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

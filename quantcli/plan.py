@@ -167,7 +167,8 @@ class _Resolver:
         if not any(layer.scheme for layer in layers):
             reasons = Counter(layer.reason for layer in layers if layer.role in LAYER_ROLES)
             why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-            raise InputError(f"Nothing in this model can be quantized with {self.name} as {self.format_name}: {why or 'no layer has weights'}.")
+            what = f"with {self.name} as {self.format_name}"
+            raise InputError(f"Nothing in this model can be quantized {what}: {why or 'no layer has weights'}.")
         dtype = self.rest_dtype or (self.majority if self.majority != "F64" else "F32")
         algorithms = sorted({layer.algorithm for layer in layers if layer.algorithm})
         return Plan(
@@ -180,7 +181,10 @@ class _Resolver:
             for glob in rule.globs:
                 if not any(matches(glob, name) for name in names):
                     hint = plugins.suggestion(glob, dict.fromkeys(module_of(name) for name in names))
-                    raise UsageError(f"{glob!r} matches no layer.", hint if hint.startswith("Did") else "See: quantcli inspect MODEL --layers")
+                    raise UsageError(
+                        f"{glob!r} matches no layer.",
+                        hint if hint.startswith("Did") else "See: quantcli inspect MODEL --layers",
+                    )
 
     def _decide(self, info: TensorInfo) -> LayerPlan:
         role = self.roles[info.name]
@@ -190,7 +194,11 @@ class _Resolver:
         if rule and rule.skip:
             return self._leave(info, role, "skipped as asked")
         scheme = build_scheme(rule.scheme) if rule and rule.scheme else self.scheme
-        label = (rule.scheme if isinstance(rule.scheme, str) else scheme.weights.dtype) if rule and rule.scheme else self.name
+        label = (
+            (rule.scheme if isinstance(rule.scheme, str) else scheme.weights.dtype)
+            if rule and rule.scheme
+            else self.name
+        )
         if scheme.weights.is_cast:
             return self._cast(info, role, scheme, label)
         if role not in LAYER_ROLES:
@@ -244,9 +252,15 @@ class _Resolver:
                 if wanted or (spelled_out and kind == "group"):
                     self.bad_groups.append(module_of(info.name))
                     return self._leave(info, role, "group size does not divide")
-                fitting = [n for n in FALLBACK_GROUP_SIZES if divided % n == 0 and self.format.supports(scheme.with_group_size(n)) is None]
+                fitting = [
+                    n
+                    for n in FALLBACK_GROUP_SIZES
+                    if divided % n == 0 and self.format.supports(scheme.with_group_size(n)) is None
+                ]
                 if not fitting:
-                    return self._leave(info, role, f"no {kind} size of {', '.join(map(str, FALLBACK_GROUP_SIZES))} divides {divided}")
+                    return self._leave(
+                        info, role, f"no {kind} size of {', '.join(map(str, FALLBACK_GROUP_SIZES))} divides {divided}"
+                    )
                 size = fitting[0]
                 note = f"{kind} {size}: {default} does not divide {divided}"
             scheme = scheme.with_group_size(size)
@@ -309,9 +323,7 @@ def left_linear_modules(plan: Plan) -> list[str]:
     left = [
         module_of(layer.info.name)
         for layer in plan.layers
-        if not layer.is_coded
-        and layer.info.name.endswith(".weight")
-        and layer.role in (*_LINEAR_ROLES, "embedding")
+        if not layer.is_coded and layer.info.name.endswith(".weight") and layer.role in (*_LINEAR_ROLES, "embedding")
     ]
     has_head = any(layer.role in ("head", "tied head") for layer in plan.layers)
     return left if has_head else [*left, *HEAD_NAMES]

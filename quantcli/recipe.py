@@ -137,14 +137,16 @@ def validate(data: dict[str, Any], where: str) -> Recipe:
         location = [str(part) for part in problem["loc"] if part not in ("SchemeSpec", "str", "list[str]")]
         if problem["type"] == "extra_forbidden":
             known = _fields_at(location[:-1])
-            raise UsageError(f"{where}: unknown key {'.'.join(location)!r}.", suggestion(location[-1], known)) from error
+            raise UsageError(
+                f"{where}: unknown key {'.'.join(location)!r}.", suggestion(location[-1], known)
+            ) from error
         message = problem["msg"].removeprefix("Value error, ").rstrip(".?")
         end = "?" if "Did you mean" in message else "."
         raise UsageError(f"{where}: {'.'.join(location)}: {message}{end}") from error
 
 
 def _fields_at(location: list[str]) -> list[str]:
-    model: type[BaseModel] = Recipe
+    model: type[_Strict] = Recipe
     nested = {"rules": Rule, "scheme": SchemeSpec, "weights": NumberFormatSpec, "inputs": NumberFormatSpec}
     for part in location:
         model = nested.get(part, model)
@@ -156,7 +158,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [loader.construct_object(key) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)

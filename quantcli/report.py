@@ -136,7 +136,7 @@ def write_markdown(tables: Sequence[Table], report: Report, path: Path | None) -
     if path is not None:
         path.write_text(text, encoding="utf-8")
     if summary:
-        with open(summary, "a", encoding="utf-8") as stream:
+        with Path(summary).open("a", encoding="utf-8") as stream:
             stream.write(text)
 
 

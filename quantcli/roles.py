@@ -1,15 +1,15 @@
 """What each tensor of a checkpoint is, told from names, shapes and neighbours.
 
-Structure decides, not the model's name: an embedding has no bias, a router is the neighbour of a set
-of experts, an output head has the embedding's shape, a transposed Conv1D has a bias as long as its
-second dimension.
+Structure decides, not the model's name: an embedding has no bias, a gate beside a set of experts is a
+router, an output head has the embedding's shape, a transposed Conv1D has a bias as long as its second
+dimension.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from quantcli.scheme import FLOAT_DTYPES, TensorInfo
@@ -17,10 +17,19 @@ from quantcli.scheme import FLOAT_DTYPES, TensorInfo
 #: Roles whose tensors are weights of a layer that some format can quantize.
 LAYER_ROLES = ("linear", "conv1d", "conv", "embedding", "head", "tied head", "router", "experts")
 
-_EMBEDDING_LEAF = re.compile(r"embed|^(emb|wte|wpe|shared|relative_attention_bias)$")
 #: Output heads of language models that share the embedding's weight and so are often not stored.
-HEAD_NAMES = ("lm_head", "embed_out", "cls.predictions.decoder")
-_HEAD_LEAF = re.compile(r"^(lm_head|embed_out)$")
+HEAD_NAMES = (
+    "lm_head", "lm_head.decoder", "lm_head.out_proj", "embed_out", "proj_out", "output_projection", "lm_loss",
+    "cls.predictions.decoder", "predictions.decoder", "head.decoder", "decoder", "vocab_projector",
+    "pred_layer.proj", "generator_lm_head",
+)  # fmt: skip
+_HEAD_LEAF = re.compile(r"lm_heads?|embed_out")
+_EMBEDDING_LEAF = re.compile(
+    r"embed|(^|_)embs?(_|$)|tokens?$|codebook|^(wte|wpe|shared|relative_attention_bias)$", re.IGNORECASE
+)
+#: What is called an embedding but multiplies: nothing looks up an image patch.
+_PROJECTION_LEAF = re.compile(r"proj|patch|dense|unembed", re.IGNORECASE)
+_GATE = re.compile(r"(^|_)(gate|router)$")
 _SMALLEST_EXPERT_SIDE = 32
 
 
@@ -33,9 +42,7 @@ def classify(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> d
     """Role of every tensor by name: one of `LAYER_ROLES`, or norm, bias, buffer, parameter, empty."""
     infos = list(infos)
     by_name = {info.name: info for info in infos}
-    expert_parents = {
-        info.name.split(".experts.")[0] for info in infos if ".experts." in info.name
-    }
+    expert_parents = {info.name.split(".experts.")[0] for info in infos if ".experts." in info.name}
     roles = {info.name: _by_shape(info, by_name) for info in infos}
     embeddings = [by_name[name] for name, role in roles.items() if role == "embedding"]
     vocabulary = max((info.rows for info in embeddings), default=0)
@@ -45,9 +52,9 @@ def classify(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> d
         if roles[info.name] != "linear":
             continue
         module = module_of(info.name)
-        if info.shape in vocabulary_shapes or _HEAD_LEAF.match(_leaf(module)):
+        if info.shape in vocabulary_shapes or _HEAD_LEAF.fullmatch(_leaf(module)):
             roles[info.name] = "tied head" if tied or info.shares else "head"
-        elif module_of(module) in expert_parents and _leaf(module) != "experts":
+        elif _is_router(module, expert_parents):
             roles[info.name] = "router"
     for name in _transposed(roles, by_name):
         roles[name] = "conv1d"
@@ -55,30 +62,51 @@ def classify(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> d
 
 
 def _leaf(module: str) -> str:
-    return module.rpartition(".")[2]
+    """The last part of a module's name; a number only counts the members of a list."""
+    return next((part for part in reversed(module.split(".")) if not part.isdigit()), "")
+
+
+def _is_router(module: str, expert_parents: Container[str]) -> bool:
+    """Whether a linear module, or the small network it belongs to, chooses among experts."""
+    parts = module.split(".")
+    gates = (".".join(parts[:i]) for i, part in enumerate(parts) if _GATE.search(part))
+    return "router" in parts or any(parent in expert_parents for parent in gates)
 
 
 def _by_shape(info: TensorInfo, by_name: Mapping[str, TensorInfo]) -> str:
     module, _, parameter = info.name.rpartition(".")
-    dimensions = len(info.shape)
     if not info.numel:
         return "empty"
     if not info.is_float:
         return "buffer"
     if parameter == "bias" or parameter.endswith("_bias"):
         return "bias"
-    if dimensions == 3 and min(info.shape[1:]) >= _SMALLEST_EXPERT_SIDE and "conv" not in info.name:
+    if _is_experts(info):
         return "experts"
     if parameter != "weight":
         return "parameter"
-    if dimensions == 1:
-        return "norm"
-    if dimensions > 2:
-        return "conv"
-    has_bias = f"{module}.bias" in by_name
-    if dimensions == 2 and not has_bias and _EMBEDDING_LEAF.search(_leaf(module)) and not _HEAD_LEAF.match(_leaf(module)):
-        return "embedding"
-    return "linear" if dimensions == 2 else "parameter"
+    matrix = "embedding" if _is_embedding(module, by_name) else "linear"
+    return {0: "parameter", 1: "norm", 2: matrix}.get(len(info.shape), "conv")
+
+
+def _is_experts(info: TensorInfo) -> bool:
+    """Whether a tensor stacks the matrices of several experts."""
+    if len(info.shape) != 3:
+        return False
+    *path, parameter = info.name.split(".")
+    if any(part.endswith("experts") for part in path):
+        return True
+    # A convolution over time has three dimensions too, but a short kernel.
+    count, *sides = info.shape
+    return parameter == "weight" and count > 1 and min(sides) >= _SMALLEST_EXPERT_SIDE and "conv" not in info.name
+
+
+def _is_embedding(module: str, by_name: Mapping[str, TensorInfo]) -> bool:
+    """Whether the matrix of this module is looked up by row."""
+    leaf = _leaf(module)
+    if f"{module}.bias" in by_name or _HEAD_LEAF.fullmatch(leaf) or _PROJECTION_LEAF.search(leaf):
+        return False
+    return bool(_EMBEDDING_LEAF.search(leaf))
 
 
 def _transposed(roles: Mapping[str, str], by_name: Mapping[str, TensorInfo]) -> list[str]:
@@ -123,6 +151,7 @@ def quantization_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | Non
         if info.dtype.startswith("F8_"):
             return "fp8"
     return None
+
 
 def original_dtype(infos: Iterable[TensorInfo]) -> str:
     """The floating-point dtype that most elements have."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,7 +102,7 @@ class Staging:
                 old.rename(self.target)
                 raise
         else:
-            os.replace(built, self.target)
+            built.replace(self.target)
         self.discard()
 
     def close(self) -> None:

@@ -52,7 +52,12 @@ class LayerResult:
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
-        return {"checksums": self.checksums, "scales_checksum": self.scales_checksum, "signal": self.signal, "noise": self.noise}
+        return {
+            "checksums": self.checksums,
+            "scales_checksum": self.scales_checksum,
+            "signal": self.signal,
+            "noise": self.noise,
+        }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> LayerResult:
@@ -133,8 +138,9 @@ class LayerJob:
         return outcome
 
     def _reserve_scales(self, weights: NumberFormat) -> None:
-        """Allocate the layer's scales at once: small results kept among large temporaries would
-        fragment the heap until it outgrew the model.
+        """Allocate the layer's scales at once.
+
+        Small results kept among large temporaries would fragment the heap until it outgrew the model.
         """
         with self._lock:
             if not self._scale.numel():
@@ -187,7 +193,9 @@ class LayerJob:
         if weights.double_quantized:
             signal, noise = self._nested_powers(rows, codes, chunks)
         offset = form.codes_offset(start, rows.shape[1], scheme)
-        self._write(form.codes_name(self.layer.info.name, scheme), offset, tensor_bytes(form.encode_codes(codes, scheme)))
+        self._write(
+            form.codes_name(self.layer.info.name, scheme), offset, tensor_bytes(form.encode_codes(codes, scheme))
+        )
         return _SlabResult(numerics.checksum(codes), signal, noise)
 
     def _scale_rows(self, first: int, last: int) -> slice:
@@ -266,7 +274,7 @@ def _cast_powers(rows: Tensor, stored: Tensor) -> tuple[float, float]:
     """Sums of squares of a tensor and of what a cast changed in it."""
     signal = noise = 0.0
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    pairs = zip(rows.reshape(-1).split(CHUNK_ELEMENTS), stored.reshape(-1).split(CHUNK_ELEMENTS), strict=True)
+    pairs = zip(*(torch.split(each.reshape(-1), CHUNK_ELEMENTS) for each in (rows, stored)), strict=True)
     for before, after in pairs:
         reference = before.to(wide)
         difference = after.to(wide, copy=True).sub_(reference)

@@ -57,9 +57,10 @@ def convert_tables(report: Report) -> list[Table]:
 
 
 def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
+    ratio = artifact.metrics["size_ratio"] or 1.0
     rows = [
         ("Size", f"{format_bytes(source.size_bytes or 0)} -> {format_bytes(artifact.size_bytes or 0)}"),
-        ("Ratio", f"{_ratio_text(artifact.metrics['size_ratio'] or 0)} ({1 / (artifact.metrics['size_ratio'] or 1):.1f}x smaller)"),
+        ("Ratio", f"{_ratio_text(ratio)} ({1 / ratio:.1f}x smaller)"),
         ("Format", f"{artifact.format}, algorithm {artifact.details['algorithm'] or 'cast'}"),
     ]
     if "seconds" in report.details:
@@ -68,9 +69,15 @@ def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
         verified = report.details["verified"]
         rows.append(("Verified", f"{verified['tensors']} tensors reopened and decoded, all codes equal"))
         runtime = verified["runtime"]
-        known = f"transformers {runtime['transformers']} finds every weight of {runtime['class']}" if runtime["checked"] else f"not checked: {runtime['reason']}"
+        known = (
+            f"transformers {runtime['transformers']} finds every weight of {runtime['class']}"
+            if runtime["checked"]
+            else f"not checked: {runtime['reason']}"
+        )
         rows.append(("Runtime", known))
-    return Table("Total" if "seconds" in report.details else "Total (dry run: nothing was written)", ("", "Value"), rows)
+    return Table(
+        "Total" if "seconds" in report.details else "Total (dry run: nothing was written)", ("", "Value"), rows
+    )
 
 
 def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
@@ -99,12 +106,14 @@ def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
         rows = [
             (
                 entry["scheme"], entry["format"], format_bytes(entry["size_bytes"]), _ratio_text(entry["size_ratio"]),
-                str(entry["quantized_tensors"]), "; ".join(f"{count} {_short(why)}" for why, count in entry["left"].items()),
+                str(entry["quantized_tensors"]), ", ".join(f"{count} {role}" for role, count in entry["left"].items()),
             )
             for entry in schemes
             if entry["applies"]
         ]  # fmt: skip
-        tables.append(Table("What convert would write", ("Scheme", "Format", "Size", "Ratio", "Tensors", "Left"), rows, _SIZES))
+        tables.append(
+            Table("What convert would write", ("Scheme", "Format", "Size", "Ratio", "Tensors", "Left"), rows, _SIZES)
+        )
     if layers:
         tables.append(_layer_table(report.layers))
     return tables
@@ -112,7 +121,8 @@ def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
 
 def _layer_table(layers: Sequence[LayerRow]) -> Table:
     rows = [
-        (row.name, str(row.details["shape"]), row.scheme or row.reason or row.details["role"], *_sizes([row])) for row in layers
+        (row.name, str(row.details["shape"]), row.scheme or row.reason or row.details["role"], *_sizes([row]))
+        for row in layers
     ]
     return Table("Tensors", ("Name", "Shape", "Decision", "Before", "After"), rows, _SIZES)
 
@@ -135,10 +145,10 @@ def eval_tables(report: Report) -> list[Table]:
     tables = [Table(report.details["task"].capitalize(), columns, rows, right, note)]
     for path in dict.fromkeys(row.model for row in report.layers):
         part = [row for row in report.layers if row.model == path]
-        cells = [(row.name, row.scheme or "", *_sizes([row]), decibel_text(row.sqnr_db)) for row in part]
+        lines = [(row.name, row.scheme or "", *_sizes([row]), decibel_text(row.sqnr_db)) for row in part]
         tables.append(
             Table(
-                f"Layers of {path}, worst first", ("Layer", "Scheme", "Before", "After", "SQNR"), cells, _SIZES,
+                f"Layers of {path}, worst first", ("Layer", "Scheme", "Before", "After", "SQNR"), lines, _SIZES,
                 "SQNR of each layer's output against the reference's; it holds the error of the layers before.",
             )
         )  # fmt: skip
@@ -150,7 +160,12 @@ def eval_tables(report: Report) -> list[Table]:
 def gate_table(report: Report) -> Table:
     """One row per gate."""
     rows = [
-        (gate.require, gate.model, "none" if gate.value is None else f"{gate.value:.6g}", "passed" if gate.passed else "FAILED")
+        (
+            gate.require,
+            gate.model,
+            "none" if gate.value is None else f"{gate.value:.6g}",
+            "passed" if gate.passed else "FAILED",
+        )
         for gate in report.gates
     ]
     return Table("Gates", ("Require", "Model", "Value", "Result"), rows, _SIZES)
@@ -176,10 +191,6 @@ def _worst(rows: Iterable[LayerRow]) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _short(reason: str) -> str:
-    return reason.split(":")[0].split(";")[0]
 
 
 def collapse(rows: Sequence[LayerRow], key: Callable[[LayerRow], str]) -> list[tuple[str, list[LayerRow]]]:

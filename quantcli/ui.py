@@ -60,7 +60,14 @@ class Ui:
         if self.quiet or not sys.stderr.isatty():
             yield None
             return
-        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         amount: Any = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
         columns = (TextColumn(label), BarColumn(), amount, TimeRemainingColumn(compact=True), TextColumn("left"))

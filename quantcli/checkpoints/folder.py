@@ -8,6 +8,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,12 +23,12 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 MAX_JSON_BYTES = 256 << 20
 MAX_OPEN_FILES = 64
 
-#: What a folder's weights are looked for as, best first.
+#: What a folder's weights are looked for as, in the order in which transformers does.
 _FOLDER_ENTRIES = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 
 _OTHER_FORMATS = {
@@ -36,6 +37,9 @@ _OTHER_FORMATS = {
     ".msgpack": "a Flax file",
     ".tflite": "a TFLite file",
 }
+
+
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class Reader(Protocol):
@@ -62,7 +66,6 @@ class Checkpoint:
         *,
         folder: Path | None = None,
         metadata: Mapping[str, str] | None = None,
-        readers: Mapping[Path, Reader] | None = None,
         warnings: tuple[str, ...] = (),
     ) -> None:
         self.path = path
@@ -72,7 +75,7 @@ class Checkpoint:
         self.warnings = warnings
         self._infos = infos
         self._lock = threading.Lock()
-        self._readers: OrderedDict[Path, Reader] = OrderedDict(readers or {})
+        self._readers: OrderedDict[Path, Reader] = OrderedDict()
 
     def infos(self) -> tuple[TensorInfo, ...]:
         """Every tensor, in file order."""
@@ -90,7 +93,7 @@ class Checkpoint:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """quantcli's own record of how the artifact was made, or None where it is not one."""
+        """What quantcli recorded of how it made this artifact, or None where it did not make it."""
         if self.folder and (self.folder / "quantcli.json").is_file():
             return load_json(self.folder / "quantcli.json")
         text = self.metadata.get("quantcli")
@@ -98,7 +101,7 @@ class Checkpoint:
             return None
         try:
             loaded = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path} holds a damaged quantcli manifest: {error}.") from error
         return loaded if isinstance(loaded, dict) else None
 
@@ -112,24 +115,32 @@ class Checkpoint:
     def read_rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor, in its own dtype; safe from several threads."""
         with self._lock:
-            reader = self._readers.get(info.file)
-            if reader is None:
-                reader = self._readers[info.file] = SafetensorsReader(info.file)
-                # A dropped reader closes its file once no thread uses it any more.
-                while len(self._readers) > MAX_OPEN_FILES:
-                    self._readers.popitem(last=False)
+            reader = self._readers.pop(info.file, None) or _open_reader(info.file)
+            self._readers[info.file] = reader
+            # The one used longest ago is dropped; it closes its file once no thread uses it any more.
+            if len(self._readers) > MAX_OPEN_FILES:
+                self._readers.popitem(last=False)
         return reader.read_rows(info, start, stop)
 
     def sha256(self) -> str:
         """Hash of the weight files: of the one file, or of ``sha256sum``'s lines over several."""
         digests = {}
         for file in self.files:
+            name = file.relative_to(self.folder).as_posix() if self.folder else file.name
             with file.open("rb", buffering=0) as stream:
-                digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+                digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
         if len(digests) == 1:
             return next(iter(digests.values()))
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _open_reader(file: Path) -> Reader:
+    if file.suffix.lower() not in TORCH_SUFFIXES:
+        return SafetensorsReader(file)
+    from quantcli.checkpoints.torch_file import TorchReader
+
+    return TorchReader(file)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -176,17 +187,21 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _open_file(path: Path, folder: Path | None) -> Checkpoint:
+    if not path.is_file():
+        raise InputError(f"{path} is neither a file nor a folder.")
+    with path.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise InputError(f"{path} is a Git LFS pointer, not the file itself.", "Fetch it with: git lfs pull")
     suffix = path.suffix.lower()
+    shown = path if folder is None else folder
     if suffix == ".safetensors":
         header = read_header(path)
         _refuse_empty(header.infos, path)
-        return Checkpoint(path if folder is None else folder, header.infos, folder=folder, metadata=header.metadata)
+        return Checkpoint(shown, header.infos, folder=folder, metadata=header.metadata)
     if suffix in TORCH_SUFFIXES:
-        from quantcli.checkpoints.torch_file import open_torch_file
+        from quantcli.checkpoints.torch_file import TorchReader
 
-        reader = open_torch_file(path)
-        shown = path if folder is None else folder
-        return Checkpoint(shown, reader.infos, folder=folder, readers={path: reader})
+        return Checkpoint(shown, TorchReader(path).infos, folder=folder)
     what = _OTHER_FORMATS.get(suffix, "not a kind of model that quantcli knows")
     raise InputError(f"{path} is {what}.", "A MODEL is a folder, .safetensors, .pt, .pth or .bin.")
 
@@ -198,7 +213,6 @@ def _open_index(index: Path) -> Checkpoint:
         raise InputError(f"{index} has no weight_map from tensor names to file names.")
     folder = index.parent
     infos: list[TensorInfo] = []
-    readers: dict[Path, Reader] = {}
     metadata: dict[str, str] = {}
     unlisted: list[str] = []
     for shard in sorted(set(weight_map.values())):
@@ -206,19 +220,21 @@ def _open_index(index: Path) -> Checkpoint:
         if not path.is_file():
             raise InputError(f"{index} names the shard {shard}, which is not there.", "Download or copy it again.")
         part = _open_file(path, None)
-        readers |= part._readers
         metadata |= part.metadata
-        present = {info.name for info in part.infos()}
-        missing = [name for name, file in weight_map.items() if file == shard and name not in present]
+        listed = {name for name, file in weight_map.items() if file == shard}
+        missing = sorted(listed - {info.name for info in part.infos()})
         if missing:
             raise InputError(f"{index} says that {missing[0]!r} is in {shard}, which does not hold it.")
-        infos += [info for info in part.infos() if weight_map.get(info.name) == shard]
-        unlisted += [f"{info.name} ({shard})" for info in part.infos() if weight_map.get(info.name) != shard]
+        for info in part.infos():
+            if info.name in listed:
+                infos.append(info if info.shares in listed else replace(info, shares=None))
+            else:
+                unlisted.append(f"{info.name} ({shard})")
     _refuse_empty(tuple(infos), index)
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if unlisted:
         warnings = (f"{len(unlisted)} tensors of the shards are not in the index and are ignored: {unlisted[0]}",)
-    return Checkpoint(folder, tuple(infos), folder=folder, metadata=metadata, readers=readers, warnings=warnings)
+    return Checkpoint(folder, tuple(infos), folder=folder, metadata=metadata, warnings=warnings)
 
 
 def _refuse_empty(infos: tuple[TensorInfo, ...], path: Path) -> None:
@@ -229,7 +245,7 @@ def _refuse_empty(infos: tuple[TensorInfo, ...], path: Path) -> None:
 def _inside(folder: Path, name: str, index: Path) -> Path:
     """A shard's path; a name that leads out of the folder is refused."""
     for flavour in (PurePosixPath(name), PureWindowsPath(name)):
-        if flavour.is_absolute() or ".." in flavour.parts or flavour.drive:
+        if flavour.anchor or ".." in flavour.parts:
             raise InputError(f"{index} names the shard {name!r}, which lies outside its folder.")
     return folder / name
 

@@ -27,18 +27,12 @@ class PositionalFile:
         self._descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
         self._lock = threading.Lock()
 
-    def read(self, offset: int, count: int) -> bytearray:
-        """``count`` bytes from ``offset``. Raises InputError where the file ends before them."""
-        buffer = bytearray(count)
-        self._read_into(memoryview(buffer), offset)
-        return buffer
-
     def read_tensor(self, offset: int, count: int) -> Tensor:
         """``count`` bytes from ``offset`` as a uint8 tensor. Raises InputError where the file ends early."""
         import torch
 
         buffer = torch.empty(count, dtype=torch.uint8)
-        self._read_into(memoryview(buffer.numpy()), offset)
+        self._read_into(buffer.numpy().data, offset)
         return buffer
 
     def _read_into(self, view: memoryview, offset: int) -> None:
@@ -91,4 +85,4 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy where it is contiguous."""
     import torch
 
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

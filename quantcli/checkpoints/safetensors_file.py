@@ -1,12 +1,14 @@
 """The safetensors container: headers read strictly and by ourselves, so that no weight, and no torch, is needed.
 
 Layout: 8 bytes length of the header (little-endian), the header (JSON), the data. Checked here: known
-dtypes, sizes that agree with shapes, offsets that cover the data without gap or overlap.
+dtypes, sizes that agree with shapes, offsets that cover the data without gap or overlap. Whatever else a
+header says, nothing larger than the header itself is allocated for it.
 """
 
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
 
 #: The reference reader's own limit.
 MAX_HEADER_BYTES = 100_000_000
+#: No library has tensors of more dimensions, and a product of 64 sizes is quick.
+_MAX_DIMENSIONS = 64
+_MAX_SIZE = 1 << 62
+#: The order of dtypes in which the reference writer lays tensors out, widest first so that all are aligned.
+_DTYPE_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,18 +60,20 @@ def read_header(path: Path) -> Header:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8:
             raise corrupt(f"it has {size} bytes, less than the 8 of a header's length")
-        if prefix.startswith(b"version "):
-            raise InputError(f"{path} is a Git LFS pointer, not the file itself.", "Fetch it with: git lfs pull")
         if length > MAX_HEADER_BYTES or length > size - 8:
             raise corrupt(f"its header claims {length} bytes, and {size - 8} follow")
         raw = stream.read(length)
     try:
-        entries = json.loads(raw, object_pairs_hook=_unique)
+        text = raw.decode()
+        entries = json.loads(text, object_pairs_hook=_unique)
+        if "\\u" in text:  # an escape can spell half a character, which no file can hold
+            json.dumps(entries, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise corrupt(f"its header is not JSON ({error})") from error
     if not isinstance(entries, dict):
         raise corrupt("its header is not a JSON object")
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise corrupt("its __metadata__ does not map strings to strings")
     data_start = 8 + length
@@ -93,8 +105,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < _MAX_SIZE for value in values)
 
 
 def _parse_entry(entry: Any) -> tuple[TensorSpec, int, int]:
@@ -103,15 +115,15 @@ def _parse_entry(entry: Any) -> tuple[TensorSpec, int, int]:
         raise ValueError("lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise ValueError(f"has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise ValueError(f"has the impossible shape {shape!r}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise ValueError(f"has the impossible offsets {offsets!r}")
+        raise ValueError(f"has the unknown dtype {reprlib.repr(dtype)}")
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS or prod(max(1, n) for n in shape) >= _MAX_SIZE:
+        raise ValueError(f"has the impossible shape {reprlib.repr(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"has the impossible offsets {reprlib.repr(offsets)}")
     begin, end = offsets
     spec = TensorSpec(dtype, tuple(shape))
     if end - begin != spec.nbytes:
-        raise ValueError(f"spans {end - begin} bytes, but {dtype} {shape} needs {prod(shape) * DTYPE_BYTES[dtype]}")
+        raise ValueError(f"spans {end - begin} bytes, but {dtype} {shape} needs {spec.nbytes}")
     return spec, begin, end
 
 
@@ -121,9 +133,9 @@ def build_header(
     """Header bytes, absolute offset of each tensor, and the size of the whole file.
 
     The header is padded with spaces to hold ``reserve`` bytes more, for metadata known only later.
-    Tensors are ordered by descending alignment, then name, as the reference writer does.
+    Tensors are ordered by dtype, then name, as the reference writer does.
     """
-    ordered = sorted(specs, key=lambda name: (-DTYPE_BYTES[specs[name].dtype], name))
+    ordered = sorted(specs, key=lambda name: (_DTYPE_ORDER.index(specs[name].dtype), name))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     relative: dict[str, int] = {}
     position = 0
