@@ -133,7 +133,8 @@ def validate(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problem = error.errors()[0]
+        # A misspelled key also leaves one missing, and a union complains once per member.
+        problem = max(error.errors(), key=lambda each: (each["type"] == "extra_forbidden", len(each["loc"])))
         location = [str(part) for part in problem["loc"] if part not in ("SchemeSpec", "str", "list[str]")]
         if problem["type"] == "extra_forbidden":
             known = _fields_at(location[:-1])
@@ -147,7 +148,8 @@ def validate(data: dict[str, Any], where: str) -> Recipe:
 
 def _fields_at(location: list[str]) -> list[str]:
     model: type[_Strict] = Recipe
-    nested = {"rules": Rule, "scheme": SchemeSpec, "weights": NumberFormatSpec, "inputs": NumberFormatSpec}
+    nested: dict[str, type[_Strict]] = {"rules": Rule, "scheme": SchemeSpec}
+    nested |= {"weights": NumberFormatSpec, "inputs": NumberFormatSpec}
     for part in location:
         model = nested.get(part, model)
     return list(model.model_fields)
