@@ -1,0 +1,44 @@
+"""Shared fixtures: tiny models of several architectures, saved as transformers saves them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+# Inside a GitHub step every report would go to its summary.
+os.environ.pop("GITHUB_STEP_SUMMARY", None)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model in each subfolder: llama, tied, bert, gpt2, mixtral, qwen2_moe. To be left as they are."""
+    import torch
+    import transformers as tf
+
+    sizes = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
+    experts = {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    gpt2 = {"vocab_size": 96, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(0)
+    built = {
+        "llama": tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, num_key_value_heads=2)),
+        "tied": tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, tie_word_embeddings=True)),
+        "bert": tf.BertModel(tf.BertConfig(**sizes)),
+        "gpt2": tf.GPT2LMHeadModel(tf.GPT2Config(**gpt2, bos_token_id=1, eos_token_id=2)),
+        "mixtral": tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, num_local_experts=4, num_key_value_heads=2)),
+        "qwen2_moe": tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**sizes, **experts, num_key_value_heads=2)),
+    }
+    root = tmp_path_factory.mktemp("models")
+    for name, model in built.items():
+        model.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def no_runtime_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the child process in which transformers loads the artifact: it takes seconds."""
+    monkeypatch.setattr("quantcli.runtime_check._reason_to_skip", lambda *_: "left out by a test")
