@@ -31,7 +31,7 @@ _LEFT_BECAUSE = {
     "router": "router: decides which expert runs",
 }
 
-_LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "router")
+_LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "router", "expert")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _Resolver:
         self.format_name = recipe.format or default_format(scheme)
         self.format = plugins.output_format(self.format_name)
         self.algorithm = recipe.algorithm
-        self.bad_groups: list[str] = []
+        self.bad_groups: dict[int, list[str]] = {}
         self._check_combination(scheme, recipe.algorithm)
         floats = [info for info in infos if info.is_float]
         by_dtype = Counter[str]()
@@ -147,21 +147,19 @@ class _Resolver:
     def _rest_dtype(self) -> str | None:
         """What leftovers are cast to; None: they stay as they are."""
         wish = self.recipe.rest
-        if self.scheme.weights.is_cast and wish == "auto":
-            return DTYPE_OF_NUMBER[self.scheme.weights.dtype]
         if wish == "auto":
-            return "BF16" if self.majority in ("F32", "F64") else None
+            # A cast takes every tensor itself; what it leaves was to be skipped.
+            wide = self.majority in ("F32", "F64")
+            return "BF16" if wide and not self.scheme.weights.is_cast else None
         return None if wish == "keep" else DTYPE_OF_NUMBER[wish]
 
     def plan(self) -> Plan:
         """Decide every tensor, then check that the whole makes sense."""
         self._check_rules_match()
         layers = tuple(self._decide(info) for info in self.infos)
-        if self.bad_groups:
-            size = self.scheme.weights.granularity.size if self.recipe.group_size is None else self.recipe.group_size
+        for size, names in self.bad_groups.items():
             raise UsageError(
-                f"The group size {size} does not divide the columns of {len(self.bad_groups)} layers: "
-                f"{_listed(self.bad_groups)}.",
+                f"The group size {size} does not divide the columns of {len(names)} layers: {_listed(names)}.",
                 hint="Leave --group-size out to take the largest that fits each layer, or --skip these layers.",
             )
         if not any(layer.scheme for layer in layers):
@@ -170,6 +168,8 @@ class _Resolver:
             what = f"with {self.name} as {self.format_name}"
             raise InputError(f"Nothing in this model can be quantized {what}: {why or 'no layer has weights'}.")
         dtype = self.rest_dtype or (self.majority if self.majority != "F64" else "F32")
+        if self.scheme.weights.is_cast:
+            dtype = DTYPE_OF_NUMBER[self.scheme.weights.dtype]
         algorithms = sorted({layer.algorithm for layer in layers if layer.algorithm})
         return Plan(
             layers, self.format_name, self.name, " and ".join(algorithms), dtype, self.recipe, self._warnings(layers)
@@ -250,7 +250,7 @@ class _Resolver:
             size = wanted or default
             if divided % size:
                 if wanted or (spelled_out and kind == "group"):
-                    self.bad_groups.append(module_of(info.name))
+                    self.bad_groups.setdefault(size, []).append(module_of(info.name))
                     return self._leave(info, role, "group size does not divide")
                 fitting = [
                     n
@@ -280,12 +280,11 @@ class _Resolver:
 
     def _warnings(self, layers: Iterable[LayerPlan]) -> tuple[str, ...]:
         warnings = []
-        experts = [layer for layer in layers if layer.role == "experts" and layer.scheme is None]
+        experts = [layer for layer in layers if layer.role in ("expert", "experts") and layer.scheme is None]
         if experts:
             share = sum(layer.info.nbytes for layer in experts) / max(1, sum(info.nbytes for info in self.infos))
             warnings.append(
-                f"{len(experts)} fused 3-D expert weights, {share:.0%} of the model, are left unquantized: "
-                f"{experts[0].reason}."
+                f"{len(experts)} expert weights, {share:.0%} of the model, are left unquantized: {experts[0].reason}."
             )
         sizes = Counter(layer.note for layer in layers if layer.note)
         warnings += [f"{count} layers use {note}." for note, count in sizes.most_common(3)]
