@@ -6,6 +6,8 @@ The functions are those of the command line: `inspect`, `convert`, `evaluate`. E
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from quantcli.version import __version__
@@ -25,3 +27,14 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"quantcli.{name}"), name)
+
+
+class _Package(ModuleType):
+    """Lets no module take the place of the function of the same name, as Python does once it is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
