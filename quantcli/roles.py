@@ -15,7 +15,7 @@ from typing import Any
 from quantcli.scheme import FLOAT_DTYPES, TensorInfo
 
 #: Roles whose tensors are weights of a layer that some format can quantize.
-LAYER_ROLES = ("linear", "conv1d", "conv", "embedding", "head", "tied head", "router", "experts")
+LAYER_ROLES = ("linear", "conv1d", "conv", "embedding", "head", "tied head", "router", "expert", "experts")
 
 #: Output heads of language models that share the embedding's weight and so are often not stored.
 HEAD_NAMES = (
@@ -29,6 +29,8 @@ _EMBEDDING_LEAF = re.compile(
 )
 #: What is called an embedding but multiplies: nothing looks up an image patch.
 _PROJECTION_LEAF = re.compile(r"proj|patch|dense|unembed", re.IGNORECASE)
+#: Embeddings of places, not of words; with few words they can be the larger ones.
+_POSITION = re.compile(r"pos|wpe|type|seg", re.IGNORECASE)
 _GATE = re.compile(r"(^|_)(gate|router)$")
 _SMALLEST_EXPERT_SIDE = 32
 
@@ -44,18 +46,26 @@ def classify(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> d
     by_name = {info.name: info for info in infos}
     expert_parents = {info.name.split(".experts.")[0] for info in infos if ".experts." in info.name}
     roles = {info.name: _by_shape(info, by_name) for info in infos}
-    embeddings = [by_name[name] for name, role in roles.items() if role == "embedding"]
-    vocabulary = max((info.rows for info in embeddings), default=0)
-    vocabulary_shapes = {info.shape for info in embeddings if info.rows == vocabulary}
+    words = [
+        by_name[name]
+        for name, role in roles.items()
+        if role == "embedding" and not _POSITION.search(_leaf(module_of(name)))
+    ]
+    vocabulary = max((info.rows for info in words), default=0)
+    vocabulary_shapes = {info.shape for info in words if info.rows == vocabulary}
     tied = bool((config or {}).get("tie_word_embeddings"))
     for info in infos:
         if roles[info.name] != "linear":
             continue
         module = module_of(info.name)
-        if info.shape in vocabulary_shapes or _HEAD_LEAF.fullmatch(_leaf(module)):
+        # A head stands alone: what is numbered belongs to a block, whatever its shape.
+        like_embedding = info.shape in vocabulary_shapes and not any(map(str.isdigit, module.split(".")))
+        if like_embedding or _HEAD_LEAF.fullmatch(_leaf(module)):
             roles[info.name] = "tied head" if tied or info.shares else "head"
         elif _is_router(module, expert_parents):
             roles[info.name] = "router"
+        elif ".experts." in module:
+            roles[info.name] = "expert"
     for name in _transposed(roles, by_name):
         roles[name] = "conv1d"
     return roles

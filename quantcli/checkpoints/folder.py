@@ -233,7 +233,8 @@ def _open_index(index: Path) -> Checkpoint:
     _refuse_empty(tuple(infos), index)
     warnings: tuple[str, ...] = ()
     if unlisted:
-        warnings = (f"{len(unlisted)} tensors of the shards are not in the index and are ignored: {unlisted[0]}",)
+        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
+        warnings = (f"Shards hold tensors that the index does not list; ignored: {unlisted[0]}{more}.",)
     return Checkpoint(folder, tuple(infos), folder=folder, metadata=metadata, warnings=warnings)
 
 
