@@ -116,6 +116,10 @@ def convert(
     rest: Annotated[
         Optional[str], typer.Option("--rest", metavar="KIND", help="keep, fp16 or bf16: what becomes of the rest.")
     ] = None,
+    target: Annotated[
+        Optional[str],
+        typer.Option("--target", metavar="RUNTIME", help="transformers (which is asked), vllm or sglang."),
+    ] = None,
     threads: Annotated[Optional[int], typer.Option("--threads", metavar="N", min=1, help="Worker threads.")] = None,
     max_memory: Annotated[
         Optional[str], typer.Option("--max-memory", metavar="BYTES", help="Memory not to be exceeded, such as 700MB.")
@@ -144,6 +148,7 @@ def convert(
             group_size=group_size,
             skip=skip or (),
             rest=rest,
+            target=target,
             threads=threads,
             max_memory=limit,
             dry_run=dry_run,

@@ -44,6 +44,7 @@ def convert(
     group_size: int | None = None,
     skip: Sequence[str] = (),
     rest: str | None = None,
+    target: str | None = None,
     threads: int | None = None,
     max_memory: int | None = None,
     dry_run: bool = False,
@@ -62,6 +63,8 @@ def convert(
         group_size: values per scale, for schemes with groups.
         skip: globs of layers to leave as they are.
         rest: ``keep``, ``fp16`` or ``bf16`` for what is not quantized.
+        target: the runtime that must load the result: ``transformers``, which is asked whether it would,
+            or ``vllm`` or ``sglang``, which are not.
         threads: worker threads; by default the number of usable cores.
         max_memory: bytes that must not be exceeded; fewer threads are used to stay below.
         dry_run: plan and report only.
@@ -77,31 +80,37 @@ def convert(
         VerificationError: what was written does not decode to what was meant.
     """
     started = time.monotonic()
-    source, target = Path(model), Path(output)
+    source, place = Path(model), Path(output)
     checkpoint = open_checkpoint(source)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
     wishes = base.with_flags(
-        scheme=scheme, format=format, algorithm=algorithm, group_size=group_size, skip=list(skip), rest=rest
+        scheme=scheme,
+        format=format,
+        algorithm=algorithm,
+        group_size=group_size,
+        skip=list(skip),
+        rest=rest,
+        target=target,
     )
     plan = resolve(wishes, checkpoint.infos(), checkpoint.config)
-    layout = plan_layout(plan, checkpoint, target)
+    layout = plan_layout(plan, checkpoint, place)
     if dry_run:
-        return _report(checkpoint, target, plan, layout, {}, None, {"dry_run": True})
-    check_target(target, source, force=force)
+        return _report(checkpoint, place, plan, layout, {}, None, {"dry_run": True})
+    check_target(place, source, force=force)
     workers = _worker_count(plan, threads, max_memory)
     conversion = _Conversion(checkpoint, plan, layout, workers, progress)
-    with open_staging(target) as staging:
+    with open_staging(place) as staging:
         done = staging.begin(conversion.fingerprint(), force=force)
         try:
             require_space(
-                target, layout.nbytes - sum(path.stat().st_size for path in staging.out.rglob("*.safetensors"))
+                place, layout.nbytes - sum(path.stat().st_size for path in staging.out.rglob("*.safetensors"))
             )
             details = conversion.run(staging, done)
             staging.publish(single_file=layout.single_file)
         except OSError as error:
-            raise explain(error, target) from error
+            raise explain(error, place) from error
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-    return _report(checkpoint, target, plan, layout, conversion.results, conversion.sha256, details)
+    return _report(checkpoint, place, plan, layout, conversion.results, conversion.sha256, details)
 
 
 class _Conversion:

@@ -14,6 +14,7 @@ from quantcli.scheme import PRESETS, Granularity, NumberFormat, Scheme
 from quantcli.units import parse_bytes
 
 Rest = Literal["auto", "keep", "fp16", "bf16"]
+Target = Literal["transformers", "vllm", "sglang"]
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -89,6 +90,7 @@ class Recipe(_Strict):
     format: str | None = None
     group_size: int | None = Field(default=None, ge=1)
     rest: Rest = "auto"
+    target: Target = "transformers"
     skip: list[str] = []
     max_shard_size: int = Field(default=DEFAULT_MAX_SHARD_BYTES, ge=1)
     rules: list[Rule] = []

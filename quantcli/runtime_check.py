@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoints.folder import Checkpoint
-from quantcli.errors import VerificationError
+from quantcli.errors import InputError
 from quantcli.plan import Plan
 
 TIMEOUT_SECONDS = 900
@@ -57,7 +57,7 @@ class RuntimeCheck:
         """What was found, for the manifest.
 
         Raises:
-            VerificationError: transformers would miss or misread weights of the artifact.
+            InputError: transformers would miss or misread weights of the artifact.
         """
         if self._skipped:
             return {"checked": False, "reason": self._skipped}
@@ -74,9 +74,9 @@ class RuntimeCheck:
         found: dict[str, Any] = json.loads(lines[-1])
         problems = found.pop("problems", [])
         if problems:
-            raise VerificationError(
+            raise InputError(
                 f"transformers {found.get('transformers')} would not load the result: {'; '.join(problems[:4])}.",
-                hint="--skip the layers it names, or choose another --format.",
+                hint="--skip the layers it names, choose another --format, or --target vllm if that is meant.",
             )
         return found
 
@@ -91,6 +91,8 @@ class RuntimeCheck:
 def _reason_to_skip(plan: Plan, checkpoint: Checkpoint, nbytes: int) -> str | None:
     import psutil
 
+    if plan.recipe.target != "transformers":
+        return f"the target is {plan.recipe.target}"
     if "model_type" not in (checkpoint.config or {}):
         return "config.json names no model type"
     for package in filter(None, ("transformers", _NEEDS.get(plan.format))):
@@ -129,7 +131,7 @@ def main() -> None:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
-    return text.splitlines()[0][:300] if text else repr(error)
+    return text.splitlines()[0][:300].rstrip(".") if text else repr(error)
 
 
 def _loading_info(folder: str, device: str | None) -> dict[str, Any]:

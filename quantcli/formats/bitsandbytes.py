@@ -24,6 +24,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 ROLES = {
     "embedding": "bitsandbytes replaces only linear layers",
     "conv": "bitsandbytes replaces only linear layers",
+    "expert": "transformers 5 fuses experts into 3-D weights, which bitsandbytes cannot carry",
     "experts": "bitsandbytes cannot carry fused 3-D expert weights",
 }
 

