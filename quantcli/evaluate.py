@@ -82,7 +82,8 @@ def evaluate(
     gates = parse_gates(require, known)
     checkpoints = [open_checkpoint(path) for path in (reference, *others)]
     causal = causal if task == "fidelity" else task == "language-modeling"
-    inputs = _samples(task, Path(data), Path(tokenizer or reference), samples, seq_len)
+    length = seq_len or min(_DEFAULT_LENGTH, models.longest_sequence(reference))
+    inputs = _samples(task, Path(data), Path(tokenizer or reference), samples, length)
     scores = [_Score(task, models.pooling_of(reference)) for _ in checkpoints]
     comparisons = [LayerComparison() for _ in others] if by_layer else []
     tracker = _Counter(progress, len(inputs))
@@ -122,20 +123,19 @@ class _Sample:
     inputs: dict[str, Tensor]
 
 
-def _samples(task: str, data: Path, tokenizer: Path, count: int | None, length: int | None) -> list[_Sample]:
+def _samples(task: str, data: Path, tokenizer: Path, count: int | None, length: int) -> list[_Sample]:
     if count is not None and count < 1:
         raise UsageError(f"--samples {count}: at least one is needed.")
-    if length is not None and length < 2:
+    if length < 2:
         raise UsageError(f"--seq-len {length}: at least two tokens are needed.")
     wanted = count or _DEFAULT_SAMPLES[task]
     texts = load_texts(data, lines=task == "embedding")
     tool = models.load_tokenizer(tokenizer)
     if task != "embedding":
-        windows = token_windows(tool, texts, length or _DEFAULT_LENGTH, wanted, data)
+        windows = token_windows(tool, texts, length, wanted, data)
         return [_Sample({"input_ids": window.unsqueeze(0)}) for window in windows]
     chosen = [texts[index] for index in spread(len(texts), wanted)]
-    limit = length or min(_DEFAULT_LENGTH, getattr(tool, "model_max_length", _DEFAULT_LENGTH))
-    encoded = (tool(text, return_tensors="pt", truncation=True, max_length=limit) for text in chosen)
+    encoded = (tool(text, return_tensors="pt", truncation=True, max_length=length) for text in chosen)
     return [_Sample(dict(sample)) for sample in encoded]
 
 

@@ -115,6 +115,13 @@ def is_causal(path: Path) -> bool:
     return any("CausalLM" in str(name) or str(name).endswith("LMHeadModel") for name in architectures)
 
 
+def longest_sequence(path: Path) -> int:
+    """Tokens a model can take, as its config.json says; 512 where it does not."""
+    config = load_json(require_folder(path) / "config.json")
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    return longest if isinstance(longest, int) and longest > 0 else 512
+
+
 def pooling_of(path: Path) -> str:
     """How a sentence-transformers folder pools token vectors: ``mean``, ``cls`` or ``last``; by default mean."""
     pooling = path / "1_Pooling" / "config.json"
