@@ -96,7 +96,7 @@ def convert(
     layout = plan_layout(plan, checkpoint, place)
     if dry_run:
         return _report(checkpoint, place, plan, layout, {}, None, {"dry_run": True})
-    check_target(place, source, force=force)
+    check_target(place, checkpoint.folder or source, force=force)
     workers = _worker_count(plan, threads, max_memory)
     conversion = _Conversion(checkpoint, plan, layout, workers, progress)
     with open_staging(place) as staging:
@@ -263,6 +263,7 @@ def _in_parallel(tasks: Iterator[Callable[[], None]], workers: int) -> None:
     import torch
 
     lock, failures, stop = threading.Lock(), list[BaseException](), threading.Event()
+    finished = threading.Semaphore(0)
 
     def work() -> None:
         torch.set_num_threads(1)
@@ -276,14 +277,17 @@ def _in_parallel(tasks: Iterator[Callable[[], None]], workers: int) -> None:
         except BaseException as error:
             failures.append(error)
             stop.set()
+        finally:
+            finished.release()
 
     before = torch.get_num_threads()
     threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
     for thread in threads:
         thread.start()
     try:
-        for thread in threads:
-            thread.join()
+        # Not `join`: before Python 3.13, one that is interrupted takes its thread for ended (gh-90882).
+        for _ in threads:
+            finished.acquire()
     finally:
         stop.set()
         for thread in threads:
