@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import gcd
 from typing import Any, NoReturn
 
@@ -36,12 +36,13 @@ class LayerResult:
     """What is known of a finished layer: checksums of what was meant, and the error that it costs.
 
     ``checksums``: one per slab, of the codes (int8), or of the stored bytes of a copy or cast.
-    ``scales_checksum``: of scale and zero point, as decoding gives them. ``signal`` and ``noise`` are sums
-    of squares of the weight and of its error.
+    ``scales_checksum``: of scale and zero point, as decoding gives them. ``others_checksum``: of all that is
+    stored beside the codes. ``signal`` and ``noise`` are sums of squares of the weight and of its error.
     """
 
     checksums: list[int] = field(default_factory=list)
     scales_checksum: int = 0
+    others_checksum: int = 0
     signal: float = 0.0
     noise: float = 0.0
 
@@ -52,17 +53,12 @@ class LayerResult:
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
-        return {
-            "checksums": self.checksums,
-            "scales_checksum": self.scales_checksum,
-            "signal": self.signal,
-            "noise": self.noise,
-        }
+        return dict(vars(self))
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> LayerResult:
         """Inverse of `to_json`."""
-        return cls(record["checksums"], record["scales_checksum"], record["signal"], record["noise"])
+        return cls(**{each.name: record[each.name] for each in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -231,7 +227,7 @@ class LayerJob:
         ordered = [self._results[index] for index in range(len(self.slabs))]
         signal = sum(result.signal for result in ordered)
         noise = sum(result.noise for result in ordered)
-        outcome = LayerResult([result.checksum for result in ordered], 0, signal, noise)
+        outcome = LayerResult([result.checksum for result in ordered], signal=signal, noise=noise)
         scheme = self.layer.scheme
         if not self.layer.is_coded or scheme is None:
             return outcome
@@ -239,12 +235,14 @@ class LayerJob:
         zero_point = self._zero_point if self._zero_point.numel() else None
         tensor = QuantizedTensor(no_codes, self._scale, zero_point, self.layer.matrix_shape, scheme.weights)
         form = plugins.coded_format(self.plan.format)
-        for name, part in form.encode_scales(self.layer.info.name, tensor, scheme, self.plan.dtype).items():
+        others = form.encode_scales(self.layer.info.name, tensor, scheme, self.plan.dtype)
+        for name, part in others.items():
             self._write(name, 0, tensor_bytes(part))
         restored = self._scale
         if scheme.weights.double_quantized:
             restored = numerics.dequantize_scales(*numerics.quantize_scales(restored))
         outcome.scales_checksum = scales_checksum(restored, zero_point)
+        outcome.others_checksum = others_checksum(others)
         return outcome
 
     def _write(self, name: str, offset: int, data: bytes | memoryview) -> None:
@@ -287,6 +285,12 @@ def scales_checksum(scale: Tensor, zero_point: Tensor | None) -> int:
     """Checksum of scale (float32) and zero point (int8)."""
     own = numerics.checksum(scale)
     return own if zero_point is None else own ^ numerics.checksum(zero_point)
+
+
+def others_checksum(parts: Mapping[str, Tensor]) -> int:
+    """Checksum of several tensors as they are stored."""
+    stored = (parts[name].contiguous().reshape(-1).view(torch.uint8) for name in sorted(parts))
+    return numerics.checksum(torch.cat(list(stored)))
 
 
 def working_set_bytes(layer: LayerPlan) -> int:

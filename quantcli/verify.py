@@ -13,7 +13,7 @@ from quantcli.errors import VerificationError
 from quantcli.numerics import checksum
 from quantcli.plan import LayerPlan, Plan
 from quantcli.scheme import TensorInfo, TensorSpec
-from quantcli.streaming import LayerResult, scales_checksum, slabs
+from quantcli.streaming import LayerResult, others_checksum, scales_checksum, slabs
 
 
 class Verifier:
@@ -57,6 +57,9 @@ class Verifier:
             self._compare(layer, checksum(codes), meant, f"rows {start} to {stop}")
         scale, zero_point = form.decode_scales(name, layer.matrix_shape, layer.scheme, self._load)
         self._compare(layer, scales_checksum(scale, zero_point), result.scales_checksum, "scales")
+        others = form.layout(name, layer.matrix_shape, layer.scheme, self.plan.dtype).keys() - {info.name}
+        stored = others_checksum({other: self._load(other) for other in others})
+        self._compare(layer, stored, result.others_checksum, "what is stored beside the codes")
 
     def _load(self, name: str) -> torch.Tensor:
         info = self.infos[name]
