@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -156,6 +157,8 @@ def convert(
             progress=progress,
         )
     _finish(ui, report, convert_tables(report), markdown)
+    if not dry_run and model.is_dir():
+        ui.talk(f"Next: quantcli eval {model} {output} --data TEXT.txt measures what it cost.")
 
 
 @app.command("eval")
@@ -263,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output went away, as `head` does; that is no failure of ours.
-        sys.stdout = None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except QuantcliError as error:
         return _failed(ui, error, error.message, error.hint, error.exit_code)

@@ -91,6 +91,8 @@ class RuntimeCheck:
 def _reason_to_skip(plan: Plan, checkpoint: Checkpoint, nbytes: int) -> str | None:
     import psutil
 
+    if not any(layer.is_coded for layer in plan.layers):
+        return "names and shapes are those of the original"
     if plan.recipe.target != "transformers":
         return f"the target is {plan.recipe.target}"
     if "model_type" not in (checkpoint.config or {}):

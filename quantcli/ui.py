@@ -28,11 +28,14 @@ class Ui:
     def show(self, report: Report, tables: Sequence[Table]) -> None:
         """The report on stdout: one JSON document, or tables; warnings on stderr."""
         if self.json:
-            print(report.to_json())
+            print(report.to_json(), flush=True)
         else:
             console = self._console(sys.stdout)
-            for table in tables:
-                _print_table(console, table)
+            # Captured, because rich itself ends the program when the reader of a pipe leaves.
+            with console.capture() as capture:
+                for table in tables:
+                    _print_table(console, table)
+            print(capture.get(), end="", flush=True)
         for warning in report.warnings:
             self.talk(f"Warning: {warning}", style="yellow")
 

@@ -23,8 +23,8 @@ def parse_bytes(text: str) -> int:
 def format_bytes(count: float) -> str:
     """1610612736 -> ``1.61 GB``."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}" if count < 999.5 * factor else f"{count / factor:.0f} {unit}"
+        if count >= 0.9995 * factor:
+            return f"{float(f'{count / factor:.3g}'):g} {unit}"
     return f"{count:.0f} B"
 
 
