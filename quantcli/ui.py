@@ -49,8 +49,10 @@ class Ui:
         self._say(f"Error: {message}" + (f" {hint}" if hint else ""), "bold red")
 
     def _say(self, message: str, style: str) -> None:
-        width = shutil.get_terminal_size((100, 24)).columns
-        text = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False)
+        text = message
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns
+            text = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False)
         if style and sys.stderr.isatty() and "NO_COLOR" not in os.environ:
             head, colon, rest = text.partition(":")
             self._console(sys.stderr).print(f"[{style}]{head}{colon}[/{style}]", end="", highlight=False)
