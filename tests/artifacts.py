@@ -1,0 +1,105 @@
+"""Reading artifacts without quantcli: by the libraries that define their formats."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+CLASSES = {"bert": "AutoModel"}
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: part for file in sorted(folder.glob("*.safetensors")) for name, part in load_file(file).items()}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def decoded(folder: Path) -> dict[str, Tensor]:
+    """Every weight of an artifact, as the library that defines its format decodes it."""
+    config = config_of(folder).get("quantization_config")
+    tensors = tensors_of(folder)
+    if config is None:
+        return tensors
+    decode = decode_bitsandbytes if config["quant_method"] == "bitsandbytes" else decode_compressed_tensors
+    marks = r"(.+\.)weight(?:_scale|\.quant_state\.bitsandbytes__nf4)"
+    prefixes = [match[1] for match in map(re.compile(marks).fullmatch, tensors) if match]
+    for prefix in prefixes:
+        names = [name for name in tensors if name.startswith(prefix + "weight")]
+        layer = {name.removeprefix(prefix): tensors.pop(name) for name in names}
+        tensors[prefix + "weight"] = decode(layer, prefix[:-1], config)
+    return tensors
+
+
+def decode_bitsandbytes(layer: dict[str, Tensor], module: str, config: dict[str, Any]) -> Tensor:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    packed = layer.pop("weight")
+    values: Tensor = dequantize_4bit(packed, QuantState.from_dict(layer, torch.device("cpu")))
+    return values
+
+
+def decode_compressed_tensors(layer: dict[str, Tensor], module: str, config: dict[str, Any]) -> Tensor:
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_name
+
+    groups = QuantizationConfig.model_validate(config).config_groups.values()
+    scheme = next(group for group in groups if any(t == "Linear" or match_name(module, t) for t in group.targets))
+    values: Tensor = BaseCompressor.get_value_from_registry(scheme.format).decompress(layer, scheme)["weight"]
+    return values
+
+
+def loaded(folder: Path, model: str, **options: Any) -> nn.Module:
+    """An artifact as a user loads it; nothing may be missing or left over."""
+    import transformers
+
+    loader = getattr(transformers, CLASSES.get(model, "AutoModelForCausalLM"))
+    network, info = loader.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return network.eval()
+
+
+def logits(network: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return network(input_ids=torch.arange(48).reshape(4, 12))[0].float()
+
+
+def reference(artifact: Path, model: str, place: Path) -> nn.Module:
+    """The original architecture with the weights that an artifact's files stand for."""
+    weights = decoded(artifact)
+    if model == "gpt2" and (artifact / "config.json").read_text().find("bitsandbytes") > 0:
+        weights = {name: part.T if re.search(r"c_\w+\.weight", name) else part for name, part in weights.items()}
+    place.mkdir()
+    save_file(
+        {name: part.contiguous() for name, part in weights.items()}, place / "model.safetensors", {"format": "pt"}
+    )
+    config = config_of(artifact)
+    config.pop("quantization_config", None)
+    (place / "config.json").write_text(json.dumps(config))
+    return loaded(place, model)
+
+
+def quantize_inputs(network: nn.Module, artifact: Path) -> nn.Module:
+    """Give the layers that were quantized inputs of 8 bits per token, as int8-dynamic means it."""
+
+    def rounded(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        scale = inputs[0].abs().amax(-1, keepdim=True) / 127.5
+        return ((inputs[0] / scale).round().clamp(-128, 127) * scale, *inputs[1:])
+
+    for name in tensors_of(artifact):
+        if name.endswith(".weight_scale"):
+            network.get_submodule(name.removesuffix(".weight_scale")).register_forward_pre_hook(rounded)
+    return network
