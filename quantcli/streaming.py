@@ -184,7 +184,9 @@ class LayerJob:
             if not weights.double_quantized:
                 powers = numerics.error_powers(numerics.in_groups(chunk, weights), tensor)
                 signal, noise = signal + powers[0], noise + powers[1]
-        if not bool(torch.isfinite(self._scale[self._scale_rows(start, stop)]).all()):
+        # Small codes of a large weight have scales that fit, yet decode to infinity in fp16.
+        too_large = dtype == torch.float16 and bool(rows.abs().amax() > torch.finfo(dtype).max)
+        if too_large or not bool(torch.isfinite(self._scale[self._scale_rows(start, stop)]).all()):
             self._refuse(rows, start)
         if weights.double_quantized:
             signal, noise = self._nested_powers(rows, codes, chunks)
