@@ -16,7 +16,7 @@ from quantcli.recipe import Recipe, validate
 from quantcli.scheme import DTYPE_BYTES, PRESETS, TensorInfo
 
 LINEAR = {"blk.0.up.weight": (256, 128), "blk.0.up.bias": (256,), "blk.0.down.weight": (128, 256)}
-WARNING_OF_EXPERTS = "1 fused 3-D expert weights, 94% of the model, are left unquantized: compressed-tensors cannot"
+WARNING_OF_EXPERTS = "1 expert weights, 94% of the model, are left unquantized: compressed-tensors cannot carry fused"
 
 
 def infos(shapes: dict[str, tuple[int, ...]], dtype: str = "F32", **dtypes: str) -> list[TensorInfo]:
@@ -116,6 +116,12 @@ def test_fused_experts_are_left_with_a_warning() -> None:
     assert labels(plan) == {"mlp.up.weight": "int4"}
     assert [warning for warning in plan.warnings if warning.startswith(WARNING_OF_EXPERTS)]
     assert not plan_of(tensors, scheme="fp16").warnings
+
+
+def test_experts_that_the_runtime_fuses_are_left_with_a_warning(models: Path) -> None:
+    plan = plan_of(models / "mixtral", scheme="nf4")
+    assert labels(plan).keys() == {f"model.layers.{i}.self_attn.{x}_proj.weight" for i in (0, 1) for x in "qkvo"}
+    assert "24 expert weights, 83% of the model, are left unquantized: transformers 5 fuses" in plan.warnings[0]
 
 
 def test_transposed_conv1d_is_carried_by_nf4_alone(models: Path) -> None:
