@@ -306,11 +306,8 @@ def _worker_count(plan: Plan, threads: int | None, max_memory: int | None) -> in
 
     largest = max(plan.layers, key=working_set_bytes)
     each = working_set_bytes(largest)
-    scales = (
-        max(layer.info.numel // 4 for layer in plan.layers if layer.is_coded)
-        if any(layer.is_coded for layer in plan.layers)
-        else 0
-    )
+    # A scale in float32 for every 16 values is the most there is.
+    scales = max((layer.info.numel // 4 for layer in plan.layers if layer.is_coded), default=0)
     fitting = (max_memory - BASE_MEMORY_BYTES - scales) // max(1, each)
     if fitting < 1:
         needed = format_bytes(BASE_MEMORY_BYTES + scales + each)

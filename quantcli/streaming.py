@@ -154,13 +154,21 @@ class LayerJob:
         info = self.layer.info
         rows = self.checkpoint.read_rows(info, start, stop)
         stored = rows.to(TORCH_DTYPES[self.layer.dtype])
-        if info.is_float and not bool(torch.isfinite(stored).all()):
+        if info.is_float and not bool(torch.isfinite(stored).all()) and not self._is_mask(rows, stored):
             self._refuse(rows, start)
         signal, noise = _cast_powers(rows, stored) if stored.dtype != rows.dtype else (0.0, 0.0)
         data = tensor_bytes(stored)
         width = len(data) // (stop - start) if stop > start else 0
         self._write(info.name, start * width, data)
         return _SlabResult(numerics.checksum(stored), signal, noise)
+
+    def _is_mask(self, rows: Tensor, stored: Tensor) -> bool:
+        """Whether infinities are meant: an attention mask is no weight, and a cast must not make new ones."""
+        return (
+            self.layer.role == "parameter"
+            and not bool(torch.isnan(rows).any())
+            and torch.equal(torch.isinf(rows), torch.isinf(stored))
+        )
 
     def _coded(self, start: int, stop: int) -> _SlabResult:
         scheme = self.layer.scheme

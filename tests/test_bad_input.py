@@ -320,3 +320,10 @@ def test_options_that_cannot_be_meant(tmp_path: Path, refused: Run, options: lis
 def test_no_scheme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(plain(tmp_path / "m.safetensors")), "-o", str(tmp_path / "out")]) == 2
     assert "No scheme is given. Choose one with --scheme: fp16" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_attention_mask_may_be_infinite_and_a_nan_may_not(tmp_path: Path, refused: Run) -> None:
+    mask = torch.zeros(4, 4).masked_fill_(torch.ones(4, 4).triu(1).bool(), float("-inf"))
+    convert(plain(tmp_path / "mask.safetensors", attn_mask=mask), tmp_path / "fine", scheme="int4")
+    mask[0, 0] = float("nan")
+    assert "attn_mask holds nan at row 0" in refused(plain(tmp_path / "damaged.safetensors", attn_mask=mask))
