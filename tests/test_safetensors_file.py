@@ -170,6 +170,7 @@ def entry(dtype: Any = "F32", shape: Any = (2,), data_offsets: Any = (0, 8)) -> 
         (entry(shape=[1 << 32, 1 << 32, 0], data_offsets=[0, 0]), "impossible shape"),
         (entry(shape=[1] * 65), "impossible shape"),
         (entry(shape=[3]), "spans 8 bytes, but F32 [3] needs 12"),
+        (entry(shape=[1]), "spans 8 bytes, but F32 [1] needs 4"),
         (entry(dtype="F64"), "spans 8 bytes, but F64 [2] needs 16"),
         (entry(data_offsets=[8, 0]), "spans -8 bytes"),
         (entry(data_offsets=[-8, 0]), "impossible offsets [-8, 0]"),

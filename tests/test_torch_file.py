@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -89,6 +90,7 @@ def test_views(save: Save) -> None:
         "permuted": numbered(2, 3, 4).permute(2, 0, 1),
         "channels last": numbered(2, 3, 2, 2).to(memory_format=torch.channels_last),
         "nothing": torch.empty(0),
+        "nothing transposed": torch.empty(3, 0).T,
     }
     assert_reads(save(tensors), tensors)
 
@@ -185,6 +187,13 @@ def test_plain_pickle_is_not_run(tmp_path: Path, protocol: int) -> None:
     assert not mark.exists()
 
 
+def test_pickle_that_torch_did_not_write(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(InputError, match=r"not one that torch\.save wrote"):
+        TorchReader(path)
+
+
 def test_a_pickle_cannot_change_what_was_checked(tmp_path: Path) -> None:
     """The opcode BUILD sets attributes; a tensor that was made must not take any."""
     forged = Forged("FloatStorage", (1,), (1,), state={"shape": ("x",)})
@@ -226,7 +235,7 @@ class ForgingPickler(pickle.Pickler):
         return None
 
 
-def forge(tmp_path: Path, forged: Forged, data: bytes = bytes(8), **members: bytes) -> Path:
+def forge(tmp_path: Path, forged: Any, data: bytes = bytes(8), **members: bytes) -> Path:
     """A zip archive as torch writes it, holding one forged tensor named ``a``."""
     path, stream = tmp_path / "model.pt", io.BytesIO()
     ForgingPickler(stream).dump({"a": forged})
@@ -240,7 +249,8 @@ def forge(tmp_path: Path, forged: Forged, data: bytes = bytes(8), **members: byt
 
 def test_a_forgery_may_be_honest(tmp_path: Path) -> None:
     data = torch.tensor([1.0, 2.0])
-    assert_reads(forge(tmp_path, Forged(), bytes(bits(data).tolist()), byteorder=b"little"), {"a": data})
+    members = {"byteorder": b"little", "extra/0": b"not its data"}
+    assert_reads(forge(tmp_path, Forged(), bytes(bits(data).tolist()), **members), {"a": data})
 
 
 @pytest.mark.parametrize(
@@ -275,9 +285,29 @@ def test_forged_tensor(tmp_path: Path, forged: Forged, reason: str) -> None:
     assert str(path) in caught.value.message
 
 
-def test_odd_archives(tmp_path: Path) -> None:
+def test_tensor_as_a_storage(tmp_path: Path) -> None:
+    class Nested:
+        def __reduce__(self) -> Any:
+            return torch._utils._rebuild_tensor_v2, (Forged(), 0, (1,), (1,), False, OrderedDict())
+
+    with pytest.raises(InputError, match="not a readable torch state dict"):
+        TorchReader(forge(tmp_path, Nested()))
+
+
+def test_big_endian_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="big-endian"):
         TorchReader(forge(tmp_path, Forged(), byteorder=b"big"))
+    path = tmp_path / "model.bin"
+    torch.save({"a": numbered(1)}, path, _use_new_zipfile_serialization=False)
+    little = path.read_bytes()
+    big = re.sub(rb"(?s)(little_endianq.)\x88", b"\\g<1>\x89", little)
+    assert big != little
+    path.write_bytes(big)
+    with pytest.raises(InputError, match="big-endian"):
+        TorchReader(path)
+
+
+def test_odd_archives(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a zip file, not a torch state dict"):
         TorchReader(forge(tmp_path, Forged(), **{"more/data.pkl": b""}))
     path = forge(tmp_path, Forged())
@@ -312,6 +342,9 @@ def test_every_truncation_is_refused(save: Save) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(InputError, match=r"model\.bin"):
             TorchReader(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(InputError, match=r"model\.bin is (a )?truncated.*Copy it again"):
+        TorchReader(path)
 
 
 def test_corruption_is_refused_or_harmless(save: Save) -> None:

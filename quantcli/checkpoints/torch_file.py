@@ -113,10 +113,8 @@ class _StateDictUnpickler(pickle._Unpickler):
         kind, dtype, key, _location, count, *view = pid
         if kind != "storage" or dtype not in DTYPE_BYTES or not isinstance(key, str) or any(view):
             raise pickle.UnpicklingError(f"unknown persistent id {kind!r}")
-        storage = _Storage(key, dtype, index(count) * DTYPE_BYTES[dtype])
-        if self.storages.setdefault(key, storage).nbytes != storage.nbytes:
-            raise pickle.UnpicklingError(f"storage {key!r} has two sizes")
-        return storage
+        self.storages[key] = _Storage(key, dtype, index(count) * DTYPE_BYTES[dtype])
+        return self.storages[key]
 
 
 #: Start and size of every storage in the file, by key.
