@@ -92,15 +92,11 @@ def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
         ("Tensors", str(details["tensors"])),
         ("Dtypes", ", ".join(f"{dtype} {format_bytes(entry['bytes'])}" for dtype, entry in details["dtypes"].items())),
     ]
-    tables = [
-        Table(model.path, ("", "Value"), facts),
-        Table(
-            "By role",
-            ("Role", "Tensors", "Size"),
-            [(role, str(entry["tensors"]), format_bytes(entry["bytes"])) for role, entry in details["roles"].items()],
-            _SIZES,
-        ),
-    ]
+    facts += [("Quantized", f"{_count(count, 'layer')}: {name}") for name, count in details["quantized_layers"].items()]
+    roles = [(role, str(entry["tensors"]), format_bytes(entry["bytes"])) for role, entry in details["roles"].items()]
+    tables = [Table(model.path, ("", "Value"), facts)]
+    if roles:
+        tables.append(Table("By role", ("Role", "Tensors", "Size"), roles, _SIZES))
     schemes = report.details.get("schemes", [])
     if schemes:
         rows = [
