@@ -232,6 +232,16 @@ def test_threads_and_slabs_do_not_show(
     assert contents(tmp_path / "1") == contents(tmp_path / "whole")
 
 
+def test_slabs_cut_no_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = {"a.weight": torch.randn(192, 5), "b.weight": torch.randn(96, 100), "c.weight": torch.randn(64, 48)}
+    save_file(odd, tmp_path / "odd.safetensors")
+    convert(tmp_path / "odd.safetensors", tmp_path / "whole", scheme="nf4")
+    monkeypatch.setattr("quantcli.streaming.SLAB_ELEMENTS", 700)
+    monkeypatch.setattr("quantcli.streaming.CHUNK_ELEMENTS", 330)
+    convert(tmp_path / "odd.safetensors", tmp_path / "slabs", scheme="nf4")
+    assert contents(tmp_path / "slabs") == contents(tmp_path / "whole")
+
+
 def sharded(models: Path, folder: Path, name: str = "llama") -> Path:
     """The same model in files of about 200 kB."""
     loaded(models / name, name).save_pretrained(folder, max_shard_size="200KB")
