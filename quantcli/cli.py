@@ -40,6 +40,9 @@ Markdown = Annotated[
 ]
 Junit = Annotated[Optional[Path], typer.Option("--junit", metavar="FILE", help="Also write the gates as JUnit XML.")]
 
+#: Exit status after Ctrl-C or a termination signal; newer versions of typer return it themselves.
+_INTERRUPTED = 130
+
 #: What typer raises for a wrong command line. Whether it comes from click or from the copy of click that
 #: newer versions of typer carry, typer's own BadParameter descends from it.
 _CommandLineError: type[Any] = typer.BadParameter.__mro__[2]
@@ -253,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         status = app(args=None if argv is None else list(argv), obj=ui, standalone_mode=False)
+        if status == _INTERRUPTED:
+            raise KeyboardInterrupt
         if isinstance(status, int):
             return status
     except typer.Exit as stop:
@@ -263,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         ui.fail("Interrupted.", "The same command continues where it stopped.")
-        return 130
+        return _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away, as `head` does; that is no failure of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

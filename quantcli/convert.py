@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from quantcli.artifact import Destination, Layout, plan_layout
 from quantcli.checkpoints.folder import Checkpoint, companions, open_checkpoint
 from quantcli.errors import UsageError
+from quantcli.parallel import Background, in_parallel, usable_cores
 from quantcli.plan import LayerPlan, Plan, resolve
 from quantcli.recipe import Recipe, load_recipe
 from quantcli.report import LayerRow, ModelRow, Report
@@ -26,8 +25,6 @@ from quantcli.version import __version__
 
 if TYPE_CHECKING:
     from quantcli.streaming import LayerJob, LayerResult, Progress
-
-_T = TypeVar("_T")
 
 #: What torch itself and the interpreter take before the first tensor.
 BASE_MEMORY_BYTES = 300 << 20
@@ -150,11 +147,10 @@ class _Conversion:
         try:
             if check and not check.needs_weights:
                 check.start()
-            with ThreadPoolExecutor(1) as hasher:
-                # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
-                digest = hasher.submit(self.checkpoint.sha256)
-                self._stream(staging, destinations, done)
-                self.sha256 = digest.result()
+            # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
+            hashing = Background(self.checkpoint.sha256)
+            self._stream(staging, destinations, done)
+            self.sha256 = hashing.result()
             for destination in destinations.values():
                 destination.file.close()
             verified = self._verify(staging.out / (self.layout.single_file or ""))
@@ -172,7 +168,7 @@ class _Conversion:
         verifier = Verifier(artifact, self.plan, self.layout.specs)
         layers = [layer for layer in self.plan.layers if not layer.dropped]
         tasks = ((lambda layer=layer: verifier.check(layer, self.results[layer.info.name])) for layer in layers)
-        _in_parallel(tasks, self.workers)
+        in_parallel(tasks, self.workers)
         return {"tensors": len(layers), "codes": "equal", "names_and_shapes": "as planned"}
 
     def _stream(
@@ -202,7 +198,7 @@ class _Conversion:
         tasks = (
             (lambda job=job, index=index: convert_slab(job, index)) for job in jobs for index in range(len(job.slabs))
         )
-        _in_parallel(tasks, self.workers)
+        in_parallel(tasks, self.workers)
 
     def _write_companions(self, out: Path) -> None:
         """Config and tokenizer files; what describes the weights is rewritten, the rest copied."""
@@ -255,48 +251,6 @@ class _Tracker:
                 self.progress(self.done, self.total)
 
 
-def _in_parallel(tasks: Iterator[Callable[[], None]], workers: int) -> None:
-    """Run tasks on threads with one torch thread each; the first failure stops the rest and is raised.
-
-    Threads take tasks from the iterator themselves: a future per slab would cost as much as the slab.
-    """
-    import torch
-
-    lock, failures, stop = threading.Lock(), list[BaseException](), threading.Event()
-    finished = threading.Semaphore(0)
-
-    def work() -> None:
-        torch.set_num_threads(1)
-        try:
-            while not stop.is_set():
-                with lock:
-                    task = next(tasks, None)
-                if task is None:
-                    return
-                task()
-        except BaseException as error:
-            failures.append(error)
-            stop.set()
-        finally:
-            finished.release()
-
-    before = torch.get_num_threads()
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        # Not `join`: before Python 3.13, one that is interrupted takes its thread for ended (gh-90882).
-        for _ in threads:
-            finished.acquire()
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        torch.set_num_threads(before)
-    if failures:
-        raise failures[0]
-
-
 def _worker_count(plan: Plan, threads: int | None, max_memory: int | None) -> int:
     """Threads to use, fewer where memory is short. Raises UsageError where not even one fits."""
     workers = threads or usable_cores()
@@ -316,13 +270,6 @@ def _worker_count(plan: Plan, threads: int | None, max_memory: int | None) -> in
             hint="Raise the limit, or --skip this layer.",
         )
     return int(min(workers, fitting))
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def peak_rss_bytes() -> int:

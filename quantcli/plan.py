@@ -212,6 +212,8 @@ class _Resolver:
         return self._quantize(info, role, scheme, label, rule)
 
     def _cast(self, info: TensorInfo, role: str, scheme: Scheme, label: str) -> LayerPlan:
+        if self.recipe.group_size and scheme == self.scheme:
+            raise UsageError(f"--group-size does not apply to {self.name}, which has no scales.")
         target = DTYPE_OF_NUMBER[scheme.weights.dtype]
         if not info.is_float or not info.numel or info.dtype == target:
             why = "already so" if info.dtype == target else _LEFT_BECAUSE["empty" if not info.numel else "buffer"]

@@ -41,11 +41,11 @@ def group_errors(weight: Tensor, tensor: QuantizedTensor) -> np.ndarray:
     codes = numerics.in_groups(tensor.codes, tensor.number_format).double()
     zero_point = 0 if tensor.zero_point is None else tensor.zero_point.double().unsqueeze(-1)
     restored = (codes - zero_point) * tensor.scale.double().unsqueeze(-1)
-    return (restored - numerics.in_groups(weight, tensor.number_format).double()).square().sum(-1).numpy()
+    return (restored - numerics.in_groups(weight, tensor.number_format).double()).abs().pow(3).sum(-1).numpy()
 
 
 def least_error(values: np.ndarray, number_format: NumberFormat, scale_dtype: torch.dtype) -> float:
-    """The least squared error of any range on the grid, in float64."""
+    """The least cubed error of any range on the grid, in float64."""
     steps, lowest = 2**number_format.bits - 1, -(2 ** (number_format.bits - 1))
     errors = []
     for fraction in mse.RANGE_FRACTIONS:
@@ -56,7 +56,7 @@ def least_error(values: np.ndarray, number_format: NumberFormat, scale_dtype: to
         scale = torch.tensor((high - low) / steps).to(scale_dtype).item()
         zero = 0 if number_format.symmetric else np.clip(np.round(lowest - low / scale), lowest, lowest + steps)
         codes = np.clip(np.round(values / scale) + zero, lowest, lowest + steps)
-        errors.append(np.sum(((codes - zero) * scale - values) ** 2))
+        errors.append(np.sum(np.abs((codes - zero) * scale - values) ** 3))
     return float(min(errors))
 
 
@@ -86,7 +86,7 @@ def test_mse_finds_the_least_error_on_its_grid(number_format: NumberFormat, scal
     groups = numerics.in_groups(weight, number_format).double().numpy()
     wanted = [least_error(groups[index], number_format, scale_dtype) for index in np.ndindex(groups.shape[:-1])]
     errors = group_errors(weight, mse.run(weight, number_format, scale_dtype))
-    assert errors.flatten() == pytest.approx(wanted, rel=1e-5)
+    assert errors.flatten() == pytest.approx(wanted, rel=5e-5)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
