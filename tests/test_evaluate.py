@@ -133,8 +133,8 @@ def test_by_layer_names_quantized_layers_worst_first(llama: Path, int4: Path, te
 
 def test_fidelity_compares_every_output(llama: Path, int4: Path, text: Path) -> None:
     metrics = quantcli.evaluate(llama, [int4], data=text, samples=3, seq_len=16, task="fidelity").models[1].metrics
-    assert 5 < metrics["sqnr_db"] < 40
-    assert 0.9 < metrics["cosine"] < 1
+    assert 3 < metrics["sqnr_db"] < 40
+    assert 0.8 < metrics["cosine"] < 1
     assert set(metrics) >= {"kl_nats", "argmax_agreement"}
 
 
