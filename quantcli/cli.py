@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -222,6 +223,7 @@ def evaluate(
 
 
 def _ui(context: typer.Context, json: bool, quiet: bool, debug: bool) -> Ui:
+    gc.enable()
     ui: Ui = context.obj
     ui.json, ui.quiet, ui.debug = json, quiet, debug
     return ui

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 import threading
@@ -274,14 +275,20 @@ def _worker_count(plan: Plan, threads: int | None, max_memory: int | None) -> in
 
 def peak_rss_bytes() -> int:
     """Largest resident size of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: on Linux its figure starts at the size of the process that started this one.
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if peak:
+            return int(peak[1]) * 1024
     if sys.platform == "win32":
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def plan_rows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, Layout, list[LayerRow]]:

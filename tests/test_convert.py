@@ -461,3 +461,10 @@ def test_a_flipped_bit_is_noticed(models: Path, tmp_path: Path, monkeypatch: pyt
         with pytest.raises(VerificationError):
             convert(models / "bert", tmp_path / "out", scheme=scheme, threads=1)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_peak_memory_is_that_of_this_process_alone(models: Path, tmp_path: Path) -> None:
+    ballast = torch.ones(1 << 28)  # 1 GiB, which a child process must not be charged with
+    command = [sys.executable, "-m", "quantcli", "convert", str(models / "llama"), "-o", str(tmp_path / "out")]
+    done = subprocess.run([*command, "-s", "int8", "--target", "vllm", "--json"], capture_output=True, check=True)
+    assert 50e6 < json.loads(done.stdout)["peak_rss_bytes"] < ballast.nbytes / 2
