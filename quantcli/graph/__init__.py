@@ -1,0 +1,1 @@
+"""ONNX graphs: opening, preparing, placing quantization, proving what became of it."""
