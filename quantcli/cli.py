@@ -1,4 +1,4 @@
-"""The command line: thin commands over the library, and the exit statuses. The only importer of typer."""
+"""The command line: thin commands over the library, and the exit statuses. Only it and options.py import typer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from quantcli import __version__
+from quantcli import __version__, options
 from quantcli.errors import InputError, QuantcliError, UsageError
 from quantcli.report import Report, Table, write_junit, write_markdown
 from quantcli.ui import Ui
@@ -28,18 +28,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make neural networks smaller by lowering numerical precision, and prove that they still work.",
 )
-
-Model = Annotated[
-    Path,
-    typer.Argument(help="A Hugging Face folder, .safetensors, .index.json, .pt, .pth or .bin.", show_default=False),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, hints or warnings on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Markdown = Annotated[
-    Optional[Path], typer.Option("--markdown", metavar="FILE", help="Also write the report as Markdown.")
-]
-Junit = Annotated[Optional[Path], typer.Option("--junit", metavar="FILE", help="Also write the gates as JUnit XML.")]
 
 #: Exit status after Ctrl-C or a termination signal; newer versions of typer return it themselves.
 _INTERRUPTED = 130
@@ -69,15 +57,13 @@ def _root(
 @app.command()
 def inspect(
     context: typer.Context,
-    model: Model,
-    scheme: Annotated[
-        Optional[list[str]], typer.Option("--scheme", "-s", metavar="S", help="Plan for this scheme; may be repeated.")
-    ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="List every tensor.")] = False,
-    json: AsJson = False,
-    markdown: Markdown = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    model: options.Model,
+    scheme: options.Schemes = None,
+    layers: options.ListLayers = False,
+    json: options.AsJson = False,
+    markdown: options.Markdown = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
 ) -> None:
     """Show what a model is made of, and what a scheme would do to it. Reads headers only."""
     ui = _ui(context, json, quiet, debug)
@@ -93,48 +79,24 @@ def inspect(
 @app.command()
 def convert(
     context: typer.Context,
-    model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="What to write.", show_default=False)],
-    scheme: Annotated[
-        Optional[str],
-        typer.Option("--scheme", "-s", metavar="S", help="fp16, bf16, int8, int4, nf4, nf4-double or int8-dynamic."),
-    ] = None,
-    format: Annotated[
-        Optional[str],
-        typer.Option(
-            "--format",
-            metavar="F",
-            help="compressed-tensors, bitsandbytes or safetensors; by default what fits the scheme.",
-        ),
-    ] = None,
-    algorithm: Annotated[Optional[str], typer.Option("--algorithm", metavar="A", help="auto, rtn or mse.")] = None,
-    recipe: Annotated[
-        Optional[Path], typer.Option("--recipe", metavar="FILE", help="A YAML file of rules per layer.")
-    ] = None,
-    group_size: Annotated[
-        Optional[int], typer.Option("--group-size", metavar="N", min=1, help="Values that share a scale.")
-    ] = None,
-    skip: Annotated[
-        Optional[list[str]],
-        typer.Option("--skip", metavar="GLOB", help="Layers to leave as they are; may be repeated."),
-    ] = None,
-    rest: Annotated[
-        Optional[str], typer.Option("--rest", metavar="KIND", help="keep, fp16 or bf16: what becomes of the rest.")
-    ] = None,
-    target: Annotated[
-        Optional[str],
-        typer.Option("--target", metavar="RUNTIME", help="transformers (which is asked), vllm or sglang."),
-    ] = None,
-    threads: Annotated[Optional[int], typer.Option("--threads", metavar="N", min=1, help="Worker threads.")] = None,
-    max_memory: Annotated[
-        Optional[str], typer.Option("--max-memory", metavar="BYTES", help="Memory not to be exceeded, such as 700MB.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and report; write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
-    json: AsJson = False,
-    markdown: Markdown = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    model: options.Model,
+    output: options.Output,
+    scheme: options.Scheme = None,
+    format: options.Format = None,
+    algorithm: options.Algorithm = None,
+    recipe: options.RecipeFile = None,
+    group_size: options.GroupSize = None,
+    skip: options.Skip = None,
+    rest: options.Rest = None,
+    target: options.Target = None,
+    threads: options.Threads = None,
+    max_memory: options.MaxMemory = None,
+    dry_run: options.DryRun = False,
+    force: options.Force = False,
+    json: options.AsJson = False,
+    markdown: options.Markdown = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
 ) -> None:
     """Quantize a model, tensor by tensor, and verify the result."""
     ui = _ui(context, json, quiet, debug)
@@ -168,36 +130,20 @@ def convert(
 @app.command("eval")
 def evaluate(
     context: typer.Context,
-    model: Model,
-    candidates: Annotated[
-        Optional[list[Path]],
-        typer.Argument(metavar="[CANDIDATE]...", help="Models to compare with it.", show_default=False),
-    ] = None,
-    data: Annotated[
-        Optional[Path], typer.Option("--data", metavar="DATA", help="Text: .txt, .jsonl or .parquet.")
-    ] = None,
-    task: Annotated[
-        str, typer.Option("--task", metavar="T", help="auto, language-modeling, embedding or fidelity.")
-    ] = "auto",
-    samples: Annotated[
-        Optional[int], typer.Option("--samples", metavar="N", min=1, help="Sequences at the most.")
-    ] = None,
-    seq_len: Annotated[
-        Optional[int], typer.Option("--seq-len", metavar="L", min=2, help="Tokens per sequence.")
-    ] = None,
-    tokenizer: Annotated[
-        Optional[Path], typer.Option("--tokenizer", metavar="FOLDER", help="Where the tokenizer is, if not with MODEL.")
-    ] = None,
-    by_layer: Annotated[bool, typer.Option("--by-layer", help="Also compare every layer's output.")] = False,
-    require: Annotated[
-        Optional[list[str]],
-        typer.Option("--require", metavar="EXPR", help='A gate such as "kl_nats <= 0.05"; may be repeated.'),
-    ] = None,
-    json: AsJson = False,
-    markdown: Markdown = None,
-    junit: Junit = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    model: options.RunnableModel,
+    candidates: options.Candidates = None,
+    data: options.Data = None,
+    task: options.Task = "auto",
+    samples: options.Samples = None,
+    seq_len: options.SeqLen = None,
+    tokenizer: options.Tokenizer = None,
+    by_layer: options.ByLayer = False,
+    require: options.Require = None,
+    json: options.AsJson = False,
+    markdown: options.Markdown = None,
+    junit: options.Junit = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
 ) -> None:
     """Measure accuracy: a reference model and candidates on the same data. A gate that fails exits with 1."""
     ui = _ui(context, json, quiet, debug)
