@@ -1,0 +1,141 @@
+"""A matrix to packed blocks, slab by slab, as the n-bit operators of onnxruntime lay them out.
+
+Codes are stored unsigned, that is plus 8 or plus 128, which is these operators' default zero point; two
+four-bit codes share a byte, the first in the low nibble. NF4 is as bitsandbytes has it: the matrix is
+flattened, and the first code of a byte is in the high nibble.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import gcd
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantcli import numerics, plugins
+from quantcli.errors import InputError
+from quantcli.graph.operands import Operand
+from quantcli.packing import pack_int4_low_nibble_first, pack_nibbles_high_first
+from quantcli.scheme import Granularity, NumberFormat
+
+#: Values in work at a time.
+_SLAB_ELEMENTS = 1 << 22
+
+#: Block size of a scheme that asks for one scale per channel, which these operators do not have. Smaller blocks
+#: cost more scales, larger ones pad more; speed is within a tenth from 64 up (measured on onnxruntime 1.32).
+CHANNEL_BLOCK = 128
+
+#: The smallest block the operators take.
+SMALLEST_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized matrix in stored form, and the powers of the weight and of its error.
+
+    ``codes`` uint8 ``[rows, bytes of a row]`` (nf4: flat), ``scales`` ``[rows, blocks]`` (nf4: flat),
+    ``zero_points`` uint8 ``[rows, bytes]`` or None.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray | None
+    signal: float
+    noise: float
+
+
+def block_size(columns: int, number_format: NumberFormat, *, padded: bool) -> int:
+    """Block size for a matrix: at most what is asked for, and smaller where that makes fewer bytes.
+
+    With ``padded`` the last block of a row is stored in full, so that 576 columns fit blocks of 64 better
+    than blocks of 128.
+    """
+    wanted = number_format.granularity.size or CHANNEL_BLOCK
+    sizes = [wanted]
+    while padded and sizes[-1] > SMALLEST_BLOCK:
+        sizes.append(sizes[-1] // 2)
+
+    def row_bytes(size: int) -> int:
+        blocks = -(-columns // size)
+        stored = blocks * size if padded else columns
+        return stored * number_format.bits + blocks * (32 if number_format.symmetric else 32 + number_format.bits)
+
+    return min(sizes, key=row_bytes)
+
+
+def pack_rows(operand: Operand, number_format: NumberFormat, size: int, algorithm: str) -> Packed:
+    """Quantize in blocks of ``size`` along columns; the last block of a row is filled with zeros.
+
+    Raises:
+        InputError: the weight holds NaN or infinity.
+    """
+    in_blocks = replace(number_format, granularity=Granularity("group", size))
+    rows, blocks, bits = operand.rows, -(-operand.columns // size), number_format.bits
+    codes = np.empty((rows, blocks * size * bits // 8), np.uint8)
+    scales = np.empty((rows, blocks), operand.dtype)
+    zero_points = None if number_format.symmetric else np.empty((rows, -(-blocks * bits // 8)), np.uint8)
+    signal = noise = 0.0
+    step = max(1, _SLAB_ELEMENTS // (blocks * size))
+    for start in range(0, rows, step):
+        slab = _finite(operand, start, min(start + step, rows))
+        slab = torch.nn.functional.pad(slab, (0, blocks * size - operand.columns))
+        tensor = plugins.algorithm(algorithm).run(slab, in_blocks, _torch_dtype(operand))
+        powers = numerics.error_powers(numerics.in_groups(slab, in_blocks), tensor)
+        signal, noise = signal + powers[0], noise + powers[1]
+        part = slice(start, start + len(slab))
+        codes[part] = _unsigned(tensor.codes, bits)
+        scales[part] = tensor.scale.numpy()
+        if zero_points is not None and tensor.zero_point is not None:
+            zero_points[part] = _unsigned(tensor.zero_point, bits)
+    return Packed(codes, scales, zero_points, signal, noise)
+
+
+def pack_nf4(operand: Operand, number_format: NumberFormat, algorithm: str) -> Packed:
+    """Quantize to NF4 in blocks of the flattened ``[rows, columns]``, the last one filled with zeros.
+
+    Raises:
+        InputError: the weight holds NaN or infinity.
+    """
+    size = number_format.granularity.size
+    assert size is not None
+    rows, columns = operand.rows, operand.columns
+    codes = np.empty(-(-rows * columns // 2), np.uint8)
+    scales = np.empty(-(-rows * columns // size), operand.dtype)
+    signal = noise = 0.0
+    # Slabs begin where a block begins.
+    whole = size // gcd(size, columns)
+    step = max(1, _SLAB_ELEMENTS // (whole * columns)) * whole
+    for start in range(0, rows, step):
+        flat = _finite(operand, start, min(start + step, rows)).reshape(-1)
+        blocks = torch.nn.functional.pad(flat, (0, -len(flat) % size)).reshape(-1, size)
+        tensor = plugins.algorithm(algorithm).run(blocks, number_format, _torch_dtype(operand))
+        powers = numerics.error_powers(blocks, tensor)
+        signal, noise = signal + powers[0], noise + powers[1]
+        packed = pack_nibbles_high_first(tensor.codes.reshape(-1)[: len(flat)]).numpy()
+        codes[start * columns // 2 :][: len(packed)] = packed
+        scales[start * columns // size :][: len(blocks)] = tensor.scale.numpy()
+    return Packed(codes, scales, None, signal, noise)
+
+
+def _unsigned(codes: Tensor, bits: int) -> np.ndarray:
+    """Signed codes ``[rows, columns]`` in stored form, uint8 ``[rows, ceil(columns * bits / 8)]``."""
+    if bits == 8:
+        return codes.numpy().view(np.uint8) ^ np.uint8(128)
+    packed = pack_int4_low_nibble_first(codes.contiguous()).view(torch.uint8).numpy()
+    return packed[:, : -(-codes.shape[1] // 2)]
+
+
+def _finite(operand: Operand, start: int, stop: int) -> Tensor:
+    slab = operand.slab(start, stop)
+    if not np.isfinite(slab).all():
+        raise InputError(
+            f"{operand.value.name} holds NaN or infinite values, which cannot be quantized.",
+            "Repair the model, or leave the layer out with --skip.",
+        )
+    return torch.from_numpy(slab)
+
+
+def _torch_dtype(operand: Operand) -> torch.dtype:
+    return torch.float16 if operand.dtype == np.float16 else torch.float32

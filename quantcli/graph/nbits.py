@@ -1,0 +1,241 @@
+"""Weight-only quantization of ONNX nodes: onnxruntime's n-bit operators in place of MatMul, Gemm and Gather.
+
+- MatMul and Gemm with a constant matrix: MatMulNBits, 4 or 8 bits in blocks along input features.
+- The same in NF4 (QLoRA, arXiv:2305.14314): MatMulBnb4.
+- Gather of rows, that is embeddings: GatherBlockQuantized, 4 or 8 bits.
+
+The operators are documented in onnxruntime's docs/ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantcli import numerics
+from quantcli.graph.blocks import SMALLEST_BLOCK, Packed, block_size, pack_nf4, pack_rows
+from quantcli.graph.operands import Operand, operand_of, readers, remove_unread
+from quantcli.graph.values import add_initializer, free_name, input_of, integer, real
+from quantcli.scheme import NumberFormat, Scheme
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+DOMAIN = "com.microsoft"
+
+#: Lets MatMulNBits round its inputs to int8, per block: the only fast kernels. Below 4 it computes in
+#: float32, three (4 bits) to thirty times (8 bits) more slowly for one row; unset means 0. The inputs'
+#: rounding adds noise at about 45 dB, which is that of 8-bit weights and far below that of 4-bit ones.
+ACCURACY_LEVEL = 4
+
+#: The oldest onnxruntime whose CPU provider was seen to run an operator with so many bits.
+_OLDEST_RUNTIME = {
+    ("MatMulNBits", 4): "1.18", ("MatMulNBits", 8): "1.22", ("MatMulBnb4", 4): "1.18",
+    ("GatherBlockQuantized", 4): "1.23", ("GatherBlockQuantized", 8): "1.23",
+}  # fmt: skip
+
+#: Key of a weight's `meta` under which its stored forms are kept, for the next node that reads it.
+_FORMS = "quantcli.forms"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What quantizing one node changed.
+
+    Bytes of a weight that several nodes share are counted where it leaves the file, and those of a form that
+    they share where it enters: sums over all outcomes are right.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    sqnr_db: float | None
+    note: str | None
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A weight in stored form: what any node that reads it can share."""
+
+    block: int
+    values: tuple[ir.Value | None, ...]
+    sqnr_db: float | None
+    nbytes: int
+
+
+def supports(node: ir.Node, scheme: Scheme) -> str | None:
+    """Why a node's weight cannot be quantized alone to a scheme, or None. No weight is read."""
+    operand = operand_of(node)
+    if isinstance(operand, str):
+        return operand
+    if reason := _refusal(node, operand, scheme):
+        return reason
+    if operand.value.is_graph_output():
+        return "its weight is an output of the model"
+    for other in readers(operand.value):
+        found = operand_of(other)
+        if other is not node and (isinstance(found, str) or _refusal(other, found, scheme)):
+            return f"its weight also serves {other.name or other.op_type}, which needs it as it is"
+    return None
+
+
+def oldest_runtime(node: ir.Node, scheme: Scheme) -> str:
+    """The oldest onnxruntime that runs what `quantize_node` makes of a node."""
+    return _OLDEST_RUNTIME[_operator(node, scheme.weights), scheme.weights.bits]
+
+
+def quantize_node(
+    model: ir.Model, node: ir.Node, scheme: Scheme, algorithm: str, *, accuracy_level: int = ACCURACY_LEVEL
+) -> Outcome:
+    """Replace a node by its n-bit form; its float weight goes when nothing reads it any more.
+
+    Args:
+        model: the model, whose operator sets are extended.
+        node: a node that `supports` has no reason against.
+        scheme: its weights' number format; blocks may come out smaller than asked, never larger.
+        algorithm: name of the algorithm that chooses the codes.
+        accuracy_level: what MatMulNBits may compute in, see `ACCURACY_LEVEL`.
+
+    Raises:
+        InputError: the weight holds NaN or infinity.
+        ValueError: the node cannot be quantized so.
+    """
+    operand = operand_of(node)
+    if isinstance(operand, str) or (reason := supports(node, scheme)):
+        raise ValueError(f"{node.name}: {operand if isinstance(operand, str) else reason}")
+    operator, forms = _operator(node, scheme.weights), operand.value.meta.setdefault(_FORMS, {})
+    key = (operator, scheme.weights, algorithm, operand.transposed, operand.factor)
+    known = key in forms
+    form = forms[key] if known else forms.setdefault(key, _make_form(operand, operator, scheme.weights, algorithm))
+    if operator == "GatherBlockQuantized":
+        _replace(node, [_gather(node, form, scheme.weights)])
+    else:
+        _replace(node, _product(node, operand, operator, form, scheme.weights, accuracy_level))
+    model.opset_imports.setdefault(DOMAIN, 1)
+    before = operand.tensor.nbytes if remove_unread(operand.value) else 0
+    return Outcome(before, 0 if known else form.nbytes, form.sqnr_db, _note(scheme.weights, form.block))
+
+
+def _refusal(node: ir.Node, operand: Operand, scheme: Scheme) -> str | None:
+    """Why one node cannot be quantized to a scheme, whoever else reads its weight."""
+    weights, size = scheme.weights, scheme.weights.granularity.size
+    if weights.is_cast or scheme.inputs is not None:
+        return f"{scheme} does not quantize weights alone"
+    if weights.dtype == "nf4":
+        if node.op_type == "Gather":
+            return "onnxruntime has no lookup in NF4"
+        if weights.double_quantized:
+            return "onnxruntime has no double quantization"
+        if weights.granularity.kind != "block":
+            return f"onnxruntime has NF4 in blocks of the flattened weight only, not by {weights.granularity}"
+    elif weights.granularity.kind not in ("group", "channel"):
+        return f"onnxruntime has no {weights.dtype} weights by {weights.granularity}"
+    if size is not None and (size < SMALLEST_BLOCK or size & (size - 1)):
+        return f"onnxruntime needs groups of a power of two, {SMALLEST_BLOCK} or more; asked are {size}"
+    if node.op_type == "Gather" and weights.bits == 4 and operand.columns % 2:
+        return "its entries have an odd length, which four bits cannot pack"
+    return None
+
+
+def _operator(node: ir.Node, weights: NumberFormat) -> str:
+    if node.op_type == "Gather":
+        return "GatherBlockQuantized"
+    return "MatMulBnb4" if weights.dtype == "nf4" else "MatMulNBits"
+
+
+def _make_form(operand: Operand, operator: str, weights: NumberFormat, algorithm: str) -> _Form:
+    if operator == "MatMulBnb4":
+        block = weights.granularity.size or 0
+        packed = pack_nf4(operand, weights, algorithm)
+        codes = packed.codes
+    else:
+        padded = operator == "MatMulNBits"
+        block = block_size(operand.columns, weights, padded=padded)
+        packed = pack_rows(operand, weights, block, algorithm)
+        codes = packed.codes[:, : packed.codes.shape[1] if padded else operand.columns * weights.bits // 8]
+        codes = codes.reshape(operand.rows, -1, block * weights.bits // 8) if padded else codes.copy()
+    return _stored(operand, f"{operand.value.name}_{weights.dtype}", codes, packed, block)
+
+
+def _stored(operand: Operand, name: str, codes: np.ndarray, packed: Packed, block: int) -> _Form:
+    """Register a form's arrays as constants of the graph that holds the float weight."""
+    graph = operand.value.graph
+    assert graph is not None
+    arrays = {"": codes, "_scales": packed.scales, "_zero_points": packed.zero_points}
+    name = free_name(graph, name)
+    values = tuple(
+        None if array is None else add_initializer(graph, free_name(graph, name + suffix), array)
+        for suffix, array in arrays.items()
+    )
+    nbytes = sum(array.nbytes for array in arrays.values() if array is not None)
+    return _Form(block, values, numerics.decibels(packed.signal, packed.noise), nbytes)
+
+
+def _gather(node: ir.Node, form: _Form, weights: NumberFormat) -> ir.Node:
+    import onnx_ir as ir
+
+    codes, scales, zero_points = form.values
+    inputs = [codes, node.inputs[1], scales, *([zero_points] if zero_points else [])]
+    attributes = {"bits": weights.bits, "block_size": form.block, "gather_axis": 0, "quantize_axis": 1}
+    return ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN, name=node.name)
+
+
+def _product(
+    node: ir.Node, operand: Operand, operator: str, form: _Form, weights: NumberFormat, accuracy_level: int
+) -> list[ir.Node]:
+    """MatMulNBits or MatMulBnb4, and around it what a Gemm does besides."""
+    import onnx_ir as ir
+
+    output = node.outputs[0]
+    before: list[ir.Node] = []
+    left = node.inputs[0]
+    if node.op_type == "Gemm" and integer(node, "transA", 0):
+        before.append(ir.node("Transpose", [left], {"perm": [1, 0]}, name=f"{node.name}_transpose"))
+        before[-1].outputs[0].name = f"{output.name}_left"
+        left = before[-1].outputs[0]
+    attributes: dict[str, Any] = {"K": operand.columns, "N": operand.rows, "block_size": form.block}
+    if operator == "MatMulBnb4":
+        attributes |= {"quant_type": 1}
+    else:
+        attributes |= {"bits": weights.bits, "accuracy_level": accuracy_level}
+    inputs = [left, *(value for value in form.values if value is not None)]
+    product = ir.node(operator, inputs, attributes, domain=DOMAIN, name=node.name)
+    bias, beta = (input_of(node, 2), real(node, "beta", 1.0)) if node.op_type == "Gemm" else (None, 0.0)
+    if bias is None or beta == 0.0:
+        return [*before, product]
+    product.outputs[0].name = f"{output.name}_product"
+    after: list[ir.Node] = []
+    if beta != 1.0:
+        after.append(_scaled(node, bias, beta, operand))
+        bias = after[-1].outputs[0]
+    # An Add, not the operator's own bias: older runtimes do not have that one, newer ones fuse the Add.
+    after.append(ir.node("Add", [product.outputs[0], bias], name=f"{node.name}_bias"))
+    return [*before, product, *after]
+
+
+def _scaled(node: ir.Node, bias: ir.Value, beta: float, operand: Operand) -> ir.Node:
+    import numpy as np
+    import onnx_ir as ir
+
+    assert node.graph is not None
+    factor = add_initializer(
+        node.graph, free_name(node.graph, f"{node.outputs[0].name}_beta"), np.array(beta, operand.dtype)
+    )
+    scaled = ir.node("Mul", [bias, factor], name=f"{node.name}_beta")
+    scaled.outputs[0].name = f"{node.outputs[0].name}_scaled_bias"
+    return scaled
+
+
+def _replace(node: ir.Node, nodes: list[ir.Node]) -> None:
+    import onnx_ir as ir
+
+    assert node.graph is not None
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], nodes, node.outputs, nodes[-1].outputs)
+
+
+def _note(weights: NumberFormat, block: int) -> str | None:
+    if weights.granularity.kind == "channel":
+        return f"blocks of {block}: the operator has no scales per channel"
+    if block != weights.granularity.size:
+        return f"blocks of {block}: fewer bytes than blocks of {weights.granularity.size}"
+    return None

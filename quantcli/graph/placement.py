@@ -1,0 +1,132 @@
+"""Where integers pay: which values of a graph are quantized when its convolutions and products are.
+
+The table is what onnxruntime's CPU kernels fuse; tests build each pattern and read the optimized graph.
+Every other operator stays float: a QuantizeLinear/DequantizeLinear pair around it would be pure cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from quantcli.graph.values import constant, input_of, is_standard, only_consumer
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: Have an integer kernel for a constant weight.
+ANCHORS = ("Conv", "Gemm", "MatMul")
+
+#: Have an integer kernel where all inputs and the output are quantized.
+INTEGER_OPS = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")
+
+#: Move values, or choose among them: codes pass as they are, so input and output share their scale.
+PASS_THROUGH = ("MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
+
+#: Vanish into the integer convolution before them, since the range of their output ends where they cut.
+_ABSORBED = ("Relu", "Clip")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What gets a QuantizeLinear and a DequantizeLinear.
+
+    ``values``: each with the value whose range it takes (itself, or the source of a pass-through chain).
+    ``nodes``: those that run on integers and so read dequantized values.
+    """
+
+    values: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    nodes: set[ir.Node] = field(default_factory=set)
+
+
+def tail(node: ir.Node) -> ir.Value:
+    """The value that a convolution's integer kernel writes: its output, past what is absorbed."""
+    value = node.outputs[0]
+    follower = only_consumer(value)
+    while follower is not None and is_standard(follower, *_ABSORBED) and follower.inputs[0] is value:
+        if any(constant(bound) is None for bound in follower.inputs[1:] if bound is not None):
+            break
+        value = follower.outputs[0]
+        follower = only_consumer(value)
+    return value
+
+
+def place(model: ir.Model, anchors: Iterable[ir.Node]) -> Placement:
+    """Decide which values are quantized so that ``anchors`` run on integers.
+
+    A convolution needs its input and its output quantized; a matrix product its input only, and its output
+    stays float unless that is quantized anyway. Other operators join where it takes no further pair.
+    """
+    chosen = list(anchors)
+    placement = Placement()
+    for node in chosen:
+        data = node.inputs[0]
+        assert data is not None
+        placement.nodes.add(node)
+        placement.values[data] = data
+        if node.op_type == "Conv":
+            output = tail(node)
+            placement.values[output] = output
+    _join_integer_ops(model, placement)
+    _share_ranges(model, placement)
+    return placement
+
+
+def _join_integer_ops(model: ir.Model, placement: Placement) -> None:
+    """Add operators all of whose inputs and outputs are quantized, or become so by passing codes through."""
+    grown = True
+    while grown:
+        grown = False
+        for node in model.graph:
+            if node in placement.nodes or not is_standard(node, *INTEGER_OPS, *PASS_THROUGH):
+                continue
+            passes = is_standard(node, *PASS_THROUGH)
+            inputs = [node.inputs[0]] if passes else list(node.inputs)
+            if not all(value is not None and value in placement.values for value in inputs):
+                continue
+            output = node.outputs[0]
+            wanted = output in placement.values or any(
+                consumer in placement.nodes for consumer in output.consumers()
+            )  # fmt: skip
+            if len(node.outputs) > 1 or not (wanted or _leads_to_quantized(output, placement)):
+                continue
+            placement.nodes.add(node)
+            placement.values.setdefault(output, output)
+            grown = True
+
+
+def _leads_to_quantized(value: ir.Value, placement: Placement) -> bool:
+    """Whether a pass-through chain, or one more operator that joins, ends in a quantized value."""
+    for node in value.consumers():
+        if is_standard(node, *PASS_THROUGH, *INTEGER_OPS) and node.outputs:
+            output = node.outputs[0]
+            if output in placement.values or (
+                is_standard(node, *PASS_THROUGH) and _leads_to_quantized(output, placement)
+            ):
+                return True
+    return False
+
+
+def _share_ranges(model: ir.Model, placement: Placement) -> None:
+    """Let the output of a pass-through operator take its input's range, so that the codes stay as they are."""
+    for node in model.graph:
+        if node in placement.nodes and is_standard(node, *PASS_THROUGH):
+            source = node.inputs[0]
+            assert source is not None
+            placement.values[node.outputs[0]] = placement.values[source]
+
+
+def observed_values(model: ir.Model) -> Iterator[ir.Value]:
+    """Values whose range static quantization may need, in graph order, each once."""
+    seen = set()
+    for node in model.graph:
+        values: list[ir.Value | None] = []
+        if is_standard(node, *ANCHORS) and constant(input_of(node, 1)) is not None:
+            values = [node.inputs[0], *([tail(node)] if node.op_type == "Conv" else [])]
+        elif is_standard(node, *INTEGER_OPS):
+            values = [*node.inputs, node.outputs[0]]
+        for value in values:
+            if value is not None and value not in seen and constant(value) is None:
+                seen.add(value)
+                yield value

@@ -1,0 +1,113 @@
+"""From any ONNX graph to the one that is calibrated and quantized: same function, fewer disguises.
+
+Calibration and conversion both start from `prepare`, so that a value's name means the same to both.
+Names of values that survive, of inputs and outputs above all, are kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantcli.errors import InputError, MissingExtraError
+from quantcli.graph.fold import fold_affine
+from quantcli.graph.model import OnnxModel
+from quantcli.graph.values import add_initializer, array, free_name, input_of, integer, integers, is_standard, rank
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: Constants above this many bytes are not folded through nodes: the result would have to be held in memory.
+_FOLD_LIMIT_BYTES = 1 << 24
+
+#: The operator set that quantization with one scale per channel needs.
+QDQ_OPSET = 13
+
+
+def prepare(model: OnnxModel) -> ir.Model:
+    """A copy of the graph with functions inlined, constants folded, and batch norm in the weights.
+
+    Raises:
+        MissingExtraError: onnxscript is not installed.
+        InputError: the graph is inconsistent.
+    """
+    try:
+        from onnx_ir.passes import common
+        from onnxscript import optimizer
+    except ImportError as error:
+        raise MissingExtraError("onnxscript", "export", "Converting an ONNX model") from error
+    graph_model = model.ir.clone()
+    try:
+        common.InlinePass()(graph_model)
+        common.RemoveInitializersFromInputsPass()(graph_model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
+        common.IdentityEliminationPass()(graph_model)
+        optimizer.fold_constants(
+            graph_model,
+            onnx_shape_inference=False,
+            input_size_limit=_FOLD_LIMIT_BYTES,
+            output_size_limit=_FOLD_LIMIT_BYTES,
+        )
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
+        fold_affine(graph_model)
+        _pool_instead_of_mean(graph_model)
+        common.RemoveUnusedNodesPass()(graph_model)
+        common.NameFixPass()(graph_model)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise InputError(f"{model.path} is not a consistent ONNX graph: {lines[0]}") from error
+    return graph_model
+
+
+def upgrade(model: ir.Model, opset: int) -> ir.Model:
+    """The model in a newer operator set, if its own is older.
+
+    Raises:
+        InputError: an operator has no equivalent there.
+    """
+    if model.opset_imports.get("", 1) >= opset:
+        return model
+    import onnx
+    import onnx_ir as ir
+    from onnx import version_converter
+
+    # Weights stay behind: converting needs shapes and small constants only, and a message of at most 2 GB.
+    proto = ir.to_proto(model)
+    try:
+        converted: onnx.ModelProto = version_converter.convert_version(proto, opset)
+    except (RuntimeError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise InputError(
+            f"The model's operator set {model.opset_imports.get('', 1)} cannot be upgraded to {opset}: {lines[0]}",
+            "Export the model with a newer operator set.",
+        ) from error
+    return ir.from_proto(converted)
+
+
+def _pool_instead_of_mean(model: ir.Model) -> None:
+    """Write a mean over both spatial dimensions as GlobalAveragePool, which has an integer kernel."""
+    import numpy as np
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        if not is_standard(node, "ReduceMean") or node.inputs[0] is None or rank(node.inputs[0]) != 4:
+            continue
+        axes = integers(node, "axes")
+        if axes is None:
+            values = array(input_of(node, 1))
+            axes = None if values is None else values.reshape(-1).tolist()
+        if axes is None or sorted(axis % 4 for axis in axes) != [2, 3]:
+            continue
+        output = node.outputs[0]
+        pooled = ir.Node("", "GlobalAveragePool", [node.inputs[0]], num_outputs=1, name=f"{node.name}_pool")
+        pooled.outputs[0].type = output.type
+        nodes, last = [pooled], pooled
+        if not integer(node, "keepdims", 1):
+            # Zero keeps a dimension as it is, so the batch stays free.
+            shape = add_initializer(model.graph, free_name(model.graph, f"{output.name}_shape"), np.array([0, 0]))
+            pooled.outputs[0].name = f"{output.name}_pooled"
+            last = ir.Node("", "Reshape", [pooled.outputs[0], shape], num_outputs=1, name=f"{node.name}_flat")
+            nodes.append(last)
+        last.outputs[0].type, last.outputs[0].shape = output.type, output.shape
+        name = output.name
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, [output], [last.outputs[0]])
+        last.outputs[0].name = name

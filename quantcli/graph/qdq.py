@@ -1,0 +1,186 @@
+"""Static quantization: QuantizeLinear/DequantizeLinear pairs with ranges from calibration.
+
+Activations are uint8 with a zero point, weights int8 symmetric per channel, biases int32 in units of
+``input scale * weight scale`` (Jacob et al., arXiv:1712.05877; ONNX's QDQ form, which the runtime fuses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantcli.graph.placement import Placement
+from quantcli.graph.values import add_initializer, array, constant, free_name, input_of
+from quantcli.graph.weights import IntegerWeight, channel_axis, integer_weight
+from quantcli.scheme import NumberFormat
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: What an int32 bias may reach: half of its range, so that the products still find room in the accumulator.
+_BIAS_LIMIT = 1 << 30
+
+Range = Callable[[str], tuple[float, float]]
+
+
+def activation_qparams(low: float, high: float) -> tuple[np.float32, np.uint8]:
+    """Scale and zero point of uint8 codes that cover ``low..high``, zero among them."""
+    import torch
+
+    from quantcli.numerics import choose_qparams
+
+    number_format = NumberFormat("int8", symmetric=False)
+    bounds = torch.tensor([[low], [high]], dtype=torch.float32)
+    scale, zero_point = choose_qparams(bounds[0], bounds[1], number_format)
+    assert zero_point is not None
+    # The convention counts from -128, the runtime's kernels want bytes from 0.
+    return np.float32(scale.item()), np.uint8(int(zero_point.item()) + 128)
+
+
+class StaticQuantizer:
+    """Rewrites one graph. Values keep their names; ``V_quantized`` and ``V_dequantized`` join them."""
+
+    def __init__(self, model: ir.Model, placement: Placement, ranges: Range) -> None:
+        self.graph, self.placement, self.ranges = model.graph, placement, ranges
+        self._scales: dict[ir.Value, np.float32] = {}
+        self._weights: dict[tuple[ir.Value, int], tuple[IntegerWeight, ir.Value]] = {}
+
+    def insert_pairs(self) -> None:
+        """Put a pair on every value that was placed."""
+        order = {value: index for index, value in enumerate(_values_in_order(self.graph))}
+        for value in sorted(self.placement.values, key=lambda value: order.get(value, -1)):
+            self._insert_pair(value, self.placement.values[value])
+
+    def input_scale(self, node: ir.Node) -> np.float32:
+        """Scale of a node's data input, once `insert_pairs` has run."""
+        data = node.inputs[0]
+        assert data is not None
+        return self._scales[data]
+
+    def _insert_pair(self, value: ir.Value, source: ir.Value) -> None:
+        import onnx_ir as ir
+
+        while self.placement.values.get(source, source) is not source:
+            source = self.placement.values[source]
+        assert value.name is not None and source.name is not None
+        scale, zero_point = activation_qparams(*self.ranges(source.name))
+        parts = [
+            self._shared(f"{source.name}_scale", np.asarray(scale)),
+            self._shared(f"{source.name}_zero_point", np.asarray(zero_point)),
+        ]
+        quantize = ir.Node("", "QuantizeLinear", [value, *parts], name=f"{value.name}_quantize")
+        dequantize = ir.Node("", "DequantizeLinear", [quantize.outputs[0], *parts], name=f"{value.name}_dequantize")
+        coded, restored = quantize.outputs[0], dequantize.outputs[0]
+        coded.name, restored.name = f"{value.name}_quantized", f"{value.name}_dequantized"
+        restored.type, restored.shape, coded.shape = value.type, value.shape, value.shape
+        coded.type = ir.TensorType(ir.DataType.UINT8)
+        self._scales[restored] = scale
+        producer = value.producer()
+        readers = [use for use in value.uses() if use.node is not quantize]
+        # What an integer kernel made exists as codes only: everybody reads those.
+        everybody = producer is not None and self._is_integer(producer)
+        for use in readers:
+            if everybody or use.node in self.placement.nodes:
+                use.node.replace_input_with(use.idx, restored)
+        if producer is None:
+            self._prepend(quantize, dequantize)
+        else:
+            self.graph.insert_after(producer, [quantize, dequantize])
+        if everybody and value.is_graph_output():
+            self.graph.outputs[list(self.graph.outputs).index(value)] = restored
+            restored.name, value.name = value.name, f"{value.name}_unquantized"
+
+    def _is_integer(self, producer: ir.Node) -> bool:
+        """Whether a node, or the convolution it is absorbed into, runs on integers with integer output."""
+        node: ir.Node | None = producer
+        while node is not None and node.op_type in ("Relu", "Clip") and node not in self.placement.nodes:
+            data = node.inputs[0]
+            node = data.producer() if data is not None else None
+        return node is not None and node in self.placement.nodes
+
+    def _prepend(self, *nodes: ir.Node) -> None:
+        first = next(iter(self.graph), None)
+        if first is None:
+            self.graph.extend(nodes)
+        else:
+            self.graph.insert_before(first, nodes)
+
+    def _shared(self, name: str, values: np.ndarray) -> ir.Value:
+        known = self.graph.initializers.get(name)
+        return known if known is not None else add_initializer(self.graph, name, values)
+
+    def quantize_weight(self, node: ir.Node, number_format: NumberFormat, algorithm: str) -> IntegerWeight:
+        """Give an anchor integer weights and, where it has a bias, an integer bias."""
+        import onnx_ir as ir
+
+        value = node.inputs[1]
+        assert value is not None
+        bias = input_of(node, 2)
+        scale_in = self.input_scale(node)
+        floor = self._smallest_scale(bias, scale_in)
+        key = (value, channel_axis(node))
+        if floor is not None or key not in self._weights:
+            weight = integer_weight(
+                self.graph, node, number_format, algorithm, smallest_scale=floor
+            )  # fmt: skip
+            restored = self._dequantized([weight.codes, weight.scale, weight.zero_point], weight.axis, value)
+            if floor is None:
+                self._weights[key] = (weight, restored)
+        else:
+            weight, restored = self._weights[key]
+        node.replace_input_with(1, restored)
+        if bias is not None:
+            self._quantize_bias(node, bias, scale_in * weight.scales)
+        if not value.uses() and value.name in self.graph.initializers:
+            del self.graph.initializers[value.name]
+        assert isinstance(restored, ir.Value)
+        return weight
+
+    @staticmethod
+    def _smallest_scale(bias: ir.Value | None, scale_in: np.float32) -> np.ndarray | None:
+        """Scales below which a channel's bias would not fit into 32 bits; None where all fit easily."""
+        values = array(bias)
+        if values is None:
+            return None
+        floor = np.abs(values.reshape(-1).astype(np.float64)) / (_BIAS_LIMIT * float(scale_in))
+        # Only a channel with next to no weights is that small; sharing the weight is worth more than the test.
+        return floor.astype(np.float32) if floor.max(initial=0.0) > np.finfo(np.float32).tiny else None
+
+    def _quantize_bias(self, node: ir.Node, bias: ir.Value, scales: np.ndarray) -> None:
+        values = array(bias)
+        if values is None:
+            return
+        # In float32, which is how the runtime multiplies the two scales itself.
+        scales = np.broadcast_to(scales.astype(np.float32), values.reshape(-1).shape)
+        codes = np.rint(values.reshape(-1).astype(np.float64) / scales)
+        codes = np.clip(codes, -(2**31), 2**31 - 1).astype(np.int32)
+        name = bias.name or "bias"
+        coded = add_initializer(self.graph, free_name(self.graph, f"{name}_quantized"), codes)
+        scale = add_initializer(self.graph, free_name(self.graph, f"{name}_scale"), np.ascontiguousarray(scales))
+        node.replace_input_with(2, self._dequantized([coded, scale], 0, bias))
+        if not bias.uses() and bias.name in self.graph.initializers:
+            del self.graph.initializers[bias.name]
+
+    def _dequantized(self, parts: list[ir.Value], axis: int, original: ir.Value) -> ir.Value:
+        import onnx_ir as ir
+
+        codes, scale = parts[:2]
+        tensor = constant(scale)
+        attributes = {"axis": axis} if tensor is not None and tuple(tensor.shape) else {}
+        node = ir.node("DequantizeLinear", parts, attributes, name=f"{codes.name}_dequantize")
+        restored = node.outputs[0]
+        restored.name = f"{(codes.name or '').removesuffix('_quantized')}_dequantized"
+        restored.type, restored.shape = original.type, codes.shape
+        self._prepend(node)
+        return restored
+
+
+def _values_in_order(graph: ir.Graph) -> list[ir.Value]:
+    return [*graph.inputs, *(output for node in graph for output in node.outputs)]
+
+
+def ranges_of(table: Mapping[str, tuple[float, float]]) -> Range:
+    """Ranges from a table. Raises KeyError for a value that was not calibrated."""
+    return table.__getitem__

@@ -1,0 +1,36 @@
+"""Writing an ONNX file: one file where that is possible, weights in a second one where it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantcli.graph.model import constants
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: A protobuf message ends at 2 GB; weights above this go into a file beside it.
+SINGLE_FILE_LIMIT_BYTES = 1_500_000_000
+
+#: The smallest IR version that knows an operator set (onnx/docs/Versioning.md).
+_IR_VERSIONS = ((25, 13), (24, 12), (23, 11), (21, 10), (20, 9), (15, 8), (13, 7), (11, 6))
+
+
+def save_graph(model: ir.Model, path: Path) -> list[Path]:
+    """Write a model, and ``NAME.data`` beside it where its weights are too many for one file.
+
+    Tensors are written one by one; equal models give equal bytes. Returns the files.
+    """
+    import onnx_ir as ir
+
+    model.ir_version = max(model.ir_version or 0, needed_ir_version(model.opset_imports.get("", 1)))
+    large = sum(tensor.nbytes for tensor in constants(model)) > SINGLE_FILE_LIMIT_BYTES
+    data = f"{path.name}.data" if large else None
+    ir.save(model, path, external_data=data, max_workers=1)
+    return [path, path.with_name(data)] if data else [path]
+
+
+def needed_ir_version(opset: int) -> int:
+    """The smallest IR version that an operator set may stand in."""
+    return next((version for smallest, version in _IR_VERSIONS if opset >= smallest), 3)
