@@ -24,14 +24,16 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 #: A module, or a folder of plug-ins, imports only what stands in a row above its own.
 TIERS = (
-    ("errors", "parallel", "units", "version"),
+    ("errors", "memory", "parallel", "ranges", "units", "version"),
     ("functions", "scheme"),
     ("numerics", "packing"),
-    ("algorithms", "checkpoints", "data", "formats", "metrics", "plugins", "report", "roles", "staging"),
+    ("algorithms", "checkpoints", "data", "formats", "metrics", "observers", "plugins", "report", "roles", "staging"),
+    ("statistics_file",),
+    ("statistics",),
     ("gates", "graph", "models", "recipe", "tables"),
     ("layerwise", "plan", "sessions"),
-    ("artifact", "runtime_check"),
-    ("streaming",),
+    ("artifact", "runners", "runtime_check"),
+    ("streaming", "subject"),
     ("verify",),
     ("convert",),
     ("evaluate", "inspect", "options", "ui"),
