@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.artifact import Destination, Layout, plan_layout
 from quantcli.checkpoints.folder import Checkpoint, companions, open_checkpoint
 from quantcli.errors import UsageError
+from quantcli.memory import peak_rss_bytes
 from quantcli.parallel import Background, in_parallel, usable_cores
 from quantcli.plan import LayerPlan, Plan, resolve
 from quantcli.recipe import Recipe, load_recipe
@@ -271,24 +270,6 @@ def _worker_count(plan: Plan, threads: int | None, max_memory: int | None) -> in
             hint="Raise the limit, or --skip this layer.",
         )
     return int(min(workers, fitting))
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident size of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: on Linux its figure starts at the size of the process that started this one.
-        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if peak:
-            return int(peak[1]) * 1024
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def plan_rows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, Layout, list[LayerRow]]:

@@ -31,10 +31,11 @@ def _transformers() -> Any:
     return transformers
 
 
-def load_model(path: Path, *, causal: bool) -> nn.Module:
+def load_model(path: Path, *, causal: bool, headed: bool = False) -> nn.Module:
     """A Hugging Face folder as a torch module in float32 and evaluation mode.
 
-    With ``causal`` the language-modeling head is there, else the bare model. Weights that were quantized
+    With ``causal`` the language-modeling head is there, with ``headed`` the class is the one that config.json
+    names (a classifier, for example), else it is the bare model. Weights that were quantized
     stay what their codes say; everything is computed in float32, so that what differs is quantization.
 
     Raises:
@@ -50,6 +51,8 @@ def load_model(path: Path, *, causal: bool) -> nn.Module:
         if method == needed:
             _require(extra[0], extra[1], f"Loading {path} ({needed})")
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    if headed:
+        loader = getattr(transformers, (config.get("architectures") or [""])[0], loader)
     try:
         with quiet():
             model, info = loader.from_pretrained(
