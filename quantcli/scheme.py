@@ -126,6 +126,7 @@ PRESETS: dict[str, Scheme] = {
     "nf4": Scheme(_NF4),
     "nf4-double": Scheme(replace(_NF4, double_quantized=True)),
     "int8-dynamic": Scheme(_INT8, NumberFormat("int8", Granularity("token"), dynamic=True)),
+    "int8-static": Scheme(_INT8, NumberFormat("int8", symmetric=False)),
 }
 
 #: Scales per second-level scale in double quantization, bitsandbytes' fixed choice.

@@ -31,7 +31,7 @@ def fold_affine(model: ir.Model) -> int:
 def _fold_next(graph: ir.Graph, node: ir.Node) -> bool:
     follower = only_consumer(node.outputs[0])
     weight, bias = node.inputs[1], input_of(node, 2)
-    if follower is None or follower.graph is not graph or constant(weight) is None:
+    if follower is None or follower.graph is not graph or weight is None or constant(weight) is None:
         return False
     if bias is not None and constant(bias) is None:
         return False

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: Constants above this many bytes are not folded through nodes: the result would have to be held in memory.
 _FOLD_LIMIT_BYTES = 1 << 24
 
+#: Constants up to this size may be shapes or axes, which converting an operator set looks at.
+_SMALL_CONSTANT_BYTES = 4096
+
 #: The operator set that quantization with one scale per channel needs.
 QDQ_OPSET = 13
 
@@ -66,21 +69,41 @@ def upgrade(model: ir.Model, opset: int) -> ir.Model:
     """
     if model.opset_imports.get("", 1) >= opset:
         return model
-    import onnx
     import onnx_ir as ir
     from onnx import version_converter
+    from onnx_ir.passes import common
 
-    # Weights stay behind: converting needs shapes and small constants only, and a message of at most 2 GB.
-    proto = ir.to_proto(model)
+    weights = _set_aside(model)
     try:
-        converted: onnx.ModelProto = version_converter.convert_version(proto, opset)
+        converted = ir.from_proto(version_converter.convert_version(ir.to_proto(model), opset))
     except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         raise InputError(
             f"The model's operator set {model.opset_imports.get('', 1)} cannot be upgraded to {opset}: {lines[0]}",
             "Export the model with a newer operator set.",
         ) from error
-    return ir.from_proto(converted)
+    finally:
+        for name, tensor in weights.items():
+            model.graph.initializers[name].const_value = tensor
+    for name, tensor in weights.items():
+        converted.graph.initializers[name].const_value = tensor
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(converted)
+    return converted
+
+
+def _set_aside(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Take the weights out of a graph, leaving their shapes: converting needs no more, and stops at 2 GB."""
+    import onnx_ir as ir
+
+    weights = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > _SMALL_CONSTANT_BYTES:
+            weights[name] = tensor
+            value.const_value = ir.ExternalTensor(
+                "elsewhere", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+            )
+    return weights
 
 
 def _pool_instead_of_mean(model: ir.Model) -> None:

@@ -6,13 +6,13 @@ Activations are uint8 with a zero point, weights int8 symmetric per channel, bia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quantcli.graph.placement import Placement
-from quantcli.graph.values import add_initializer, array, constant, free_name, input_of
+from quantcli.graph.values import add_initializer, array, constant, drop_unused, free_name, input_of
 from quantcli.graph.weights import IntegerWeight, channel_axis, integer_weight
 from quantcli.scheme import NumberFormat
 
@@ -85,7 +85,7 @@ class StaticQuantizer:
             if everybody or use.node in self.placement.nodes:
                 use.node.replace_input_with(use.idx, restored)
         if producer is None:
-            self._prepend(quantize, dequantize)
+            prepend(self.graph, quantize, dequantize)
         else:
             self.graph.insert_after(producer, [quantize, dequantize])
         if everybody and value.is_graph_output():
@@ -100,21 +100,12 @@ class StaticQuantizer:
             node = data.producer() if data is not None else None
         return node is not None and node in self.placement.nodes
 
-    def _prepend(self, *nodes: ir.Node) -> None:
-        first = next(iter(self.graph), None)
-        if first is None:
-            self.graph.extend(nodes)
-        else:
-            self.graph.insert_before(first, nodes)
-
     def _shared(self, name: str, values: np.ndarray) -> ir.Value:
         known = self.graph.initializers.get(name)
         return known if known is not None else add_initializer(self.graph, name, values)
 
     def quantize_weight(self, node: ir.Node, number_format: NumberFormat, algorithm: str) -> IntegerWeight:
         """Give an anchor integer weights and, where it has a bias, an integer bias."""
-        import onnx_ir as ir
-
         value = node.inputs[1]
         assert value is not None
         bias = input_of(node, 2)
@@ -125,7 +116,7 @@ class StaticQuantizer:
             weight = integer_weight(
                 self.graph, node, number_format, algorithm, smallest_scale=floor
             )  # fmt: skip
-            restored = self._dequantized([weight.codes, weight.scale, weight.zero_point], weight.axis, value)
+            restored = dequantized(self.graph, [weight.codes, weight.scale, weight.zero_point], weight.axis, value)
             if floor is None:
                 self._weights[key] = (weight, restored)
         else:
@@ -133,9 +124,7 @@ class StaticQuantizer:
         node.replace_input_with(1, restored)
         if bias is not None:
             self._quantize_bias(node, bias, scale_in * weight.scales)
-        if not value.uses() and value.name in self.graph.initializers:
-            del self.graph.initializers[value.name]
-        assert isinstance(restored, ir.Value)
+        drop_unused(self.graph, value)
         return weight
 
     @staticmethod
@@ -159,28 +148,33 @@ class StaticQuantizer:
         name = bias.name or "bias"
         coded = add_initializer(self.graph, free_name(self.graph, f"{name}_quantized"), codes)
         scale = add_initializer(self.graph, free_name(self.graph, f"{name}_scale"), np.ascontiguousarray(scales))
-        node.replace_input_with(2, self._dequantized([coded, scale], 0, bias))
-        if not bias.uses() and bias.name in self.graph.initializers:
-            del self.graph.initializers[bias.name]
+        node.replace_input_with(2, dequantized(self.graph, [coded, scale], 0, bias))
+        drop_unused(self.graph, bias)
 
-    def _dequantized(self, parts: list[ir.Value], axis: int, original: ir.Value) -> ir.Value:
-        import onnx_ir as ir
 
-        codes, scale = parts[:2]
-        tensor = constant(scale)
-        attributes = {"axis": axis} if tensor is not None and tuple(tensor.shape) else {}
-        node = ir.node("DequantizeLinear", parts, attributes, name=f"{codes.name}_dequantize")
-        restored = node.outputs[0]
-        restored.name = f"{(codes.name or '').removesuffix('_quantized')}_dequantized"
-        restored.type, restored.shape = original.type, codes.shape
-        self._prepend(node)
-        return restored
+def dequantized(graph: ir.Graph, parts: list[ir.Value], axis: int, original: ir.Value) -> ir.Value:
+    """The value that codes, scale and perhaps zero point stand for, as a node at the graph's head."""
+    import onnx_ir as ir
+
+    codes, scale = parts[:2]
+    tensor = constant(scale)
+    attributes = {"axis": axis} if tensor is not None and tuple(tensor.shape) else {}
+    node = ir.node("DequantizeLinear", parts, attributes, name=f"{codes.name}_dequantize")
+    restored = node.outputs[0]
+    restored.name = f"{(codes.name or '').removesuffix('_quantized')}_dequantized"
+    restored.type, restored.shape = original.type, codes.shape
+    prepend(graph, node)
+    return restored
+
+
+def prepend(graph: ir.Graph, *nodes: ir.Node) -> None:
+    """Put nodes before all others."""
+    first = next(iter(graph), None)
+    if first is None:
+        graph.extend(nodes)
+    else:
+        graph.insert_before(first, nodes)
 
 
 def _values_in_order(graph: ir.Graph) -> list[ir.Value]:
     return [*graph.inputs, *(output for node in graph for output in node.outputs)]
-
-
-def ranges_of(table: Mapping[str, tuple[float, float]]) -> Range:
-    """Ranges from a table. Raises KeyError for a value that was not calibrated."""
-    return table.__getitem__

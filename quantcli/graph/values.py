@@ -66,9 +66,17 @@ def add_initializer(graph: ir.Graph, name: str, values: np.ndarray | ir.TensorPr
     import onnx_ir as ir
 
     tensor = values if isinstance(values, ir.TensorProtocol) else ir.tensor(values, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
+
+
+def drop_unused(graph: ir.Graph, value: ir.Value) -> None:
+    """Remove a constant that no node reads any more."""
+    if value.name is not None and not value.uses() and not value.is_graph_output():
+        graph.initializers.pop(value.name, None)
 
 
 def free_name(graph: ir.Graph, wish: str) -> str:

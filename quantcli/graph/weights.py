@@ -62,6 +62,7 @@ def integer_weight(
     number_format: NumberFormat,
     algorithm: str,
     *,
+    exact: bool = True,
     smallest_scale: np.ndarray | None = None,
 ) -> IntegerWeight:
     """Quantize a node's weight and register codes and scales beside it.
@@ -71,6 +72,7 @@ def integer_weight(
         node: Conv, ConvTranspose, Gemm or MatMul with a constant float weight.
         number_format: int8, symmetric, per channel or per tensor.
         algorithm: plug-in that chooses the scales.
+        exact: widen scales as `exact_scale` says; pointless where the codes are expanded before use.
         smallest_scale: float32 ``[channels]`` that scales must not go below, or None.
     """
     import torch
@@ -82,7 +84,8 @@ def integer_weight(
     rows = np.moveaxis(weight, axis, 0).astype(np.float32)
     matrix = torch.from_numpy(np.ascontiguousarray(rows).reshape(rows.shape[0], -1))
     found = plugins.algorithm(algorithm).run(matrix, number_format, torch.float32)
-    floor = torch.from_numpy(exact_scale(node, rows)).reshape(-1, 1).expand(rows.shape[0], 1)
+    needed = exact_scale(node, rows) if exact else np.zeros(rows.shape[0], dtype=np.float32)
+    floor = torch.from_numpy(needed).reshape(-1, 1)
     if smallest_scale is not None:
         floor = torch.maximum(floor, torch.from_numpy(smallest_scale.astype(np.float32)).reshape(-1, 1))
     if number_format.granularity.kind == "tensor":

@@ -1,0 +1,240 @@
+"""From a recipe and a graph to a plan: what becomes of each weight, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from quantcli import plugins
+from quantcli.errors import InputError, UsageError
+from quantcli.graph.placement import observed_values
+from quantcli.graph.values import constant, input_of, integer, is_standard, real
+from quantcli.plan import matches
+from quantcli.recipe import Recipe, Rule, build_scheme
+from quantcli.scheme import DTYPE_OF_NUMBER, PRESETS, Scheme, TensorInfo
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: How a weight is carried: integers with calibrated or found ranges, codes that are expanded, or a narrower float.
+Mode = Literal["static", "dynamic", "weights", "cast", "float"]
+
+#: Operators with a weight, and where it stands among the inputs.
+_WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
+_ROLES = {"Conv": "conv", "ConvTranspose": "conv", "Gemm": "linear", "MatMul": "linear", "Gather": "embedding"}
+
+#: Below this many values, codes and scales save nothing worth a node.
+_SMALLEST_WEIGHT = 256
+
+#: Operators that say that a model is quantized already.
+QUANTIZED_OPS = {
+    "QDQ": ("QuantizeLinear", "DequantizeLinear"),
+    "QOperator": ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"),
+    "n-bit": ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized"),
+}
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """What happens to one node's weight; ``reason`` says why it stays float, ``note`` tells of a choice."""
+
+    node: ir.Node
+    weight: ir.Value
+    info: TensorInfo
+    role: str
+    mode: Mode
+    scheme: Scheme | None = None
+    label: str = ""
+    algorithm: str | None = None
+    reason: str | None = None
+    note: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The layer's name in reports: that of its weight."""
+        return self.info.name
+
+    def left(self, reason: str) -> NodePlan:
+        """The same node, left in floating point."""
+        return replace(self, mode="float", scheme=None, label="", algorithm=None, reason=reason)
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """The whole conversion."""
+
+    nodes: tuple[NodePlan, ...]
+    scheme: str
+    algorithm: str
+    recipe: Recipe
+    warnings: tuple[str, ...] = field(default=())
+
+    def of_mode(self, *modes: Mode) -> list[NodePlan]:
+        """Nodes of these modes, in graph order."""
+        return [node for node in self.nodes if node.mode in modes]
+
+
+def observed_tensors(model: ir.Model) -> list[str]:
+    """Names of the values whose ranges static quantization may ask for."""
+    return [value.name for value in observed_values(model) if value.name]
+
+
+def quantization_of(model: ir.Model) -> str | None:
+    """``QDQ``, ``QOperator`` or ``n-bit`` where a graph is quantized already, else None."""
+    present = {node.op_type for node in model.graph.all_nodes()}
+    return next((kind for kind, ops in QUANTIZED_OPS.items() if present & set(ops)), None)
+
+
+def weighted_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Nodes with a constant float weight worth quantizing, and that weight."""
+    import onnx_ir as ir
+
+    for node in model.graph.all_nodes():
+        if not is_standard(node, *_WEIGHT_INPUT):
+            continue
+        value = input_of(node, _WEIGHT_INPUT[node.op_type])
+        tensor = constant(value)
+        floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        if value is not None and tensor is not None and tensor.dtype in floats and tensor.size >= _SMALLEST_WEIGHT:
+            yield node, value
+
+
+def resolve_graph(recipe: Recipe, model: ir.Model, file: Path) -> GraphPlan:
+    """Decide what becomes of each weight.
+
+    Raises:
+        UsageError: no scheme, or one that does not fit, or a rule that matches nothing.
+        InputError: the model is quantized already, or has nothing that the scheme applies to.
+    """
+    found = quantization_of(model)
+    if found:
+        raise InputError(f"{file} is already quantized ({found}).", "Convert the original model instead.")
+    if recipe.scheme is None:
+        raise UsageError("No scheme is given.", f"Choose one with --scheme: {', '.join(PRESETS)}.")
+    scheme = build_scheme(recipe.scheme)
+    name = recipe.scheme if isinstance(recipe.scheme, str) else scheme.weights.dtype
+    plan = _Planner(recipe, scheme, name, model, file).plan()
+    if not plan.of_mode("static", "dynamic", "weights", "cast"):
+        reasons = sorted({node.reason for node in plan.nodes if node.reason})
+        why = f": {'; '.join(reasons)}" if reasons else ", since it has no weights"
+        raise InputError(f"{name} applies to nothing in {file}{why}.", "Choose another scheme.")
+    return plan
+
+
+class _Planner:
+    """Holds what the decisions share."""
+
+    def __init__(self, recipe: Recipe, scheme: Scheme, name: str, model: ir.Model, file: Path) -> None:
+        self.recipe, self.scheme, self.name, self.model, self.file = recipe, scheme, name, model, file
+        self.rules = [*(Rule(match=glob, skip=True) for glob in recipe.skip), *recipe.rules]
+
+    def plan(self) -> GraphPlan:
+        pairs = list(weighted_nodes(self.model))
+        self._check_rules(pairs)
+        nodes = tuple(self._decide(node, value) for node, value in pairs)
+        algorithms = {node.algorithm for node in nodes if node.algorithm}
+        warnings = {node.note for node in nodes if node.note}
+        counted = [f"{sum(node.note == note for node in nodes)} layers: {note}." for note in sorted(warnings)]
+        algorithm = " and ".join(sorted(algorithms)) or "cast"
+        return GraphPlan(nodes, self.name, algorithm, self.recipe, tuple(counted))
+
+    def _check_rules(self, pairs: Sequence[tuple[ir.Node, ir.Value]]) -> None:
+        for rule in self.rules:
+            for glob in rule.globs:
+                if not any(_means(glob, node, value) for node, value in pairs):
+                    known = [value.name or "" for _, value in pairs]
+                    raise UsageError(f"{glob!r} matches no layer.", plugins.suggestion(glob, known[:20]))
+
+    def _decide(self, node: ir.Node, value: ir.Value) -> NodePlan:
+        info = tensor_info(value, self.file)
+        plan = NodePlan(node, value, info, _ROLES[node.op_type], "float")
+        rule = next((rule for rule in self.rules if any(_means(glob, node, value) for glob in rule.globs)), None)
+        if rule and rule.skip:
+            return plan.left("skipped as asked")
+        scheme, label = self.scheme, self.name
+        if rule and rule.scheme:
+            scheme = build_scheme(rule.scheme)
+            label = rule.scheme if isinstance(rule.scheme, str) else scheme.weights.dtype
+        if scheme.weights.is_cast:
+            return self._cast(plan, scheme, label)
+        if node.graph is not self.model.graph:
+            return plan.left("inside a subgraph")
+        wish = (rule.algorithm if rule else None) or self.recipe.algorithm
+        group_size = (rule.group_size if rule else None) or self.recipe.group_size
+        return self._quantize(plan, scheme, label, wish, group_size)
+
+    def _cast(self, plan: NodePlan, scheme: Scheme, label: str) -> NodePlan:
+        if plan.info.dtype == DTYPE_OF_NUMBER[scheme.weights.dtype]:
+            return plan.left("already so")
+        return replace(plan, mode="cast", scheme=scheme, label=label)
+
+    def _quantize(self, plan: NodePlan, scheme: Scheme, label: str, wish: str, group_size: int | None) -> NodePlan:
+        if group_size and scheme.weights.granularity.kind in ("group", "block"):
+            scheme = scheme.with_group_size(group_size)
+        elif group_size and plan.role != "embedding":
+            raise UsageError(f"--group-size does not apply to {label}, whose scales are per channel.")
+        if scheme.inputs is not None:
+            reason = _no_integer_kernel(plan.node)
+            if plan.role != "embedding" and reason is None:
+                mode: Mode = "dynamic" if scheme.inputs.dynamic else "static"
+                return replace(plan, mode=mode, scheme=scheme, label=label, algorithm=_algorithm(scheme, wish))
+            if plan.role != "embedding":
+                return plan.left(reason or "")
+            # A lookup has no activations to quantize; its table is most of a small model's bytes.
+            scheme = Scheme(scheme.weights)
+        if plan.role == "conv":
+            note = None if scheme == PRESETS["int8"] else f"int8 in place of {label}, the only form of a convolution"
+            return replace(
+                plan, mode="weights", scheme=PRESETS["int8"], label="int8", note=note,
+                algorithm=_algorithm(PRESETS["int8"], "auto"),
+            )  # fmt: skip
+        from quantcli.graph import nbits
+
+        reason = nbits.supports(plan.node, scheme)
+        if reason:
+            return plan.left(reason)
+        return replace(plan, mode="weights", scheme=scheme, label=label, algorithm=_algorithm(scheme, wish))
+
+
+def _no_integer_kernel(node: ir.Node) -> str | None:
+    """Why a node cannot run on integers, or None."""
+    if node.op_type == "ConvTranspose":
+        return "ConvTranspose has no integer kernel"
+    if node.op_type == "MatMul":
+        tensor = constant(node.inputs[1])
+        return None if tensor is not None and len(tensor.shape) == 2 else "the weight is not a matrix"
+    if node.op_type == "Gemm":
+        if integer(node, "transA", 0) or real(node, "alpha", 1.0) != 1.0 or real(node, "beta", 1.0) != 1.0:
+            return "Gemm with a transposed or scaled input has no integer kernel"
+        if input_of(node, 2) is not None and constant(node.inputs[2]) is None:
+            return "the bias is not constant"
+    if node.op_type == "Conv" and input_of(node, 2) is not None and constant(node.inputs[2]) is None:
+        return "the bias is not constant"
+    return None
+
+
+def _algorithm(scheme: Scheme, wish: str) -> str:
+    if wish == "auto":
+        # Per channel, the clip search finds the finer of -127..127 and -128..127, and clips what is rare.
+        return "rtn" if scheme.weights.dtype == "nf4" else "mse"
+    reason = plugins.algorithm(wish).supports(scheme.weights)
+    if reason:
+        raise UsageError(f"The algorithm {wish} does not fit: {reason}.")
+    return wish
+
+
+def _means(glob: str, node: ir.Node, value: ir.Value) -> bool:
+    """Whether a glob means this layer: by its weight's name, its module's, or the node's."""
+    return matches(glob, value.name or "") or matches(glob, node.name or "")
+
+
+def tensor_info(value: ir.Value, file: Path) -> TensorInfo:
+    """A constant as the other checkpoints describe their tensors."""
+    tensor = constant(value)
+    assert tensor is not None
+    names: dict[str, Any] = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "DOUBLE": "F64"}
+    names |= {"INT8": "I8", "UINT8": "U8", "INT32": "I32", "INT64": "I64", "BOOL": "BOOL"}
+    dtype = names.get(tensor.dtype.name, tensor.dtype.name)
+    return TensorInfo(value.name or "", tuple(tensor.shape.numpy()), dtype, tensor.nbytes, file)

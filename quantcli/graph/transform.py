@@ -1,0 +1,131 @@
+"""Carrying out a plan on a graph: static, dynamic, weight-only and cast nodes side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from quantcli.graph import nbits
+from quantcli.graph.cast import cast_weights
+from quantcli.graph.dynamic import DynamicQuantizer
+from quantcli.graph.placement import place
+from quantcli.graph.plan import GraphPlan, NodePlan
+from quantcli.graph.prepare import QDQ_OPSET
+from quantcli.graph.qdq import StaticQuantizer, dequantized
+from quantcli.graph.values import drop_unused
+from quantcli.graph.weights import IntegerWeight, integer_weight
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: Below this, 256 levels over a tensor's range leave too little of it: a few outliers own the range.
+MIN_ACTIVATION_SQNR_DB = 20.0
+
+
+class Statistics(Protocol):
+    """What calibration knows, as far as static quantization asks."""
+
+    def range(self, name: str) -> tuple[float, float]:
+        """Lowest and highest value to be represented."""
+
+    def sqnr_db(self, name: str, low: float, high: float, levels: int = 256) -> float | None:
+        """Signal to quantization noise of a tensor on a grid over a range."""
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """What became of one layer, sizes in bytes."""
+
+    plan: NodePlan
+    bytes_after: int
+    sqnr_db: float | None
+
+
+def needed_opset(plan: GraphPlan) -> int:
+    """The operator set that a plan's nodes are written in."""
+    integer = plan.of_mode("static", "dynamic") or any(node.role == "conv" for node in plan.of_mode("weights"))
+    bf16 = any(node.scheme and node.scheme.weights.dtype == "bf16" for node in plan.of_mode("cast"))
+    return QDQ_OPSET if integer or bf16 else 0
+
+
+def without_outliers(plan: GraphPlan, statistics: Statistics) -> GraphPlan:
+    """The plan with nodes whose input static quantization would ruin made dynamic, or left float."""
+    return replace(plan, nodes=tuple(_judged(node, statistics) for node in plan.nodes))
+
+
+def _judged(node: NodePlan, statistics: Statistics) -> NodePlan:
+    data = node.node.inputs[0]
+    if node.mode != "static" or data is None or data.name is None:
+        return node
+    low, high = statistics.range(data.name)
+    sqnr_db = statistics.sqnr_db(data.name, low, high)
+    if sqnr_db is None or sqnr_db >= MIN_ACTIVATION_SQNR_DB:
+        return node
+    why = f"outliers: fixed ranges would leave its input {sqnr_db:.0f} dB"
+    if node.node.op_type == "Conv":
+        return node.left(f"{why}; left float")
+    return replace(node, mode="dynamic", label="int8-dynamic", note=why)
+
+
+def transform(model: ir.Model, plan: GraphPlan, statistics: Statistics | None) -> list[LayerOutcome]:
+    """Rewrite a prepared graph in place.
+
+    ``plan`` must have been made for this very graph, in the operator set `needed_opset`.
+    ``statistics`` is needed where a node is static.
+    """
+    outcomes: dict[int, LayerOutcome] = {}
+
+    def done(node: NodePlan, weight: IntegerWeight) -> None:
+        note = node.note
+        if weight.narrowed:
+            narrowed = f"{weight.narrowed} of {max(len(weight.scales), 1)} channels narrowed: no product can saturate"
+            note = f"{note}; {narrowed}" if note else narrowed
+        outcomes[id(node)] = LayerOutcome(replace(node, note=note), weight.nbytes, weight.sqnr_db)
+
+    static = plan.of_mode("static")
+    if static:
+        assert statistics is not None
+        quantizer = StaticQuantizer(model, place(model, (node.node for node in static)), statistics.range)
+        quantizer.insert_pairs()
+        for node in static:
+            assert node.scheme and node.algorithm
+            done(node, quantizer.quantize_weight(node.node, node.scheme.weights, node.algorithm))
+    dynamic = DynamicQuantizer(model)
+    for node in plan.of_mode("dynamic"):
+        assert node.scheme and node.algorithm
+        done(node, dynamic.quantize_node(node.node, node.scheme.weights, node.algorithm))
+    for node in plan.of_mode("weights"):
+        outcomes[id(node)] = _weight_only(model, node)
+    for dtype in ("fp16", "bf16"):
+        outcomes |= _cast(
+            model, [n for n in plan.of_mode("cast") if n.scheme and n.scheme.weights.dtype == dtype], dtype
+        )
+    model.graph.sort()
+    return [outcomes.get(id(node)) or LayerOutcome(node, node.info.nbytes, None) for node in plan.nodes]
+
+
+def _weight_only(model: ir.Model, node: NodePlan) -> LayerOutcome:
+    assert node.scheme and node.algorithm
+    if node.role != "conv":
+        outcome = nbits.quantize_node(model, node.node, node.scheme, node.algorithm)
+        note = "; ".join(filter(None, (node.note, outcome.note))) or None
+        return LayerOutcome(replace(node, note=note), outcome.bytes_after, outcome.sqnr_db)
+    weight = integer_weight(model.graph, node.node, node.scheme.weights, node.algorithm, exact=False)
+    restored = dequantized(model.graph, [weight.codes, weight.scale, weight.zero_point], weight.axis, node.weight)
+    node.node.replace_input_with(1, restored)
+    drop_unused(model.graph, node.weight)
+    return LayerOutcome(node, weight.nbytes, weight.sqnr_db)
+
+
+def _cast(model: ir.Model, nodes: Sequence[NodePlan], dtype: str) -> dict[int, LayerOutcome]:
+    if not nodes:
+        return {}
+    by_name = {node.name: node for node in nodes}
+    outcomes = {}
+    for outcome in cast_weights(model, dtype, only=lambda value: value.name in by_name):
+        node = by_name[outcome.name]
+        if outcome.note:
+            node = node.left(outcome.note)
+        outcomes[id(by_name[outcome.name])] = LayerOutcome(node, outcome.bytes_after, outcome.sqnr_db)
+    return outcomes
