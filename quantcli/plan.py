@@ -142,6 +142,8 @@ class _Resolver:
 
     def _fitting_format(self, scheme: Scheme) -> str:
         fitting = [name for name in plugins.FORMATS if plugins.output_format(name).supports(scheme) is None]
+        if not fitting and scheme.inputs is not None and not scheme.inputs.dynamic:
+            return "Use --format onnx."
         return f"Use --format {fitting[0]}." if fitting else "No format carries it."
 
     def _rest_dtype(self) -> str | None:
