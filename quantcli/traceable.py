@@ -1,0 +1,252 @@
+"""What torch's exporter needs of a model: a module, inputs of two shapes to trace and check it with, free axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quantcli import models, runners
+from quantcli.checkpoints.folder import load_json
+from quantcli.errors import InputError
+from quantcli.functions import is_function, load_function
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+#: Inputs of one pass, by name, in the order of the module's parameters.
+Example = dict[str, Tensor]
+
+#: Classes whose head is what the model is for; others are exported without one.
+_HEADED = ("ForSequenceClassification", "ForImageClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+_IMAGE_SIZE = 224
+
+
+@dataclass
+class Source:
+    """A model ready to be traced.
+
+    ``examples`` are two where shapes are free, the first being the one to trace. ``prefix`` stands in front of the
+    names of a wrapped module. With ``may_be_fixed`` tracing can be tried again for fixed shapes.
+    """
+
+    name: str
+    module: nn.Module | ExportedProgram
+    run: Callable[[Example], dict[str, np.ndarray]]
+    examples: list[Example]
+    dynamic: Any
+    output_names: list[str]
+    prefix: str = ""
+    may_be_fixed: bool = False
+    plain: Example = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def is_program(self) -> bool:
+        """Whether the model has been traced already, by torch.export."""
+        return not isinstance(self.module, nn.Module)
+
+    def fix_shapes(self) -> None:
+        """Fall back to the example as it was given."""
+        self.examples, self.dynamic, self.may_be_fixed = [self.plain], None, False
+
+
+def read_source(
+    model: str | Path, data: Sequence[Mapping[str, np.ndarray]] | None = None, weights: Path | None = None
+) -> Source:
+    """Load a torch model of any kind. Raises InputError as `quantcli.export.export_to_onnx` says."""
+    if is_function(str(model)):
+        return _function(str(model), data, weights)
+    path = Path(model)
+    return _program(path, data) if path.suffix == ".pt2" else _hugging_face(path)
+
+
+class _Outputs(nn.Module):
+    """A Hugging Face model that returns only the outputs of these names."""
+
+    def __init__(self, model: nn.Module, names: list[str], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self._names, self._options = model, names, options
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(**inputs, **self._options)
+        return tuple(found[name] for name in self._names)
+
+
+def _hugging_face(path: Path) -> Source:
+    config = load_json(models.require_folder(path) / "config.json")
+    if config.get("quantization_config"):
+        raise InputError(f"{path} is quantized already.", "Export the model that it was made from.")
+    headed = any(str(name).endswith(_HEADED) for name in config.get("architectures") or [])
+    runner = runners.open_runner(path, headed=headed)
+    assert isinstance(runner, runners.TorchRunner)
+    module = runner.module
+    if hasattr(module, "set_attn_implementation"):
+        # Plain products and a Softmax: fewer nodes, and what runtimes know how to fuse.
+        module.set_attn_implementation("eager")  # type: ignore[operator]
+    names = [port.name for port in runner.inputs]
+    examples = _images(module, path) if names == ["pixel_values"] else _tokens(module, path, names)
+    options = {"return_dict": True} | ({"use_cache": False} if models.is_causal(path) else {})
+    outputs = _output_names(module, examples[0], options, path)
+    axes = {0: "batch"} if names == ["pixel_values"] else {0: "batch", 1: "sequence"}
+    wrapped = _Outputs(module, outputs, options).eval()
+
+    def run(example: Example) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            return {name: value.numpy() for name, value in zip(outputs, wrapped(**example), strict=True)}
+
+    dynamic = {"inputs": dict.fromkeys(names, axes)}
+    return Source(str(path), wrapped, run, examples, dynamic, outputs, prefix="model.")
+
+
+def _output_names(module: nn.Module, example: Example, options: dict[str, Any], path: Path) -> list[str]:
+    with torch.inference_mode():
+        found = module(**example, **options)
+    names = [name for name in found if name == "logits" or name.endswith("_logits")]
+    names = names or [name for name in found if name == "last_hidden_state"]
+    if not names:
+        raise InputError(f"{path} returns {', '.join(found)}, neither logits nor a last_hidden_state.")
+    return names
+
+
+def _tokens(module: nn.Module, path: Path, names: list[str]) -> list[Example]:
+    """Two batches of tokens, some padded; any tokens do, as only torch and its own export are compared."""
+    embeddings: Any = module.get_input_embeddings()  # type: ignore[operator]
+    words, longest = embeddings.num_embeddings, models.longest_sequence(path)
+    examples = []
+    for batch, length in ((2, min(12, longest)), (3, min(7, longest))):
+        ids = (torch.arange(batch * length).reshape(batch, length) * 37 + 5) % words
+        mask = torch.ones_like(ids)
+        mask[1, -2:] = 0
+        every = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+        examples.append({name: every[name] for name in names})
+    return examples
+
+
+def _images(module: nn.Module, path: Path) -> list[Example]:
+    channels = getattr(module.config, "num_channels", 3)
+    height, width = _image_size(module, path)
+    pattern = torch.sin(torch.arange(3 * channels * height * width) * 0.37).reshape(3, channels, height, width)
+    return [{"pixel_values": pattern[:2]}, {"pixel_values": pattern}]
+
+
+def _image_size(module: nn.Module, path: Path) -> tuple[int, int]:
+    """Height and width that the model is made for, else those that its preprocessor makes."""
+    size = getattr(module.config, "image_size", None)
+    preprocessor = path / "preprocessor_config.json"
+    if size is None and preprocessor.is_file():
+        found = load_json(preprocessor)
+        size = found.get("crop_size") or found.get("size")
+    if isinstance(size, dict):
+        size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
+    if isinstance(size, (list, tuple)):
+        return int(size[0]), int(size[1])
+    return (int(size),) * 2 if size else (_IMAGE_SIZE, _IMAGE_SIZE)
+
+
+def _function(spec: str, data: Sequence[Mapping[str, np.ndarray]] | None, weights: Path | None) -> Source:
+    runner = runners.open_runner(spec, weights=weights)
+    assert isinstance(runner, runners.TorchRunner)
+    names = [port.name for port in runner.inputs]
+    if data:
+        samples = [_tensors(runners.fit(sample, runner.inputs, spec)) for sample in data]
+    else:
+        samples = [_named(_own_example(spec, runner.module), names, spec)]
+    examples, dynamic = _varied(samples)
+    outputs = list(runner.run(_arrays(samples[0])))
+    return Source(
+        spec, runner.module, lambda example: runner.run(_arrays(example)), examples, dynamic, outputs,
+        may_be_fixed=True, plain=samples[0],
+    )  # fmt: skip
+
+
+def _own_example(spec: str, module: nn.Module) -> Any:
+    for owner, name in ((load_function(spec), "example_inputs"), (module, "example_input_array")):
+        found = getattr(owner, name, None)
+        if found is not None:
+            return found() if callable(found) else found
+    raise InputError(
+        f"Nothing tells what inputs {spec} is to be traced with.",
+        "Give --data, or set the function's attribute example_inputs, for example "
+        "function.example_inputs = (torch.zeros(1, 3, 224, 224),).",
+    )
+
+
+def _named(example: Any, names: list[str], spec: str) -> Example:
+    """A tensor, a sequence of them in order, or a mapping, by the module's parameter names."""
+    if isinstance(example, Mapping):
+        found = dict(example)
+    else:
+        found = dict(zip(names, [example] if isinstance(example, Tensor) else list(example), strict=False))
+    if set(found) != set(names) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise InputError(
+            f"The example inputs of {spec} are {', '.join(found) or 'empty'}; its module takes {', '.join(names)}.",
+            "Give one tensor for each.",
+        )
+    return {name: found[name] for name in names}
+
+
+def _varied(samples: list[Example]) -> tuple[list[Example], dict[str, dict[int, str]]]:
+    """Batches of two shapes, and the axes that are free: the batch, and those along which samples differ.
+
+    The batch is the first axis of every input that is as long there as the first input is.
+    """
+    first, *others = samples
+    batch = next(iter(first.values())).shape[:1]
+    batched = {name for name, value in first.items() if value.dim() and value.shape[:1] == batch}
+    dynamic: dict[str, dict[int, str]] = {name: {0: "batch"} if name in batched else {} for name in first}
+    second = first
+    for other in others:
+        for name, value in other.items():
+            for axis, (a, b) in enumerate(zip(first[name].shape, value.shape, strict=True)):
+                if a != b and not (axis == 0 and name in batched):
+                    dynamic[name][axis], second = f"{name}_{axis}", other
+
+    def repeated(example: Example, times: int) -> Example:
+        return {name: torch.cat([value] * times) if name in batched else value for name, value in example.items()}
+
+    return [repeated(first, 2), repeated(second, 3)], dynamic
+
+
+def _program(path: Path, data: Sequence[Mapping[str, np.ndarray]] | None) -> Source:
+    runner = runners.ProgramRunner(path)
+    program = torch.export.load(path)
+    names = [port.name for port in runner.inputs]
+    if data:
+        example = _tensors(runners.fit(data[0], runner.inputs, str(path)))
+    elif program.example_inputs is not None:
+        arguments, keywords = program.example_inputs
+        flat = torch.utils._pytree.tree_leaves((arguments, keywords))
+        example = _named(flat, names, str(path))
+    else:
+        raise InputError(f"{path} brings no example inputs to check its export with.", "Give --data.")
+    free = {str(symbol): limits.upper for symbol, limits in program.range_constraints.items()}
+    doubled = {port.name: _doubled(example[port.name], port.shape or (), free) for port in runner.inputs}
+    grown = any(doubled[name].shape != example[name].shape for name in names)
+    outputs = list(runner.run(_arrays(example)))
+    return Source(
+        str(path), program, lambda each: runner.run(_arrays(each)), [example, doubled] if grown else [example], None,
+        outputs,
+    )  # fmt: skip
+
+
+def _doubled(value: Tensor, shape: Sequence[int | str | None], upper: Mapping[str, Any]) -> Tensor:
+    """The same values twice along every free axis that may be twice as long."""
+    for axis, dim in enumerate(shape):
+        if isinstance(dim, str) and dim in upper and 2 * value.shape[axis] <= upper[dim]:
+            value = torch.cat([value, value], axis)
+    return value
+
+
+def _tensors(feeds: Mapping[str, np.ndarray]) -> Example:
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}
+
+
+def _arrays(example: Example) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in example.items()}
