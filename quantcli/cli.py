@@ -89,6 +89,14 @@ def convert(
     skip: options.Skip = None,
     rest: options.Rest = None,
     target: options.Target = None,
+    calibration: options.Statistics = None,
+    data: options.Data = None,
+    samples: options.Samples = None,
+    seq_len: options.SeqLen = None,
+    seed: options.Seed = 0,
+    tokenizer: options.Tokenizer = None,
+    preprocess: options.Preprocess = None,
+    weights: options.Weights = None,
     threads: options.Threads = None,
     max_memory: options.MaxMemory = None,
     dry_run: options.DryRun = False,
@@ -118,13 +126,21 @@ def convert(
             target=target,
             threads=threads,
             max_memory=limit,
+            calibration=calibration,
+            data=data,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            tokenizer=tokenizer,
+            preprocess=preprocess,
+            weights=weights,
             dry_run=dry_run,
             force=force,
             progress=progress,
         )
     _finish(ui, report, convert_tables(report), markdown)
-    if not dry_run and model.is_dir():
-        ui.talk(f"Next: quantcli eval {model} {output} --data TEXT.txt measures what it cost.")
+    if not dry_run and (model.is_dir() or model.suffix == ".onnx"):
+        ui.talk(f"Next: quantcli eval {model} {output} --data {data or 'DATA'} measures what it cost.")
 
 
 @app.command("eval")

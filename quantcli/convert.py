@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from quantcli.artifact import Destination, Layout, plan_layout
 from quantcli.checkpoints.folder import Checkpoint, companions, open_checkpoint
 from quantcli.errors import UsageError
+from quantcli.functions import is_function
+from quantcli.graph.model import is_onnx
 from quantcli.memory import peak_rss_bytes
 from quantcli.parallel import Background, in_parallel, usable_cores
 from quantcli.plan import LayerPlan, Plan, resolve
@@ -44,15 +46,25 @@ def convert(
     target: str | None = None,
     threads: int | None = None,
     max_memory: int | None = None,
+    calibration: str | Path | None = None,
+    data: str | Path | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    preprocess: str | Path | None = None,
+    weights: str | Path | None = None,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Quantize a checkpoint and verify the result.
+    """Quantize a model and verify the result.
 
     Args:
-        model: a folder, a safetensors file or index, or a torch state dict.
-        output: the folder to write, or for a single-file input also a ``.safetensors`` file.
+        model: a folder, a safetensors file or index, a torch state dict, an ONNX file, a ``.pt2`` program, or
+            ``package.module:function``.
+        output: the folder to write, for a single-file input also a ``.safetensors`` file, for ONNX also a
+            ``.onnx`` file.
         scheme: a preset such as ``int4``; needed unless the recipe names one.
         format: on-disk format; by default the one that fits the scheme.
         algorithm: ``auto``, ``rtn`` or ``mse``.
@@ -61,12 +73,20 @@ def convert(
         skip: globs of layers to leave as they are.
         rest: ``keep``, ``fp16`` or ``bf16`` for what is not quantized.
         target: the runtime that must load the result: ``transformers``, which is asked whether it would,
-            or ``vllm`` or ``sglang``, which are not.
+            ``vllm`` or ``sglang``, which are not, or ``onnxruntime``, also with a version: ``onnxruntime==1.22``.
         threads: worker threads; by default the number of usable cores.
         max_memory: bytes that must not be exceeded; fewer threads are used to stay below.
+        calibration: statistics from `calibrate`, for static quantization to ONNX.
+        data: in place of these, what to take them from; the artifact is also compared with the model on it.
+        samples: how many of the data at the most.
+        seq_len: tokens per sample of text.
+        seed: what images are chosen by.
+        tokenizer: a folder with the tokenizer, where the model has none.
+        preprocess: a file that says how images become inputs.
+        weights: a state dict for a model that is a function.
         dry_run: plan and report only.
         force: replace an existing output.
-        progress: called with bytes done and bytes in all, from any thread.
+        progress: called with bytes (or samples) done and in all, from any thread.
 
     Returns:
         The report: sizes, error per layer, what was verified.
@@ -78,7 +98,6 @@ def convert(
     """
     started = time.monotonic()
     source, place = Path(model), Path(output)
-    checkpoint = open_checkpoint(source)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
     wishes = base.with_flags(
         scheme=scheme,
@@ -89,6 +108,24 @@ def convert(
         rest=rest,
         target=target,
     )
+    if goes_to_onnx(model, wishes.format):
+        from quantcli.convert_onnx import Calibration, convert_onnx
+
+        given = Calibration(
+            stats=_path(calibration),
+            data=None if data is None else str(data),
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            tokenizer=_path(tokenizer),
+            preprocess=_path(preprocess),
+        )
+        return convert_onnx(
+            model, place, wishes, given, weights=_path(weights), dry_run=dry_run, force=force, progress=progress
+        )
+    if calibration or data:
+        raise UsageError("Converting a checkpoint uses no calibration data.", "Leave it out, or use --format onnx.")
+    checkpoint = open_checkpoint(source)
     plan = resolve(wishes, checkpoint.infos(), checkpoint.config)
     layout = plan_layout(plan, checkpoint, place)
     if dry_run:
@@ -108,6 +145,16 @@ def convert(
             raise explain(error, place) from error
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
     return _report(checkpoint, place, plan, layout, conversion.results, conversion.sha256, details)
+
+
+def goes_to_onnx(model: str | Path, format: str | None) -> bool:
+    """Whether a conversion ends in ONNX: the model is ONNX, is code rather than weights, or the user says so."""
+    path = Path(model)
+    return format == "onnx" or is_onnx(path) or path.suffix == ".pt2" or is_function(str(model))
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 class _Conversion:

@@ -9,22 +9,27 @@ from typing import Any
 
 from quantcli.checkpoints.folder import Checkpoint, open_checkpoint
 from quantcli.errors import InputError
+from quantcli.graph.model import is_onnx
 from quantcli.report import LayerRow, ModelRow, Report
 from quantcli.roles import classify, original_dtype, quantization_of
 from quantcli.scheme import NUMBER_OF_DTYPE
 
 
 def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
-    """Describe a checkpoint without reading a weight.
+    """Describe a model without reading a weight.
 
     Args:
-        model: a folder, a safetensors file or index, or a torch state dict.
+        model: a folder, a safetensors file or index, a torch state dict, or an ONNX file.
         schemes: presets to plan for; the report then has one layer row per tensor and scheme.
 
     Raises:
         InputError: the model is missing or damaged.
         UsageError: an unknown scheme.
     """
+    if is_onnx(Path(model)):
+        from quantcli.inspect_onnx import inspect_onnx
+
+        return inspect_onnx(Path(model), schemes)
     checkpoint = open_checkpoint(Path(model))
     infos = checkpoint.infos()
     manifest = checkpoint.manifest or {}

@@ -10,7 +10,11 @@ import typer
 # What a command reads.
 Model = Annotated[
     Path,
-    typer.Argument(help="A Hugging Face folder, .safetensors, .index.json, .pt, .pth or .bin.", show_default=False),
+    typer.Argument(
+        help="A Hugging Face folder, .safetensors, .index.json, .pt, .pth, .bin, .onnx, .pt2, or "
+        "package.module:function.",
+        show_default=False,
+    ),
 ]
 RunnableModel = Annotated[
     str,
@@ -42,6 +46,11 @@ Weights = Annotated[
     Optional[Path],
     typer.Option("--weights", metavar="FILE", help="A state dict for the module of a package.module:function."),
 ]
+Statistics = Annotated[
+    Optional[Path],
+    typer.Option("--calibration", metavar="STATS", help="Ranges from quantcli calibrate, for int8-static."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="What images are chosen by.")]
 Samples = Annotated[Optional[int], typer.Option("--samples", metavar="N", min=1, help="Samples at the most.")]
 SeqLen = Annotated[Optional[int], typer.Option("--seq-len", metavar="L", min=2, help="Tokens per sequence.")]
 Task = Annotated[
@@ -57,7 +66,9 @@ ByLayer = Annotated[bool, typer.Option("--by-layer", help="Also compare every la
 # How a model is converted.
 Scheme = Annotated[
     Optional[str],
-    typer.Option("--scheme", "-s", metavar="S", help="fp16, bf16, int8, int4, nf4, nf4-double or int8-dynamic."),
+    typer.Option(
+        "--scheme", "-s", metavar="S", help="fp16, bf16, int8, int4, nf4, nf4-double, int8-dynamic or int8-static."
+    ),
 ]
 Schemes = Annotated[
     Optional[list[str]], typer.Option("--scheme", "-s", metavar="S", help="Plan for this scheme; may be repeated.")
@@ -67,7 +78,7 @@ Format = Annotated[
     typer.Option(
         "--format",
         metavar="F",
-        help="compressed-tensors, bitsandbytes or safetensors; by default what fits the scheme.",
+        help="compressed-tensors, bitsandbytes, safetensors or onnx; by default what fits model and scheme.",
     ),
 ]
 Algorithm = Annotated[Optional[str], typer.Option("--algorithm", metavar="A", help="auto, rtn or mse.")]
@@ -84,7 +95,7 @@ Rest = Annotated[
 ]
 Target = Annotated[
     Optional[str],
-    typer.Option("--target", metavar="RUNTIME", help="transformers (which is asked), vllm or sglang."),
+    typer.Option("--target", metavar="RUNTIME", help="transformers, vllm, sglang or onnxruntime; also with ==VERSION."),
 ]
 
 # Limits.

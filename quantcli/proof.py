@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from quantcli.errors import InputError
+from quantcli.samples import Sample
 from quantcli.sessions import Session, onnxruntime
 
 #: Operators of an optimized graph that compute on integers, or on codes they expand as they go.
@@ -86,3 +90,31 @@ def _is_heavy(node: Any) -> bool:
         and len(value.const_value.shape) > 1
         for value in node.inputs
     )
+
+
+def compare_outputs(reference: Path, candidate: Path, samples: Iterable[Sample], most: int) -> dict[str, Any]:
+    """Run both models on the first samples: how many, and the signal-to-noise ratio of all float outputs together.
+
+    Raises:
+        InputError: a model does not run, or the candidate's outputs are not finite where the reference's are.
+    """
+    import numpy as np
+
+    from quantcli.numerics import decibels
+
+    ours, theirs = Session(reference), Session(candidate)
+    signal = noise = 0.0
+    count = 0
+    for sample in islice(samples, most):
+        expected, got = ours.run(sample.inputs), theirs.run(sample.inputs)
+        count += 1
+        for name, values in expected.items():
+            if not np.issubdtype(values.dtype, np.floating):
+                continue
+            wide, other = values.astype(np.float64), got[name].astype(np.float64)
+            finite = np.isfinite(wide)
+            if not np.isfinite(other[finite]).all():
+                raise InputError(f"The output {name} of the artifact is not finite where the original's is.")
+            signal += float(np.square(wide[finite]).sum())
+            noise += float(np.square(wide[finite] - other[finite]).sum())
+    return {"samples": count, "sqnr_db": decibels(signal, noise)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from quantcli.scheme import PRESETS, Granularity, NumberFormat, Scheme
 from quantcli.units import parse_bytes
 
 Rest = Literal["auto", "keep", "fp16", "bf16"]
-Target = Literal["transformers", "vllm", "sglang"]
+TARGETS = ("transformers", "vllm", "sglang", "onnxruntime")
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -90,12 +91,28 @@ class Recipe(_Strict):
     format: str | None = None
     group_size: int | None = Field(default=None, ge=1)
     rest: Rest = "auto"
-    target: Target = "transformers"
+    target: str | None = None
     skip: list[str] = []
     max_shard_size: int = Field(default=DEFAULT_MAX_SHARD_BYTES, ge=1)
     rules: list[Rule] = []
 
     _preset = field_validator("scheme")(_known_preset)
+
+    @field_validator("target")
+    @classmethod
+    def _known_target(cls, value: str | None) -> str | None:
+        name, _, version = (value or TARGETS[0]).partition("==")
+        if name not in TARGETS:
+            raise ValueError(f"unknown target {name!r}. {suggestion(name, TARGETS)}")
+        if "=" in (value or "") and not re.fullmatch(r"\d+(\.\d+)*", version):
+            raise ValueError(f"{value!r} is not RUNTIME==VERSION")
+        return value
+
+    @property
+    def runtime(self) -> tuple[str | None, str | None]:
+        """The target's name, and its version where one is given; None where there is no wish."""
+        name, _, version = (self.target or "").partition("==")
+        return name or None, version or None
 
     @field_validator("max_shard_size", mode="before")
     @classmethod

@@ -93,7 +93,7 @@ def _reason_to_skip(plan: Plan, checkpoint: Checkpoint, nbytes: int) -> str | No
 
     if not any(layer.is_coded for layer in plan.layers):
         return "names and shapes are those of the original"
-    if plan.recipe.target != "transformers":
+    if plan.recipe.runtime[0] not in (None, "transformers"):
         return f"the target is {plan.recipe.target}"
     if "model_type" not in (checkpoint.config or {}):
         return "config.json names no model type"

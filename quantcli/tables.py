@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from quantcli.report import LayerRow, ModelRow, Report, Table
 from quantcli.units import format_bytes, format_seconds
@@ -53,13 +54,16 @@ def convert_tables(report: Report) -> list[Table]:
         [(reason, str(len(rows)), *_sizes(rows)) for reason, rows in reasons.items()],
         _SIZES,
     )
-    return [layers, *([kept] if left else []), _totals(report, source, artifact)]
+    runtime = report.details.get("verified", {}).get("runtime", {})
+    proof = [_kernel_table(runtime)] if "integer_kernels" in runtime else []
+    return [layers, *([kept] if left else []), *proof, _totals(report, source, artifact)]
 
 
 def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
     ratio = artifact.metrics["size_ratio"] or 1.0
+    about = "about " if report.details.get("estimated") else ""
     rows = [
-        ("Size", f"{format_bytes(source.size_bytes or 0)} -> {format_bytes(artifact.size_bytes or 0)}"),
+        ("Size", f"{format_bytes(source.size_bytes or 0)} -> {about}{format_bytes(artifact.size_bytes or 0)}"),
         ("Ratio", f"{_ratio_text(ratio)} ({1 / ratio:.1f}x smaller)"),
         ("Format", f"{artifact.format}, algorithm {artifact.details['algorithm'] or 'cast'}"),
     ]
@@ -68,16 +72,33 @@ def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
         rows.append(("Peak memory", format_bytes(report.details["peak_rss_bytes"])))
         verified = report.details["verified"]
         rows.append(("Verified", f"{verified['tensors']} tensors reopened and decoded, all codes equal"))
-        runtime = verified["runtime"]
-        known = (
-            f"transformers {runtime['transformers']} finds every weight of {runtime['class']}"
-            if runtime["checked"]
-            else f"not checked: {runtime['reason']}"
-        )
-        rows.append(("Runtime", known))
+        rows.append(("Runtime", _runtime_text(verified["runtime"])))
+        if "compared" in verified:
+            compared = verified["compared"]
+            outputs = f"{decibel_text(compared['sqnr_db'])} on {_count(compared['samples'], 'sample')} of the data"
+            rows.append(("Outputs", outputs))
     return Table(
         "Total" if "seconds" in report.details else "Total (dry run: nothing was written)", ("", "Value"), rows
     )
+
+
+def _runtime_text(runtime: Mapping[str, Any]) -> str:
+    """What the runtime said of an artifact."""
+    if "integer_kernels" in runtime:
+        kernels = ", ".join(f"{count} {name}" for name, count in runtime["integer_kernels"].items()) or "none"
+        return f"{runtime['runtime']} runs it on integer kernels: {kernels}"
+    if runtime["checked"]:
+        return f"transformers {runtime['transformers']} finds every weight of {runtime['class']}"
+    return f"not checked: {runtime['reason']}"
+
+
+def _kernel_table(runtime: Mapping[str, Any]) -> Table:
+    """Kernels of the runtime's optimized graph."""
+    rows = [(name, str(count), "") for name, count in runtime["integer_kernels"].items()]
+    rows += [(name, "", str(count)) for name, count in runtime["float_kernels"].items()]
+    note = f"{runtime['conversions_left']} QuantizeLinear and DequantizeLinear nodes remain between them."
+    return Table(f"Kernels, as {runtime['runtime']} optimized the graph", ("Kernel", "Integer", "Float"), rows,
+                 frozenset({"Integer", "Float"}), note)  # fmt: skip
 
 
 def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
@@ -92,6 +113,9 @@ def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
         ("Tensors", str(details["tensors"])),
         ("Dtypes", ", ".join(f"{dtype} {format_bytes(entry['bytes'])}" for dtype, entry in details["dtypes"].items())),
     ]
+    facts += [(name.capitalize(), each) for name in ("inputs", "outputs") for each in details.get(name, [])]
+    if "operators" in details:
+        facts.append(("Operators", ", ".join(f"{count} {name}" for name, count in details["operators"].items())))
     facts += [("Quantized", f"{_count(count, 'layer')}: {name}") for name, count in details["quantized_layers"].items()]
     roles = [(role, str(entry["tensors"]), format_bytes(entry["bytes"])) for role, entry in details["roles"].items()]
     tables = [Table(model.path, ("", "Value"), facts)]

@@ -38,7 +38,7 @@ TIERS = (
     ("streaming", "subject", "traceable"),
     ("export", "verify"),
     ("convert_onnx",),
-    ("convert",),
+    ("convert", "inspect_onnx"),
     ("evaluate", "inspect", "options", "ui"),
     ("cli",),
     ("__main__",),

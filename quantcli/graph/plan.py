@@ -56,6 +56,18 @@ class NodePlan:
         """The layer's name in reports: that of its weight."""
         return self.info.name
 
+    @property
+    def estimated_bytes(self) -> int:
+        """What the weight will take, near enough: codes, and four bytes for each scale."""
+        if self.scheme is None:
+            return self.info.nbytes
+        weights = self.scheme.weights
+        codes = self.info.numel * weights.bits // 8
+        if weights.is_cast:
+            return codes
+        size = weights.granularity.size or max(1, self.info.columns)
+        return codes + 4 * (self.info.numel // size)
+
     def left(self, reason: str) -> NodePlan:
         """The same node, left in floating point."""
         return replace(self, mode="float", scheme=None, label="", algorithm=None, reason=reason)
@@ -179,7 +191,9 @@ class _Planner:
             reason = _no_integer_kernel(plan.node)
             if plan.role != "embedding" and reason is None:
                 mode: Mode = "dynamic" if scheme.inputs.dynamic else "static"
-                return replace(plan, mode=mode, scheme=scheme, label=label, algorithm=_algorithm(scheme, wish))
+                return replace(
+                    plan, mode=mode, scheme=scheme, label=label, algorithm=_algorithm(scheme, wish, plan.role)
+                )
             if plan.role != "embedding":
                 return plan.left(reason or "")
             # A lookup has no activations to quantize; its table is most of a small model's bytes.
@@ -188,14 +202,17 @@ class _Planner:
             note = None if scheme == PRESETS["int8"] else f"int8 in place of {label}, the only form of a convolution"
             return replace(
                 plan, mode="weights", scheme=PRESETS["int8"], label="int8", note=note,
-                algorithm=_algorithm(PRESETS["int8"], "auto"),
+                algorithm=_algorithm(PRESETS["int8"], "auto", plan.role),
             )  # fmt: skip
         from quantcli.graph import nbits
 
         reason = nbits.supports(plan.node, scheme)
+        if reason and plan.role == "embedding" and nbits.supports(plan.node, PRESETS["int4"]) is None:
+            note = f"int4 in place of {label}, which no lookup can read"
+            plan, scheme, label, wish, reason = replace(plan, note=note), PRESETS["int4"], "int4", "auto", None
         if reason:
             return plan.left(reason)
-        return replace(plan, mode="weights", scheme=scheme, label=label, algorithm=_algorithm(scheme, wish))
+        return replace(plan, mode="weights", scheme=scheme, label=label, algorithm=_algorithm(scheme, wish, plan.role))
 
 
 def _no_integer_kernel(node: ir.Node) -> str | None:
@@ -215,10 +232,11 @@ def _no_integer_kernel(node: ir.Node) -> str | None:
     return None
 
 
-def _algorithm(scheme: Scheme, wish: str) -> str:
+def _algorithm(scheme: Scheme, wish: str, role: str) -> str:
     if wish == "auto":
-        # Per channel, the clip search finds the finer of -127..127 and -128..127, and clips what is rare.
-        return "rtn" if scheme.weights.dtype == "nf4" else "mse"
+        # At eight bits the search pays only where few values share a scale, as in a convolution's channel:
+        # there the largest matters most, and -127..127 keeps it where -128..127 cuts it.
+        return "mse" if scheme.weights.dtype == "int4" or role == "conv" else "rtn"
     reason = plugins.algorithm(wish).supports(scheme.weights)
     if reason:
         raise UsageError(f"The algorithm {wish} does not fit: {reason}.")
