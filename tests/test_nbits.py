@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from quantcli.errors import InputError
 from quantcli.graph.decode import decode
-from quantcli.graph.nbits import oldest_runtime, quantize_node, supports
+from quantcli.graph.nbits import effective, oldest_runtime, quantize_node, supports
 from quantcli.scheme import PRESETS, Granularity, NumberFormat, Scheme
 from quantcli.sessions import Session
 
@@ -312,19 +313,51 @@ def tied(*, shared_by_add: bool = False, head: str = "Transpose") -> ir.Model:
 
 
 @pytest.mark.parametrize("head", ["Transpose", "Gemm"])
-def test_a_tied_table_leaves_the_file_with_its_last_reader(head: str) -> None:
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("scheme", [int4(), INT8, int4(symmetric=False), NF4], ids=["int4", "int8", "asym", "nf4"])
+def test_a_tied_table_leaves_the_file_and_is_stored_once(head: str, order: int, scheme: Scheme) -> None:
     model = tied(head=head)
     ids = np.arange(40)
     before = run(model, ids=ids)[0]
-    first, last = [node for node in model.graph if node.op_type != "Transpose"]
-    outcomes = [quantize_node(model, node, int4(), "rtn") for node in (first, last)]
-    assert [node.op_type for node in model.graph] == ["GatherBlockQuantized", "MatMulNBits"]
-    assert "table" not in model.graph.initializers
+    first, last = [node for node in model.graph if node.op_type != "Transpose"][::order]
+    outcomes = [quantize_node(model, node, scheme, "rtn", accuracy_level=0) for node in (first, last)]
+    assert "table" not in model.graph.initializers and "turn" not in [node.name for node in model.graph]
     assert [outcome.bytes_before for outcome in outcomes] == [0, 40 * 64 * 4]
-    after = run(model, ids=ids)[0]
+    values = [value.const_value for value in model.graph.initializers.values()]
+    shapes = 24 if order == 1 else 16
+    shared = scheme is not NF4
+    assert sum(value.nbytes for value in values) == sum(each.bytes_after for each in outcomes) + shared * shapes
+    assert (outcomes[1].bytes_after == 0) == shared
+    lookup = node_of(model, "GatherBlockQuantized")
+    product = node_of(model, "MatMulBnb4" if scheme is NF4 else "MatMulNBits")
+    if shared:
+        np.testing.assert_array_equal(decode(lookup), decode(product))
+    else:
+        assert "int4" in str(outcomes[0 if order == 1 else 1].note)
+    (after,) = run(model, ids=ids)
+    np.testing.assert_allclose(after, decode(lookup).astype(np.float64) @ decode(product).T, rtol=1e-4, atol=1e-4)
     assert np.linalg.norm(after - before) / np.linalg.norm(before) < 0.2
-    stored_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    assert stored_bytes == sum(outcome.bytes_after for outcome in outcomes)
+
+
+def test_the_runtime_folds_the_shape_of_shared_codes(tmp_path: Path) -> None:
+    model = quantized(tied(), int4(64))
+    assert "Reshape" in [node.op_type for node in model.graph]
+    Session(ir.to_proto(model).SerializeToString(), threads=1, dump=tmp_path / "optimized.onnx")
+    optimized = ir.load(tmp_path / "optimized.onnx").graph
+    assert sorted(node.op_type for node in optimized) == ["GatherBlockQuantized", "MatMulNBits"]
+
+
+def test_padded_blocks_are_not_shared() -> None:
+    table, ids = constant("table", normal(40, 72)), free("ids", ["n"], ir.DataType.INT64)
+    look_up = ir.node("Gather", [table, ids], name="embed")
+    head = ir.node("Gemm", [look_up.outputs[0], table], {"transB": 1}, name="head")
+    head.outputs[0].name, head.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    model = quantized(model_of([ids], [look_up, head], [table], [head.outputs[0]]), int4(64), accuracy_level=0)
+    lookup, product = (node_of(model, name) for name in ("GatherBlockQuantized", "MatMulNBits"))
+    assert stored(lookup, 0).shape == (40, 36) and stored(product, 1).shape[0] == 40
+    np.testing.assert_array_equal(decode(lookup), decode(product))
+    (got,) = run(model, ids=np.arange(40))
+    np.testing.assert_allclose(got, decode(lookup).astype(np.float64) @ decode(product).T, rtol=1e-4, atol=1e-4)
 
 
 def test_a_weight_that_must_stay_is_not_stored_twice() -> None:
@@ -332,8 +365,16 @@ def test_a_weight_that_must_stay_is_not_stored_twice() -> None:
     for node in model.graph:
         if node.op_type in ("Gather", "MatMul"):
             assert supports(node, int4()) == "its weight also serves other, which needs it as it is"
-    # NF4 has no lookup, so the head of a tied model stays as well.
-    assert "also serves embed" in str(supports(node_of(tied(), "MatMul"), NF4))
+
+
+def test_tables_get_int4_where_nf4_is_asked_for() -> None:
+    model = gather(normal(30, 64))
+    outcome = quantize_node(model, node_of(model, "Gather"), NF4, "rtn")
+    assert outcome.note == "int4 in blocks of 64: onnxruntime has no lookup in nf4"
+    assert decode(node_of(model, "GatherBlockQuantized")).shape == (30, 64)
+    embed, head = node_of(tied(), "Gather"), node_of(tied(), "MatMul")
+    assert effective(embed, NF4) == int4(64) and effective(head, NF4) == NF4 and effective(embed, INT8) == INT8
+    assert oldest_runtime(embed, NF4) == "1.23"
 
 
 def test_equal_readers_share_one_form() -> None:
@@ -381,7 +422,6 @@ def test_nodes_of_a_subgraph() -> None:
         (one_node("MatMul", [free("x", [8]), constant("w", normal(8, 8))]), INT8, "is a vector"),
         (one_node("Gather", [constant("w", normal(8, 8)), free("i", [2], ir.DataType.INT64)], {"axis": 1}), INT8, "1;"),
         (gather(normal(8, 9)), int4(), "odd length"),
-        (gather(normal(8, 8)), NF4, "no lookup in NF4"),
         (matmul(normal(64, 8)), int4(24), "power of two, 16 or more; asked are 24"),
         (matmul(normal(64, 8)), int4(8), "power of two, 16 or more; asked are 8"),
         (matmul(normal(64, 8)), PRESETS["nf4-double"], "no double quantization"),

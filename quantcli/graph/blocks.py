@@ -46,23 +46,21 @@ class Packed:
     noise: float
 
 
-def block_size(columns: int, number_format: NumberFormat, *, padded: bool) -> int:
+def block_size(columns: int, number_format: NumberFormat) -> int:
     """Block size for a matrix: at most what is asked for, and smaller where that makes fewer bytes.
 
-    With ``padded`` the last block of a row is stored in full, so that 576 columns fit blocks of 64 better
-    than blocks of 128.
+    The last block of a row is stored in full, so that 576 columns fit blocks of 64 better than blocks of 128.
     """
     wanted = number_format.granularity.size or CHANNEL_BLOCK
     sizes = [wanted]
-    while padded and sizes[-1] > SMALLEST_BLOCK:
+    while sizes[-1] > SMALLEST_BLOCK:
         sizes.append(sizes[-1] // 2)
 
-    def row_bytes(size: int) -> int:
-        blocks = -(-columns // size)
-        stored = blocks * size if padded else columns
-        return stored * number_format.bits + blocks * (32 if number_format.symmetric else 32 + number_format.bits)
+    def row_bits(size: int) -> int:
+        scale_bits = 32 if number_format.symmetric else 32 + number_format.bits
+        return -(-columns // size) * (size * number_format.bits + scale_bits)
 
-    return min(sizes, key=row_bytes)
+    return min(sizes, key=row_bits)
 
 
 def pack_rows(operand: Operand, number_format: NumberFormat, size: int, algorithm: str) -> Packed:

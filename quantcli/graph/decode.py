@@ -67,7 +67,11 @@ def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _constant(node: ir.Node, index: int) -> np.ndarray:
-    found = array(input_of(node, index))
+    value = input_of(node, index)
+    producer = None if value is None else value.producer()
+    if producer is not None and producer.op_type == "Reshape":  # codes that a lookup and a product share
+        value = producer.inputs[0]
+    found = array(value)
     if found is None:
         raise ValueError(f"{node.name} lacks the constant at input {index}")
     return found

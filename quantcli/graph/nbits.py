@@ -12,14 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from quantcli import numerics
-from quantcli.graph.blocks import SMALLEST_BLOCK, Packed, block_size, pack_nf4, pack_rows
+from quantcli.graph.blocks import SMALLEST_BLOCK, block_size, pack_nf4, pack_rows
 from quantcli.graph.operands import Operand, operand_of, readers, remove_unread
 from quantcli.graph.values import add_initializer, free_name, input_of, integer, real
-from quantcli.scheme import NumberFormat, Scheme
+from quantcli.scheme import Granularity, NumberFormat, Scheme
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx_ir as ir
 
 DOMAIN = "com.microsoft"
@@ -55,10 +56,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Form:
-    """A weight in stored form: what any node that reads it can share."""
+    """A weight in stored form: what any node that reads it can share. ``scales``: and zero points, if any."""
 
     block: int
-    values: tuple[ir.Value | None, ...]
+    codes: ir.Value
+    scales: list[ir.Value]
     sqnr_db: float | None
     nbytes: int
 
@@ -81,7 +83,8 @@ def supports(node: ir.Node, scheme: Scheme) -> str | None:
 
 def oldest_runtime(node: ir.Node, scheme: Scheme) -> str:
     """The oldest onnxruntime that runs what `quantize_node` makes of a node."""
-    return _OLDEST_RUNTIME[_operator(node, scheme.weights), scheme.weights.bits]
+    weights = effective(node, scheme).weights
+    return _OLDEST_RUNTIME[_operator(node, weights), weights.bits]
 
 
 def quantize_node(
@@ -103,17 +106,28 @@ def quantize_node(
     operand = operand_of(node)
     if isinstance(operand, str) or (reason := supports(node, scheme)):
         raise ValueError(f"{node.name}: {operand if isinstance(operand, str) else reason}")
-    operator, forms = _operator(node, scheme.weights), operand.value.meta.setdefault(_FORMS, {})
-    key = (operator, scheme.weights, algorithm, operand.transposed, operand.factor)
+    weights = effective(node, scheme).weights
+    operator, forms = _operator(node, weights), operand.value.meta.setdefault(_FORMS, {})
+    key = (_shared_by(operator, operand, weights), weights, algorithm, operand.transposed, operand.factor)
     known = key in forms
-    form = forms[key] if known else forms.setdefault(key, _make_form(operand, operator, scheme.weights, algorithm))
+    form = forms[key] if known else forms.setdefault(key, _make_form(operand, operator, weights, algorithm))
+    codes, nodes = _shaped(node, form, _codes_shape(operator, operand, weights, form.block))
     if operator == "GatherBlockQuantized":
-        _replace(node, [_gather(node, form, scheme.weights)])
+        nodes.append(_gather(node, codes, form, weights))
     else:
-        _replace(node, _product(node, operand, operator, form, scheme.weights, accuracy_level))
+        nodes += _product(node, operand, operator, codes, form, weights, accuracy_level)
+    _replace(node, nodes)
     model.opset_imports.setdefault(DOMAIN, 1)
     before = operand.tensor.nbytes if remove_unread(operand.value) else 0
-    return Outcome(before, 0 if known else form.nbytes, form.sqnr_db, _note(scheme.weights, form.block))
+    return Outcome(before, 0 if known else form.nbytes, form.sqnr_db, _note(scheme.weights, weights, form.block))
+
+
+def effective(node: ir.Node, scheme: Scheme) -> Scheme:
+    """The scheme a node really gets: onnxruntime has no lookup in NF4, so that a table gets int4 in its stead."""
+    if node.op_type != "Gather" or scheme.weights.dtype != "nf4":
+        return scheme
+    granularity = Granularity("group", scheme.weights.granularity.size)
+    return Scheme(NumberFormat("int4", granularity), scheme.inputs)
 
 
 def _refusal(node: ir.Node, operand: Operand, scheme: Scheme) -> str | None:
@@ -122,8 +136,6 @@ def _refusal(node: ir.Node, operand: Operand, scheme: Scheme) -> str | None:
     if weights.is_cast or scheme.inputs is not None:
         return f"{scheme} does not quantize weights alone"
     if weights.dtype == "nf4":
-        if node.op_type == "Gather":
-            return "onnxruntime has no lookup in NF4"
         if weights.double_quantized:
             return "onnxruntime has no double quantization"
         if weights.granularity.kind != "block":
@@ -143,45 +155,76 @@ def _operator(node: ir.Node, weights: NumberFormat) -> str:
     return "MatMulBnb4" if weights.dtype == "nf4" else "MatMulNBits"
 
 
+def _shared_by(operator: str, operand: Operand, weights: NumberFormat) -> str:
+    """Which operators read the same bytes: a table's rows are those of a product where no block is padded."""
+    padded = operator != "MatMulBnb4" and operand.columns % block_size(operand.columns, weights)
+    return operator if padded or operator == "MatMulBnb4" else "rows"
+
+
+def _codes_shape(operator: str, operand: Operand, weights: NumberFormat, block: int) -> tuple[int, ...]:
+    if operator == "GatherBlockQuantized":
+        return operand.rows, operand.columns * weights.bits // 8
+    if operator == "MatMulNBits":
+        return operand.rows, -(-operand.columns // block), block * weights.bits // 8
+    return (-(-operand.rows * operand.columns // 2),)
+
+
 def _make_form(operand: Operand, operator: str, weights: NumberFormat, algorithm: str) -> _Form:
+    """Quantize, and register what comes of it as constants of the graph that holds the float weight."""
     if operator == "MatMulBnb4":
         block = weights.granularity.size or 0
         packed = pack_nf4(operand, weights, algorithm)
-        codes = packed.codes
     else:
-        padded = operator == "MatMulNBits"
-        block = block_size(operand.columns, weights, padded=padded)
+        block = block_size(operand.columns, weights)
         packed = pack_rows(operand, weights, block, algorithm)
-        codes = packed.codes[:, : packed.codes.shape[1] if padded else operand.columns * weights.bits // 8]
-        codes = codes.reshape(operand.rows, -1, block * weights.bits // 8) if padded else codes.copy()
-    return _stored(operand, f"{operand.value.name}_{weights.dtype}", codes, packed, block)
-
-
-def _stored(operand: Operand, name: str, codes: np.ndarray, packed: Packed, block: int) -> _Form:
-    """Register a form's arrays as constants of the graph that holds the float weight."""
+    shape, codes = _codes_shape(operator, operand, weights, block), packed.codes
+    if operator == "GatherBlockQuantized":
+        # Lookups do not pad their last block.
+        codes = np.ascontiguousarray(codes[:, : shape[1]])
     graph = operand.value.graph
     assert graph is not None
-    arrays = {"": codes, "_scales": packed.scales, "_zero_points": packed.zero_points}
-    name = free_name(graph, name)
-    values = tuple(
-        None if array is None else add_initializer(graph, free_name(graph, name + suffix), array)
-        for suffix, array in arrays.items()
+    name = free_name(graph, f"{operand.value.name}_{weights.dtype}")
+    scales = {"scales": packed.scales} | ({} if packed.zero_points is None else {"zero_points": packed.zero_points})
+    return _Form(
+        block,
+        add_initializer(graph, name, codes.reshape(shape)),
+        [add_initializer(graph, free_name(graph, f"{name}_{key}"), array) for key, array in scales.items()],
+        numerics.decibels(packed.signal, packed.noise),
+        codes.nbytes + sum(array.nbytes for array in scales.values()),
     )
-    nbytes = sum(array.nbytes for array in arrays.values() if array is not None)
-    return _Form(block, values, numerics.decibels(packed.signal, packed.noise), nbytes)
 
 
-def _gather(node: ir.Node, form: _Form, weights: NumberFormat) -> ir.Node:
+def _shaped(node: ir.Node, form: _Form, shape: tuple[int, ...]) -> tuple[ir.Value, list[ir.Node]]:
+    """Codes in the shape an operator takes; the runtime folds the Reshape when it loads the model."""
     import onnx_ir as ir
 
-    codes, scales, zero_points = form.values
-    inputs = [codes, node.inputs[1], scales, *([zero_points] if zero_points else [])]
+    codes = form.codes
+    assert codes.shape is not None and codes.graph is not None
+    if codes.shape.numpy() == shape:
+        return codes, []
+    name = free_name(codes.graph, f"{codes.name}_shape")
+    target = add_initializer(codes.graph, name, np.array(shape, np.int64))
+    reshape = ir.node("Reshape", [codes, target], name=f"{node.name}_codes")
+    reshape.outputs[0].name = f"{node.outputs[0].name}_codes"
+    return reshape.outputs[0], [reshape]
+
+
+def _gather(node: ir.Node, codes: ir.Value, form: _Form, weights: NumberFormat) -> ir.Node:
+    import onnx_ir as ir
+
+    inputs = [codes, node.inputs[1], *form.scales]
     attributes = {"bits": weights.bits, "block_size": form.block, "gather_axis": 0, "quantize_axis": 1}
     return ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN, name=node.name)
 
 
 def _product(
-    node: ir.Node, operand: Operand, operator: str, form: _Form, weights: NumberFormat, accuracy_level: int
+    node: ir.Node,
+    operand: Operand,
+    operator: str,
+    codes: ir.Value,
+    form: _Form,
+    weights: NumberFormat,
+    accuracy_level: int,
 ) -> list[ir.Node]:
     """MatMulNBits or MatMulBnb4, and around it what a Gemm does besides."""
     import onnx_ir as ir
@@ -198,7 +241,7 @@ def _product(
         attributes |= {"quant_type": 1}
     else:
         attributes |= {"bits": weights.bits, "accuracy_level": accuracy_level}
-    inputs = [left, *(value for value in form.values if value is not None)]
+    inputs = [left, codes, *form.scales]
     product = ir.node(operator, inputs, attributes, domain=DOMAIN, name=node.name)
     bias, beta = (input_of(node, 2), real(node, "beta", 1.0)) if node.op_type == "Gemm" else (None, 0.0)
     if bias is None or beta == 0.0:
@@ -214,7 +257,6 @@ def _product(
 
 
 def _scaled(node: ir.Node, bias: ir.Value, beta: float, operand: Operand) -> ir.Node:
-    import numpy as np
     import onnx_ir as ir
 
     assert node.graph is not None
@@ -233,7 +275,9 @@ def _replace(node: ir.Node, nodes: list[ir.Node]) -> None:
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], nodes, node.outputs, nodes[-1].outputs)
 
 
-def _note(weights: NumberFormat, block: int) -> str | None:
+def _note(asked: NumberFormat, weights: NumberFormat, block: int) -> str | None:
+    if weights.dtype != asked.dtype:
+        return f"{weights.dtype} in blocks of {block}: onnxruntime has no lookup in {asked.dtype}"
     if weights.granularity.kind == "channel":
         return f"blocks of {block}: the operator has no scales per channel"
     if block != weights.granularity.size:
