@@ -34,9 +34,11 @@ TIERS = (
     ("layerwise", "plan"),
     ("graph",),
     ("arrays", "artifact", "runtime_check", "sessions"),
-    ("proof", "runners"),
-    ("streaming", "subject", "traceable"),
-    ("export", "verify"),
+    ("proof", "runners", "sources"),
+    ("graph_layerwise", "streaming", "subject", "tasks", "texts", "traceable"),
+    ("export", "samples", "verify"),
+    ("collect", "evaluation_data"),
+    ("calibrate",),
     ("convert_onnx",),
     ("convert", "inspect_onnx"),
     ("evaluate", "inspect", "options", "ui"),
@@ -57,7 +59,10 @@ CONTRACT = {
         "--calibration", "--data", "--samples", "--seq-len", "--seed", "--tokenizer", "--preprocess", "--weights",
         "--threads", "--max-memory", "--dry-run", "--force",
     },
-    "eval": {"--data", "--task", "--samples", "--seq-len", "--tokenizer", "--by-layer", "--require", "--junit"},
+    "eval": {
+        "--data", "--task", "--samples", "--seq-len", "--tokenizer", "--preprocess", "--weights", "--by-layer",
+        "--require", "--junit",
+    },
 }  # fmt: skip
 
 

@@ -1,0 +1,162 @@
+"""`calibrate`: run a model on data of one's own, and keep what its activations were like in a STATS file."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantcli.collect import Progress, collect
+from quantcli.errors import InputError, UsageError
+from quantcli.functions import is_function, load_function
+from quantcli.graph.model import OnnxModel, open_onnx
+from quantcli.graph.plan import observed_tensors, quantization_of
+from quantcli.graph.prepare import prepare
+from quantcli.plugins import suggestion
+from quantcli.ranges import METHODS
+from quantcli.report import ModelRow, Report
+from quantcli.samples import Samples, load_samples
+from quantcli.staging import check_target
+from quantcli.statistics import CalibrationStats
+from quantcli.subject import Subject, open_subject
+
+__all__ = ["DEFAULT_METHOD", "DEFAULT_SAMPLES", "calibrate", "collect", "model_sha256"]
+
+DEFAULT_METHOD = "minmax"
+#: Samples used where nothing else is said: ranges settle after some dozens.
+DEFAULT_SAMPLES = 128
+
+
+def calibrate(
+    model: str | Path,
+    *,
+    data: str | Path,
+    output: str | Path,
+    method: str = DEFAULT_METHOD,
+    samples: int | None = None,
+    batch_size: int = 1,
+    seq_len: int | None = None,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    preprocess: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Observe a model's activations on data, and write a STATS file for `convert`.
+
+    Args:
+        model: an ``.onnx`` file, or what can be exported to one: a Hugging Face folder, a ``.pt2``, or
+            ``package.module:function``.
+        data: see `quantcli.samples.load_samples`.
+        output: the STATS file, ``.safetensors``.
+        method: how ranges are chosen: ``minmax``, ``percentile``, ``entropy`` or ``mse``.
+        samples: how many at the most; by default 128.
+        batch_size: samples per run. The values seen are the same for all sizes, but for the last bits where the
+            runtime has other kernels for other sizes.
+        seq_len: tokens of a text sample.
+        seed: what images are chosen by.
+        tokenizer: a folder with the tokenizer, where the model has none.
+        preprocess: a file with the preprocessing of images.
+        force: replace an existing output.
+        progress: called with sample runs done and in all.
+
+    Returns:
+        The report: every tensor's range and expected signal-to-noise ratio, and what was odd.
+
+    Raises:
+        UsageError: an unknown method, or the output exists.
+        InputError: the model or the data is missing or unsuitable, or the output cannot be written.
+    """
+    if method not in METHODS:
+        raise UsageError(f"Unknown method {method!r}.", suggestion(method, METHODS))
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: at least one is needed.")
+    given, target = str(model), Path(output)
+    subject = open_subject(given)
+    check_target(target, Path(given), force=force)
+    if target.is_dir():
+        raise UsageError(f"The output {target} is a folder.", "Name a file, such as stats.safetensors.")
+    with tempfile.TemporaryDirectory(prefix="quantcli-") as scratch:
+        onnx, warnings = _as_onnx(subject, Path(scratch))
+        graph = prepare(onnx)
+        quantized = quantization_of(graph)
+        if quantized:
+            raise InputError(f"{given} is quantized already ({quantized}).", "Calibrate the model it was made from.")
+        names = observed_tensors(graph)
+        if not names:
+            raise InputError(f"{given} has nothing to calibrate: no operator that static quantization covers.")
+        found = load_samples(
+            str(data),
+            onnx.inputs,
+            folder=subject.folder,
+            tokenizer=None if tokenizer is None else Path(tokenizer),
+            preprocess=None if preprocess is None else Path(preprocess),
+            samples=samples or DEFAULT_SAMPLES,
+            seq_len=seq_len,
+            seed=seed,
+        )
+        stats = collect(
+            graph,
+            found,
+            names,
+            model_sha256=model_sha256(given),
+            method=method,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    stats.save(target)
+    return _report(subject, found, stats, target, [*warnings, *found.warnings])
+
+
+def model_sha256(model: str | Path) -> str:
+    """The hash that statistics are bound to: of the model's files, or of a function's weights.
+
+    Raises:
+        InputError: the model is missing or damaged.
+    """
+    if not is_function(str(model)):
+        found = open_subject(model).sha256()
+        assert found is not None  # only a function has no files
+        return found
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_function(str(model))().state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _as_onnx(subject: Subject, scratch: Path) -> tuple[OnnxModel, Sequence[str]]:
+    """The model as a graph, exported into a folder where it is none, and warnings."""
+    if subject.onnx is not None:
+        return subject.onnx, subject.warnings
+    from quantcli.export import export_to_onnx
+
+    exported = export_to_onnx(subject.path, scratch)
+    return open_onnx(exported.path), [*subject.warnings, *exported.warnings]
+
+
+def _report(
+    subject: Subject, samples: Samples, stats: CalibrationStats, target: Path, warnings: Sequence[str]
+) -> Report:
+    row = ModelRow(
+        subject.path, "reference", subject.format, subject.scheme, stats.model_sha256, subject.size_bytes
+    )  # fmt: skip
+    tensors = []
+    for name, tensor in stats.tensors.items():
+        low, high = stats.range(name)
+        entry = {"name": name, "min": tensor.minimum, "max": tensor.maximum, "low": low, "high": high}
+        tensors.append(entry | {"sqnr_db": stats.sqnr_db(name, low, high), "elements": tensor.elements})
+    details = {
+        "output": str(target),
+        "data": samples.source,
+        "data_sha256": stats.data_sha256,
+        "samples": stats.samples,
+        "seed": stats.seed,
+        "method": stats.method,
+        "tensors": tensors,
+    }
+    return Report("calibrate", [row], warnings=[*warnings, *stats.warnings()], details=details)

@@ -1,0 +1,198 @@
+"""Run a graph on samples and observe its values, in memory that does not grow with the samples.
+
+The values are declared as outputs of a copy of the graph. Where they are too many to be held at once, they are
+taken in chunks: the samples run once for each, through just the part of the graph that leads to it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantcli.errors import InputError
+from quantcli.graph.model import constants
+from quantcli.graph.plan import observed_tensors
+from quantcli.graph.save import SINGLE_FILE_LIMIT_BYTES
+from quantcli.observers import Observer, TensorStats
+from quantcli.parallel import usable_cores
+from quantcli.samples import Samples, batches
+from quantcli.sessions import Session
+from quantcli.statistics import CalibrationStats
+from quantcli.statistics_file import Provenance
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+#: Bytes of observed values that are held at a time.
+CHUNK_BYTES = 256 << 20
+#: A histogram in the making.
+_OBSERVER_BYTES = 1 << 19
+
+Progress = Callable[[int, int], None]
+
+
+def collect(
+    graph: ir.Model,
+    samples: Samples,
+    observed: Sequence[str] | None = None,
+    *,
+    model_sha256: str,
+    method: str = "minmax",
+    seed: int = 0,
+    batch_size: int = 1,
+    chunk_bytes: int = CHUNK_BYTES,
+    progress: Progress | None = None,
+) -> CalibrationStats:
+    """Statistics of a graph's values over samples.
+
+    Args:
+        graph: a graph as `quantcli.graph.prepare.prepare` makes it; it is left as it is.
+        samples: what to run it on.
+        observed: names of floating-point inputs and values of nodes; by default those whose ranges static
+            quantization may ask for. Others than floating-point ones are left out.
+        model_sha256: hash of the model as the user gave it, for the provenance.
+        method: how ranges will be chosen.
+        seed: what samples were chosen by, for the provenance.
+        batch_size: samples per run at the most.
+        chunk_bytes: memory for values that are observed at a time; the largest value needs its own size in any case.
+        progress: called with sample runs done and in all.
+
+    Raises:
+        InputError: the graph cannot be run on the samples.
+    """
+    names = list(dict.fromkeys(observed_tensors(graph) if observed is None else observed))
+    with tempfile.TemporaryDirectory(prefix="quantcli-") as scratch:
+        runs = _Runs(graph, Path(scratch))
+        first = next(batches(samples, batch_size))[0]
+        chunks = list(_chunks(runs.sizes(names, first), chunk_bytes))
+        found: dict[str, TensorStats] = {}
+        tracker = _Tracker(len(samples) * len(chunks), progress)
+        for chunk in chunks:
+            found |= _observe(runs.session(chunk), chunk, batches(samples, batch_size), tracker)
+    tensors = {name: found[name] for name in names if name in found}
+    return CalibrationStats(Provenance(method, len(samples), seed, model_sha256, samples.sha256), tensors)
+
+
+class _Tracker:
+    """Counts samples over all chunks, and passes the sum on."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.done, self.progress = total, 0, progress
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _observe(
+    session: Session | None,
+    names: Sequence[str],
+    groups: Iterator[tuple[dict[str, np.ndarray], list[int | None]]],
+    tracker: _Tracker,
+) -> dict[str, TensorStats]:
+    """Statistics of one chunk's values over all samples; None: they are all inputs."""
+    observers = {name: Observer() for name in names}
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for feeds, labels in groups:
+            values = {name: feeds[name] for name in names if name in feeds}
+            if session is not None:
+                values |= session.run(feeds)
+            # numpy lets the other threads run while it counts and compares.
+            for done in [pool.submit(observers[name].update, value) for name, value in values.items()]:
+                done.result()
+            tracker.add(len(labels))
+    return {name: observer.result() for name, observer in observers.items()}
+
+
+def _chunks(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    """Names in order, as many together as fit."""
+    chunk: list[str] = []
+    taken = 0
+    for name, nbytes in sizes.items():
+        if chunk and taken + nbytes + _OBSERVER_BYTES > limit:
+            yield chunk
+            chunk, taken = [], 0
+        chunk.append(name)
+        taken += nbytes + _OBSERVER_BYTES
+    if chunk:
+        yield chunk
+
+
+class _Runs:
+    """Sessions of one graph with different outputs."""
+
+    def __init__(self, graph: ir.Model, scratch: Path) -> None:
+        import onnx_ir as ir
+
+        self._scratch = scratch
+        self._graph = graph.clone()
+        weights = list(constants(graph))
+        large = sum(tensor.nbytes for tensor in weights) > SINGLE_FILE_LIMIT_BYTES
+        self._in_memory = not large and not any(isinstance(tensor, ir.ExternalTensor) for tensor in weights)
+        if not self._in_memory:
+            # Written once; every session's graph refers to the same weights.
+            ir.save(self._graph, scratch / "all.onnx", external_data="weights", max_workers=1)
+            self._graph = ir.load(scratch / "all.onnx")
+
+    def session(self, names: Sequence[str]) -> Session | None:
+        """A session with these values as outputs, and no other nodes than they need; None where all are inputs."""
+        from onnx_ir.passes import common
+
+        model = self._graph.clone()
+        values = _values(model)
+        outputs = [values[name] for name in names if not values[name].is_graph_input()]
+        if not outputs:
+            return None
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(outputs)
+        common.RemoveUnusedNodesPass()(model)
+        return self._load(model)
+
+    def sizes(self, names: Sequence[str], feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """Bytes of each floating-point value in one run, in graph order. The values themselves are not kept."""
+        import numpy as np
+        import onnx_ir as ir
+
+        model = self._graph.clone()
+        values = _values(model)
+        unknown = [name for name in names if name not in values]
+        if unknown:
+            raise InputError(f"The graph has no value {unknown[0]}.")
+        model.graph.outputs.clear()
+        kinds = {}
+        for number, name in enumerate(names):
+            value = values[name]
+            if value.dtype is not None and not value.dtype.is_floating_point():
+                continue
+            shape = ir.node("Shape", [value], name=f"quantcli_shape_{number}")
+            shape.outputs[0].name = f"quantcli_shape_{number}"
+            shape.outputs[0].dtype = ir.DataType.INT64
+            model.graph.append(shape)
+            model.graph.outputs.append(shape.outputs[0])
+            kinds[shape.outputs[0].name] = name
+        if not kinds:
+            return {}
+        shapes = self._load(model).run(feeds)
+        sizes = {kinds[key]: 4 * int(np.prod(shape)) for key, shape in shapes.items()}
+        return {name: sizes[name] for name in values if name in sizes}
+
+    def _load(self, model: ir.Model) -> Session:
+        import onnx_ir as ir
+
+        if self._in_memory:
+            return Session(ir.to_proto(model).SerializeToString())
+        path = self._scratch / "part.onnx"
+        ir.save(model, path)
+        return Session(path)
+
+
+def _values(model: ir.Model) -> dict[str, ir.Value]:
+    """Inputs and values of the graph itself, in order."""
+    found = {value.name: value for value in model.graph.inputs}
+    found |= {value.name: value for node in model.graph for value in node.outputs}
+    return {name: value for name, value in found.items() if name}
