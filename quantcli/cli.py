@@ -153,6 +153,8 @@ def evaluate(
     samples: options.Samples = None,
     seq_len: options.SeqLen = None,
     tokenizer: options.Tokenizer = None,
+    preprocess: options.Preprocess = None,
+    weights: options.Weights = None,
     by_layer: options.ByLayer = False,
     require: options.Require = None,
     json: options.AsJson = False,
@@ -164,7 +166,7 @@ def evaluate(
     """Measure accuracy: a reference model and candidates on the same data. A gate that fails exits with 1."""
     ui = _ui(context, json, quiet, debug)
     if data is None:
-        raise UsageError("eval needs --data.", "Name a .txt, .jsonl or .parquet file; nothing is fetched or made up.")
+        raise UsageError("eval needs --data.", "Name text, arrays or images; nothing is fetched or made up.")
     from quantcli.evaluate import evaluate as run
     from quantcli.tables import eval_tables
 
@@ -177,6 +179,8 @@ def evaluate(
             samples=samples,
             seq_len=seq_len,
             tokenizer=tokenizer,
+            preprocess=preprocess,
+            weights=weights,
             by_layer=by_layer,
             require=require or (),
             progress=progress,

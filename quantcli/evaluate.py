@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from quantcli import models
-from quantcli.checkpoints.folder import Checkpoint, open_checkpoint
-from quantcli.data import load_texts, spread, token_windows
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import UsageError
+from quantcli.evaluation_data import Inputs, is_text, load_inputs, text_task
+from quantcli.functions import is_function
 from quantcli.gates import apply_gates, parse_gates
+from quantcli.graph_layerwise import compare_graphs
 from quantcli.layerwise import LayerComparison
-from quantcli.metrics import Divergence, Fidelity, Mean, Perplexity, cosine
 from quantcli.plugins import suggestion
-from quantcli.report import ModelRow, Report
-from quantcli.roles import original_dtype, quantization_of
-from quantcli.scheme import NUMBER_OF_DTYPE
+from quantcli.report import LayerRow, ModelRow, Report
+from quantcli.runners import Arrays, Runner, TorchRunner, fit, open_runner
+from quantcli.subject import Subject, open_subject, size_metrics
+from quantcli.tasks import (
+    CANDIDATE_METRICS,
+    REFERENCE_METRICS,
+    TASKS,
+    Classification,
+    Custom,
+    Embedding,
+    FidelityTask,
+    LanguageModeling,
+    Task,
+)
 
-TASKS = ("auto", "language-modeling", "embedding", "fidelity")
-_REFERENCE_METRICS = {"language-modeling": ("perplexity", "perplexity_se"), "embedding": (), "fidelity": ()}
-_CANDIDATE_METRICS = {
-    "language-modeling": ("kl_nats", "kl_nats_se", "top1_agreement", "top1_agreement_se"),
-    "embedding": ("cosine", "cosine_se", "cosine_min"),
-    "fidelity": ("sqnr_db", "cosine", "cosine_se", "kl_nats", "kl_nats_se", "argmax_agreement", "argmax_agreement_se"),
-}
-_DEFAULT_SAMPLES = {"language-modeling": 64, "embedding": 256, "fidelity": 64}
-_DEFAULT_LENGTH = 512
-#: Per-layer comparison keeps every layer's output of one sample, so samples are short.
+#: Samples of the per-layer comparison, and their tokens at the most.
 LAYERWISE_SAMPLES, LAYERWISE_LENGTH = 8, 128
 
 Progress = Callable[[int, int], None]
@@ -46,21 +46,28 @@ def evaluate(
     samples: int | None = None,
     seq_len: int | None = None,
     tokenizer: str | Path | None = None,
+    preprocess: str | Path | None = None,
+    weights: str | Path | None = None,
     by_layer: bool = False,
     require: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
-    """Measure a reference model and compare candidates with it, on text.
+    """Measure a reference model and compare candidates with it, on the same samples.
 
     Args:
-        model: the reference, a Hugging Face folder.
-        candidates: folders to compare with it.
-        data: a ``.txt``, ``.jsonl`` or ``.parquet`` file.
-        task: ``language-modeling``, ``embedding``, ``fidelity``, or ``auto`` to tell from the model.
-        samples: how many sequences at the most; they are spread evenly over the data.
+        model: the reference: a Hugging Face folder, an ONNX file or a folder with model.onnx, a ``.pt2``, or
+            ``package.module:function``, a function that returns a torch module.
+        candidates: models of any kind to compare with it.
+        data: a ``.txt``, ``.jsonl`` or ``.parquet`` text, ``.npz`` or ``.npy`` arrays or a folder of them, an
+            image folder, or ``package.module:function``.
+        task: ``classification``, ``language-modeling``, ``embedding``, ``fidelity``, a user's
+            ``package.module:function`` (see `quantcli.tasks.Custom`), or ``auto`` to tell from model and data.
+        samples: how many samples at the most; they are spread evenly over the data.
         seq_len: tokens per sequence.
-        tokenizer: a folder with the tokenizer, where the reference has none.
-        by_layer: also compare every layer's output.
+        tokenizer: a folder with the tokenizer, where no model has one.
+        preprocess: a file that says how images become inputs.
+        weights: a state dict for the modules of functions.
+        by_layer: also compare every layer's output; of ONNX models every quantized tensor.
         require: gates such as ``"kl_nats <= 0.05"``.
         progress: called with samples done and samples in all.
 
@@ -71,183 +78,130 @@ def evaluate(
         UsageError: an unknown task or metric.
         InputError: a model or the data is missing or unsuitable, or a package is not installed.
     """
-    reference = Path(model)
-    others = [Path(candidate) for candidate in candidates]
-    if task not in TASKS:
+    if task not in TASKS and not is_function(task):
         raise UsageError(f"Unknown task {task!r}.", suggestion(task, TASKS))
-    causal = models.is_causal(reference)
-    if task == "auto":
-        task = "language-modeling" if causal else "embedding"
-    known = [*_REFERENCE_METRICS[task], *(_CANDIDATE_METRICS[task] if others else ()), "size_ratio", "size_bytes"]
-    gates = parse_gates(require, known)
-    checkpoints = [open_checkpoint(path) for path in (reference, *others)]
-    causal = causal if task == "fidelity" else task == "language-modeling"
-    length = seq_len or min(_DEFAULT_LENGTH, models.longest_sequence(reference))
-    inputs = _samples(task, Path(data), Path(tokenizer or reference), samples, length)
-    scores = [_Score(task, models.pooling_of(reference)) for _ in checkpoints]
-    comparisons = [LayerComparison() for _ in others] if by_layer else []
-    tracker = _Counter(progress, len(inputs))
-    for group in _groups(checkpoints):
-        _run([reference, *others], group, causal, inputs, scores, comparisons, tracker)
-    rows = [
-        _model_row(checkpoint, index, score)
-        for index, (checkpoint, score) in enumerate(zip(checkpoints, scores, strict=True))
-    ]
-    for row in rows:
-        row.metrics["size_ratio"] = (row.size_bytes or 0) / (rows[0].size_bytes or 1)
-        row.metrics["size_bytes"] = row.size_bytes
-    layers = [
-        row
-        for checkpoint, comparison in zip(checkpoints[1:], comparisons, strict=False)
-        for row in comparison.rows(checkpoints[0], checkpoint)
-    ]
-    details = {"task": task, "samples": len(inputs), "data": str(data)}
-    warnings = [warning for checkpoint in checkpoints for warning in checkpoint.warnings]
+    state = None if weights is None else Path(weights)
+    subjects = [open_subject(path, state) for path in (model, *candidates)]
+    if by_layer and not any(_layers_compare(subjects[0], other) for other in subjects[1:]):
+        raise UsageError("--by-layer compares two Hugging Face folders, or two ONNX models.", "Name such a candidate.")
+    if task == "auto" and is_text(str(data)):
+        task = text_task(subjects[0])
+    if task != "auto":
+        parse_gates(require, _known_metrics(task, compared=bool(candidates)))
+    inputs = load_inputs(
+        subjects, str(data), task, samples=samples, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess
+    )
+    parse_gates(require, _known_metrics(inputs.task, compared=bool(candidates)))
+    scores = [_score(inputs.task, subject, subjects[0]) for subject in subjects]
+    layers = _run(subjects, inputs, scores, by_layer, progress)
+    rows = [_row(subject, index, score) for index, (subject, score) in enumerate(zip(subjects, scores, strict=True))]
+    size_metrics(rows)
+    known = _known_metrics(inputs.task, compared=bool(candidates))
+    gates = parse_gates(require, known or list(dict.fromkeys(name for row in rows for name in row.metrics)))
+    warnings = [warning for subject in subjects for warning in subject.warnings] + inputs.samples.warnings
+    if not candidates and REFERENCE_METRICS.get(inputs.task) == ():
+        warnings.append(f"{inputs.task} compares candidates with a reference, and no candidate was named.")
+    details = {"task": inputs.task, "samples": len(inputs), "data": str(data)}
     return Report("eval", rows, layers, apply_gates(gates, rows), warnings, details)
 
 
-class _Counter:
-    """Progress over all passes."""
-
-    def __init__(self, progress: Progress | None, samples: int) -> None:
-        self.progress, self.total, self.done = progress, samples, 0
-
-    def step(self, passes: int) -> None:
-        self.done += 1
-        if self.progress:
-            self.progress(self.done, self.total * passes)
+def _known_metrics(task: str, *, compared: bool) -> list[str] | None:
+    """Metrics that gates may name; None where only the user's function knows."""
+    if task not in REFERENCE_METRICS:
+        return None
+    return [*REFERENCE_METRICS[task], *(CANDIDATE_METRICS[task] if compared else ()), "size_ratio", "size_bytes"]
 
 
-@dataclass
-class _Sample:
-    inputs: dict[str, Tensor]
+def _score(task: str, subject: Subject, reference: Subject) -> Task:
+    if task == "classification":
+        return Classification(subject.path)
+    if task == "language-modeling":
+        return LanguageModeling(subject.path)
+    if task == "embedding":
+        pooling = models.pooling_of(reference.folder) if reference.folder else "mean"
+        return Embedding(subject.path, pooling)
+    return FidelityTask(subject.path) if task == "fidelity" else Custom(subject.path, task)
 
 
-def _samples(task: str, data: Path, tokenizer: Path, count: int | None, length: int) -> list[_Sample]:
-    if count is not None and count < 1:
-        raise UsageError(f"--samples {count}: at least one is needed.")
-    if length < 2:
-        raise UsageError(f"--seq-len {length}: at least two tokens are needed.")
-    wanted = count or _DEFAULT_SAMPLES[task]
-    texts = load_texts(data, lines=task == "embedding")
-    tool = models.load_tokenizer(tokenizer)
-    if task != "embedding":
-        windows = token_windows(tool, texts, length, wanted, data)
-        return [_Sample({"input_ids": window.unsqueeze(0)}) for window in windows]
-    chosen = [texts[index] for index in spread(len(texts), wanted)]
-    encoded = (tool(text, return_tensors="pt", truncation=True, max_length=length) for text in chosen)
-    return [_Sample(dict(sample)) for sample in encoded]
+def _row(subject: Subject, index: int, score: Task) -> ModelRow:
+    row = subject.row(index, score.metrics())
+    row.details = score.details()
+    return row
 
 
-def _groups(checkpoints: Sequence[Checkpoint]) -> Iterator[list[int]]:
+def _open(subject: Subject, task: str) -> Runner:
+    causal = {"language-modeling": True, "embedding": False, "classification": False}.get(task)
+    # A user's metric and classification see the model as its config.json names it, heads included.
+    headed = task not in ("language-modeling", "embedding", "fidelity")
+    runner = open_runner(subject.path, causal=causal, weights=subject.weights, headed=headed)
+    subject.see(runner)
+    return runner
+
+
+def _run(
+    subjects: Sequence[Subject], inputs: Inputs, scores: Sequence[Task], by_layer: bool, progress: Progress | None
+) -> list[LayerRow]:
+    """Feed all samples to all models, and return the rows of ``--by-layer``."""
+    groups = list(_groups(subjects))
+    layers: dict[int, list[LayerRow]] = {}
+    done = 0
+    for number, group in enumerate(groups):
+        loaded = {index: _open(subjects[index], inputs.task) for index in (0, *group)}
+        for feeds, labels in inputs.batches():
+            outputs = {index: runner.run(feeds) for index, runner in loaded.items()}
+            for position, label in enumerate(labels):
+                single = {index: _single(found, position, len(labels)) for index, found in outputs.items()}
+                sample = _single(feeds, position, len(labels))
+                for index in loaded if number == 0 else group:
+                    scores[index].add(sample, label, single[index], single[0] if index else None)
+            done += len(labels)
+            if progress:
+                progress(done, len(inputs) * len(groups))
+        for index in group if by_layer else ():
+            if _layers_compare(subjects[0], subjects[index]):
+                layers[index] = _compare_layers(subjects[0], subjects[index], loaded[0], loaded[index], inputs)
+    return [row for index in sorted(layers) for row in layers[index]]
+
+
+def _single(arrays: Arrays, position: int, count: int) -> Arrays:
+    """One sample of a batch, where an array has as many entries as the batch."""
+    if count == 1:
+        return arrays
+    return {
+        name: value[position : position + 1] if value.shape[:1] == (count,) else value for name, value in arrays.items()
+    }
+
+
+def _groups(subjects: Sequence[Subject]) -> Iterator[list[int]]:
     """Candidates that are run together with the reference: all, where memory allows, else one by one."""
     import psutil
 
-    others = list(range(1, len(checkpoints)))
-    # transformers unpacks quantized weights to float32 on a CPU, so each candidate weighs what the reference does.
-    each = sum(info.numel for info in checkpoints[0].infos()) * 4
-    if len(others) <= 1 or each * len(checkpoints) < psutil.virtual_memory().available // 2:
+    others = list(range(1, len(subjects)))
+    most = max(subject.float_bytes for subject in subjects)
+    if len(others) <= 1 or most * len(subjects) < psutil.virtual_memory().available // 2:
         yield others
     else:
         yield from ([index] for index in others)
 
 
-def _run(
-    paths: Sequence[Path],
-    group: Sequence[int],
-    causal: bool,
-    inputs: Sequence[_Sample],
-    scores: Sequence[_Score],
-    comparisons: Sequence[LayerComparison],
-    tracker: _Counter,
-) -> None:
-    passes = 1 if len(group) == len(paths) - 1 else len(paths) - 1
-    first_pass = not scores[0].started
-    loaded = {index: models.load_model(paths[index], causal=causal) for index in (0, *group)}
-    with torch.inference_mode():
-        for sample in inputs:
-            ours = _outputs(loaded[0], sample)
-            if first_pass:
-                scores[0].add(sample, ours, None)
-            for index in group:
-                scores[index].add(sample, _outputs(loaded[index], sample), ours)
-            tracker.step(passes)
-        for comparison, index in ((comparisons[index - 1], index) for index in group if comparisons):
-            for sample in inputs[:LAYERWISE_SAMPLES]:
-                short = {name: value[:, :LAYERWISE_LENGTH] for name, value in sample.inputs.items()}
-                comparison.add(loaded[0], loaded[index], short)
+def _layers_compare(reference: Subject, candidate: Subject) -> bool:
+    both = {reference.kind, candidate.kind}
+    return both in ({"checkpoint"}, {"onnx"})
 
 
-def _outputs(model: nn.Module, sample: _Sample) -> dict[str, Tensor]:
-    """Every floating-point output of a model, by name, float32."""
-    found = models.run(model, sample.inputs)
-    outputs = {name: value for name, value in found.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    if not outputs:
-        raise InputError(f"{type(model).__name__} returns no tensor to compare.")
-    return {name: value.float() for name, value in outputs.items()}
-
-
-class _Score:
-    """The metrics of one model in the making."""
-
-    def __init__(self, task: str, pooling: str) -> None:
-        self.task, self.pooling = task, pooling
-        self.started = False
-        self._perplexity, self._divergence, self._fidelity = Perplexity(), Divergence(), Fidelity()
-        self._cosine = Mean()
-        self._compared = self._has_logits = False
-
-    def add(self, sample: _Sample, outputs: dict[str, Tensor], reference: dict[str, Tensor] | None) -> None:
-        """One sample's outputs, and the reference's where this is a candidate."""
-        self.started = True
-        if self.task == "language-modeling":
-            logits = outputs["logits"][0]
-            self._perplexity.add(logits, sample.inputs["input_ids"][0])
-            if reference is not None:
-                self._divergence.add(reference["logits"][0][:-1], logits[:-1])
-        elif reference is not None and self.task == "embedding":
-            ours, theirs = (_embedding(each, sample, self.pooling) for each in (reference, outputs))
-            self._cosine.add(cosine(ours, theirs))
-        elif reference is not None:
-            for name, value in outputs.items():
-                self._fidelity.add(reference[name], value)
-            if "logits" in outputs:
-                self._has_logits = True
-                classes = outputs["logits"].shape[-1]
-                self._divergence.add(reference["logits"].reshape(-1, classes), outputs["logits"].reshape(-1, classes))
-        self._compared |= reference is not None
-
-    def metrics(self) -> dict[str, float | None]:
-        """All metrics of the task that apply."""
-        if self.task == "language-modeling":
-            own = self._perplexity.metrics()
-            return own | self._divergence.metrics("top1_agreement") if self._compared else own
-        if not self._compared:
-            return {}
-        if self.task == "embedding":
-            error = self._cosine.standard_error
-            return {"cosine": self._cosine.mean, "cosine_se": error, "cosine_min": min(self._cosine.values)}
-        metrics = self._fidelity.metrics()
-        return metrics | self._divergence.metrics("argmax_agreement") if self._has_logits else metrics
-
-
-def _embedding(outputs: dict[str, Tensor], sample: _Sample, pooling: str) -> Tensor:
-    """One text's embedding from its token vectors, pooled as the model's authors say."""
-    if "last_hidden_state" not in outputs:
-        raise InputError("The model returns no last_hidden_state to pool.", "Use --task fidelity.")
-    hidden = outputs["last_hidden_state"][0]
-    mask = sample.inputs.get("attention_mask", torch.ones(1, len(hidden)))[0].bool()
-    kept = hidden[mask]
-    pooled = {"mean": lambda: kept.mean(0), "cls": lambda: kept[0], "last": lambda: kept[-1]}[pooling]()
-    return pooled.double()
-
-
-def _model_row(checkpoint: Checkpoint, index: int, score: _Score) -> ModelRow:
-    infos = checkpoint.infos()
-    manifest: dict[str, Any] = checkpoint.manifest or {}
-    form = manifest.get("format") or quantization_of(infos, checkpoint.config) or "safetensors"
-    scheme = manifest.get("scheme") or NUMBER_OF_DTYPE.get(original_dtype(infos), original_dtype(infos))
-    role = "candidate" if index else "reference"
-    return ModelRow(
-        str(checkpoint.path), role, form, scheme, checkpoint.sha256(), checkpoint.size_bytes, score.metrics()
-    )
+def _compare_layers(
+    reference: Subject, candidate: Subject, ours: Runner, theirs: Runner, inputs: Inputs
+) -> list[LayerRow]:
+    few = [feeds for feeds, _ in islice(inputs.batches(), LAYERWISE_SAMPLES)]
+    if reference.onnx and candidate.onnx:
+        return compare_graphs(reference.onnx, candidate.onnx, few)
+    assert isinstance(ours, TorchRunner) and isinstance(theirs, TorchRunner)
+    assert reference.checkpoint and candidate.checkpoint
+    comparison = LayerComparison()
+    for feeds in few:
+        fitting = fit(feeds, ours.inputs, ours.name)
+        # Every layer's output of a sample is kept, so token sequences are cut short.
+        short = {name: value[:, :LAYERWISE_LENGTH] if value.ndim == 2 else value for name, value in fitting.items()}
+        with torch.inference_mode():
+            comparison.add(ours.module, theirs.module, {key: torch.from_numpy(value) for key, value in short.items()})
+    return comparison.rows(reference.checkpoint, candidate.checkpoint)

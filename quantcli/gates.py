@@ -36,8 +36,11 @@ class Gate:
         return GateRow(self.text, model.path, value, passed)
 
 
-def parse_gates(texts: Iterable[str], known: Sequence[str]) -> list[Gate]:
-    """Parse requirements. Raises UsageError for bad syntax or a metric not in ``known`` (or its drop)."""
+def parse_gates(texts: Iterable[str], known: Sequence[str] | None) -> list[Gate]:
+    """Parse requirements. Raises UsageError for bad syntax or a metric not in ``known`` (or its drop).
+
+    ``known`` is None where metrics are not known before they are measured.
+    """
     gates = []
     for text in texts:
         match = _EXPRESSION.fullmatch(text)
@@ -46,7 +49,7 @@ def parse_gates(texts: Iterable[str], known: Sequence[str]) -> list[Gate]:
                 f"--require {text!r} is not METRIC OP NUMBER.", 'Write for example: --require "perplexity_drop >= -0.5"'
             )
         metric, symbol, bound = match.groups()
-        if metric not in known and metric.removesuffix("_drop") not in known:
+        if known is not None and metric not in known and metric.removesuffix("_drop") not in known:
             listed = ", ".join(sorted(known))
             raise UsageError(
                 f"--require names the unknown metric {metric!r}.", f"Known: {listed}; each also with _drop."

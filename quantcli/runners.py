@@ -264,21 +264,27 @@ def _kind(dtype: np.dtype[Any]) -> str:
     return "float" if np.issubdtype(dtype, np.floating) or dtype.name == "bfloat16" else "other"
 
 
+def hugging_face_ports(path: Path, *, vision: bool = False) -> tuple[Port, ...]:
+    """What a Hugging Face folder takes: pixels, or token ids with a mask and, where it has such, token types."""
+    from quantcli.checkpoints.folder import load_json
+
+    if vision:
+        return (Port("pixel_values", np.dtype(np.float32), ("batch", "channels", "height", "width")),)
+    names = ["input_ids", "attention_mask"]
+    # Some models without token types take that input all the same and read words in it (GPT-2).
+    if load_json(path / "config.json").get("type_vocab_size"):
+        names.append("token_type_ids")
+    return tuple(Port(each, np.dtype(np.int64), ("batch", "sequence")) for each in names)
+
+
 def _hugging_face(path: Path, causal: bool | None, headed: bool) -> TorchRunner:
     from quantcli import models
 
     module = models.load_model(path, causal=models.is_causal(path) if causal is None else causal, headed=headed)
-    if "pixel_values" in inspect.signature(module.forward).parameters:
-        shape: tuple[int | str | None, ...] = ("batch", "channels", "height", "width")
-        return TorchRunner(module, (Port("pixel_values", np.dtype(np.float32), shape),), str(path), hugging_face=True)
-    names = ["input_ids"]
-    if "attention_mask" in inspect.signature(module.forward).parameters:
-        names.append("attention_mask")
-    # Some models without token types take that input all the same and read words in it (GPT-2).
-    if getattr(module.config, "type_vocab_size", 0):
-        names.append("token_type_ids")
-    ports = tuple(Port(each, np.dtype(np.int64), ("batch", "sequence")) for each in names)
-    return TorchRunner(module, ports, str(path), hugging_face=True)
+    taken = inspect.signature(module.forward).parameters
+    ports = hugging_face_ports(path, vision="pixel_values" in taken)
+    fitting = tuple(port for port in ports if port.name in taken)
+    return TorchRunner(module, fitting, str(path), hugging_face=True)
 
 
 def _signature(module: nn.Module, name: str) -> tuple[Port, ...]:

@@ -11,6 +11,8 @@ from quantcli.units import format_bytes, format_seconds
 
 _SIZES = frozenset({"Before", "After", "Size", "SQNR", "Ratio", "Tensors", "Value"})
 _METRICS = {
+    "top1": ("Top-1", "{:.2%}"),
+    "top5": ("Top-5", "{:.2%}"),
     "perplexity": ("Perplexity", "{:.4g}"),
     "kl_nats": ("KL (nats)", "{:.3g}"),
     "top1_agreement": ("Top-1 agreement", "{:.2%}"),
@@ -149,23 +151,25 @@ def _layer_table(layers: Sequence[LayerRow]) -> Table:
 
 def eval_tables(report: Report) -> list[Table]:
     """Models side by side; then layers, worst first; then gates."""
-    present = [name for name in _METRICS if any(name in model.metrics for model in report.models)]
-    columns = ("Model", "Scheme", "Size", "Ratio", *(_METRICS[name][0] for name in present))
+    names = dict.fromkeys([*_METRICS, *(name for model in report.models for name in model.metrics)])
+    present = [name for name in names if _is_shown(name) and any(name in model.metrics for model in report.models)]
+    columns = ("Model", "Scheme", "Size", "Ratio", *(_label(name) for name in present))
     rows = []
     for model in report.models:
         cells = [_metric(model, name) for name in present]
         rows.append(
             (
-                model.path, f"{model.format} {model.scheme}", format_bytes(model.size_bytes or 0),
+                model.path, f"{model.format} {model.scheme}", _size_text(model.size_bytes),
                 _ratio_text(model.metrics["size_ratio"] or 0), *cells,
             )
         )  # fmt: skip
     note = f"{report.details['samples']} samples of {report.details['data']}; +- is one standard error"
-    right = _SIZES | {_METRICS[name][0] for name in present}
-    tables = [Table(report.details["task"].capitalize(), columns, rows, right, note)]
+    right = _SIZES | {_label(name) for name in present}
+    task = str(report.details["task"])
+    tables = [Table(task if ":" in task else task.capitalize(), columns, rows, right, note)]
     for path in dict.fromkeys(row.model for row in report.layers):
         part = [row for row in report.layers if row.model == path]
-        lines = [(row.name, row.scheme or "", *_sizes([row]), decibel_text(row.sqnr_db)) for row in part]
+        lines = [(row.name, row.scheme or "", *_layer_sizes(row), decibel_text(row.sqnr_db)) for row in part]
         tables.append(
             Table(
                 f"Layers of {path}, worst first", ("Layer", "Scheme", "Before", "After", "SQNR"), lines, _SIZES,
@@ -191,11 +195,24 @@ def gate_table(report: Report) -> Table:
     return Table("Gates", ("Require", "Model", "Value", "Result"), rows, _SIZES)
 
 
+def _is_shown(name: str) -> bool:
+    """Whether a metric has a column of its own: standard errors and sizes stand in others."""
+    return not name.endswith("_se") and not name.startswith("size_")
+
+
+def _label(name: str) -> str:
+    return _METRICS[name][0] if name in _METRICS else name
+
+
+def _size_text(size: int | None) -> str:
+    return "-" if size is None else format_bytes(size)
+
+
 def _metric(model: ModelRow, name: str) -> str:
     value = model.metrics.get(name)
     if value is None:
         return "-"
-    form = _METRICS[name][1]
+    form = _METRICS[name][1] if name in _METRICS else "{:.5g}"
     error = model.metrics.get(f"{name}_se")
     return form.format(value) if error is None else f"{form.format(value)} +- {form.format(error)}"
 
@@ -203,6 +220,11 @@ def _metric(model: ModelRow, name: str) -> str:
 def _sizes(rows: Iterable[LayerRow]) -> tuple[str, str]:
     rows = list(rows)
     return format_bytes(sum(row.bytes_before for row in rows)), format_bytes(sum(row.bytes_after for row in rows))
+
+
+def _layer_sizes(row: LayerRow) -> tuple[str, str]:
+    """Sizes of a layer's weights; an activation has none."""
+    return _sizes([row]) if row.bytes_before else ("-", "-")
 
 
 def _worst(rows: Iterable[LayerRow]) -> str:

@@ -168,7 +168,7 @@ def test_wrong_data_is_refused(llama: Path, tmp_path: Path) -> None:
     for path, words in (
         (short, "2 tokens"),
         (empty, "no text"),
-        (odd, "not text data"),
+        (odd, "no known kind"),
         (tmp_path / "no.txt", "cannot be read"),
     ):
         with pytest.raises(InputError, match=words):

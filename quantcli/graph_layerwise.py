@@ -1,0 +1,147 @@
+"""Where an ONNX candidate's error comes from: its values against the reference's of the same name, on the same data."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantcli.graph.model import OnnxModel, open_onnx
+from quantcli.graph.save import save_graph
+from quantcli.metrics import Fidelity
+from quantcli.report import LayerRow
+from quantcli.runners import Arrays, fit, floats
+from quantcli.sessions import Session
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: Values asked for at a time: all of them for one sample are held in memory.
+_CHUNK = 64
+
+#: What a dequantized value is called: its name and one of these, by us and by onnxruntime's quantizer.
+_SUFFIXES = ("_dequantized", "_DequantizeLinear_Output")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A value of the reference and what stands for it in the candidate."""
+
+    name: str
+    reference: str
+    candidate: str
+    scheme: str | None
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+def compare_graphs(reference: OnnxModel, candidate: OnnxModel, feeds: Sequence[Arrays]) -> list[LayerRow]:
+    """Signal to noise of every quantized layer's output and of every other quantized activation, worst first.
+
+    A layer is compared by the output that the layers after it see: the dequantized one where there is one.
+    Its figure holds the error of the layers before it too. Values without a counterpart of the same name in
+    the reference are left out.
+
+    Raises:
+        InputError: a model cannot be run on the samples.
+    """
+    pairs = list(_pairs(reference, candidate))
+    measured: dict[str, Fidelity] = {}
+    for start in range(0, len(pairs), _CHUNK):
+        chunk = pairs[start : start + _CHUNK]
+        with (
+            _observed(reference, [pair.reference for pair in chunk]) as ours,
+            _observed(candidate, [pair.candidate for pair in chunk]) as theirs,
+        ):
+            for sample in feeds:
+                before = floats(ours.run(fit(sample, ours.inputs, str(reference.path))))
+                after = floats(theirs.run(fit(sample, theirs.inputs, str(candidate.path))))
+                for pair in chunk:
+                    one, other = before.get(pair.reference), after.get(pair.candidate)
+                    if one is not None and other is not None and one.shape == other.shape and one.size:
+                        fidelity = measured.setdefault(pair.name, Fidelity())
+                        fidelity.add(torch.from_numpy(one), torch.from_numpy(other))
+    rows = [
+        LayerRow(
+            pair.name, pair.scheme, pair.bytes_before, pair.bytes_after, measured[pair.name].sqnr_db,
+            model=str(candidate.path),
+        )
+        for pair in pairs
+        if pair.name in measured
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: float("inf") if row.sqnr_db is None else row.sqnr_db)
+
+
+def _pairs(reference: OnnxModel, candidate: OnnxModel) -> Iterator[_Pair]:
+    """Layers with quantized weights, then activations that are quantized on their own."""
+    ours, theirs = _values(reference), _values(candidate)
+    kept = {value.name for value in candidate.ir.graph.initializers.values()}
+    schemes = {
+        entry["node"]: (name, entry["scheme"])
+        for name, entry in ((candidate.manifest or {}).get("layers") or {}).items()
+        if entry.get("scheme") and entry.get("node")
+    }
+    seen = set[str]()
+    for node in reference.ir.graph:
+        weight = _weight(node)
+        if weight is None or not node.outputs:
+            continue
+        changed = weight.name not in kept
+        name, scheme = schemes.get(node.name or "", (weight.name or "", None))
+        output = node.outputs[0].name or ""
+        found = _counterpart(output, theirs)
+        if (scheme or changed) and found and weight.const_value is not None:
+            seen.add(output)
+            after = _stored_bytes(candidate, name, {*reference.ir.graph.initializers})
+            yield _Pair(name, output, found, scheme or "quantized", weight.const_value.nbytes, after)
+    for name in ours:
+        found = _counterpart(name, theirs)
+        if name not in seen and found not in (None, name):
+            yield _Pair(name, name, found or name, "activation")
+
+
+def _values(model: OnnxModel) -> list[str]:
+    """Names of what the graph computes, and of its inputs."""
+    names = [value.name for value in model.ir.graph.inputs]
+    names += [value.name for node in model.ir.graph for value in node.outputs]
+    return [name for name in dict.fromkeys(names) if name]
+
+
+def _counterpart(name: str, values: Sequence[str]) -> str | None:
+    known = set(values)
+    return next((each for each in (*(name + suffix for suffix in _SUFFIXES), name) if each in known), None)
+
+
+def _weight(node: ir.Node) -> ir.Value | None:
+    """The constant matrix or kernel that a node works with."""
+    constant = [value for value in node.inputs if value is not None and value.const_value is not None]
+    return next((value for value in constant if value.shape is not None and len(value.shape) > 1), None)
+
+
+def _stored_bytes(candidate: OnnxModel, name: str, original: set[str]) -> int:
+    """Bytes of what became of a weight: constants whose names begin with its own."""
+    return sum(
+        value.const_value.nbytes
+        for key, value in candidate.ir.graph.initializers.items()
+        if value.const_value is not None and (key == name or (key.startswith(f"{name}_") and key not in original))
+    )
+
+
+@contextmanager
+def _observed(model: OnnxModel, names: Sequence[str]) -> Iterator[Session]:
+    """A session that returns these values, whether the model returns them or not."""
+    opened = open_onnx(model.path)
+    graph = opened.ir.graph
+    values = {value.name: value for value in (*graph.inputs, *(out for node in graph for out in node.outputs))}
+    graph.outputs.clear()
+    graph.outputs.extend(values[name] for name in dict.fromkeys(names))
+    with tempfile.TemporaryDirectory(prefix="quantcli-") as folder:
+        path = Path(folder) / "observed.onnx"
+        save_graph(opened.ir, path)
+        # Without optimization every value of the graph is there to be asked for.
+        yield Session(path, optimize=False)
