@@ -211,7 +211,8 @@ class _Conversion:
     ) -> CalibrationStats | None:
         if not plan.of_mode("static"):
             return None
-        from quantcli.calibrate import collect, model_sha256
+        from quantcli.calibrate import model_sha256
+        from quantcli.collect import collect
 
         sha256 = model_sha256(self.given)
         if self.calibration.stats is not None:

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING
 from quantcli.errors import InputError, MissingExtraError
 from quantcli.graph.fold import fold_affine
 from quantcli.graph.model import OnnxModel
-from quantcli.graph.values import add_initializer, array, free_name, input_of, integer, integers, is_standard, rank
+from quantcli.graph.values import (
+    add_initializer,
+    array,
+    constant,
+    free_name,
+    input_of,
+    integer,
+    integers,
+    is_standard,
+    only_consumer,
+    rank,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,7 +62,9 @@ def prepare(model: OnnxModel) -> ir.Model:
             output_size_limit=_FOLD_LIMIT_BYTES,
         )
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
+        common.ShapeInferencePass(check_type=False, strict_mode=False)(graph_model)
         fold_affine(graph_model)
+        _products_with_bias(graph_model)
         _pool_instead_of_mean(graph_model)
         common.RemoveUnusedNodesPass()(graph_model)
         common.NameFixPass()(graph_model)
@@ -104,6 +117,30 @@ def _set_aside(model: ir.Model) -> dict[str, ir.TensorProtocol]:
                 "elsewhere", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
     return weights
+
+
+def _products_with_bias(model: ir.Model) -> None:
+    """Write a matrix product and the constant vector added to it as one Gemm, where the input is a matrix.
+
+    The runtime does the same at load, but then no longer finds the integer form of the product.
+    """
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        data, weight = (node.inputs[0], constant(node.inputs[1])) if is_standard(node, "MatMul") else (None, None)
+        add = only_consumer(node.outputs[0]) if weight is not None else None
+        if data is None or weight is None or add is None or not is_standard(add, "Add") or add.graph is not model.graph:
+            continue
+        bias = add.inputs[1] if add.inputs[0] is node.outputs[0] else add.inputs[0]
+        tensor = constant(bias)
+        if rank(data) != 2 or len(weight.shape) != 2 or tensor is None or list(tensor.shape) != [weight.shape[1]]:
+            continue
+        gemm = ir.Node("", "Gemm", [data, node.inputs[1], bias], num_outputs=1, name=node.name)
+        output = add.outputs[0]
+        gemm.outputs[0].type, gemm.outputs[0].shape = output.type, output.shape
+        name = output.name
+        ir.convenience.replace_nodes_and_values(model.graph, node, [add, node], [gemm], [output], [gemm.outputs[0]])
+        gemm.outputs[0].name = name
 
 
 def _pool_instead_of_mean(model: ir.Model) -> None:
