@@ -77,6 +77,51 @@ def inspect(
 
 
 @app.command()
+def calibrate(
+    context: typer.Context,
+    model: options.RunnableModel,
+    output: options.StatsOutput,
+    data: options.Data = None,
+    method: options.Method = "minmax",
+    samples: options.Samples = None,
+    batch_size: options.BatchSize = 1,
+    seq_len: options.SeqLen = None,
+    seed: options.Seed = 0,
+    tokenizer: options.Tokenizer = None,
+    preprocess: options.Preprocess = None,
+    force: options.Force = False,
+    json: options.AsJson = False,
+    markdown: options.Markdown = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Observe a model's activations on your data, for convert --calibration."""
+    ui = _ui(context, json, quiet, debug)
+    if data is None:
+        raise UsageError("calibrate needs --data.", "Name your data; nothing is fetched or made up.")
+    from quantcli.calibrate import calibrate as run
+    from quantcli.tables_onnx import calibrate_tables
+
+    with ui.progress("Calibrating", unit="samples") as progress:
+        report = run(
+            model,
+            data=data,
+            output=output,
+            method=method,
+            samples=samples,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            seed=seed,
+            tokenizer=tokenizer,
+            preprocess=preprocess,
+            force=force,
+            progress=progress,
+        )
+    _finish(ui, report, calibrate_tables(report), markdown)
+    ui.talk(f"Next: quantcli convert {model} -o OUT --scheme int8-static --calibration {output}")
+
+
+@app.command()
 def convert(
     context: typer.Context,
     model: options.Model,

@@ -50,6 +50,13 @@ Statistics = Annotated[
     Optional[Path],
     typer.Option("--calibration", metavar="STATS", help="Ranges from quantcli calibrate, for int8-static."),
 ]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method", metavar="M", help="How ranges are chosen: minmax, percentile, entropy or mse.", show_default=True
+    ),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="B", min=1, help="Samples per run.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="What images are chosen by.")]
 Samples = Annotated[Optional[int], typer.Option("--samples", metavar="N", min=1, help="Samples at the most.")]
 SeqLen = Annotated[Optional[int], typer.Option("--seq-len", metavar="L", min=2, help="Tokens per sequence.")]
@@ -106,6 +113,10 @@ MaxMemory = Annotated[
 
 # What a command writes.
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="What to write.", show_default=False)]
+StatsOutput = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="STATS", help="The .safetensors file to write.", show_default=False),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and report; write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 ListLayers = Annotated[bool, typer.Option("--layers", help="List every tensor.")]

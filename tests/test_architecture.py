@@ -31,12 +31,15 @@ TIERS = (
     ("statistics_file",),
     ("statistics",),
     ("gates", "images", "models", "recipe", "tables"),
-    ("layerwise", "plan"),
+    ("layerwise", "plan", "tables_onnx"),
     ("graph",),
     ("arrays", "artifact", "runtime_check", "sessions"),
-    ("proof", "runners", "sources"),
-    ("graph_layerwise", "streaming", "subject", "tasks", "texts", "traceable"),
-    ("export", "samples", "verify"),
+    ("sources",),
+    ("texts",),
+    ("samples",),
+    ("proof", "runners"),
+    ("graph_layerwise", "streaming", "subject", "tasks", "traceable"),
+    ("export", "verify"),
     ("collect", "evaluation_data"),
     ("calibrate",),
     ("convert_onnx",),
@@ -53,6 +56,10 @@ HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "numpy", "compressed_te
 #: The options of the command line's contract, and those that every command has.
 COMMON = {"--json", "--markdown", "--quiet", "--debug", "--help"}
 CONTRACT = {
+    "calibrate": {
+        "--data", "--output", "--method", "--samples", "--batch-size", "--seq-len", "--seed", "--tokenizer",
+        "--preprocess", "--force",
+    },
     "inspect": {"--scheme", "--layers"},
     "convert": {
         "--output", "--scheme", "--format", "--algorithm", "--recipe", "--group-size", "--skip", "--rest", "--target",
@@ -143,11 +150,11 @@ def test_the_package_itself_is_light_and_its_functions_are_functions() -> None:
     code = """if True:
         import sys, quantcli
         assert not {'torch', 'numpy', 'pydantic', 'typer'} & set(sys.modules)
-        import quantcli.convert, quantcli.inspect, quantcli.evaluate
-        from quantcli import convert, evaluate, inspect
-        print([f.__name__ for f in (convert, evaluate, inspect, quantcli.convert)], sorted(quantcli.__all__))"""
+        import quantcli.calibrate, quantcli.convert, quantcli.inspect, quantcli.evaluate
+        from quantcli import calibrate, convert, evaluate, inspect
+        print([f.__name__ for f in (calibrate, convert, evaluate, inspect, quantcli.convert)], sorted(quantcli.__all__))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    functions = ["convert", "evaluate", "inspect"]
+    functions = ["calibrate", "convert", "evaluate", "inspect"]
     assert done.stdout == f"{[*functions, 'convert']} {['__version__', *functions]}\n"
 
 
