@@ -41,7 +41,8 @@ def export_to_onnx(
     model: str | Path,
     folder: Path,
     *,
-    data: Sequence[Mapping[str, np.ndarray]] | None = None,
+    data: str | Sequence[Mapping[str, np.ndarray]] | None = None,
+    preprocess: Path | None = None,
     weights: Path | None = None,
 ) -> Exported:
     """Export a torch model to ``folder/model.onnx`` (and ``model.onnx.data`` where it is large).
@@ -52,10 +53,11 @@ def export_to_onnx(
 
     Args:
         model: a Hugging Face folder, a ``.pt2``, or ``package.module:function`` that returns a torch module.
-        folder: an existing folder.
-        data: samples, arrays by input name, that a function's module is traced with. Without them its inputs are
-            taken from the function's attribute ``example_inputs`` or the module's ``example_input_array``. An axis
-            along which samples differ becomes free, like the batch.
+        folder: made where it does not exist.
+        data: DATA, or samples as arrays by input name, that a function's module is traced with. Without it the
+            inputs are taken from the function's attribute ``example_inputs`` or the module's
+            ``example_input_array``. An axis along which samples differ becomes free, like the batch.
+        preprocess: how images of DATA become inputs.
         weights: state dict for a function's module.
 
     Raises:
@@ -66,7 +68,8 @@ def export_to_onnx(
     for package in ("onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "export", "Exporting a torch model to ONNX")
-    source = read_source(model, data, weights)
+    source = read_source(model, data, preprocess, weights)
+    folder.mkdir(parents=True, exist_ok=True)
     path, messages = folder / "model.onnx", list(source.warnings)
     _write(_export(source, messages), source, path)
     return Exported(path, _compare(path, source), messages)

@@ -15,12 +15,20 @@ from quantcli import models, runners
 from quantcli.checkpoints.folder import load_json
 from quantcli.errors import InputError
 from quantcli.functions import is_function, load_function
+from quantcli.graph.model import Port
+from quantcli.samples import load_samples
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 #: Inputs of one pass, by name, in the order of the module's parameters.
 Example = dict[str, Tensor]
+
+#: What a model is to be traced with: DATA, or samples as arrays by input name.
+Data = str | Sequence[Mapping[str, np.ndarray]] | None
+
+#: Samples of DATA that are looked at.
+_SAMPLES = 8
 
 #: Classes whose head is what the model is for; others are exported without one.
 _HEADED = ("ForSequenceClassification", "ForImageClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -57,14 +65,25 @@ class Source:
         self.examples, self.dynamic, self.may_be_fixed = [self.plain], None, False
 
 
-def read_source(
-    model: str | Path, data: Sequence[Mapping[str, np.ndarray]] | None = None, weights: Path | None = None
-) -> Source:
-    """Load a torch model of any kind. Raises InputError as `quantcli.export.export_to_onnx` says."""
+def read_source(model: str | Path, data: Data, preprocess: Path | None, weights: Path | None) -> Source:
+    """Load a torch model of any kind. Arguments and errors are those of `quantcli.export.export_to_onnx`."""
+    if not is_function(str(model)) and Path(model).suffix != ".pt2":
+        return _hugging_face(Path(model))
     if is_function(str(model)):
-        return _function(str(model), data, weights)
-    path = Path(model)
-    return _program(path, data) if path.suffix == ".pt2" else _hugging_face(path)
+        runner = runners.open_runner(str(model), weights=weights)
+        assert isinstance(runner, runners.TorchRunner)
+        return _function(str(model), runner, _samples(data, preprocess, runner.inputs, str(model)))
+    program = runners.ProgramRunner(Path(model))
+    return _program(Path(model), program, _samples(data, preprocess, program.inputs, str(model)))
+
+
+def _samples(data: Data, preprocess: Path | None, inputs: Sequence[Port], name: str) -> list[Example]:
+    """A few samples as a model takes them."""
+    if isinstance(data, str):
+        found = load_samples(data, inputs, folder=None, preprocess=preprocess, samples=_SAMPLES)
+        data = [sample.inputs for sample in found]
+    feeds = [runners.fit(sample, inputs, name) for sample in data or ()]
+    return [{key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in each.items()} for each in feeds]
 
 
 class _Outputs(nn.Module):
@@ -150,13 +169,9 @@ def _image_size(module: nn.Module, path: Path) -> tuple[int, int]:
     return (int(size),) * 2 if size else (_IMAGE_SIZE, _IMAGE_SIZE)
 
 
-def _function(spec: str, data: Sequence[Mapping[str, np.ndarray]] | None, weights: Path | None) -> Source:
-    runner = runners.open_runner(spec, weights=weights)
-    assert isinstance(runner, runners.TorchRunner)
-    names = [port.name for port in runner.inputs]
-    if data:
-        samples = [_tensors(runners.fit(sample, runner.inputs, spec)) for sample in data]
-    else:
+def _function(spec: str, runner: runners.TorchRunner, samples: list[Example]) -> Source:
+    if not samples:
+        names = [port.name for port in runner.inputs]
         samples = [_named(_own_example(spec, runner.module), names, spec)]
     examples, dynamic = _varied(samples)
     outputs = list(runner.run(_arrays(samples[0])))
@@ -214,12 +229,11 @@ def _varied(samples: list[Example]) -> tuple[list[Example], dict[str, dict[int, 
     return [repeated(first, 2), repeated(second, 3)], dynamic
 
 
-def _program(path: Path, data: Sequence[Mapping[str, np.ndarray]] | None) -> Source:
-    runner = runners.ProgramRunner(path)
+def _program(path: Path, runner: runners.ProgramRunner, samples: list[Example]) -> Source:
     program = torch.export.load(path)
     names = [port.name for port in runner.inputs]
-    if data:
-        example = _tensors(runners.fit(data[0], runner.inputs, str(path)))
+    if samples:
+        example = samples[0]
     elif program.example_inputs is not None:
         arguments, keywords = program.example_inputs
         flat = torch.utils._pytree.tree_leaves((arguments, keywords))
@@ -242,10 +256,6 @@ def _doubled(value: Tensor, shape: Sequence[int | str | None], upper: Mapping[st
         if isinstance(dim, str) and dim in upper and 2 * value.shape[axis] <= upper[dim]:
             value = torch.cat([value, value], axis)
     return value
-
-
-def _tensors(feeds: Mapping[str, np.ndarray]) -> Example:
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}
 
 
 def _arrays(example: Example) -> dict[str, np.ndarray]:

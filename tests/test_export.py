@@ -181,6 +181,12 @@ def test_data_gives_inputs_and_free_axes(code: str, tmp_path: Path) -> None:
     assert session.run({"image": np.zeros((2, 1, 8, 31), np.float32)})["output_0"].shape == (2, 10)
 
 
+def test_data_from_a_path(code: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", image=np.ones((3, 1, 8, 8), np.float32))
+    session = Session(export_to_onnx(f"{code}:silent", tmp_path / "new" / "folder", data="data.npz").path, threads=1)
+    assert session.inputs[0].shape == ("batch", 1, 8, 8)
+
+
 def test_outputs_by_key_and_inputs_without_a_batch(code: str, tmp_path: Path) -> None:
     data = [{"left": np.ones((1, 3), np.float32), "right_ids": np.arange(8).reshape(4, 2)}]
     session = Session(export_to_onnx(f"{code}:two", tmp_path, data=data).path, threads=1)
@@ -213,6 +219,7 @@ def test_exported_programs(code: str, tmp_path: Path, free: bool) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        ("absent", "has no absent"),
         ("silent", r"what inputs .*:silent is to be traced with\. Give --data, or set"),
         ("wrong", r"example inputs of .*:wrong are picture; its module takes image"),
         ("decides", r"torch\.onnx cannot export .*:decides: "),
