@@ -1,6 +1,6 @@
 """quantcli: make neural networks smaller by lowering numerical precision, and prove that they still work.
 
-The functions are those of the command line: `inspect`, `calibrate`, `convert`, `evaluate`. Each returns a
+The functions are those of the command line: `inspect`, `calibrate`, `convert`, `evaluate`, `bench`. Each returns a
 `quantcli.report.Report` and raises a `quantcli.errors.QuantcliError`.
 """
 
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from quantcli.version import __version__
 
 if TYPE_CHECKING:
+    from quantcli.bench import bench
     from quantcli.calibrate import calibrate
     from quantcli.convert import convert
     from quantcli.evaluate import evaluate
     from quantcli.inspect import inspect
 
-__all__ = ["__version__", "calibrate", "convert", "evaluate", "inspect"]
+__all__ = ["__version__", "bench", "calibrate", "convert", "evaluate", "inspect"]
 
 
 def __getattr__(name: str) -> Any:

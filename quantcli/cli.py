@@ -233,6 +233,49 @@ def evaluate(
     _finish(ui, report, eval_tables(report), markdown, junit)
 
 
+@app.command()
+def bench(
+    context: typer.Context,
+    model: options.RunnableModel,
+    candidates: options.Candidates = None,
+    data: options.Data = None,
+    batch_size: options.BatchSizes = None,
+    seq_len: options.SeqLen = None,
+    tokenizer: options.Tokenizer = None,
+    preprocess: options.Preprocess = None,
+    weights: options.Weights = None,
+    threads: options.Threads = None,
+    runs: options.Runs = None,
+    require: options.Require = None,
+    json: options.AsJson = False,
+    markdown: options.Markdown = None,
+    junit: options.Junit = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure speed and memory on this machine, models taking turns. A gate that fails exits with 1."""
+    ui = _ui(context, json, quiet, debug)
+    from quantcli.bench import bench as run
+    from quantcli.tables_bench import bench_tables
+
+    with ui.progress("Timing", unit="samples") as progress:
+        report = run(
+            model,
+            candidates or (),
+            data=data,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            tokenizer=tokenizer,
+            preprocess=preprocess,
+            weights=weights,
+            threads=threads,
+            runs=runs,
+            require=require or (),
+            progress=progress,
+        )
+    _finish(ui, report, bench_tables(report), markdown, junit)
+
+
 def _ui(context: typer.Context, json: bool, quiet: bool, debug: bool) -> Ui:
     gc.enable()
     ui: Ui = context.obj

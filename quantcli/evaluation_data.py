@@ -59,8 +59,8 @@ def load_inputs(
     found = load_samples(
         data,
         input_ports(subjects, text=text),
-        folder=_folder_with(subjects, "preprocessor_config.json", "config.json"),
-        tokenizer=Path(tokenizer) if tokenizer else _folder_with(subjects, "tokenizer_config.json", "tokenizer.json"),
+        folder=folder_with(subjects, "preprocessor_config.json", "config.json"),
+        tokenizer=Path(tokenizer) if tokenizer else folder_with(subjects, "tokenizer_config.json", "tokenizer.json"),
         preprocess=None if preprocess is None else Path(preprocess),
         samples=samples or _DEFAULT_SAMPLES.get(task),
         seq_len=seq_len,
@@ -121,7 +121,7 @@ def is_causal(subject: Subject) -> bool:
     return "input_ids" in takes and ranks.get("logits") == 3
 
 
-def _folder_with(subjects: Sequence[Subject], *names: str) -> Path | None:
+def folder_with(subjects: Sequence[Subject], *names: str) -> Path | None:
     """The first model's folder that holds one of the files, else the first folder."""
     folders = [subject.folder for subject in subjects if subject.folder]
     having = (folder for name in names for folder in folders if (folder / name).is_file())

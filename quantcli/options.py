@@ -60,6 +60,14 @@ BatchSize = Annotated[int, typer.Option("--batch-size", metavar="B", min=1, help
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="What images are chosen by.")]
 Samples = Annotated[Optional[int], typer.Option("--samples", metavar="N", min=1, help="Samples at the most.")]
 SeqLen = Annotated[Optional[int], typer.Option("--seq-len", metavar="L", min=2, help="Tokens per sequence.")]
+BatchSizes = Annotated[
+    Optional[list[int]],
+    typer.Option("--batch-size", metavar="B", min=1, help="Samples per run; may be repeated. By default 1."),
+]
+Runs = Annotated[
+    Optional[int],
+    typer.Option("--runs", metavar="N", min=1, help="Rounds; by default about 3 s per model, at least 20."),
+]
 Task = Annotated[
     str,
     typer.Option(

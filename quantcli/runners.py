@@ -40,11 +40,11 @@ class OnnxRunner:
         InputError: it cannot be loaded.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None, shared: bool = False) -> None:
         from quantcli.sessions import Session
 
         self.path = path
-        self._session = Session(onnx_file(path), threads=threads)
+        self._session = Session(onnx_file(path), threads=threads, shared=shared)
         self.inputs = self._session.inputs
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
@@ -118,6 +118,7 @@ def open_runner(
     causal: bool | None = None,
     weights: Path | None = None,
     headed: bool = False,
+    shared: bool = False,
 ) -> Runner:
     """Load a model to be run on the CPU.
 
@@ -129,6 +130,7 @@ def open_runner(
             config.json says.
         weights: state dict for the function's module.
         headed: load a Hugging Face folder as the class that its config.json names, such as a classifier.
+        shared: leave the cores to other models between runs.
 
     Raises:
         InputError: the model is missing, damaged, or of a kind that cannot be run.
@@ -137,7 +139,7 @@ def open_runner(
     if not is_function(str(model)):
         path = Path(model)
         if is_onnx(path):
-            return OnnxRunner(path, threads=threads)
+            return OnnxRunner(path, threads=threads, shared=shared)
         _set_torch_threads(threads)
         if path.suffix == ".pt2":
             return ProgramRunner(path)
@@ -187,9 +189,10 @@ def fit(feeds: Mapping[str, np.ndarray], inputs: Sequence[Port], name: str) -> A
         InputError: an input is missing, or of another kind than the model's.
     """
     found = dict(feeds)
-    if "input_ids" in found:
-        found = derived_inputs(found["input_ids"]) | found
     missing = [port for port in inputs if port.name not in found]
+    if missing and "input_ids" in found:
+        found = derived_inputs(found["input_ids"]) | found
+        missing = [port for port in inputs if port.name not in found]
     if missing and len(feeds) == len(inputs):
         found = {port.name: value for port, value in zip(inputs, feeds.values(), strict=True)}
     elif missing:

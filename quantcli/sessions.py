@@ -34,6 +34,8 @@ class Session:
         model: a file, or a serialized model (below 2 GB, without external data).
         threads: threads within an operator; by default the usable cores.
         optimize: False runs the graph as it is written, so that every value of it can be asked for.
+        shared: threads rest as soon as a run ends; otherwise they spin for a while, waiting for the next one, and
+            take cores from whatever else is measured.
         dump: file that the runtime's own optimized graph is written to.
 
     Raises:
@@ -41,7 +43,13 @@ class Session:
     """
 
     def __init__(
-        self, model: Path | bytes, *, threads: int | None = None, optimize: bool = True, dump: Path | None = None
+        self,
+        model: Path | bytes,
+        *,
+        threads: int | None = None,
+        optimize: bool = True,
+        shared: bool = False,
+        dump: Path | None = None,
     ) -> None:
         ort = onnxruntime()
         options = ort.SessionOptions()
@@ -50,6 +58,8 @@ class Session:
         options.log_severity_level = _ERRORS_ONLY
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+        if shared:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if dump is not None:
             options.optimized_model_filepath = str(dump)
         name = str(model) if isinstance(model, Path) else "The model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,8 @@ from quantcli.roles import original_dtype, quantization_of
 from quantcli.scheme import NUMBER_OF_DTYPE
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from quantcli.runners import Runner
 
 #: Names of number formats by onnx-ir's names of dtypes.
@@ -79,7 +82,7 @@ class Subject:
             return NUMBER_OF_DTYPE.get(dtype, dtype)
         if self.onnx:
             counts = Counter[str]()
-            for tensor in constants(self.onnx.ir):
+            for tensor in (*constants(self.onnx.ir), *_constant_nodes(self.onnx)):
                 counts[tensor.dtype.name] += tensor.size
             known = [(count, name) for name, count in counts.items() if name in _NUMBER_OF_ONNX]
             return _NUMBER_OF_ONNX[max(known)[1]] if known else None
@@ -129,6 +132,14 @@ class Subject:
         """The report's row of the model at ``index`` of the command line; the first one is the reference."""
         role = "candidate" if index else "reference"
         return ModelRow(self.path, role, self.format, self.scheme, self.sha256(), self.size_bytes, metrics)
+
+
+def _constant_nodes(model: OnnxModel) -> Iterator[ir.TensorProtocol]:
+    """Tensors of Constant nodes: some exporters keep weights there."""
+    for node in model.ir.graph.all_nodes():
+        attribute = node.attributes.get("value") if node.op_type == "Constant" else None
+        if attribute is not None and hasattr(attribute.value, "dtype"):
+            yield attribute.value
 
 
 def open_subject(model: str | Path, weights: Path | None = None) -> Subject:

@@ -159,7 +159,7 @@ def eval_tables(report: Report) -> list[Table]:
         cells = [_metric(model, name) for name in present]
         rows.append(
             (
-                model.path, f"{model.format} {model.scheme}", _size_text(model.size_bytes),
+                model.path, " ".join(filter(None, (model.format, model.scheme))), _size_text(model.size_bytes),
                 _ratio_text(model.metrics["size_ratio"] or 0), *cells,
             )
         )  # fmt: skip

@@ -24,27 +24,27 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 #: A module, or a folder of plug-ins, imports only what stands in a row above its own.
 TIERS = (
-    ("errors", "memory", "parallel", "ranges", "units", "version"),
+    ("errors", "machine", "memory", "parallel", "ranges", "timing", "units", "version"),
     ("functions", "scheme"),
     ("numerics", "packing"),
     ("algorithms", "checkpoints", "data", "formats", "metrics", "observers", "plugins", "report", "roles", "staging"),
     ("statistics_file",),
     ("statistics",),
     ("gates", "images", "models", "recipe", "tables"),
-    ("layerwise", "plan", "tables_onnx"),
+    ("layerwise", "plan", "tables_bench", "tables_onnx"),
     ("graph",),
     ("arrays", "artifact", "runtime_check", "sessions"),
     ("sources",),
     ("texts",),
     ("samples",),
     ("proof", "runners"),
-    ("graph_layerwise", "streaming", "subject", "tasks", "traceable"),
+    ("graph_layerwise", "probe", "streaming", "subject", "tasks", "traceable"),
     ("export", "verify"),
     ("collect", "evaluation_data"),
     ("calibrate",),
     ("convert_onnx",),
-    ("convert", "inspect_onnx"),
-    ("evaluate", "inspect", "options", "ui"),
+    ("bench_data", "convert", "inspect_onnx"),
+    ("bench", "evaluate", "inspect", "options", "ui"),
     ("cli",),
     ("__main__",),
 )
@@ -68,6 +68,10 @@ CONTRACT = {
     },
     "eval": {
         "--data", "--task", "--samples", "--seq-len", "--tokenizer", "--preprocess", "--weights", "--by-layer",
+        "--require", "--junit",
+    },
+    "bench": {
+        "--data", "--batch-size", "--seq-len", "--tokenizer", "--preprocess", "--weights", "--threads", "--runs",
         "--require", "--junit",
     },
 }  # fmt: skip
@@ -150,11 +154,12 @@ def test_the_package_itself_is_light_and_its_functions_are_functions() -> None:
     code = """if True:
         import sys, quantcli
         assert not {'torch', 'numpy', 'pydantic', 'typer'} & set(sys.modules)
-        import quantcli.calibrate, quantcli.convert, quantcli.inspect, quantcli.evaluate
-        from quantcli import calibrate, convert, evaluate, inspect
-        print([f.__name__ for f in (calibrate, convert, evaluate, inspect, quantcli.convert)], sorted(quantcli.__all__))"""
+        import quantcli.bench, quantcli.calibrate, quantcli.convert, quantcli.inspect, quantcli.evaluate
+        from quantcli import bench, calibrate, convert, evaluate, inspect
+        functions = [bench, calibrate, convert, evaluate, inspect, quantcli.convert]
+        print([f.__name__ for f in functions], sorted(quantcli.__all__))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    functions = ["calibrate", "convert", "evaluate", "inspect"]
+    functions = ["bench", "calibrate", "convert", "evaluate", "inspect"]
     assert done.stdout == f"{[*functions, 'convert']} {['__version__', *functions]}\n"
 
 

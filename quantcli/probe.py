@@ -1,0 +1,99 @@
+"""Load time and peak memory of a model, measured in a process of its own that does nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.errors import InputError
+from quantcli.memory import peak_rss_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Passes in the child: the first ones may allocate what later ones use again.
+_RUNS = 3
+
+_CODE = "import sys; from quantcli.probe import _child; _child(sys.argv[1])"
+_MODULES = {"onnx": ("onnxruntime",), "checkpoint": ("torch", "transformers")}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What loading and running a model takes.
+
+    ``peak_rss_bytes`` is of the whole process, of which ``baseline_rss_bytes`` were there before the model:
+    the interpreter and the libraries.
+    """
+
+    load_ms: float
+    peak_rss_bytes: int
+    baseline_rss_bytes: int
+
+
+def probe(
+    model: str, kind: str, feeds: Mapping[str, np.ndarray], *, threads: int | None, weights: Path | None = None
+) -> Probe:
+    """Load a model in a child process, run it a few times, and see what that took.
+
+    Raises:
+        InputError: the child failed.
+    """
+    import numpy as np
+
+    with tempfile.TemporaryDirectory(prefix="quantcli-") as name:
+        folder = Path(name)
+        np.savez(folder / "feeds.npz", **dict(feeds))  # type: ignore[arg-type]
+        request = {"model": model, "kind": kind, "threads": threads, "weights": weights and str(weights)}
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _CODE, str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=os.environ | quiet,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            raise InputError(
+                f"{model} could not be run in a process of its own (status {done.returncode}): "
+                f"{lines[-1] if lines else 'it said nothing'}",
+                "It may have run out of memory.",
+            )
+        return Probe(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+
+
+def _child(folder: str) -> None:
+    """What the child does. Libraries are imported before the clock starts."""
+    from importlib import import_module
+
+    import numpy as np
+
+    from quantcli.runners import open_runner
+
+    place = Path(folder)
+    request: dict[str, Any] = json.loads((place / "request.json").read_text(encoding="utf-8"))
+    for module in _MODULES.get(request["kind"], ("torch",)):
+        import_module(module)
+    with np.load(place / "feeds.npz") as stored:
+        feeds = dict(stored)
+    weights = None if request["weights"] is None else Path(request["weights"])
+    baseline = peak_rss_bytes()
+    start = time.perf_counter()
+    runner = open_runner(request["model"], threads=request["threads"], weights=weights)
+    load_ms = (time.perf_counter() - start) * 1e3
+    for _ in range(_RUNS):
+        runner.run(feeds)
+    result = {"load_ms": load_ms, "peak_rss_bytes": peak_rss_bytes(), "baseline_rss_bytes": baseline}
+    (place / "result.json").write_text(json.dumps(result), encoding="utf-8")
