@@ -31,26 +31,33 @@ def fold_affine(model: ir.Model) -> int:
 def _fold_next(graph: ir.Graph, node: ir.Node) -> bool:
     follower = only_consumer(node.outputs[0])
     weight, bias = node.inputs[1], input_of(node, 2)
-    if follower is None or follower.graph is not graph or weight is None or constant(weight) is None:
+    tensor = constant(weight)
+    if follower is None or follower.graph is not graph or weight is None or tensor is None:
         return False
     if bias is not None and constant(bias) is None:
         return False
     channels = _output_channels(node)
-    affine = None if channels is None else _affine(follower, node.outputs[0], channels, conv=node.op_type != "Gemm")
+    rank = len(tensor.shape)
+    affine = None if channels is None else _affine(follower, node.outputs[0], channels, rank)
     if affine is None:
         return False
     scale, shift = affine
-    values = array(weight)
-    assert values is not None
-    old_bias = array(bias)
-    new_bias = shift if old_bias is None else scale * old_bias.astype(np.float64).reshape(-1) + shift
-    if not np.all(scale == 1.0):
-        scaled = values * scale.reshape(_broadcast(node, values))
-        _replace(graph, node, 1, scaled.astype(values.dtype), weight.name or "weight")
+    values, old_bias = tensor.numpy(), array(bias)
+    # What is not finite shows itself below.
+    with np.errstate(all="ignore"):
+        shifted = shift if old_bias is None else scale * old_bias.astype(np.float64).reshape(-1) + shift
+        new_bias = shifted.astype(values.dtype)
+        changed = not np.all(scale == 1.0)
+        scaled = (values * scale.reshape(_broadcast(node, values))).astype(values.dtype) if changed else values
+    if not (np.isfinite(scaled).all() and np.isfinite(new_bias).all()):
+        # A division by zero, or a half-precision weight that would overflow: apart the two may still work.
+        return False
+    if changed:
+        _replace(graph, node, 1, scaled, weight.name or "weight")
     base = (bias.name if bias is not None else None) or f"{weight.name}_bias"
     if len(node.inputs) < 3:
         node.resize_inputs(3)
-    _replace(graph, node, 2, new_bias.astype(values.dtype), base)
+    _replace(graph, node, 2, new_bias, base)
     output, final = node.outputs[0], follower.outputs[0]
     name = final.name
     final.replace_all_uses_with(output, replace_graph_outputs=True)
@@ -82,7 +89,7 @@ def _broadcast(node: ir.Node, weight: np.ndarray) -> tuple[int, ...]:
     return tuple(-1 if dim == axis else 1 for dim in range(weight.ndim))
 
 
-def _affine(node: ir.Node, data: ir.Value, channels: int, *, conv: bool) -> tuple[np.ndarray, np.ndarray] | None:
+def _affine(node: ir.Node, data: ir.Value, channels: int, rank: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Scale and shift per channel, float64 ``[channels]``, of a node that is an affine map of ``data``."""
     if node.domain != "":
         return None
@@ -104,7 +111,7 @@ def _affine(node: ir.Node, data: ir.Value, channels: int, *, conv: bool) -> tupl
     other = node.inputs[1] if first else node.inputs[0]
     tensor = constant(other)
     # Asked before anything is read: the other operand may be a large constant.
-    if tensor is None or not _is_per_channel(tuple(tensor.shape.numpy()), channels, conv=conv):
+    if tensor is None or not _is_per_channel(tuple(tensor.shape.numpy()), channels, rank):
         return None
     values = np.broadcast_to(tensor.numpy().astype(np.float64).reshape(-1), channels)
     if node.op_type == "Add":
@@ -114,14 +121,10 @@ def _affine(node: ir.Node, data: ir.Value, channels: int, *, conv: bool) -> tupl
     return (values if node.op_type == "Mul" else 1.0 / values), zeros
 
 
-def _is_per_channel(shape: tuple[int, ...], channels: int, *, conv: bool) -> bool:
-    """Whether a constant of this shape is one value, or one per channel, of an output (its rank does not grow)."""
-    if int(np.prod(shape)) == 1:
-        return len(shape) <= (3 if conv else 2)
-    if not conv:
-        return shape in ((channels,), (1, channels))
-    kept = shape[1:] if len(shape) == 4 and shape[0] == 1 else shape
-    return kept == (channels, 1, 1)
+def _is_per_channel(shape: tuple[int, ...], channels: int, rank: int) -> bool:
+    """Whether a constant is one value, or one per channel, of an output of ``rank`` dimensions, and adds none."""
+    per_channel = (channels, *[1] * (rank - 2))
+    return shape in (per_channel, (1, *per_channel)) or (int(np.prod(shape)) == 1 and len(shape) <= rank)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, index: int, values: np.ndarray, name: str) -> None:
@@ -129,7 +132,7 @@ def _replace(graph: ir.Graph, node: ir.Node, index: int, values: np.ndarray, nam
     import onnx_ir as ir
 
     old = node.inputs[index]
-    if old is not None and len(list(old.uses())) == 1:
+    if old is not None and len(list(old.uses())) == 1 and not old.is_graph_output():
         old.const_value = ir.tensor(values, name=old.name)
         old.shape = ir.Shape(values.shape)
         return
