@@ -6,6 +6,7 @@ samples; or it has one more, and each entry is one whole input, as states and sc
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import tempfile
 import zipfile
@@ -34,13 +35,12 @@ class ArrayFile:
 
     def __init__(self, path: Path, ports: Sequence[Port]) -> None:
         self.path = path
+        self._mappings: list[mmap.mmap] = []
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self.arrays = self._open(ports)
         self.labels = self.arrays.pop(LABELS, None) if LABELS not in {port.name for port in ports} else None
 
     def _open(self, ports: Sequence[Port]) -> dict[str, np.ndarray]:
-        import numpy as np
-
         try:
             if self.path.suffix == ".npy":
                 if len(ports) != 1:
@@ -48,7 +48,9 @@ class ArrayFile:
                         f"{self.path} is one array, and the model has {len(ports)} inputs.",
                         f"Give a .npz with {', '.join(port.name for port in ports)}.",
                     )
-                return {ports[0].name: np.load(self.path, mmap_mode="r", allow_pickle=False)}
+                with self.path.open("rb") as stream:
+                    dtype, shape, fortran, start = _header(stream)
+                return {ports[0].name: self._mapped(self.path, dtype, shape, fortran, start)}
             with zipfile.ZipFile(self.path) as archive:
                 found = {
                     entry.filename.removesuffix(".npy"): self._member(archive, entry) for entry in archive.infolist()
@@ -76,8 +78,29 @@ class ArrayFile:
                 raw.seek(entry.header_offset + 26)
                 lengths = raw.read(4)
             start += entry.header_offset + 30 + int.from_bytes(lengths[:2], "little")
-            return _mapped(self.path, dtype, shape, fortran, start + int.from_bytes(lengths[2:], "little"))
-        return _mapped(self._extracted(archive, entry), dtype, shape, fortran, start)
+            start += int.from_bytes(lengths[2:], "little")
+            return self._mapped(self.path, dtype, shape, fortran, start)
+        return self._mapped(self._extracted(archive, entry), dtype, shape, fortran, start)
+
+    def _mapped(
+        self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool, start: int
+    ) -> np.ndarray:
+        import numpy as np
+
+        if path.stat().st_size < start + dtype.itemsize * _product(shape):
+            raise ValueError(f"it is truncated: {dtype} {' x '.join(map(str, shape))} do not fit into it")
+        if not _product(shape):
+            return np.zeros(shape, dtype)
+        with path.open("rb") as stream:
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._mappings.append(mapping)
+        return np.ndarray(shape, dtype, mapping, start, order="F" if fortran else "C")
+
+    def release(self) -> None:
+        """Give back the memory of what was read: mapped pages would otherwise count as this process's own."""
+        for mapping in self._mappings:
+            if hasattr(mapping, "madvise"):  # not on Windows
+                mapping.madvise(mmap.MADV_DONTNEED)
 
     def _extracted(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Path:
         if self._scratch is None:
@@ -105,14 +128,6 @@ def _header(stream: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...], bool, in
     if dtype.hasobject:
         raise ValueError("Object arrays cannot be loaded")
     return dtype, shape, fortran, stream.tell()
-
-
-def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool, offset: int) -> np.ndarray:
-    import numpy as np
-
-    if not _product(shape):
-        return np.zeros(shape, dtype)
-    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -21,7 +21,7 @@ _BINS = 1 << 16
 #: Values taken at a time: their temporary arrays stay in the cache.
 _CHUNK = 1 << 18
 #: Below this many values, counting them one by one beats adding two whole histograms.
-_FEW = 1 << 14
+_FEW = 1 << 15
 #: Tensors with more channels have no ranges per channel: a vocabulary is no channel dimension.
 MAX_CHANNELS = 1 << 14
 #: Rows of fewer values than this are not reduced across, but column by column.
@@ -119,7 +119,8 @@ class Observer:
             if upper.size < _FEW:
                 np.add.at(self._histogram, upper, 1)
             else:
-                self._histogram += np.bincount(upper, minlength=_BINS)
+                counts = np.bincount(upper)  # ends at the largest: positive values fill a quarter of the bins
+                self._histogram[: counts.size] += counts
         if not flat.size:
             return
         low, high = _channel_ranges(values)

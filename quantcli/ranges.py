@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PERCENTILE = 99.99
 
 #: Linear bins from zero to the largest magnitude in the search of ``entropy``.
-ENTROPY_BINS = 8192
+ENTROPY_BINS = 4096
 #: Each threshold that ``entropy`` tries is about so much larger than the one before.
 _ENTROPY_STEP = 1.02
 #: Probability given to a cell that nothing falls into, so that the divergence stays finite.
@@ -106,7 +106,7 @@ def entropy(distribution: Distribution, levels: int = LEVELS) -> tuple[float, fl
 
     Source: S. Migacz, "8-bit Inference with TensorRT", GTC 2017, as MXNet and onnxruntime implement it, with
     four differences. The window is ``[-t, t]`` within the tensor's own range, and all ``levels`` are spread over
-    it, because the grid is asymmetric. There are 8192 bins, so that a threshold of a thirtieth of the largest
+    it, because the grid is asymmetric. There are 4096 bins, so that a threshold of a sixteenth of the largest
     value can be found. Exact zeros are left out: any grid represents them, and half of a ReLU's output would
     decide alone. Equal divergences go to the widest range.
     """

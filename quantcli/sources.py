@@ -154,6 +154,7 @@ class _Opened:
             array, form = self._file.arrays[port.name], self.forms[port.name]
             entry = {"rows": lambda a: a[index : index + 1], "entries": lambda a: a[index], "single": lambda a: a[None]}
             inputs[port.name] = converted(entry[form](array), port, where)
+        self._file.release()
         return Sample(inputs, None if self.labels is None else int(self.labels[index]))
 
 
