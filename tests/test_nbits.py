@@ -248,6 +248,18 @@ def test_gemm(attributes: dict[str, Any], bias: tuple[int, ...] | None, transpos
     assert np.linalg.norm(meant / alpha - weight.T) / np.linalg.norm(weight) < 0.15
     assert model.graph.outputs[0].name == "y" and model.opset_imports["com.microsoft"] == 1
     assert "w" not in model.graph.initializers
+    adds = bias is not None and attributes.get("beta") != 0.0
+    assert [node.op_type for node in model.graph].count("Add") == adds
+
+
+def test_readers_with_factors_of_their_own_get_forms_of_their_own() -> None:
+    x, weight = free("x", [3, 64]), constant("w", normal(64, 64))
+    first = ir.node("Gemm", [x, weight], {"alpha": 1.0}, name="first")
+    second = ir.node("Gemm", [first.outputs[0], weight], {"alpha": 0.125}, name="second")
+    second.outputs[0].name = "y"
+    model = quantized(model_of([x], [first, second], [weight], [second.outputs[0]]), int4())
+    one, eighth = (decode(node) for node in model.graph)
+    np.testing.assert_allclose(eighth, one / 8, rtol=1e-6)
 
 
 def test_float16_models_get_float16_scales() -> None:
