@@ -47,8 +47,8 @@ def bench(
     """Time a reference model and candidates side by side on the CPU.
 
     All models are loaded at once and take turns in rounds, in an order shuffled by ``seed``, so that what else
-    the machine does falls on all of them. The speed-up is the ratio of the median times of a round, with an
-    interval of 95%; its verdict is "no difference" where the interval holds 1. Load time and peak memory are
+    the machine does falls on all of them. The speed-up is the median over rounds of the ratio of times, with
+    an interval of 95%; its verdict is "no difference" where the interval holds 1. Load time and peak memory are
     measured in a process of its own for every model. Every model's ``metrics`` are those of the first batch
     size; ``batches`` in its row has them all.
 

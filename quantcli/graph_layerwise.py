@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class _Pair:
     name: str
     reference: str
     candidate: str
-    scheme: str | None
+    scheme: str
     bytes_before: int = 0
     bytes_after: int = 0
 
@@ -79,42 +79,56 @@ def compare_graphs(reference: OnnxModel, candidate: OnnxModel, feeds: Sequence[A
 
 def _pairs(reference: OnnxModel, candidate: OnnxModel) -> Iterator[_Pair]:
     """Layers with quantized weights, then activations that are quantized on their own."""
-    ours, theirs = _values(reference), _values(candidate)
-    kept = {value.name for value in candidate.ir.graph.initializers.values()}
-    schemes = {
-        entry["node"]: (name, entry["scheme"])
-        for name, entry in ((candidate.manifest or {}).get("layers") or {}).items()
-        if entry.get("scheme") and entry.get("node")
-    }
+    ours, theirs = _computed(reference), _computed(candidate)
     seen = set[str]()
+    for name, scheme, outputs in _layers(reference, candidate):
+        found = [(output, _counterpart(output, theirs)) for output in outputs if output in ours]
+        output, other = next(((output, other) for output, other in found if other), (None, None))
+        if output is None or other is None:
+            continue
+        seen.add(output)
+        yield _Pair(name, output, other, scheme, *_stored_bytes(reference, candidate, name))
+    for name in ours:
+        other = _counterpart(name, theirs)
+        if name not in seen and other is not None and other != name:
+            yield _Pair(name, name, other, "activation")
+
+
+def _layers(reference: OnnxModel, candidate: OnnxModel) -> Iterator[tuple[str, str, list[str]]]:
+    """Quantized layers: name, scheme, and what their output may be called in both models.
+
+    They are those of the candidate's manifest; without one, those whose weight the candidate does not have.
+    Where a batch norm was folded into a layer, its output has the batch norm's name.
+    """
+    if candidate.manifest:
+        for name, entry in candidate.manifest.get("layers", {}).items():
+            if entry.get("scheme"):
+                both = [
+                    node
+                    for model in (reference, candidate)
+                    for node in model.ir.graph
+                    if node.name and node.name == entry.get("node")
+                ]
+                yield name, entry["scheme"], [out.name for node in both for out in node.outputs[:1] if out.name]
+        return
+    kept = {*candidate.ir.graph.initializers}
     for node in reference.ir.graph:
         weight = _weight(node)
-        if weight is None or not node.outputs:
-            continue
-        changed = weight.name not in kept
-        name, scheme = schemes.get(node.name or "", (weight.name or "", None))
-        output = node.outputs[0].name or ""
-        found = _counterpart(output, theirs)
-        if (scheme or changed) and found and weight.const_value is not None:
-            seen.add(output)
-            after = _stored_bytes(candidate, name, {*reference.ir.graph.initializers})
-            yield _Pair(name, output, found, scheme or "quantized", weight.const_value.nbytes, after)
-    for name in ours:
-        found = _counterpart(name, theirs)
-        if name not in seen and found not in (None, name):
-            yield _Pair(name, name, found or name, "activation")
+        if weight is not None and weight.name and weight.name not in kept:
+            yield weight.name, "quantized", [out.name for out in node.outputs[:1] if out.name]
 
 
-def _values(model: OnnxModel) -> list[str]:
-    """Names of what the graph computes, and of its inputs."""
-    names = [value.name for value in model.ir.graph.inputs]
-    names += [value.name for node in model.ir.graph for value in node.outputs]
-    return [name for name in dict.fromkeys(names) if name]
+def _computed(model: OnnxModel) -> dict[str, None]:
+    """Names of the graph's inputs and of what is computed from them, in order; constants are left out."""
+    found = {value.name: None for value in model.ir.graph.inputs if value.name not in model.ir.graph.initializers}
+    for node in model.ir.graph:
+        if any(value is not None and value.name in found for value in node.inputs):
+            found |= {value.name: None for value in node.outputs}
+    return {name: None for name in found if name}
 
 
-def _counterpart(name: str, values: Sequence[str]) -> str | None:
-    known = set(values)
-    return next((each for each in (*(name + suffix for suffix in _SUFFIXES), name) if each in known), None)
+def _counterpart(name: str, values: Container[str]) -> str | None:
+    return next((each for each in (*(name + suffix for suffix in _SUFFIXES), name) if each in values), None)
 
 
 def _weight(node: ir.Node) -> ir.Value | None:
@@ -123,13 +137,16 @@ def _weight(node: ir.Node) -> ir.Value | None:
     return next((value for value in constant if value.shape is not None and len(value.shape) > 1), None)
 
 
-def _stored_bytes(candidate: OnnxModel, name: str, original: set[str]) -> int:
-    """Bytes of what became of a weight: constants whose names begin with its own."""
-    return sum(
+def _stored_bytes(reference: OnnxModel, candidate: OnnxModel, name: str) -> tuple[int, int]:
+    """Bytes of a weight, and of what became of it: constants whose names begin with its own."""
+    ours, theirs = (model.ir.graph.initializers for model in (reference, candidate))
+    before = ours[name].const_value if name in ours else None
+    after = [
         value.const_value.nbytes
-        for key, value in candidate.ir.graph.initializers.items()
-        if value.const_value is not None and (key == name or (key.startswith(f"{name}_") and key not in original))
-    )
+        for key, value in theirs.items()
+        if value.const_value is not None and (key == name or (key.startswith(f"{name}_") and key not in ours))
+    ]
+    return (before.nbytes if before is not None else 0), sum(after)
 
 
 @contextmanager
