@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,8 @@ class Source:
 
     def fix_shapes(self) -> None:
         """Fall back to the example as it was given."""
-        self.examples, self.dynamic, self.may_be_fixed = [self.plain], None, False
+        lively = {name: _lively(value) for name, value in self.plain.items()}
+        self.examples, self.dynamic, self.may_be_fixed = [lively], None, False
 
 
 def read_source(model: str | Path, data: Data, preprocess: Path | None, weights: Path | None) -> Source:
@@ -151,7 +153,7 @@ def _tokens(module: nn.Module, path: Path, names: list[str]) -> list[Example]:
 def _images(module: nn.Module, path: Path) -> list[Example]:
     channels = getattr(module.config, "num_channels", 3)
     height, width = _image_size(module, path)
-    pattern = torch.sin(torch.arange(3 * channels * height * width) * 0.37).reshape(3, channels, height, width)
+    pattern = _wave((3, channels, height, width))
     return [{"pixel_values": pattern[:2]}, {"pixel_values": pattern}]
 
 
@@ -226,7 +228,20 @@ def _varied(samples: list[Example]) -> tuple[list[Example], dict[str, dict[int, 
     def repeated(example: Example, times: int) -> Example:
         return {name: torch.cat([value] * times) if name in batched else value for name, value in example.items()}
 
-    return [repeated(first, 2), repeated(second, 3)], dynamic
+    examples = [repeated(first, 2), repeated(second, 3)]
+    return [{name: _lively(value) for name, value in example.items()} for example in examples], dynamic
+
+
+def _lively(value: Tensor) -> Tensor:
+    """A float tensor of one value, such as torch.zeros, with a wave on it: else nothing would be compared."""
+    if not value.is_floating_point() or value.numel() < 2 or bool((value != value.reshape(-1)[0]).any()):
+        return value
+    return value + _wave(value.shape).to(value.dtype)
+
+
+def _wave(shape: Sequence[int]) -> Tensor:
+    """Values in -1..1 without a pattern that a batch, a row or a channel would repeat."""
+    return torch.sin(torch.arange(math.prod(shape)) * 0.37).reshape(*shape)
 
 
 def _program(path: Path, runner: runners.ProgramRunner, samples: list[Example]) -> Source:
