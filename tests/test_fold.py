@@ -23,8 +23,15 @@ def batch_norm(channels: int = 6) -> dict[str, np.ndarray]:
     }
 
 
-def layer(op: str, *followers: onnx.NodeProto, bias: bool = True, weight: np.ndarray | None = None,
-          constants: dict[str, np.ndarray] | None = None, outputs: Any = None, **attributes: Any) -> onnx.ModelProto:  # fmt: skip
+def layer(
+    op: str,
+    *followers: onnx.NodeProto,
+    bias: bool = True,
+    weight: np.ndarray | None = None,
+    constants: dict[str, np.ndarray] | None = None,
+    outputs: Any = None,
+    **attributes: Any,
+) -> onnx.ModelProto:
     """x -> op -> h -> followers -> y."""
     weight = normal(*SIZES[op], seed=1) if weight is None else weight
     inputs = ["x", "w", *(["b"] if bias else [])]
@@ -148,7 +155,8 @@ def test_constants_after_a_convolution_over_three_dimensions(shape: tuple[int, .
 def test_a_chain_of_affine_nodes_vanishes() -> None:
     chain = [
         node("Sub", ["h", "a"], ["h1"]), node("Mul", ["h1", "c"], ["h2"]),
-        node("BatchNormalization", ["h2", "gamma", "beta", "mean", "variance"], ["h3"]), node("Add", ["h3", "c"], ["y"]),
+        node("BatchNormalization", ["h2", "gamma", "beta", "mean", "variance"], ["h3"]),
+        node("Add", ["h3", "c"], ["y"]),
     ]  # fmt: skip
     constants = {"a": normal(6, 1, 1, seed=1), "c": normal(6, 1, 1, seed=2), **batch_norm()}
     proto = layer("Conv", *chain, constants=constants)
@@ -185,7 +193,8 @@ def test_shared_weights_are_scaled_for_one_layer_only() -> None:
 
 
 def test_a_weight_that_is_an_output_too_keeps_its_values() -> None:
-    proto = layer("Conv", node("Mul", ["h", "c"], ["y"]), constants={"c": normal(6, 1, 1)}, outputs={"y": None, "w": (6, 4, 3, 3)})  # fmt: skip
+    outputs = {"y": None, "w": (6, 4, 3, 3)}
+    proto = layer("Conv", node("Mul", ["h", "c"], ["y"]), constants={"c": normal(6, 1, 1)}, outputs=outputs)
     same_function(proto, fed(proto), prepared(proto))
 
 

@@ -22,9 +22,11 @@ _EPSILON = 1e-5
 def fold_affine(model: ir.Model) -> int:
     """Fold affine nodes into the weights before them until none is left. Returns how many were."""
     folded = 0
-    for node in list(model.graph):
-        while node.op_type in _FOLDED_INTO and node.domain == "" and _fold_next(model.graph, node):
-            folded += 1
+    # Infinities are looked for before anything is replaced.
+    with np.errstate(all="ignore"):
+        for node in list(model.graph):
+            while node.op_type in _FOLDED_INTO and node.domain == "" and _fold_next(model.graph, node):
+                folded += 1
     return folded
 
 
@@ -43,12 +45,10 @@ def _fold_next(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     scale, shift = affine
     values, old_bias = tensor.numpy(), array(bias)
-    # What is not finite shows itself below.
-    with np.errstate(all="ignore"):
-        shifted = shift if old_bias is None else scale * old_bias.astype(np.float64).reshape(-1) + shift
-        new_bias = shifted.astype(values.dtype)
-        changed = not np.all(scale == 1.0)
-        scaled = (values * scale.reshape(_broadcast(node, values))).astype(values.dtype) if changed else values
+    shifted = shift if old_bias is None else scale * old_bias.astype(np.float64).reshape(-1) + shift
+    new_bias = shifted.astype(values.dtype)
+    changed = not np.all(scale == 1.0)
+    scaled = (values * scale.reshape(_broadcast(node, values))).astype(values.dtype) if changed else values
     if not (np.isfinite(scaled).all() and np.isfinite(new_bias).all()):
         # A division by zero, or a half-precision weight that would overflow: apart the two may still work.
         return False

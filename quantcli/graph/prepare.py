@@ -49,8 +49,8 @@ def prepare(model: OnnxModel) -> ir.Model:
         from onnxscript import optimizer
     except ImportError as error:
         raise MissingExtraError("onnxscript", "export", "Converting an ONNX model") from error
-    graph_model = model.ir.clone()
     try:
+        graph_model = model.ir.clone()
         common.InlinePass()(graph_model)
         common.RemoveInitializersFromInputsPass()(graph_model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
@@ -63,8 +63,8 @@ def prepare(model: OnnxModel) -> ir.Model:
         )
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
         common.ShapeInferencePass(check_type=False, strict_mode=False)(graph_model)
-        fold_affine(graph_model)
         _products_with_bias(graph_model)
+        fold_affine(graph_model)
         _pool_instead_of_mean(graph_model)
         common.RemoveUnusedNodesPass()(graph_model)
         common.NameFixPass()(graph_model)
@@ -135,6 +135,8 @@ def _products_with_bias(model: ir.Model) -> None:
         tensor = constant(bias)
         if rank(data) != 2 or len(weight.shape) != 2 or tensor is None or list(tensor.shape) != [weight.shape[1]]:
             continue
+        if not weight.dtype.is_floating_point():
+            continue
         gemm = ir.Node("", "Gemm", [data, node.inputs[1], bias], num_outputs=1, name=node.name)
         output = add.outputs[0]
         gemm.outputs[0].type, gemm.outputs[0].shape = output.type, output.shape
@@ -149,7 +151,11 @@ def _pool_instead_of_mean(model: ir.Model) -> None:
     import onnx_ir as ir
 
     for node in list(model.graph):
-        if not is_standard(node, "ReduceMean") or node.inputs[0] is None or rank(node.inputs[0]) != 4:
+        data = node.inputs[0]
+        if not is_standard(node, "ReduceMean") or data is None or rank(data) != 4:
+            continue
+        # The runtime has no pool of integers or doubles.
+        if data.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
             continue
         axes = integers(node, "axes")
         if axes is None:
@@ -158,7 +164,7 @@ def _pool_instead_of_mean(model: ir.Model) -> None:
         if axes is None or sorted(axis % 4 for axis in axes) != [2, 3]:
             continue
         output = node.outputs[0]
-        pooled = ir.Node("", "GlobalAveragePool", [node.inputs[0]], num_outputs=1, name=f"{node.name}_pool")
+        pooled = ir.Node("", "GlobalAveragePool", [data], num_outputs=1, name=f"{node.name}_pool")
         pooled.outputs[0].type = output.type
         nodes, last = [pooled], pooled
         if not integer(node, "keepdims", 1):
