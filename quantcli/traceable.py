@@ -255,6 +255,7 @@ def _program(path: Path, runner: runners.ProgramRunner, samples: list[Example]) 
         example = _named(flat, names, str(path))
     else:
         raise InputError(f"{path} brings no example inputs to check its export with.", "Give --data.")
+    example = {name: _lively(value) for name, value in example.items()}
     free = {str(symbol): limits.upper for symbol, limits in program.range_constraints.items()}
     doubled = {port.name: _doubled(example[port.name], port.shape or (), free) for port in runner.inputs}
     grown = any(doubled[name].shape != example[name].shape for name in names)
