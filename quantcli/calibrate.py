@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantcli.collect import Progress, collect
 from quantcli.errors import InputError, UsageError
-from quantcli.functions import is_function, load_function
+from quantcli.functions import load_function
 from quantcli.graph.model import OnnxModel, open_onnx
 from quantcli.graph.plan import observed_tensors, quantization_of
 from quantcli.graph.prepare import prepare
@@ -40,6 +40,7 @@ def calibrate(
     seed: int = 0,
     tokenizer: str | Path | None = None,
     preprocess: str | Path | None = None,
+    weights: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -58,6 +59,7 @@ def calibrate(
         seed: what images are chosen by.
         tokenizer: a folder with the tokenizer, where the model has none.
         preprocess: a file with the preprocessing of images.
+        weights: a state dict for the module of a function.
         force: replace an existing output.
         progress: called with sample runs done and in all.
 
@@ -73,12 +75,13 @@ def calibrate(
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: at least one is needed.")
     given, target = str(model), Path(output)
-    subject = open_subject(given)
+    subject = open_subject(given, None if weights is None else Path(weights))
     check_target(target, Path(given), force=force)
     if target.is_dir():
         raise UsageError(f"The output {target} is a folder.", "Name a file, such as stats.safetensors.")
     with tempfile.TemporaryDirectory(prefix="quantcli-") as scratch:
-        onnx, warnings = _as_onnx(subject, Path(scratch))
+        steps = None if preprocess is None else Path(preprocess)
+        onnx, warnings = _as_onnx(subject, Path(scratch), str(data), steps)
         graph = prepare(onnx)
         quantized = quantization_of(graph)
         if quantized:
@@ -91,7 +94,7 @@ def calibrate(
             onnx.inputs,
             folder=subject.folder,
             tokenizer=None if tokenizer is None else Path(tokenizer),
-            preprocess=None if preprocess is None else Path(preprocess),
+            preprocess=steps,
             samples=samples or DEFAULT_SAMPLES,
             seq_len=seq_len,
             seed=seed,
@@ -100,7 +103,7 @@ def calibrate(
             graph,
             found,
             names,
-            model_sha256=model_sha256(given),
+            model_sha256=model_sha256(given, subject.weights),
             method=method,
             seed=seed,
             batch_size=batch_size,
@@ -110,15 +113,16 @@ def calibrate(
     return _report(subject, found, stats, target, [*warnings, *found.warnings])
 
 
-def model_sha256(model: str | Path) -> str:
+def model_sha256(model: str | Path, weights: Path | None = None) -> str:
     """The hash that statistics are bound to: of the model's files, or of a function's weights.
+
+    ``weights`` is the state dict that a function's module is given, if any.
 
     Raises:
         InputError: the model is missing or damaged.
     """
-    if not is_function(str(model)):
-        found = open_subject(model).sha256()
-        assert found is not None  # only a function has no files
+    found = open_subject(model, weights).sha256()
+    if found is not None:
         return found
     import torch
 
@@ -129,13 +133,13 @@ def model_sha256(model: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _as_onnx(subject: Subject, scratch: Path) -> tuple[OnnxModel, Sequence[str]]:
+def _as_onnx(subject: Subject, scratch: Path, data: str, preprocess: Path | None) -> tuple[OnnxModel, Sequence[str]]:
     """The model as a graph, exported into a folder where it is none, and warnings."""
     if subject.onnx is not None:
         return subject.onnx, subject.warnings
     from quantcli.export import export_to_onnx
 
-    exported = export_to_onnx(subject.path, scratch)
+    exported = export_to_onnx(subject.path, scratch, data=data, preprocess=preprocess, weights=subject.weights)
     return open_onnx(exported.path), [*subject.warnings, *exported.warnings]
 
 

@@ -89,6 +89,7 @@ def calibrate(
     seed: options.Seed = 0,
     tokenizer: options.Tokenizer = None,
     preprocess: options.Preprocess = None,
+    weights: options.Weights = None,
     force: options.Force = False,
     json: options.AsJson = False,
     markdown: options.Markdown = None,
@@ -114,6 +115,7 @@ def calibrate(
             seed=seed,
             tokenizer=tokenizer,
             preprocess=preprocess,
+            weights=weights,
             force=force,
             progress=progress,
         )

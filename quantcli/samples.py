@@ -21,6 +21,8 @@ from quantcli.sources import ArraySource, FunctionSource, ImageSource, Sample, S
 if TYPE_CHECKING:
     import numpy as np
 
+__all__ = ["Sample", "Samples", "batches", "load_samples"]
+
 KINDS = (
     f"DATA is a {' or '.join(ARRAY_SUFFIXES)} file, a folder of those, a folder of images, "
     f"a {', '.join(TEXT_SUFFIXES)} file, or package.module:function."

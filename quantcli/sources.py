@@ -224,13 +224,13 @@ class FunctionSource:
             counts = {1 if single or not array.ndim else len(array) for array in arrays.values()}
             sizes = {port.shape[0] for port in self._ports if port.shape and isinstance(port.shape[0], int)}
             inputs = {port.name: converted(arrays[port.name], port, where) for port in self._ports}
-            if not single and (len(counts) > 1 or sizes - {1}):
-                # First axes that differ, or whose length the model fixes, count no samples: this is one whole feed.
+            if len(counts) > 1:
+                # First axes that differ count no samples: this is one whole feed.
                 self.fixed_batch = 1
                 yield Sample(inputs, None if labels is None else int(labels_of(np.reshape(labels, -1), 1, where)[0]))
                 continue
-            if 1 in sizes:
-                self.fixed_batch = 1
+            if sizes:
+                self.fixed_batch = sizes.pop()
             count = counts.pop()
             classes = None if labels is None else labels_of(np.asarray(_plain(labels)).reshape(-1), count, where)
             for index in range(count):

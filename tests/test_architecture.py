@@ -58,7 +58,7 @@ COMMON = {"--json", "--markdown", "--quiet", "--debug", "--help"}
 CONTRACT = {
     "calibrate": {
         "--data", "--output", "--method", "--samples", "--batch-size", "--seq-len", "--seed", "--tokenizer",
-        "--preprocess", "--force",
+        "--preprocess", "--weights", "--force",
     },
     "inspect": {"--scheme", "--layers"},
     "convert": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -232,4 +234,8 @@ def test_a_torch_module_is_exported_first(tmp_path: Path, monkeypatch: pytest.Mo
     stats = CalibrationStats.load(tmp_path / "stats")
     assert report.models[0].sha256 == stats.model_sha256 == model_sha256("my_net:net")
     assert len(stats.tensors) >= 2
+    torch.save(torch.nn.Conv2d(3, 8, 3).state_dict(), "weights.pt")
+    calibrate_function("my_net:random_net", data="x.npy", output="one", weights="weights.pt")
+    one = CalibrationStats.load(tmp_path / "one")
+    one.require_model(hashlib.sha256(Path("weights.pt").read_bytes()).hexdigest())
     assert model_sha256("my_net:random_net") != model_sha256("my_net:random_net")

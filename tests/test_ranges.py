@@ -220,6 +220,11 @@ def test_entropy_finds_the_threshold_of_the_naive_search(name: str, monkeypatch:
     assert stats.range("entropy") == pytest.approx(naive_entropy(stats), rel=0.021)
 
 
+def test_of_equal_divergences_the_widest_range_is_taken() -> None:
+    # A few distinct values look the same in any window that holds them; none may be clipped.
+    assert observed(np.repeat(np.array([0.0, 1.0, 2.0, 3.0], np.float32), 50)).range("entropy") == (0, 3)
+
+
 @pytest.mark.parametrize("name", [*TENSORS])
 @pytest.mark.parametrize("method", ["percentile", "entropy", "mse"])
 def test_clipping_stays_within_the_tensors_own_range(name: str, method: str) -> None:

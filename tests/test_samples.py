@@ -244,6 +244,9 @@ def test_functions(module: str) -> None:
     assert [sample.label for sample in load(f"{module}:batched", samples=4)] == [0, 1, 2, 3]
     samples = load(f"{module}:pairs")
     assert arrays(samples)[:, 0, 0].tolist() == [0, 1, 2, 3] == [sample.label for sample in samples]
+    fixed = (Port("image", FLOAT, (3, 2, 3)),)
+    assert [f["image"].shape for f, _ in batches(load(f"{module}:batched", fixed), 1)] == [(3, 2, 3)] * 2
+    assert [f["image"].shape for f, _ in batches(load(f"{module}:pairs", fixed), 1)] == [(3, 2, 3)]
     whole = load(f"{module}:state", PAIR)
     assert len(whole) == whole.fixed_batch == 1
     assert next(iter(whole)).inputs["b"].shape == (2, 5)
