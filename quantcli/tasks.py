@@ -96,6 +96,8 @@ class LanguageModeling:
 
     def add(self, feeds: Arrays, label: Any, outputs: Arrays, reference: Arrays | None) -> None:
         """Outputs hold ``logits`` ``[1, length, vocabulary]``."""
+        if "input_ids" not in feeds:
+            raise InputError(f"{self.name} takes no input_ids, so it is no language model.", "Use another --task.")
         ids = torch.from_numpy(feeds["input_ids"][0].astype(np.int64))
         logits = self._logits(outputs)
         self._perplexity.add(logits, ids)
