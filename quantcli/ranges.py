@@ -105,10 +105,10 @@ def entropy(distribution: Distribution, levels: int = LEVELS) -> tuple[float, fl
     """The clipping threshold whose quantized distribution diverges least from the true one (Kullback-Leibler).
 
     Source: S. Migacz, "8-bit Inference with TensorRT", GTC 2017, as MXNet and onnxruntime implement it, with
-    four differences. The window is ``[-t, t]`` within the tensor's own range, and all ``levels`` are spread over
+    three differences. The window is ``[-t, t]`` within the tensor's own range, and all ``levels`` are spread over
     it, because the grid is asymmetric. There are 4096 bins, so that a threshold of a sixteenth of the largest
     value can be found. Exact zeros are left out: any grid represents them, and half of a ReLU's output would
-    decide alone. Equal divergences go to the widest range.
+    decide alone.
     """
     import numpy as np
 
@@ -121,8 +121,7 @@ def entropy(distribution: Distribution, levels: int = LEVELS) -> tuple[float, fl
     if not len(thresholds) or not counts.sum():
         return minmax(distribution)
     found = [_divergence(counts, max(below - t, 0), min(below + t, len(counts)), levels) for t in thresholds]
-    least = min(found)
-    best = max(t for t, value in zip(thresholds, found, strict=True) if value <= least * (1 + 1e-9))
+    best = thresholds[int(np.argmin(found))]
     return max(distribution.low, -best * width), min(distribution.high, best * width)
 
 
