@@ -194,7 +194,7 @@ def _compare_layers(
 ) -> list[LayerRow]:
     few = [feeds for feeds, _ in islice(inputs.batches(), LAYERWISE_SAMPLES)]
     if reference.onnx and candidate.onnx:
-        return compare_graphs(reference.onnx, candidate.onnx, few)
+        return compare_graphs(reference.onnx, candidate.onnx, few, candidate.path)
     assert isinstance(ours, TorchRunner) and isinstance(theirs, TorchRunner)
     assert reference.checkpoint and candidate.checkpoint
     comparison = LayerComparison()

@@ -40,12 +40,12 @@ class _Pair:
     bytes_after: int = 0
 
 
-def compare_graphs(reference: OnnxModel, candidate: OnnxModel, feeds: Sequence[Arrays]) -> list[LayerRow]:
+def compare_graphs(reference: OnnxModel, candidate: OnnxModel, feeds: Sequence[Arrays], name: str) -> list[LayerRow]:
     """Signal to noise of every quantized layer's output and of every other quantized activation, worst first.
 
     A layer is compared by the output that the layers after it see: the dequantized one where there is one.
     Its figure holds the error of the layers before it too. Values without a counterpart of the same name in
-    the reference are left out.
+    the reference are left out. ``name`` is what the rows call the candidate.
 
     Raises:
         InputError: a model cannot be run on the samples.
@@ -69,7 +69,7 @@ def compare_graphs(reference: OnnxModel, candidate: OnnxModel, feeds: Sequence[A
     rows = [
         LayerRow(
             pair.name, pair.scheme, pair.bytes_before, pair.bytes_after, measured[pair.name].sqnr_db,
-            model=str(candidate.path),
+            model=name,
         )
         for pair in pairs
         if pair.name in measured

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
+from test_evaluate import WORDS, save_tokenizer
 from tiny_onnx import FLOAT, HALF, classifier, language_model, save, weights
 
 import quantcli
@@ -173,6 +174,25 @@ def test_language_modeling(tmp_path: Path) -> None:
     assert report.models[1].metrics["top1_agreement"] == pytest.approx(np.mean(same))
 
 
+def test_text_for_an_onnx_language_model(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    save_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "bert"}')
+    generator = np.random.default_rng(0)
+    table, head = (generator.standard_normal(shape).astype(np.float32) for shape in ((62, 6), (6, 62)))
+    model = language_model(tmp_path / "model.onnx", table, head)
+    indices = generator.integers(0, 60, 60)
+    (tmp_path / "text.txt").write_text(" ".join(WORDS[index] for index in indices))
+    report = quantcli.evaluate(model, data=tmp_path / "text.txt", seq_len=20, tokenizer=tmp_path / "tokenizer")
+    assert (report.details["task"], report.details["samples"]) == ("language-modeling", 3)
+    ids, nll = indices + 2, []
+    for start in (0, 20, 40):
+        for position in range(start, start + 19):
+            logits = table[ids[position]].astype(np.float64) @ head
+            nll.append(math.log(np.exp(logits).sum()) - logits[ids[position + 1]])
+    assert report.models[0].metrics["perplexity"] == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
+
+
 def test_embeddings_pool_where_there_are_tokens_and_flatten_where_not() -> None:
     hidden = np.arange(12, dtype=np.float32).reshape(1, 3, 4)
     other = hidden.copy()
@@ -244,6 +264,7 @@ def test_by_layer_compares_values_of_the_same_name(place: Path) -> None:
     assert report.layers[0].sqnr_db == pytest.approx(sqnr(hidden @ second, grid @ np.round(second)), abs=0.05)
     assert report.layers[1].sqnr_db == pytest.approx(sqnr(hidden, grid), abs=0.05)
     assert report.models[1].scheme == "int8"
+    assert {row.model for row in report.layers} == {"quantized.onnx"}
 
 
 def test_by_layer_needs_models_of_one_kind(place: Path) -> None:
