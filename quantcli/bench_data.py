@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from quantcli.errors import InputError, UsageError
-from quantcli.evaluation_data import folder_with, input_ports, is_text
+from quantcli.evaluation_data import TOKENIZER_FILES, folder_with, input_ports, is_text, require_tokens
 from quantcli.graph.model import Port
 from quantcli.runners import Arrays, derived_inputs
 from quantcli.samples import Samples, batches, load_samples
@@ -72,11 +72,14 @@ def load_feeds(
             "shapes and values are others."
         )
         return feeds
+    place = tokenizer or folder_with(subjects, *TOKENIZER_FILES)
+    if text:
+        require_tokens(subjects[0].path, data, ports, place)
     samples = load_samples(
         data,
         ports,
         folder=folder_with(subjects, "preprocessor_config.json", "config.json"),
-        tokenizer=tokenizer or folder_with(subjects, "tokenizer_config.json", "tokenizer.json"),
+        tokenizer=place,
         preprocess=preprocess,
         samples=max(sizes) * _BATCHES,
         seq_len=seq_len or (DEFAULT_LENGTH if text and not _fixed_length(ports) else None),

@@ -20,6 +20,10 @@ from quantcli.subject import Subject
 _DEFAULT_SAMPLES = {"language-modeling": 64, "embedding": 256, "fidelity": 64}
 
 
+#: What a folder with a tokenizer is known by.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+
+
 @dataclass
 class Inputs:
     """Samples and the task they serve."""
@@ -56,11 +60,15 @@ def load_inputs(
         InputError: the data is missing, does not fit the model, or lacks what the task needs.
     """
     text = is_text(data)
+    ports = input_ports(subjects, text=text)
+    place = Path(tokenizer) if tokenizer else folder_with(subjects, *TOKENIZER_FILES)
+    if text:
+        require_tokens(subjects[0].path, data, ports, place)
     found = load_samples(
         data,
-        input_ports(subjects, text=text),
+        ports,
         folder=folder_with(subjects, "preprocessor_config.json", "config.json"),
-        tokenizer=Path(tokenizer) if tokenizer else folder_with(subjects, "tokenizer_config.json", "tokenizer.json"),
+        tokenizer=place,
         preprocess=None if preprocess is None else Path(preprocess),
         samples=samples or _DEFAULT_SAMPLES.get(task),
         seq_len=seq_len,
@@ -77,6 +85,20 @@ def load_inputs(
             "--task fidelity does without.",
         )
     return Inputs(task, found)
+
+
+def require_tokens(model: str, data: str, ports: Sequence[Port], tokenizer: Path | None) -> None:
+    """Raise InputError where a model reads no tokens, or text cannot be turned into any."""
+    if not any(port.name == "input_ids" for port in ports):
+        raise InputError(
+            f"{data} is text, and {model} takes no input_ids, but {'; '.join(map(str, ports))}.",
+            "Give arrays or images.",
+        )
+    if tokenizer is None or not any((tokenizer / name).is_file() for name in (*TOKENIZER_FILES, "config.json")):
+        raise InputError(
+            f"{data} is text, and there is no tokenizer in {tokenizer or 'any folder of the models'}.",
+            "Name one with --tokenizer FOLDER.",
+        )
 
 
 def is_text(data: str) -> bool:

@@ -285,6 +285,8 @@ def test_by_layer_needs_models_of_one_kind(place: Path) -> None:
         (["model.onnx", "narrow.onnx", "--data", "bare.npz"], 3, "the reference one of [1, 7]"),
         (["model.onnx", "--data", "bare.npz", "--task", "language-modeling"], 3, "takes no input_ids"),
         (["model.onnx", "--data", "data.npz", "--task", "no_module:here"], 3, "no module no_module"),
+        (["model.onnx", "--data", "text.txt"], 3, "text.txt is text, and model.onnx takes no input_ids"),
+        (["text.onnx", "--data", "text.txt"], 3, "Name one with --tokenizer FOLDER"),
         (["data.npz", "--data", "data.npz"], 3, "not a kind of model"),
     ],
 )
@@ -296,6 +298,8 @@ def test_bad_input_is_explained(
     ports = [helper.make_tensor_value_info("x", FLOAT, ["n", 8])]
     outputs = [helper.make_tensor_value_info(name, FLOAT, ["n", 8]) for name in ("p", "q")]
     save(place / "other.onnx", [helper.make_node("Relu", ["x"], [name]) for name in ("p", "q")], ports, outputs, {})
+    (place / "text.txt").write_text("Some words.")
+    language_model(place / "text.onnx", np.ones((11, 6), np.float32), np.ones((6, 11), np.float32))
     np.savez(place / "wrong.npz", x=np.zeros((3, 9), np.float32))
     np.savez(place / "high.npz", x=np.zeros((3, 8), np.float32), labels=np.array([1, 9, 2]))
     assert main(["eval", *arguments]) == status
