@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from quantcli.graph.values import constant, input_of, is_standard, only_consumer
+import numpy as np
+
+from quantcli.graph.values import array, constant, input_of, is_standard, only_consumer, rank
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,9 +25,6 @@ INTEGER_OPS = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")
 
 #: Move values, or choose among them: codes pass as they are, so input and output share their scale.
 PASS_THROUGH = ("MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
-
-#: Vanish into the integer convolution before them, since the range of their output ends where they cut.
-_ABSORBED = ("Relu", "Clip")
 
 
 @dataclass(frozen=True)
@@ -41,22 +40,55 @@ class Placement:
 
 
 def tail(node: ir.Node) -> ir.Value:
-    """The value that a convolution's integer kernel writes: its output, past what is absorbed."""
+    """The value that a node's integer kernel writes: its output, past what is absorbed."""
     value = node.outputs[0]
     follower = only_consumer(value)
-    while follower is not None and is_standard(follower, *_ABSORBED) and follower.inputs[0] is value:
-        if any(constant(bound) is None for bound in follower.inputs[1:] if bound is not None):
-            break
+    while follower is not None and follower.inputs[0] is value and _is_absorbed(follower):
         value = follower.outputs[0]
         follower = only_consumer(value)
     return value
 
 
+def _is_absorbed(node: ir.Node) -> bool:
+    """Whether a node vanishes into the integer kernel before it: codes end where it cuts.
+
+    The runtime wants the grid of the codes within the bounds. From zero upwards that is exact; other
+    lower bounds lie between two codes, and then the convolution would stay float for the sake of the cut.
+    """
+    if is_standard(node, "Relu"):
+        return True
+    if not is_standard(node, "Clip"):
+        return False
+    low, high = array(input_of(node, 1)), input_of(node, 2)
+    most = array(high)
+    if low is None or float(low) != 0 or (high is not None and most is None):
+        return False
+    if most is None:
+        return True
+    highest_code = np.float32(255) * (np.float32(most) / np.float32(255))
+    return bool(most > 0 and highest_code - np.float32(most) <= np.finfo(np.float32).eps)
+
+
+def needs_quantized_output(node: ir.Node) -> bool:
+    """Whether an anchor runs on integers only where its output is quantized too.
+
+    A convolution does. A product of a matrix whose result goes into a sum would be made a float Gemm.
+    """
+    if node.op_type == "Conv":
+        return True
+    follower = only_consumer(node.outputs[0])
+    data = node.inputs[0]
+    return (
+        node.op_type == "MatMul" and data is not None and rank(data) in (2, None)
+        and follower is not None and is_standard(follower, "Add")
+    )  # fmt: skip
+
+
 def place(model: ir.Model, anchors: Iterable[ir.Node]) -> Placement:
     """Decide which values are quantized so that ``anchors`` run on integers.
 
-    A convolution needs its input and its output quantized; a matrix product its input only, and its output
-    stays float unless that is quantized anyway. Other operators join where it takes no further pair.
+    A convolution needs its input and its output quantized; a matrix product mostly its input only, and its
+    output stays float unless that is quantized anyway. Other operators join where it takes no further pair.
     """
     chosen = list(anchors)
     placement = Placement()
@@ -65,7 +97,7 @@ def place(model: ir.Model, anchors: Iterable[ir.Node]) -> Placement:
         assert data is not None
         placement.nodes.add(node)
         placement.values[data] = data
-        if node.op_type == "Conv":
+        if needs_quantized_output(node):
             output = tail(node)
             placement.values[output] = output
     _join_integer_ops(model, placement)
@@ -85,7 +117,7 @@ def _join_integer_ops(model: ir.Model, placement: Placement) -> None:
             inputs = [node.inputs[0]] if passes else list(node.inputs)
             if not all(value is not None and value in placement.values for value in inputs):
                 continue
-            output = node.outputs[0]
+            output = node.outputs[0] if passes else tail(node)
             wanted = output in placement.values or any(
                 consumer in placement.nodes for consumer in output.consumers()
             )  # fmt: skip
@@ -100,7 +132,7 @@ def _leads_to_quantized(value: ir.Value, placement: Placement) -> bool:
     """Whether a pass-through chain, or one more operator that joins, ends in a quantized value."""
     for node in value.consumers():
         if is_standard(node, *PASS_THROUGH, *INTEGER_OPS) and node.outputs:
-            output = node.outputs[0]
+            output = node.outputs[0] if is_standard(node, *PASS_THROUGH) else tail(node)
             if output in placement.values or (
                 is_standard(node, *PASS_THROUGH) and _leads_to_quantized(output, placement)
             ):
@@ -123,9 +155,9 @@ def observed_values(model: ir.Model) -> Iterator[ir.Value]:
     for node in model.graph:
         values: list[ir.Value | None] = []
         if is_standard(node, *ANCHORS) and constant(input_of(node, 1)) is not None:
-            values = [node.inputs[0], *([tail(node)] if node.op_type == "Conv" else [])]
+            values = [node.inputs[0], *([tail(node)] if needs_quantized_output(node) else [])]
         elif is_standard(node, *INTEGER_OPS):
-            values = [*node.inputs, node.outputs[0]]
+            values = [*node.inputs, tail(node)]
         for value in values:
             if value is not None and value not in seen and constant(value) is None:
                 seen.add(value)

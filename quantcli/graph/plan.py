@@ -13,7 +13,7 @@ from quantcli.graph.placement import observed_values
 from quantcli.graph.values import constant, input_of, integer, is_standard, real
 from quantcli.plan import matches
 from quantcli.recipe import Recipe, Rule, build_scheme
-from quantcli.scheme import DTYPE_OF_NUMBER, PRESETS, Scheme, TensorInfo
+from quantcli.scheme import DTYPE_OF_NUMBER, PRESETS, NumberFormat, Scheme, TensorInfo
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -188,7 +188,7 @@ class _Planner:
         elif group_size and plan.role != "embedding":
             raise UsageError(f"--group-size does not apply to {label}, whose scales are per channel.")
         if scheme.inputs is not None:
-            reason = _no_integer_kernel(plan.node)
+            reason = _no_integer_kernel(plan.node, scheme.inputs)
             if plan.role != "embedding" and reason is None:
                 mode: Mode = "dynamic" if scheme.inputs.dynamic else "static"
                 return replace(
@@ -215,20 +215,26 @@ class _Planner:
         return replace(plan, mode="weights", scheme=scheme, label=label, algorithm=_algorithm(scheme, wish, plan.role))
 
 
-def _no_integer_kernel(node: ir.Node) -> str | None:
-    """Why a node cannot run on integers, or None."""
+def _no_integer_kernel(node: ir.Node, inputs: NumberFormat) -> str | None:
+    """Why a node cannot run on integers with such inputs, or None."""
     if node.op_type == "ConvTranspose":
         return "ConvTranspose has no integer kernel"
+    weight = constant(node.inputs[1])
+    if weight is None:
+        return None
+    if weight.dtype.name != "FLOAT":
+        return "integer kernels take and return float32, and this is half precision"
     if node.op_type == "MatMul":
-        tensor = constant(node.inputs[1])
-        return None if tensor is not None and len(tensor.shape) == 2 else "the weight is not a matrix"
+        return None if len(weight.shape) == 2 else "the weight is not a matrix"
+    bias = constant(input_of(node, 2))
+    if input_of(node, 2) is not None and bias is None:
+        return "the bias is not constant"
     if node.op_type == "Gemm":
         if integer(node, "transA", 0) or real(node, "alpha", 1.0) != 1.0 or real(node, "beta", 1.0) != 1.0:
             return "Gemm with a transposed or scaled input has no integer kernel"
-        if input_of(node, 2) is not None and constant(node.inputs[2]) is None:
-            return "the bias is not constant"
-    if node.op_type == "Conv" and input_of(node, 2) is not None and constant(node.inputs[2]) is None:
-        return "the bias is not constant"
+        channels = weight.shape[0 if integer(node, "transB", 0) else 1]
+        if bias is not None and not inputs.dynamic and bias.size not in (1, channels):
+            return "the bias is not one value per output"
     return None
 
 

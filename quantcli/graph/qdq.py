@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantcli.graph.placement import Placement
-from quantcli.graph.values import add_initializer, array, constant, drop_unused, free_name, input_of
+from quantcli.graph.values import (
+    add_initializer,
+    array,
+    constant,
+    drop_unused,
+    free_name,
+    input_of,
+    integer,
+    is_standard,
+)
 from quantcli.graph.weights import IntegerWeight, channel_axis, integer_weight
 from quantcli.scheme import NumberFormat
 
@@ -21,6 +30,9 @@ if TYPE_CHECKING:
 
 #: What an int32 bias may reach: half of its range, so that the products still find room in the accumulator.
 _BIAS_LIMIT = 1 << 30
+
+#: Layers whose float weights onnxruntime quantizes on its own, one scale per tensor, between quantized values.
+_QUANTIZED_UNASKED = ("Conv", "ConvTranspose", "Gemm")
 
 Range = Callable[[str], tuple[float, float]]
 
@@ -45,13 +57,17 @@ class StaticQuantizer:
     def __init__(self, model: ir.Model, placement: Placement, ranges: Range) -> None:
         self.graph, self.placement, self.ranges = model.graph, placement, ranges
         self._scales: dict[ir.Value, np.float32] = {}
-        self._weights: dict[tuple[ir.Value, int], tuple[IntegerWeight, ir.Value]] = {}
+        self._constants: dict[str, ir.Value] = {}
+        self._weights: dict[tuple[object, ...], tuple[IntegerWeight, ir.Value]] = {}
 
     def insert_pairs(self) -> None:
         """Put a pair on every value that was placed."""
         order = {value: index for index, value in enumerate(_values_in_order(self.graph))}
         for value in sorted(self.placement.values, key=lambda value: order.get(value, -1)):
             self._insert_pair(value, self.placement.values[value])
+        for node in list(self.graph):
+            if node not in self.placement.nodes and is_standard(node, *_QUANTIZED_UNASKED):
+                self._keep_float(node)
 
     def input_scale(self, node: ir.Node) -> np.float32:
         """Scale of a node's data input, once `insert_pairs` has run."""
@@ -92,6 +108,26 @@ class StaticQuantizer:
             self.graph.outputs[list(self.graph.outputs).index(value)] = restored
             restored.name, value.name = value.name, f"{value.name}_unquantized"
 
+    def _keep_float(self, node: ir.Node) -> None:
+        """Keep the runtime from quantizing the weight of a layer that was left float.
+
+        It does so where the layer reads and writes quantized values; a sum of a single value hides the first.
+        """
+        import onnx_ir as ir
+
+        data = node.inputs[0]
+        producer = data.producer() if data is not None else None
+        if data is None or producer is None or producer.op_type != "DequantizeLinear":
+            return
+        near = [node, *node.outputs[0].consumers()]
+        if not any(reader.op_type == "QuantizeLinear" for each in near for reader in each.outputs[0].consumers()):
+            return
+        same = ir.Node("", "Sum", [data], num_outputs=1, name=f"{node.name}_float")
+        same.outputs[0].name = f"{data.name}_float"
+        same.outputs[0].type, same.outputs[0].shape = data.type, data.shape
+        node.replace_input_with(0, same.outputs[0])
+        self.graph.insert_before(node, same)
+
     def _is_integer(self, producer: ir.Node) -> bool:
         """Whether a node, or the convolution it is absorbed into, runs on integers with integer output."""
         node: ir.Node | None = producer
@@ -101,8 +137,9 @@ class StaticQuantizer:
         return node is not None and node in self.placement.nodes
 
     def _shared(self, name: str, values: np.ndarray) -> ir.Value:
-        known = self.graph.initializers.get(name)
-        return known if known is not None else add_initializer(self.graph, name, values)
+        if name not in self._constants:
+            self._constants[name] = add_initializer(self.graph, free_name(self.graph, name), values)
+        return self._constants[name]
 
     def quantize_weight(self, node: ir.Node, number_format: NumberFormat, algorithm: str) -> IntegerWeight:
         """Give an anchor integer weights and, where it has a bias, an integer bias."""
@@ -111,39 +148,34 @@ class StaticQuantizer:
         bias = input_of(node, 2)
         scale_in = self.input_scale(node)
         floor = self._smallest_scale(bias, scale_in)
-        key = (value, channel_axis(node))
-        if floor is not None or key not in self._weights:
-            weight = integer_weight(
-                self.graph, node, number_format, algorithm, smallest_scale=floor
-            )  # fmt: skip
+        key = (value, channel_axis(node), integer(node, "group", 1), number_format, algorithm)
+        # Layers that share a weight share its codes, unless a bias asks for larger scales.
+        if key not in self._weights or (self._weights[key][0].scales < floor).any():
+            weight = integer_weight(self.graph, node, number_format, algorithm, smallest_scale=floor)
             restored = dequantized(self.graph, [weight.codes, weight.scale, weight.zero_point], weight.axis, value)
-            if floor is None:
-                self._weights[key] = (weight, restored)
-        else:
-            weight, restored = self._weights[key]
+            self._weights[key] = (weight, restored)
+        weight, restored = self._weights[key]
         node.replace_input_with(1, restored)
         if bias is not None:
-            self._quantize_bias(node, bias, scale_in * weight.scales)
+            self._quantize_bias(node, bias, np.broadcast_to(scale_in * weight.scales, weight.channels))
         drop_unused(self.graph, value)
         return weight
 
     @staticmethod
-    def _smallest_scale(bias: ir.Value | None, scale_in: np.float32) -> np.ndarray | None:
-        """Scales below which a channel's bias would not fit into 32 bits; None where all fit easily."""
+    def _smallest_scale(bias: ir.Value | None, scale_in: np.float32) -> np.ndarray:
+        """Scales, float32, below which a bias would not fit into 32 bits: only a channel almost without weights is."""
         values = array(bias)
         if values is None:
-            return None
-        floor = np.abs(values.reshape(-1).astype(np.float64)) / (_BIAS_LIMIT * float(scale_in))
-        # Only a channel with next to no weights is that small; sharing the weight is worth more than the test.
-        return floor.astype(np.float32) if floor.max(initial=0.0) > np.finfo(np.float32).tiny else None
+            return np.zeros(1, dtype=np.float32)
+        return (np.abs(values.reshape(-1).astype(np.float64)) / (_BIAS_LIMIT * float(scale_in))).astype(np.float32)
 
     def _quantize_bias(self, node: ir.Node, bias: ir.Value, scales: np.ndarray) -> None:
+        """Write a bias in units of ``scales``, float32 ``[channels]``: as the runtime multiplies the two itself."""
         values = array(bias)
-        if values is None:
-            return
-        # In float32, which is how the runtime multiplies the two scales itself.
-        scales = np.broadcast_to(scales.astype(np.float32), values.reshape(-1).shape)
-        codes = np.rint(values.reshape(-1).astype(np.float64) / scales)
+        assert values is not None
+        # A Gemm may add one value to all channels.
+        values = np.broadcast_to(values.reshape(-1), scales.shape)
+        codes = np.rint(values.astype(np.float64) / scales)
         codes = np.clip(codes, -(2**31), 2**31 - 1).astype(np.int32)
         name = bias.name or "bias"
         coded = add_initializer(self.graph, free_name(self.graph, f"{name}_quantized"), codes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from quantcli.graph import nbits
 from quantcli.graph.cast import cast_weights
 from quantcli.graph.dynamic import DynamicQuantizer
-from quantcli.graph.placement import place
+from quantcli.graph.placement import needs_quantized_output, place, tail
 from quantcli.graph.plan import GraphPlan, NodePlan
 from quantcli.graph.prepare import QDQ_OPSET
 from quantcli.graph.qdq import StaticQuantizer, dequantized
@@ -50,22 +50,25 @@ def needed_opset(plan: GraphPlan) -> int:
 
 
 def without_outliers(plan: GraphPlan, statistics: Statistics) -> GraphPlan:
-    """The plan with nodes whose input static quantization would ruin made dynamic, or left float."""
+    """The plan with nodes whose values static quantization would ruin made dynamic, or left float."""
     return replace(plan, nodes=tuple(_judged(node, statistics) for node in plan.nodes))
 
 
 def _judged(node: NodePlan, statistics: Statistics) -> NodePlan:
-    data = node.node.inputs[0]
-    if node.mode != "static" or data is None or data.name is None:
+    if node.mode != "static":
         return node
-    low, high = statistics.range(data.name)
-    sqnr_db = statistics.sqnr_db(data.name, low, high)
-    if sqnr_db is None or sqnr_db >= MIN_ACTIVATION_SQNR_DB:
-        return node
-    why = f"outliers: fixed ranges would leave its input {sqnr_db:.0f} dB"
-    if node.node.op_type == "Conv":
-        return node.left(f"{why}; left float")
-    return replace(node, mode="dynamic", label="int8-dynamic", note=why)
+    values = {"input": node.node.inputs[0]}
+    if needs_quantized_output(node.node):
+        values["output"] = tail(node.node)
+    for which, value in values.items():
+        assert value is not None and value.name is not None
+        sqnr_db = statistics.sqnr_db(value.name, *statistics.range(value.name))
+        if sqnr_db is not None and sqnr_db < MIN_ACTIVATION_SQNR_DB:
+            why = f"outliers: fixed ranges would leave its {which} {sqnr_db:.0f} dB"
+            if node.node.op_type == "Conv":
+                return node.left(f"{why}; left float")
+            return replace(node, mode="dynamic", label="int8-dynamic", note=why)
+    return node
 
 
 def transform(model: ir.Model, plan: GraphPlan, statistics: Statistics | None) -> list[LayerOutcome]:
@@ -74,6 +77,8 @@ def transform(model: ir.Model, plan: GraphPlan, statistics: Statistics | None) -
     ``plan`` must have been made for this very graph, in the operator set `needed_opset`.
     ``statistics`` is needed where a node is static.
     """
+    from onnx_ir.passes import common
+
     outcomes: dict[int, LayerOutcome] = {}
 
     def done(node: NodePlan, weight: IntegerWeight) -> None:
@@ -102,6 +107,8 @@ def transform(model: ir.Model, plan: GraphPlan, statistics: Statistics | None) -
             model, [n for n in plan.of_mode("cast") if n.scheme and n.scheme.weights.dtype == dtype], dtype
         )
     model.graph.sort()
+    # Our names for scales and codes may be those of the model's own values.
+    common.NameFixPass()(model)
     return [outcomes.get(id(node)) or LayerOutcome(node, node.info.nbytes, None) for node in plan.nodes]
 
 

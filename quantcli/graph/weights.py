@@ -39,6 +39,12 @@ class IntegerWeight:
     narrowed: int
 
     @property
+    def channels(self) -> int:
+        """Number of output channels, whether or not each has its own scale."""
+        assert self.codes.const_value is not None
+        return int(self.codes.const_value.shape.numpy()[self.axis])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         values = (self.codes, self.scale, self.zero_point)
@@ -124,7 +130,8 @@ def exact_scale(node: ir.Node, rows: np.ndarray) -> np.ndarray:
     Pairs are neighbours in the order of the matrix product; a depthwise convolution is none.
     """
     if node.op_type == "Conv":
-        if rows.shape[1] == 1:
+        # One channel in and one out in each group; one channel in alone is a matrix product like others.
+        if rows.shape[1] == 1 and integer(node, "group", 1) == rows.shape[0]:
             return np.zeros(rows.shape[0], dtype=np.float32)
         # The runtime's kernels run over kernel positions, and at each over the input channels.
         rows = np.moveaxis(rows, 1, -1)
