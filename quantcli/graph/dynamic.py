@@ -23,6 +23,7 @@ class DynamicQuantizer:
 
     def __init__(self, model: ir.Model) -> None:
         self.graph = model.graph
+        self._weights: dict[tuple[object, ...], tuple[IntegerWeight, ir.Value, ir.Value]] = {}
         self._inputs: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
 
     def quantize_node(self, node: ir.Node, number_format: NumberFormat, algorithm: str) -> IntegerWeight:
@@ -31,12 +32,8 @@ class DynamicQuantizer:
 
         value, bias, output = node.inputs[1], input_of(node, 2), node.outputs[0]
         assert value is not None
-        weight = integer_weight(self.graph, node, number_format, algorithm)
-        codes = weight.codes
-        if node.op_type == "Gemm" and channel_axis(node) == 0:
-            codes = self._transposed(codes)
+        weight, codes, zero = self._integer_weight(node, value, number_format, algorithm)
         data, scale_in, zero_point = self._quantized_input(node)
-        zero = self._weight_zero_point(node, weight)
         op_type = "ConvInteger" if node.op_type == "Conv" else "MatMulInteger"
         base = output.name or node.name or "node"
         product = ir.Node(
@@ -59,6 +56,21 @@ class DynamicQuantizer:
         last.name = name
         drop_unused(self.graph, value)
         return weight
+
+    def _integer_weight(
+        self, node: ir.Node, value: ir.Value, number_format: NumberFormat, algorithm: str
+    ) -> tuple[IntegerWeight, ir.Value, ir.Value]:
+        """The weight, and codes and zero point as the kernel wants them. Nodes that share a weight share these."""
+        key = (value, channel_axis(node), number_format, algorithm)
+        if key not in self._weights:
+            # ConvInteger's kernel adds in 32 bits everywhere.
+            exact = node.op_type != "Conv"
+            weight = integer_weight(self.graph, node, number_format, algorithm, exact=exact)
+            codes = weight.codes
+            if node.op_type == "Gemm" and weight.axis == 0:
+                codes = self._transposed(codes)
+            self._weights[key] = weight, codes, self._weight_zero_point(node, weight)
+        return self._weights[key]
 
     def _quantized_input(self, node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
         import onnx_ir as ir
