@@ -187,38 +187,46 @@ class _Planner:
             scheme = scheme.with_group_size(group_size)
         elif group_size and plan.role != "embedding":
             raise UsageError(f"--group-size does not apply to {label}, whose scales are per channel.")
-        if scheme.inputs is not None:
+        if scheme.inputs is not None and plan.role != "embedding":
             reason = _no_integer_kernel(plan.node, scheme.inputs)
-            if plan.role != "embedding" and reason is None:
+            if reason is None:
                 mode: Mode = "dynamic" if scheme.inputs.dynamic else "static"
                 return replace(
                     plan, mode=mode, scheme=scheme, label=label, algorithm=_algorithm(scheme, wish, plan.role)
                 )
-            if plan.role != "embedding":
-                return plan.left(reason or "")
-            # A lookup has no activations to quantize; its table is most of a small model's bytes.
-            scheme = Scheme(scheme.weights)
+            if plan.role != "conv":
+                return plan.left(reason)
+            return self._expanded(plan, f"int8 weights only: {reason}")
         if plan.role == "conv":
-            note = None if scheme == PRESETS["int8"] else f"int8 in place of {label}, the only form of a convolution"
-            return replace(
-                plan, mode="weights", scheme=PRESETS["int8"], label="int8", note=note,
-                algorithm=_algorithm(PRESETS["int8"], "auto", plan.role),
-            )  # fmt: skip
+            same = scheme == PRESETS["int8"]
+            return self._expanded(plan, None if same else f"int8 in place of {label}, the only form of a convolution")
         from quantcli.graph import nbits
 
+        # A lookup has no activations to quantize; its table is most of a small model's bytes.
+        scheme = Scheme(scheme.weights)
         reason = nbits.supports(plan.node, scheme)
-        if reason and plan.role == "embedding" and nbits.supports(plan.node, PRESETS["int4"]) is None:
-            note = f"int4 in place of {label}, which no lookup can read"
-            plan, scheme, label, wish, reason = replace(plan, note=note), PRESETS["int4"], "int4", "auto", None
         if reason:
             return plan.left(reason)
+        carried = nbits.effective(plan.node, scheme)
+        if carried.weights.dtype != scheme.weights.dtype:
+            plan = replace(plan, note=f"{carried.weights.dtype} in place of {label}, which no lookup can read")
+            scheme, label, wish = carried, carried.weights.dtype, "auto"
         return replace(plan, mode="weights", scheme=scheme, label=label, algorithm=_algorithm(scheme, wish, plan.role))
+
+    @staticmethod
+    def _expanded(plan: NodePlan, note: str | None) -> NodePlan:
+        """A convolution whose weights are stored as int8, and expanded to floats when it runs."""
+        scheme = PRESETS["int8"]
+        algorithm = _algorithm(scheme, "auto", plan.role)
+        return replace(plan, mode="weights", scheme=scheme, label="int8", note=note, algorithm=algorithm)
 
 
 def _no_integer_kernel(node: ir.Node, inputs: NumberFormat) -> str | None:
     """Why a node cannot run on integers with such inputs, or None."""
     if node.op_type == "ConvTranspose":
         return "ConvTranspose has no integer kernel"
+    if node.op_type == "Conv" and inputs.dynamic:
+        return "onnxruntime's dynamic convolution is many times slower than its float one"
     weight = constant(node.inputs[1])
     if weight is None:
         return None

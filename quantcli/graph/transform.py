@@ -14,7 +14,8 @@ from quantcli.graph.plan import GraphPlan, NodePlan
 from quantcli.graph.prepare import QDQ_OPSET
 from quantcli.graph.qdq import StaticQuantizer, dequantized
 from quantcli.graph.values import drop_unused
-from quantcli.graph.weights import IntegerWeight, integer_weight
+from quantcli.graph.weights import IntegerWeight, channel_axis, integer_weight
+from quantcli.scheme import Scheme
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -100,8 +101,9 @@ def transform(model: ir.Model, plan: GraphPlan, statistics: Statistics | None) -
     for node in plan.of_mode("dynamic"):
         assert node.scheme and node.algorithm
         done(node, dynamic.quantize_node(node.node, node.scheme.weights, node.algorithm))
+    weight_only = _WeightOnly(model)
     for node in plan.of_mode("weights"):
-        outcomes[id(node)] = _weight_only(model, node)
+        outcomes[id(node)] = weight_only.quantize_node(node)
     for dtype in ("fp16", "bf16"):
         outcomes |= _cast(
             model, [n for n in plan.of_mode("cast") if n.scheme and n.scheme.weights.dtype == dtype], dtype
@@ -112,17 +114,33 @@ def transform(model: ir.Model, plan: GraphPlan, statistics: Statistics | None) -
     return [outcomes.get(id(node)) or LayerOutcome(node, node.info.nbytes, None) for node in plan.nodes]
 
 
-def _weight_only(model: ir.Model, node: NodePlan) -> LayerOutcome:
-    assert node.scheme and node.algorithm
-    if node.role != "conv":
-        outcome = nbits.quantize_node(model, node.node, node.scheme, node.algorithm)
+class _WeightOnly:
+    """Weights alone: n-bit operators, and int8 convolutions that are expanded when they run."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self._expanded: dict[tuple[ir.Value, int], tuple[IntegerWeight, ir.Value]] = {}
+
+    def quantize_node(self, node: NodePlan) -> LayerOutcome:
+        """Rewrite one node."""
+        assert node.scheme and node.algorithm
+        if node.role == "conv":
+            return self._expand(node, node.scheme, node.algorithm)
+        outcome = nbits.quantize_node(self.model, node.node, node.scheme, node.algorithm)
         note = "; ".join(filter(None, (node.note, outcome.note))) or None
         return LayerOutcome(replace(node, note=note), outcome.bytes_after, outcome.sqnr_db)
-    weight = integer_weight(model.graph, node.node, node.scheme.weights, node.algorithm, exact=False)
-    restored = dequantized(model.graph, [weight.codes, weight.scale, weight.zero_point], weight.axis, node.weight)
-    node.node.replace_input_with(1, restored)
-    drop_unused(model.graph, node.weight)
-    return LayerOutcome(node, weight.nbytes, weight.sqnr_db)
+
+    def _expand(self, node: NodePlan, scheme: Scheme, algorithm: str) -> LayerOutcome:
+        graph, key = self.model.graph, (node.weight, channel_axis(node.node))
+        known = key in self._expanded
+        if not known:
+            weight = integer_weight(graph, node.node, scheme.weights, algorithm, exact=False)
+            parts = [weight.codes, weight.scale, weight.zero_point]
+            self._expanded[key] = weight, dequantized(graph, parts, weight.axis, node.weight)
+        weight, restored = self._expanded[key]
+        node.node.replace_input_with(1, restored)
+        drop_unused(graph, node.weight)
+        return LayerOutcome(node, 0 if known else weight.nbytes, weight.sqnr_db)
 
 
 def _cast(model: ir.Model, nodes: Sequence[NodePlan], dtype: str) -> dict[int, LayerOutcome]:
