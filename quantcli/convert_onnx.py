@@ -16,7 +16,7 @@ from quantcli.checkpoints.folder import companions
 from quantcli.errors import InputError, UsageError, VerificationError
 from quantcli.functions import is_function
 from quantcli.graph.model import MANIFEST_KEY, OnnxModel, constants, is_onnx, onnx_file, open_onnx
-from quantcli.graph.plan import GraphPlan, resolve_graph, tensor_info
+from quantcli.graph.plan import GraphPlan, require_work, resolve_graph, tensor_info
 from quantcli.graph.prepare import prepare, upgrade
 from quantcli.graph.save import save_graph
 from quantcli.graph.targets import require_version
@@ -96,8 +96,14 @@ def convert_onnx(
         try:
             conversion = _Conversion(str(model), output, recipe, calibration, weights, version, progress)
             report = conversion.run(staging, dry_run=dry_run)
+            if conversion.single_file and not (force or dry_run):
+                _refuse_to_overwrite(staging.out, output)
         except OSError as error:
             raise explain(error, output) from error
+        except UsageError:
+            # Nothing here can be continued later.
+            staging.discard()
+            raise
         if dry_run:
             staging.discard()
         else:
@@ -105,6 +111,14 @@ def convert_onnx(
     if not dry_run:
         report.details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
     return report
+
+
+def _refuse_to_overwrite(built: Path, output: Path) -> None:
+    """Raise UsageError where a file of weights that goes beside a single file exists."""
+    for file in built.iterdir():
+        beside = output.parent / file.name
+        if beside != output and beside.exists():
+            raise UsageError(f"The output {beside} exists.", "Use --force to replace it.")
 
 
 def _fingerprint(model: str | Path, recipe: Recipe) -> str:
@@ -148,12 +162,13 @@ class _Conversion:
             )
         if dry_run:
             layers = [LayerOutcome(node, node.estimated_bytes, None) for node in plan.nodes]
-            size = original.size_bytes - sum(node.info.nbytes - node.estimated_bytes for node in plan.nodes)
+            size = original.size_bytes - plan.saved_bytes
             return self._report(original, plan, layers, size, {"dry_run": True, "estimated": True}, {})
         samples = self._samples(original)
         statistics = self._statistics(original, graph, plan, samples)
         if statistics is not None:
             plan = without_outliers(plan, statistics)
+            require_work(plan, original.path)
             self.warnings += statistics.warnings()
         self.warnings += plan.warnings
         before = sum(tensor.nbytes for tensor in constants(graph))
@@ -316,22 +331,25 @@ class _Conversion:
 
 
 def layer_rows(outcomes: Sequence[LayerOutcome]) -> list[LayerRow]:
-    """One row per weight of a plan."""
+    """One row per weight of a plan; where nodes that share one differ, one for each form, its bytes counted once."""
     rows = []
+    labels: dict[str, set[str | None]] = {}
     for outcome in outcomes:
         node, label = outcome.plan, None
         if node.scheme is not None:
             label = node.label
             if node.scheme.weights.granularity.kind in ("group", "block"):
                 label = f"{label} {node.scheme.weights.granularity}"
+        known = labels.setdefault(node.name, set())
+        if label in known:
+            continue
+        before = 0 if known else node.info.nbytes
+        after = 0 if known and label is None else outcome.bytes_after
+        known.add(label)
         details = {"shape": list(node.info.shape), "role": node.role, "node": node.node.name}
         if node.note:
             details["note"] = node.note
-        rows.append(
-            LayerRow(
-                node.name, label, node.info.nbytes, outcome.bytes_after, outcome.sqnr_db, node.reason, details=details
-            )
-        )
+        rows.append(LayerRow(node.name, label, before, after, outcome.sqnr_db, node.reason, details=details))
     return rows
 
 

@@ -81,7 +81,7 @@ def _plan(model: OnnxModel, scheme: str, report: Report) -> dict[str, Any]:
     outcomes = [LayerOutcome(node, node.estimated_bytes, None) for node in plan.nodes]
     report.layers += layer_rows(outcomes) + left_rows(graph, plan, model.path)
     report.warnings += [f"{scheme}: {warning}" for warning in plan.warnings]
-    size = model.size_bytes - sum(node.info.nbytes - node.estimated_bytes for node in plan.nodes)
+    size = model.size_bytes - plan.saved_bytes
     left = Counter(node.node.op_type for node in plan.of_mode("float"))
     return {
         "scheme": scheme,

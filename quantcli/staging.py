@@ -90,8 +90,15 @@ class Staging:
         self._journal.flush()
 
     def publish(self, *, single_file: str | None = None) -> None:
-        """Rename the output to its place; the old one, if any, goes only once the new one stands."""
+        """Rename the output to its place; the old one, if any, goes only once the new one stands.
+
+        What was built beside a single file goes beside the target, and before it.
+        """
         self.close()
+        if single_file:
+            for companion in sorted(self.out.iterdir()):
+                if companion.name != single_file:
+                    companion.replace(self.target.parent / companion.name)
         built = self.out / single_file if single_file else self.out
         if self.target.is_dir():
             old = self.root / "replaced"

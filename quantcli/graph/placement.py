@@ -23,6 +23,9 @@ ANCHORS = ("Conv", "Gemm", "MatMul")
 #: Have an integer kernel where all inputs and the output are quantized.
 INTEGER_OPS = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")
 
+#: Of these, those with a single input: they join wherever that is quantized.
+_POOLS = ("AveragePool", "GlobalAveragePool")
+
 #: Move values, or choose among them: codes pass as they are, so input and output share their scale.
 PASS_THROUGH = ("MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
@@ -134,7 +137,7 @@ def _leads_to_quantized(value: ir.Value, placement: Placement) -> bool:
         if is_standard(node, *PASS_THROUGH, *INTEGER_OPS) and node.outputs:
             output = node.outputs[0] if is_standard(node, *PASS_THROUGH) else tail(node)
             if output in placement.values or (
-                is_standard(node, *PASS_THROUGH) and _leads_to_quantized(output, placement)
+                is_standard(node, *PASS_THROUGH, *_POOLS) and _leads_to_quantized(output, placement)
             ):
                 return True
     return False

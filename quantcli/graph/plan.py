@@ -87,6 +87,12 @@ class GraphPlan:
         """Nodes of these modes, in graph order."""
         return [node for node in self.nodes if node.mode in modes]
 
+    @property
+    def saved_bytes(self) -> int:
+        """What the plan saves, near enough; a weight that several nodes share is counted once."""
+        by_weight = {node.name: node for node in reversed(self.nodes)}
+        return sum(node.info.nbytes - node.estimated_bytes for node in by_weight.values())
+
 
 def observed_tensors(model: ir.Model) -> list[str]:
     """Names of the values whose ranges static quantization may ask for."""
@@ -128,11 +134,17 @@ def resolve_graph(recipe: Recipe, model: ir.Model, file: Path) -> GraphPlan:
     scheme = build_scheme(recipe.scheme)
     name = recipe.scheme if isinstance(recipe.scheme, str) else scheme.weights.dtype
     plan = _Planner(recipe, scheme, name, model, file).plan()
-    if not plan.of_mode("static", "dynamic", "weights", "cast"):
-        reasons = sorted({node.reason for node in plan.nodes if node.reason})
-        why = f": {'; '.join(reasons)}" if reasons else ", since it has no weights"
-        raise InputError(f"{name} applies to nothing in {file}{why}.", "Choose another scheme.")
+    require_work(plan, file)
     return plan
+
+
+def require_work(plan: GraphPlan, file: Path) -> None:
+    """Raise InputError where a plan leaves everything as it is."""
+    if plan.of_mode("static", "dynamic", "weights", "cast"):
+        return
+    reasons = sorted({node.reason for node in plan.nodes if node.reason})
+    why = f": {'; '.join(reasons)}" if reasons else ", since it has no weights"
+    raise InputError(f"{plan.scheme} applies to nothing in {file}{why}.", "Choose another scheme.")
 
 
 class _Planner:

@@ -67,7 +67,7 @@ def _judged(node: NodePlan, statistics: Statistics) -> NodePlan:
         if sqnr_db is not None and sqnr_db < MIN_ACTIVATION_SQNR_DB:
             why = f"outliers: fixed ranges would leave its {which} {sqnr_db:.0f} dB"
             if node.node.op_type == "Conv":
-                return node.left(f"{why}; left float")
+                return node.left(why)
             return replace(node, mode="dynamic", label="int8-dynamic", note=why)
     return node
 
@@ -146,11 +146,11 @@ class _WeightOnly:
 def _cast(model: ir.Model, nodes: Sequence[NodePlan], dtype: str) -> dict[int, LayerOutcome]:
     if not nodes:
         return {}
-    by_name = {node.name: node for node in nodes}
+    names = {node.name for node in nodes}
+    by_name = {outcome.name: outcome for outcome in cast_weights(model, dtype, only=lambda value: value.name in names)}
     outcomes = {}
-    for outcome in cast_weights(model, dtype, only=lambda value: value.name in by_name):
-        node = by_name[outcome.name]
-        if outcome.note:
-            node = node.left(outcome.note)
-        outcomes[id(by_name[outcome.name])] = LayerOutcome(node, outcome.bytes_after, outcome.sqnr_db)
+    for node in nodes:
+        outcome = by_name[node.name]
+        became = node.left(outcome.note) if outcome.note else node
+        outcomes[id(node)] = LayerOutcome(became, outcome.bytes_after, outcome.sqnr_db)
     return outcomes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantcli.errors import InputError
+
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
@@ -17,9 +19,13 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def array(value: ir.Value | None) -> np.ndarray | None:
-    """The values of a constant, or None."""
+    """The values of a constant, or None. Raises InputError where they do not fill its shape."""
     tensor = constant(value)
-    return None if tensor is None else tensor.numpy()
+    try:
+        return None if tensor is None else tensor.numpy()
+    except ValueError as error:
+        name = value.name if value is not None else ""
+        raise InputError(f"The model's constant {name} is damaged: {error}.") from error
 
 
 def only_consumer(value: ir.Value) -> ir.Node | None:
