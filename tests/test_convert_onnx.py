@@ -585,3 +585,25 @@ def test_a_model_that_the_runtime_cannot_run_is_no_defect_of_ours(tmp_path: Path
     np.savez(tmp_path / "d.npz", x=normal(4, 64))
     with pytest.raises(InputError, match="could not run"):
         convert(path, tmp_path / "o.onnx", scheme="int8-static", data=tmp_path / "d.npz")
+
+
+def halved(proto: onnx.ModelProto) -> onnx.ModelProto:
+    for tensor in proto.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype == np.float32:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), tensor.name))
+    for each in (*proto.graph.input, *proto.graph.output):
+        if each.type.tensor_type.elem_type == TensorProto.FLOAT:
+            each.type.tensor_type.elem_type = TensorProto.FLOAT16
+    return proto
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "int8-dynamic", "int8-static"])
+@pytest.mark.parametrize("name", ["cnn", "encoder"])
+def test_half_precision_models(tmp_path: Path, name: str, scheme: str) -> None:
+    onnx.save(halved({"cnn": cnn, "encoder": encoder}[name]()), tmp_path / "half.onnx")
+    fed = {key: each.astype(np.float16) if key == "x" else each for key, each in feeds(name).items()}
+    np.savez(tmp_path / "d.npz", **fed)
+    report = convert(tmp_path / "half.onnx", tmp_path / "o.onnx", scheme=scheme, data=tmp_path / "d.npz")
+    assert report.details["verified"]["compared"]["sqnr_db"] > SNR["int4"]
+    assert [str(port.dtype) for port in open_onnx(tmp_path / "o.onnx").outputs] == ["float16"]

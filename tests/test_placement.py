@@ -461,13 +461,13 @@ def test_a_half_precision_model_is_left_out_of_integer_arithmetic() -> None:
     """QuantizeLinear takes half precision from operator set 19 on only, DynamicQuantizeLinear never."""
     from onnx import TensorProto
 
-    from quantcli.errors import InputError
-
-    half = {"w": W.astype(np.float16)}
-    proto = model([conv("x", "w", "y")], IMAGE, {"y": None}, half, dtype=TensorProto.FLOAT16)
+    half = {"w": W.astype(np.float16), "v": normal(10, 32).astype(np.float16)}
+    nodes = [conv("x", "w", "h"), node("MatMul", ["h", "v"], ["y"])]
+    proto = model(nodes, IMAGE, {"y": None}, half, dtype=TensorProto.FLOAT16)
     for scheme in ("int8-static", "int8-dynamic"):
-        with pytest.raises(InputError, match="applies to nothing"):
-            resolve_graph(validate({"scheme": scheme}, "test"), prepared(proto), Path("model.onnx"))
+        plan = resolve_graph(validate({"scheme": scheme}, "test"), prepared(proto), Path("model.onnx"))
+        assert not plan.of_mode("static", "dynamic")
+        assert plan.nodes[1].reason is not None and "half precision" in plan.nodes[1].reason
 
 
 def simulated_codes(x: np.ndarray, scale: float, zero: int) -> np.ndarray:

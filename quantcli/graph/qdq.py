@@ -185,7 +185,7 @@ class StaticQuantizer:
 
 
 def dequantized(graph: ir.Graph, parts: list[ir.Value], axis: int, original: ir.Value) -> ir.Value:
-    """The value that codes, scale and perhaps zero point stand for, as a node at the graph's head."""
+    """The value that codes, scale and perhaps zero point stand for, as nodes at the graph's head."""
     import onnx_ir as ir
 
     codes, scale = parts[:2]
@@ -194,9 +194,16 @@ def dequantized(graph: ir.Graph, parts: list[ir.Value], axis: int, original: ir.
     node = ir.node("DequantizeLinear", parts, attributes, name=f"{codes.name}_dequantize")
     restored = node.outputs[0]
     restored.name = f"{(codes.name or '').removesuffix('_quantized')}_dequantized"
-    restored.type, restored.shape = original.type, codes.shape
-    prepend(graph, node)
-    return restored
+    restored.type, restored.shape = ir.TensorType(ir.DataType.FLOAT), codes.shape
+    if original.dtype in (None, ir.DataType.FLOAT):
+        prepend(graph, node)
+        return restored
+    # Before operator set 19, float32 is all that comes out.
+    cast = ir.node("Cast", [restored], {"to": original.dtype}, name=f"{restored.name}_cast")
+    narrow = cast.outputs[0]
+    narrow.name, narrow.type, narrow.shape = f"{restored.name}_cast", original.type, codes.shape
+    prepend(graph, node, cast)
+    return narrow
 
 
 def prepend(graph: ir.Graph, *nodes: ir.Node) -> None:
