@@ -57,6 +57,8 @@ class StaticQuantizer:
     def __init__(self, model: ir.Model, placement: Placement, ranges: Range) -> None:
         self.graph, self.placement, self.ranges = model.graph, placement, ranges
         self._scales: dict[ir.Value, np.float32] = {}
+        # As calibration knows them: a graph output's name goes to what is dequantized.
+        self._names = {value: value.name or "" for value in placement.values}
         self._constants: dict[str, ir.Value] = {}
         self._weights: dict[tuple[object, ...], tuple[IntegerWeight, ir.Value]] = {}
 
@@ -80,11 +82,11 @@ class StaticQuantizer:
 
         while self.placement.values.get(source, source) is not source:
             source = self.placement.values[source]
-        assert value.name is not None and source.name is not None
-        scale, zero_point = activation_qparams(*self.ranges(source.name))
+        name = self._names[source]
+        scale, zero_point = activation_qparams(*self.ranges(name))
         parts = [
-            self._shared(f"{source.name}_scale", np.asarray(scale)),
-            self._shared(f"{source.name}_zero_point", np.asarray(zero_point)),
+            self._shared(f"{name}_scale", np.asarray(scale)),
+            self._shared(f"{name}_zero_point", np.asarray(zero_point)),
         ]
         quantize = ir.Node("", "QuantizeLinear", [value, *parts], name=f"{value.name}_quantize")
         dequantize = ir.Node("", "DequantizeLinear", [quantize.outputs[0], *parts], name=f"{value.name}_dequantize")
@@ -111,16 +113,13 @@ class StaticQuantizer:
     def _keep_float(self, node: ir.Node) -> None:
         """Keep the runtime from quantizing the weight of a layer that was left float.
 
-        It does so where the layer reads and writes quantized values; a sum of a single value hides the first.
+        It does so where the layer reads and writes quantized values, also through operators that codes can pass;
+        a sum of a single value hides the first.
         """
         import onnx_ir as ir
 
         data = node.inputs[0]
-        producer = data.producer() if data is not None else None
-        if data is None or producer is None or producer.op_type != "DequantizeLinear":
-            return
-        near = [node, *node.outputs[0].consumers()]
-        if not any(reader.op_type == "QuantizeLinear" for each in near for reader in each.outputs[0].consumers()):
+        if data is None or not _comes_from_codes(data) or not _goes_into_codes(node.outputs[0]):
             return
         same = ir.Node("", "Sum", [data], num_outputs=1, name=f"{node.name}_float")
         same.outputs[0].name = f"{data.name}_float"
@@ -213,6 +212,29 @@ def prepend(graph: ir.Graph, *nodes: ir.Node) -> None:
         graph.extend(nodes)
     else:
         graph.insert_before(first, nodes)
+
+
+def _comes_from_codes(value: ir.Value) -> bool:
+    """Whether operators with no other input lead from a DequantizeLinear to a value."""
+    node = value.producer()
+    while node is not None and node.op_type != "DequantizeLinear":
+        data = _only_data(node)
+        node = data.producer() if data is not None else None
+    return node is not None
+
+
+def _goes_into_codes(value: ir.Value) -> bool:
+    """Whether operators with no other input lead from a value to a QuantizeLinear."""
+    return any(
+        node.op_type == "QuantizeLinear" or (_only_data(node) is value and _goes_into_codes(node.outputs[0]))
+        for node in value.consumers()
+    )
+
+
+def _only_data(node: ir.Node) -> ir.Value | None:
+    """The one input of a node that is not constant; None where there are more, and for layers with a weight."""
+    data = [value for value in node.inputs if value is not None and constant(value) is None]
+    return data[0] if len(data) == 1 and not is_standard(node, *_QUANTIZED_UNASKED, "MatMul") else None
 
 
 def _values_in_order(graph: ir.Graph) -> list[ir.Value]:
