@@ -42,6 +42,9 @@ class Ranges:
     def sqnr_db(self, name: str, low: float, high: float, levels: int = 256) -> float | None:
         return None
 
+    def channel_mean(self, name: str) -> np.ndarray | None:
+        return None
+
 
 class Converted:
     """A model quantized statically, what the runtime makes of it, and both outputs."""
@@ -541,3 +544,24 @@ def test_the_float_model_is_met_within_the_noise_that_steps_promise(tmp_path: Pa
     power = steps[0] * np.square(weight).sum(0) + steps[1] * np.square(x).sum(1).mean()
     noise = np.square(found.after["y"] - x @ weight).mean(0)
     assert 0.7 < noise.mean() / power.mean() < 1.3
+
+
+@pytest.mark.parametrize("scheme", ["int8-static", "int8-dynamic", "int8", "fp16"])
+def test_a_weight_that_a_branch_reads_too(tmp_path: Path, scheme: str) -> None:
+    def branch(name: str) -> onnx.GraphProto:
+        nodes = [node("MatMul", ["h", "w"], [f"{name}_p"]), node("Relu", [f"{name}_p"], [f"{name}_y"])]
+        output = onnx.helper.make_tensor_value_info(f"{name}_y", onnx.TensorProto.FLOAT, None)
+        return onnx.helper.make_graph(nodes, name, [], [output])
+
+    nodes = [
+        node("Gemm", ["x", "v", "b"], ["h"]), node("ReduceSum", ["x"], ["t"], keepdims=0),
+        node("Greater", ["t", "zero"], ["yes"]),
+        node("If", ["yes"], ["q"], then_branch=branch("then"), else_branch=branch("else")),
+        node("MatMul", ["h", "w"], ["z"]), node("MatMul", ["q", "u"], ["y"]),
+    ]  # fmt: skip
+    held = {"v": normal(32, 32), "w": normal(32, 32, seed=1), "u": normal(32, 32, seed=2), "b": normal(32)}
+    proto = net(nodes, ("y", "z"), {"x": ["n", 32]}, zero=np.float32(0), **held)
+    found = Converted(proto, tmp_path, None, scheme)
+    assert found.sqnr_db("y") > 30 and found.sqnr_db("z") > 30
+    left = {each.reason for each in found.plan.of_mode("float")}
+    assert left == (set() if scheme == "fp16" else {"inside a subgraph"})
