@@ -14,16 +14,15 @@ from quantcli.graph.model import OnnxModel, open_onnx
 from quantcli.graph.plan import observed_tensors, quantization_of
 from quantcli.graph.prepare import prepare
 from quantcli.plugins import suggestion
-from quantcli.ranges import METHODS
+from quantcli.ranges import DEFAULT_METHOD, METHODS
 from quantcli.report import ModelRow, Report
 from quantcli.samples import Samples, load_samples
 from quantcli.staging import check_target
 from quantcli.statistics import CalibrationStats
 from quantcli.subject import Subject, open_subject
 
-__all__ = ["DEFAULT_METHOD", "DEFAULT_SAMPLES", "calibrate", "collect", "model_sha256"]
+__all__ = ["DEFAULT_SAMPLES", "calibrate", "collect", "model_sha256"]
 
-DEFAULT_METHOD = "minmax"
 #: Samples used where nothing else is said: ranges settle after some dozens.
 DEFAULT_SAMPLES = 128
 

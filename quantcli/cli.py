@@ -15,6 +15,7 @@ import typer
 
 from quantcli import __version__, options
 from quantcli.errors import InputError, QuantcliError, UsageError
+from quantcli.ranges import DEFAULT_METHOD
 from quantcli.report import Report, Table, write_junit, write_markdown
 from quantcli.ui import Ui
 from quantcli.units import parse_bytes
@@ -82,7 +83,7 @@ def calibrate(
     model: options.RunnableModel,
     output: options.StatsOutput,
     data: options.Data = None,
-    method: options.Method = "minmax",
+    method: options.Method = DEFAULT_METHOD,
     samples: options.Samples = None,
     batch_size: options.BatchSize = 1,
     seq_len: options.SeqLen = None,

@@ -18,6 +18,7 @@ from quantcli.graph.plan import observed_tensors
 from quantcli.graph.save import SINGLE_FILE_LIMIT_BYTES
 from quantcli.observers import Observer, TensorStats
 from quantcli.parallel import usable_cores
+from quantcli.ranges import DEFAULT_METHOD
 from quantcli.samples import Samples, batches
 from quantcli.sessions import Session
 from quantcli.statistics import CalibrationStats
@@ -41,7 +42,7 @@ def collect(
     observed: Sequence[str] | None = None,
     *,
     model_sha256: str,
-    method: str = "minmax",
+    method: str = DEFAULT_METHOD,
     seed: int = 0,
     batch_size: int = 1,
     chunk_bytes: int = CHUNK_BYTES,

@@ -16,14 +16,16 @@ from quantcli.checkpoints.folder import companions
 from quantcli.errors import InputError, UsageError, VerificationError
 from quantcli.functions import is_function
 from quantcli.graph.model import MANIFEST_KEY, OnnxModel, constants, is_onnx, onnx_file, open_onnx
-from quantcli.graph.plan import GraphPlan, require_work, resolve_graph, tensor_info
-from quantcli.graph.prepare import prepare, upgrade
+from quantcli.graph.placement import place
+from quantcli.graph.plan import GraphPlan, require_work, resolve_graph
+from quantcli.graph.prepare import QDQ_OPSET, prepare, upgrade
 from quantcli.graph.save import save_graph
 from quantcli.graph.targets import require_version
 from quantcli.graph.transform import LayerOutcome, needed_opset, transform, without_outliers
 from quantcli.memory import peak_rss_bytes
+from quantcli.onnx_rows import layer_rows, left_rows
 from quantcli.recipe import Recipe
-from quantcli.report import LayerRow, ModelRow, Report
+from quantcli.report import ModelRow, Report
 from quantcli.staging import Staging, check_target, explain, open_staging, require_space
 from quantcli.statistics import CalibrationStats
 from quantcli.units import format_bytes
@@ -41,6 +43,12 @@ _COMPARED_SAMPLES = 8
 
 #: Calibration samples where the user names no number: more changes ranges little.
 DEFAULT_SAMPLES = 128
+
+#: Outputs that keep this much are good enough for most uses; below, another scheme is tried.
+GOOD_OUTPUT_SQNR_DB = 20.0
+
+#: By how much another scheme must be better to be recommended.
+_BETTER_BY_DB = 3.0
 
 #: The file's name where the output is a folder.
 _FILE_IN_FOLDER = "model.onnx"
@@ -169,7 +177,8 @@ class _Conversion:
         if statistics is not None:
             plan = without_outliers(plan, statistics)
             require_work(plan, original.path)
-            self.warnings += statistics.warnings()
+            used = place(graph, (node.node for node in plan.of_mode("static"))).values
+            self.warnings += statistics.warnings({value.name or "" for value in used})
         self.warnings += plan.warnings
         before = sum(tensor.nbytes for tensor in constants(graph))
         outcomes = transform(graph, plan, statistics)
@@ -177,13 +186,15 @@ class _Conversion:
         target = staging.out / (self.single_file or _FILE_IN_FOLDER)
         verified = self._write(graph, target)
         verified |= self._prove(target, original, samples)
+        recommended = self._recommend(original, statistics, samples, verified, staging.root)
         manifest = self._manifest(original, plan, outcomes, verified)
         graph.metadata_props[MANIFEST_KEY] = json.dumps(manifest, sort_keys=True)
         files = save_graph(graph, target)
         self._check_size(original, files, before)
         self._copy_companions(original, staging.out)
         size = sum(file.stat().st_size for file in files)
-        return self._report(original, plan, outcomes, size, {"verified": verified}, self._metrics(verified))
+        details = {"verified": verified, "recommended": recommended}
+        return self._report(original, plan, outcomes, size, details, self._metrics(verified))
 
     def _open(self, folder: Path) -> OnnxModel:
         if is_onnx(Path(self.given)):
@@ -224,7 +235,9 @@ class _Conversion:
     def _statistics(
         self, original: OnnxModel, graph: ir.Model, plan: GraphPlan, samples: Samples | None
     ) -> CalibrationStats | None:
-        if not plan.of_mode("static"):
+        # Static layers need ranges; the biases of other convolutions profit from means where there is data.
+        corrected = samples is not None and any(node.role == "conv" for node in plan.of_mode("weights"))
+        if not plan.of_mode("static") and not corrected:
             return None
         from quantcli.calibrate import model_sha256
         from quantcli.collect import collect
@@ -257,6 +270,42 @@ class _Conversion:
         if samples is not None:
             verified |= {"compared": compare_outputs(original.path, target, samples, _COMPARED_SAMPLES)}
         return verified
+
+    def _recommend(
+        self,
+        original: OnnxModel,
+        statistics: CalibrationStats | None,
+        samples: Samples | None,
+        verified: Mapping[str, Any],
+        folder: Path,
+    ) -> str | None:
+        """The scheme to take: where fixed ranges lose much, dynamic ones are tried on the same samples.
+
+        None where there is no data to tell from.
+        """
+        asked, compared = self.recipe.scheme, verified.get("compared")
+        if compared is None or samples is None or not isinstance(asked, str):
+            return None
+        kept = compared["sqnr_db"]
+        if asked != "int8-static" or kept is None or kept >= GOOD_OUTPUT_SQNR_DB:
+            return asked
+        from quantcli.proof import compare_outputs
+
+        recipe = self.recipe.with_flags(scheme="int8-dynamic")
+        graph = upgrade(prepare(original), QDQ_OPSET)
+        transform(graph, resolve_graph(recipe, graph, original.path), statistics)
+        other = folder / "alternative" / _FILE_IN_FOLDER
+        other.parent.mkdir()
+        save_graph(graph, other)
+        better = compare_outputs(original.path, other, samples, _COMPARED_SAMPLES)["sqnr_db"]
+        if better is not None and better < kept + _BETTER_BY_DB:
+            self.warnings.append(f"{asked} leaves the outputs at {kept:.1f} dB; int8-dynamic would at {better:.1f} dB.")
+            return asked
+        figure = "equal" if better is None else f"at {better:.1f} dB"
+        self.warnings.append(
+            f"{asked} leaves the outputs at {kept:.1f} dB; int8-dynamic leaves them {figure} and is recommended."
+        )
+        return "int8-dynamic"
 
     def _metrics(self, verified: Mapping[str, Any]) -> dict[str, float | None]:
         compared = verified.get("compared")
@@ -328,42 +377,6 @@ class _Conversion:
             str(self.output), "candidate", "onnx", plan.scheme, None, size, metrics, {"algorithm": plan.algorithm}
         )
         return Report("convert", [source, artifact], rows, [], list(dict.fromkeys(self.warnings)), details)
-
-
-def layer_rows(outcomes: Sequence[LayerOutcome]) -> list[LayerRow]:
-    """One row per weight of a plan; where nodes that share one differ, one for each form, its bytes counted once."""
-    rows = []
-    labels: dict[str, set[str | None]] = {}
-    for outcome in outcomes:
-        node, label = outcome.plan, None
-        if node.scheme is not None:
-            label = node.label
-            if node.scheme.weights.granularity.kind in ("group", "block"):
-                label = f"{label} {node.scheme.weights.granularity}"
-        known = labels.setdefault(node.name, set())
-        if label in known:
-            continue
-        before = 0 if known else node.info.nbytes
-        after = 0 if known and label is None else outcome.bytes_after
-        known.add(label)
-        details = {"shape": list(node.info.shape), "role": node.role, "node": node.node.name}
-        if node.note:
-            details["note"] = node.note
-        rows.append(LayerRow(node.name, label, before, after, outcome.sqnr_db, node.reason, details=details))
-    return rows
-
-
-def left_rows(model: ir.Model, plan: GraphPlan, file: Path) -> list[LayerRow]:
-    """Constants that are no layer's weight, in one row each."""
-    planned = {node.name for node in plan.nodes}
-    rows = []
-    for name, value in model.graph.initializers.items():
-        if name not in planned and value.const_value is not None and value.const_value.dtype.is_floating_point():
-            info = tensor_info(value, file)
-            reason = "bias, norm or constant: tiny, and sensitive"
-            details = {"shape": list(info.shape), "role": "parameter"}
-            rows.append(LayerRow(name, None, info.nbytes, info.nbytes, None, reason, details=details))
-    return rows
 
 
 def _checksums(model: ir.Model) -> dict[str, int]:

@@ -67,9 +67,9 @@ def _layer_schemes(manifest: dict[str, Any]) -> dict[str, int]:
 
 def _plan(model: OnnxModel, scheme: str, report: Report) -> dict[str, Any]:
     """What `convert` would do, in sizes that are estimates; adds layer rows to the report."""
-    from quantcli.convert_onnx import layer_rows, left_rows
     from quantcli.graph.prepare import prepare
     from quantcli.graph.transform import LayerOutcome
+    from quantcli.onnx_rows import layer_rows, left_rows
     from quantcli.recipe import validate
 
     graph = prepare(model)

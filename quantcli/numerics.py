@@ -4,6 +4,8 @@
 - Integer codes are signed and use the full range: -8..7 for int4, -128..127 for int8.
 - Symmetric: ``scale = absmax / ((qmax - qmin) / 2)``, that is absmax / 7.5 and absmax / 127.5, as
   compressed-tensors has it: the finest step whose error never exceeds half a step.
+- Narrow: -127..127 and absmax / 127. The largest value is met exactly, where -128..127 may cut half a step off
+  it; that matters in a convolution, whose channels have few weights and inputs of one sign.
 - Asymmetric: the range is widened to hold zero, and zero is exactly representable.
 - A scale is rounded to the dtype it will be stored in *before* codes are chosen.
 
@@ -45,7 +47,7 @@ def code_range(number_format: NumberFormat) -> tuple[int, int]:
     if number_format.dtype == "nf4":
         return 0, 15
     half = 1 << (number_format.bits - 1)
-    return -half, half - 1
+    return (1 - half if number_format.narrow else -half), half - 1
 
 
 @cache

@@ -26,6 +26,10 @@ _FEW = 1 << 15
 MAX_CHANNELS = 1 << 14
 #: Rows of fewer values than this are not reduced across, but column by column.
 _NARROW = 16
+#: Means are added up in multiples of this, as integers: then their order does not matter.
+_MEAN_STEP = 2.0**-32
+#: Larger means are taken for this, so that a sum of many still fits 64 bits.
+_MEAN_LIMIT = 2.0**20
 #: Added to a result, this makes 0 of -0, either of which may have come first.
 _ZERO = 0.0
 
@@ -39,6 +43,7 @@ class TensorStats:
     - ``nans``, ``infinities``: values that are not finite, which nothing else here includes.
     - ``channel_minimum``, ``channel_maximum``: float32 ``[channels]`` (axis 1 of images and volumes, otherwise the
       last one), or None where their number is not the same for all samples, or too large. NaN: nothing finite seen.
+    - ``channel_mean``: float32 like these, the mean over entries of axis 0 of each one's mean.
     """
 
     bins: np.ndarray
@@ -49,6 +54,7 @@ class TensorStats:
     infinities: int = 0
     channel_minimum: np.ndarray | None = None
     channel_maximum: np.ndarray | None = None
+    channel_mean: np.ndarray | None = None
 
     @cached_property
     def elements(self) -> int:
@@ -105,6 +111,8 @@ class Observer:
         self._nans = self._infinities = 0
         self._channels: tuple[np.ndarray, np.ndarray] | None = None
         self._channels_differ = False
+        self._sums: np.ndarray | None = None
+        self._rows = 0
         self._low, self._high = np.float32(np.inf), np.float32(-np.inf)
 
     def update(self, values: np.ndarray) -> None:
@@ -132,7 +140,11 @@ class Observer:
             finite = np.isfinite(values)
             low, _ = _channel_ranges(np.where(finite, values, np.float32(np.inf)))
             _, high = _channel_ranges(np.where(finite, values, np.float32(-np.inf)))
+            values = np.where(finite, values, np.float32(0))
         self._take_ranges(low, high)
+        if 1 < len(low) <= MAX_CHANNELS and not self._channels_differ:
+            means = np.clip(_channel_means(values), -_MEAN_LIMIT, _MEAN_LIMIT)
+            self._take_sums(np.rint(means / _MEAN_STEP).astype(np.int64).sum(axis=0), len(means))
 
     def merge(self, other: Observer) -> None:
         """Take in all that another observer saw."""
@@ -143,6 +155,12 @@ class Observer:
         self._low, self._high = min(self._low, other._low), max(self._high, other._high)
         if other._channels is not None:
             self._take_ranges(*other._channels)
+        if other._sums is not None and not self._channels_differ:
+            self._take_sums(other._sums, other._rows)
+
+    def _take_sums(self, sums: np.ndarray, rows: int) -> None:
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._rows += rows
 
     def _take_ranges(self, low: np.ndarray, high: np.ndarray) -> None:
         import numpy as np
@@ -163,12 +181,14 @@ class Observer:
         # These bins hold infinities and NaN, which are counted apart.
         counts[0x7F80:0x8000] = counts[0xFF80:] = 0
         bins = np.flatnonzero(counts)
-        low = high = None
+        low = high = mean = None
         if self._channels is not None and not self._channels_differ and 1 < len(self._channels[0]) <= MAX_CHANNELS:
             low, high = (np.where(np.isfinite(each), each, np.float32(np.nan)) + _ZERO for each in self._channels)
+            if self._sums is not None:
+                mean = (self._sums * (_MEAN_STEP / self._rows)).astype(np.float32)
         minimum, maximum = (float(self._low + _ZERO), float(self._high + _ZERO)) if len(bins) else (None, None)
         return TensorStats(
-            bins.astype(np.uint16), counts[bins], minimum, maximum, self._nans, self._infinities, low, high
+            bins.astype(np.uint16), counts[bins], minimum, maximum, self._nans, self._infinities, low, high, mean
         )
 
 
@@ -187,3 +207,17 @@ def _channel_ranges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # numpy reduces across short rows one value at a time.
     columns = [rows[:, column] for column in range(rows.shape[1])]
     return np.array([column.min() for column in columns]), np.array([column.max() for column in columns])
+
+
+def _channel_means(values: np.ndarray) -> np.ndarray:
+    """Means over all but the first axis and the channels, float64 ``[entries, channels]``.
+
+    Each entry is reduced on its own, so that its mean does not depend on what it is batched with.
+    """
+    import numpy as np
+
+    if values.ndim >= 4:
+        means = values.reshape(*values.shape[:2], -1).mean(axis=2)
+    else:
+        means = values.mean(axis=1) if values.ndim == 3 else values
+    return np.asarray(means, np.float64)

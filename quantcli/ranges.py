@@ -33,6 +33,10 @@ _MSE_CHUNK = 1 << 18
 
 LEVELS = 256
 
+#: What is taken where nobody says otherwise. On EfficientNet-Lite0 ``mse`` and ``minmax`` leave the same 24 dB of
+#: the outputs, ``percentile`` a little less, ``entropy`` 6 dB less; a single outlier ruins ``minmax`` alone.
+DEFAULT_METHOD = "mse"
+
 
 @dataclass(frozen=True, eq=False)
 class Distribution:

@@ -64,6 +64,7 @@ class NumberFormat:
 
     ``double_quantized``: the scales are themselves quantized to 8 bits (QLoRA, arXiv:2305.14314).
     ``dynamic``: ranges are found at inference; only activations can be dynamic.
+    ``narrow``: the lowest code is left out, so that a symmetric range ends in a code at both ends.
     """
 
     dtype: str
@@ -71,6 +72,7 @@ class NumberFormat:
     symmetric: bool = True
     dynamic: bool = False
     double_quantized: bool = False
+    narrow: bool = False
 
     @property
     def bits(self) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantcli.errors import InputError
 from quantcli.observers import TensorStats
 from quantcli.statistics_file import Provenance, read, write
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +72,18 @@ class CalibrationStats:
         """
         return self[name].sqnr_db(low, high, levels)
 
-    def warnings(self) -> list[str]:
-        """A sentence for each tensor with values that quantization cannot mean well."""
-        return [f"{name} {problem}." for name, stats in self.tensors.items() for problem in stats.problems()]
+    def channel_mean(self, name: str) -> np.ndarray | None:
+        """Mean of each channel of a tensor, float32 ``[channels]``; None where channels cannot be told."""
+        return self[name].channel_mean
+
+    def warnings(self, names: Collection[str] | None = None) -> list[str]:
+        """A sentence for each tensor (of ``names``) with values that quantization cannot mean well."""
+        return [
+            f"{name} {problem}."
+            for name, stats in self.tensors.items()
+            if names is None or name in names
+            for problem in stats.problems()
+        ]
 
     def require_model(self, sha256: str) -> None:
         """Raise InputError where these are another model's statistics."""

@@ -2,8 +2,8 @@
 
 Arrays: ``bins`` uint16 and ``counts`` (uint32, or int64 where that is too small), of all tensors one after the
 other; ``sizes`` int64 ``[tensors, 4]``: bins, channels (0: none), NaN, infinities; ``extremes`` float32
-``[tensors, 2]``; ``channel_minimum`` and ``channel_maximum`` float32. The metadata has one key, ``quantcli``,
-whose JSON holds the tensors' names in order: safetensors writes several keys in any order.
+``[tensors, 2]``; ``channel_minimum``, ``channel_maximum`` and ``channel_mean`` float32. The metadata has one key,
+``quantcli``, whose JSON holds the tensors' names in order: safetensors writes several keys in any order.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _DTYPES = {
     "extremes": ("F32",),
     "channel_minimum": ("F32",),
     "channel_maximum": ("F32",),
+    "channel_mean": ("F32",),
 }
 _NUMPY = {"U16": "<u2", "U32": "<u4", "I64": "<i8", "F32": "<f4"}
 
@@ -74,6 +75,7 @@ def write(path: Path, provenance: Provenance, stats: Mapping[str, TensorStats]) 
     counts = _joined([each.counts for each in tensors], np.int64)
     low = [each.channel_minimum for each in tensors if each.channel_minimum is not None]
     high = [each.channel_maximum for each in tensors if each.channel_maximum is not None]
+    mean = [each.channel_mean for each in tensors if each.channel_mean is not None]
     arrays = {
         "bins": _joined([each.bins for each in tensors], np.uint16),
         "counts": counts.astype(np.uint32) if counts.max(initial=0) < 1 << 32 else counts,
@@ -87,6 +89,7 @@ def write(path: Path, provenance: Provenance, stats: Mapping[str, TensorStats]) 
         "extremes": np.array([[t.minimum or 0.0, t.maximum or 0.0] for t in tensors], np.float32).reshape(-1, 2),
         "channel_minimum": _joined(low, np.float32),
         "channel_maximum": _joined(high, np.float32),
+        "channel_mean": _joined(mean, np.float32),
     }
     metadata = _Metadata(
         kind="calibration statistics",
@@ -170,7 +173,7 @@ def _tensors(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, Tenso
     total, channels = (int(each) for each in ends[-1])
     if lengths["bins"] != (total,) or lengths["counts"] != (total,):
         raise ValueError("its histograms have other sizes than it says")
-    if lengths["channel_minimum"] != (channels,) or lengths["channel_maximum"] != (channels,):
+    if any(lengths[f"channel_{what}"] != (channels,) for what in ("minimum", "maximum", "mean")):
         raise ValueError("its channels have other numbers than it says")
     if (counts <= 0).any() or ((bins & 0x7FFF) >= 0x7F80).any() or not np.isfinite(extremes).all():
         raise ValueError("its histograms hold impossible values")
@@ -190,6 +193,7 @@ def _tensors(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, Tenso
             infinities,
             arrays["channel_minimum"][channel] if n_channels else None,
             arrays["channel_maximum"][channel] if n_channels else None,
+            arrays["channel_mean"][channel] if n_channels else None,
         )
     return tensors
 

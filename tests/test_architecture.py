@@ -42,6 +42,7 @@ TIERS = (
     ("export", "verify"),
     ("collect", "evaluation_data"),
     ("calibrate",),
+    ("onnx_rows",),
     ("convert_onnx",),
     ("bench_data", "convert", "inspect_onnx"),
     ("bench", "evaluate", "inspect", "options", "ui"),

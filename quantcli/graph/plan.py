@@ -203,9 +203,7 @@ class _Planner:
             reason = _no_integer_kernel(plan.node, scheme.inputs)
             if reason is None:
                 mode: Mode = "dynamic" if scheme.inputs.dynamic else "static"
-                return replace(
-                    plan, mode=mode, scheme=scheme, label=label, algorithm=_algorithm(scheme, wish, plan.role)
-                )
+                return replace(plan, mode=mode, scheme=scheme, label=label, algorithm=_algorithm(scheme, wish))
             if plan.role != "conv":
                 return plan.left(reason)
             return self._expanded(plan, f"int8 weights only: {reason}")
@@ -223,13 +221,13 @@ class _Planner:
         if carried.weights.dtype != scheme.weights.dtype:
             plan = replace(plan, note=f"{carried.weights.dtype} in place of {label}, which no lookup can read")
             scheme, label, wish = carried, carried.weights.dtype, "auto"
-        return replace(plan, mode="weights", scheme=scheme, label=label, algorithm=_algorithm(scheme, wish, plan.role))
+        return replace(plan, mode="weights", scheme=scheme, label=label, algorithm=_algorithm(scheme, wish))
 
     @staticmethod
     def _expanded(plan: NodePlan, note: str | None) -> NodePlan:
         """A convolution whose weights are stored as int8, and expanded to floats when it runs."""
         scheme = PRESETS["int8"]
-        algorithm = _algorithm(scheme, "auto", plan.role)
+        algorithm = _algorithm(scheme, "auto")
         return replace(plan, mode="weights", scheme=scheme, label="int8", note=note, algorithm=algorithm)
 
 
@@ -258,11 +256,9 @@ def _no_integer_kernel(node: ir.Node, inputs: NumberFormat) -> str | None:
     return None
 
 
-def _algorithm(scheme: Scheme, wish: str, role: str) -> str:
+def _algorithm(scheme: Scheme, wish: str) -> str:
     if wish == "auto":
-        # At eight bits the search pays only where few values share a scale, as in a convolution's channel:
-        # there the largest matters most, and -127..127 keeps it where -128..127 cuts it.
-        return "mse" if scheme.weights.dtype == "int4" or role == "conv" else "rtn"
+        return "mse" if scheme.weights.dtype == "int4" else "rtn"
     reason = plugins.algorithm(wish).supports(scheme.weights)
     if reason:
         raise UsageError(f"The algorithm {wish} does not fit: {reason}.")

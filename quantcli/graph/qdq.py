@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantcli.graph.correction import correct_bias, output_shift
 from quantcli.graph.placement import Placement
 from quantcli.graph.values import (
     add_initializer,
@@ -140,8 +141,13 @@ class StaticQuantizer:
             self._constants[name] = add_initializer(self.graph, free_name(self.graph, name), values)
         return self._constants[name]
 
-    def quantize_weight(self, node: ir.Node, number_format: NumberFormat, algorithm: str) -> IntegerWeight:
-        """Give an anchor integer weights and, where it has a bias, an integer bias."""
+    def quantize_weight(
+        self, node: ir.Node, number_format: NumberFormat, algorithm: str, mean: np.ndarray | None = None
+    ) -> IntegerWeight:
+        """Give an anchor integer weights and, where it has a bias, an integer bias.
+
+        With the ``mean`` of its input's channels the bias takes back what the weights shift.
+        """
         value = node.inputs[1]
         assert value is not None
         bias = input_of(node, 2)
@@ -154,6 +160,10 @@ class StaticQuantizer:
             restored = dequantized(self.graph, [weight.codes, weight.scale, weight.zero_point], weight.axis, value)
             self._weights[key] = (weight, restored)
         weight, restored = self._weights[key]
+        shift = None if mean is None else output_shift(node, weight, mean)
+        if shift is not None:
+            correct_bias(self.graph, node, shift)
+            bias = input_of(node, 2)
         node.replace_input_with(1, restored)
         if bias is not None:
             self._quantize_bias(node, bias, np.broadcast_to(scale_in * weight.scales, weight.channels))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from quantcli.graph import nbits
 from quantcli.graph.cast import cast_weights
+from quantcli.graph.correction import correct_bias, output_shift
 from quantcli.graph.dynamic import DynamicQuantizer
 from quantcli.graph.placement import needs_quantized_output, place, tail
 from quantcli.graph.plan import GraphPlan, NodePlan
@@ -18,6 +19,7 @@ from quantcli.graph.weights import IntegerWeight, channel_axis, integer_weight
 from quantcli.scheme import Scheme
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
 #: Below this, 256 levels over a tensor's range leave too little of it: a few outliers own the range.
@@ -32,6 +34,9 @@ class Statistics(Protocol):
 
     def sqnr_db(self, name: str, low: float, high: float, levels: int = 256) -> float | None:
         """Signal to quantization noise of a tensor on a grid over a range."""
+
+    def channel_mean(self, name: str) -> np.ndarray | None:
+        """Mean of each channel."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ def transform(model: ir.Model, plan: GraphPlan, statistics: Statistics | None) -
     from onnx_ir.passes import common
 
     outcomes: dict[int, LayerOutcome] = {}
+    # Asked now, while every node reads the value that was calibrated.
+    means = {id(node): _input_mean(node, statistics) for node in plan.of_mode("static", "weights")}
 
     def done(node: NodePlan, weight: IntegerWeight) -> None:
         note = node.note
@@ -96,14 +103,14 @@ def transform(model: ir.Model, plan: GraphPlan, statistics: Statistics | None) -
         quantizer.insert_pairs()
         for node in static:
             assert node.scheme and node.algorithm
-            done(node, quantizer.quantize_weight(node.node, node.scheme.weights, node.algorithm))
+            done(node, quantizer.quantize_weight(node.node, node.scheme.weights, node.algorithm, means[id(node)]))
     dynamic = DynamicQuantizer(model)
     for node in plan.of_mode("dynamic"):
         assert node.scheme and node.algorithm
         done(node, dynamic.quantize_node(node.node, node.scheme.weights, node.algorithm))
     weight_only = _WeightOnly(model)
     for node in plan.of_mode("weights"):
-        outcomes[id(node)] = weight_only.quantize_node(node)
+        outcomes[id(node)] = weight_only.quantize_node(node, means[id(node)])
     for dtype in ("fp16", "bf16"):
         outcomes |= _cast(
             model, [n for n in plan.of_mode("cast") if n.scheme and n.scheme.weights.dtype == dtype], dtype
@@ -114,6 +121,13 @@ def transform(model: ir.Model, plan: GraphPlan, statistics: Statistics | None) -
     return [outcomes.get(id(node)) or LayerOutcome(node, node.info.nbytes, None) for node in plan.nodes]
 
 
+def _input_mean(node: NodePlan, statistics: Statistics | None) -> np.ndarray | None:
+    data = node.node.inputs[0]
+    if statistics is None or node.role == "embedding" or data is None or data.name is None:
+        return None
+    return statistics.channel_mean(data.name)
+
+
 class _WeightOnly:
     """Weights alone: n-bit operators, and int8 convolutions that are expanded when they run."""
 
@@ -121,16 +135,16 @@ class _WeightOnly:
         self.model = model
         self._expanded: dict[tuple[ir.Value, int], tuple[IntegerWeight, ir.Value]] = {}
 
-    def quantize_node(self, node: NodePlan) -> LayerOutcome:
-        """Rewrite one node."""
+    def quantize_node(self, node: NodePlan, mean: np.ndarray | None) -> LayerOutcome:
+        """Rewrite one node; a convolution's bias is corrected where the ``mean`` of its input is known."""
         assert node.scheme and node.algorithm
         if node.role == "conv":
-            return self._expand(node, node.scheme, node.algorithm)
+            return self._expand(node, node.scheme, node.algorithm, mean)
         outcome = nbits.quantize_node(self.model, node.node, node.scheme, node.algorithm)
         note = "; ".join(filter(None, (node.note, outcome.note))) or None
         return LayerOutcome(replace(node, note=note), outcome.bytes_after, outcome.sqnr_db)
 
-    def _expand(self, node: NodePlan, scheme: Scheme, algorithm: str) -> LayerOutcome:
+    def _expand(self, node: NodePlan, scheme: Scheme, algorithm: str, mean: np.ndarray | None) -> LayerOutcome:
         graph, key = self.model.graph, (node.weight, channel_axis(node.node))
         known = key in self._expanded
         if not known:
@@ -138,6 +152,9 @@ class _WeightOnly:
             parts = [weight.codes, weight.scale, weight.zero_point]
             self._expanded[key] = weight, dequantized(graph, parts, weight.axis, node.weight)
         weight, restored = self._expanded[key]
+        shift = None if mean is None else output_shift(node.node, weight, mean)
+        if shift is not None:
+            correct_bias(graph, node.node, shift)
         node.node.replace_input_with(1, restored)
         drop_unused(graph, node.weight)
         return LayerOutcome(node, 0 if known else weight.nbytes, weight.sqnr_db)

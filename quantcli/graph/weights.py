@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,7 +76,7 @@ def integer_weight(
     Args:
         graph: where the new constants go.
         node: Conv, ConvTranspose, Gemm or MatMul with a constant float weight.
-        number_format: int8, symmetric, per channel or per tensor.
+        number_format: int8, symmetric, per channel or per tensor; codes are within -127..127.
         algorithm: plug-in that chooses the scales.
         exact: widen scales as `exact_scale` says; pointless where the codes are expanded before use.
         smallest_scale: float32 ``[channels]`` that scales must not go below, or None.
@@ -89,6 +89,7 @@ def integer_weight(
     axis = channel_axis(node)
     rows = np.moveaxis(weight, axis, 0).astype(np.float32)
     matrix = torch.from_numpy(np.ascontiguousarray(rows).reshape(rows.shape[0], -1))
+    number_format = replace(number_format, narrow=True)
     found = plugins.algorithm(algorithm).run(matrix, number_format, torch.float32)
     needed = exact_scale(node, rows) if exact else np.zeros(rows.shape[0], dtype=np.float32)
     floor = torch.from_numpy(needed).reshape(-1, 1)
