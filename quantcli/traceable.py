@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,15 +90,20 @@ def _samples(data: Data, preprocess: Path | None, inputs: Sequence[Port], name: 
 
 
 class _Outputs(nn.Module):
-    """A Hugging Face model that returns only the outputs of these names."""
+    """A Hugging Face model that takes and returns only what these names say."""
 
-    def __init__(self, model: nn.Module, names: list[str], options: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: list[str], outputs: list[str], options: dict[str, Any]) -> None:
         super().__init__()
-        self.model, self._names, self._options = model, names, options
+        self.model = model
 
-    def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
-        found = self.model(**inputs, **self._options)
-        return tuple(found[name] for name in self._names)
+        def forward(**given: Tensor) -> tuple[Tensor, ...]:
+            found = model(**given, **options)
+            return tuple(found[name] for name in outputs)
+
+        # torch.export matches free axes with the parameters' names, and confuses those of a plain **given.
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in inputs])  # type: ignore[attr-defined]
+        self.forward = forward
 
 
 def _hugging_face(path: Path) -> Source:
@@ -116,13 +122,13 @@ def _hugging_face(path: Path) -> Source:
     options = {"return_dict": True} | ({"use_cache": False} if models.is_causal(path) else {})
     outputs = _output_names(module, examples[0], options, path)
     axes = {0: "batch"} if names == ["pixel_values"] else {0: "batch", 1: "sequence"}
-    wrapped = _Outputs(module, outputs, options).eval()
+    wrapped = _Outputs(module, names, outputs, options).eval()
 
     def run(example: Example) -> dict[str, np.ndarray]:
         with torch.inference_mode():
             return {name: value.numpy() for name, value in zip(outputs, wrapped(**example), strict=True)}
 
-    dynamic = {"inputs": dict.fromkeys(names, axes)}
+    dynamic = dict.fromkeys(names, axes)
     return Source(str(path), wrapped, run, examples, dynamic, outputs, prefix="model.")
 
 
