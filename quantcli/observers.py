@@ -88,6 +88,20 @@ class TensorStats:
         """Expected signal-to-noise ratio on an asymmetric grid; None without signal or without noise."""
         return sqnr_db(self.distribution, low, high, levels)
 
+    def channel_levels(self, low: float, high: float, levels: int = 256) -> float | None:
+        """How many of the ``levels`` of a grid over ``low..high`` the median channel's own range spans.
+
+        A few channels that own the range leave few to the others; their signal hides that in `sqnr_db`. Channels
+        that never change do not count. None where channels are not known.
+        """
+        import numpy as np
+
+        if self.channel_minimum is None or self.channel_maximum is None or high <= low:
+            return None
+        width = np.clip(self.channel_maximum, low, high) - np.clip(self.channel_minimum, low, high)
+        alive = width[np.isfinite(width) & (width > 0)]
+        return float(np.median(alive)) * (levels - 1) / (high - low) if len(alive) else None
+
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, each as the end of a sentence that starts with the tensor's name."""
         of_all = f"of its {self.elements:,} values"

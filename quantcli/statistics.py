@@ -72,6 +72,10 @@ class CalibrationStats:
         """
         return self[name].sqnr_db(low, high, levels)
 
+    def channel_levels(self, name: str, low: float, high: float) -> float | None:
+        """How many of 256 levels over a range the median channel spans; None where channels cannot be told."""
+        return self[name].channel_levels(low, high)
+
     def channel_mean(self, name: str) -> np.ndarray | None:
         """Mean of each channel of a tensor, float32 ``[channels]``; None where channels cannot be told."""
         return self[name].channel_mean

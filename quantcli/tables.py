@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from quantcli.report import LayerRow, ModelRow, Report, Table
 from quantcli.units import format_bytes, format_seconds
 
 _SIZES = frozenset({"Before", "After", "Size", "SQNR", "Ratio", "Tensors", "Value"})
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=[./])")
+_ANY_NUMBER = re.compile(r"\d+")
+#: More rows than this are too many to read, if their names differ in numbers only.
+_MANY_ROWS = 24
 _METRICS = {
     "top1": ("Top-1", "{:.2%}"),
     "top5": ("Top-5", "{:.2%}"),
@@ -57,7 +63,7 @@ def convert_tables(report: Report) -> list[Table]:
         _SIZES,
     )
     runtime = report.details.get("verified", {}).get("runtime", {})
-    proof = [_kernel_table(runtime)] if "integer_kernels" in runtime else []
+    proof = [_kernel_table(runtime)] if runtime.get("integer_kernels") or runtime.get("float_kernels") else []
     return [layers, *([kept] if left else []), *proof, _totals(report, source, artifact)]
 
 
@@ -87,8 +93,9 @@ def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
 def _runtime_text(runtime: Mapping[str, Any]) -> str:
     """What the runtime said of an artifact."""
     if "integer_kernels" in runtime:
-        kernels = ", ".join(f"{count} {name}" for name, count in runtime["integer_kernels"].items()) or "none"
-        return f"{runtime['runtime']} runs it on integer kernels: {kernels}"
+        return (
+            f"{runtime['runtime']} loads it, with {_count(sum(runtime['integer_kernels'].values()), 'integer kernel')}"
+        )
     if runtime["checked"]:
         return f"transformers {runtime['transformers']} finds every weight of {runtime['class']}"
     return f"not checked: {runtime['reason']}"
@@ -98,7 +105,8 @@ def _kernel_table(runtime: Mapping[str, Any]) -> Table:
     """Kernels of the runtime's optimized graph."""
     rows = [(name, str(count), "") for name, count in runtime["integer_kernels"].items()]
     rows += [(name, "", str(count)) for name, count in runtime["float_kernels"].items()]
-    note = f"{runtime['conversions_left']} QuantizeLinear and DequantizeLinear nodes remain between them."
+    left = _count(runtime["conversions_left"], "QuantizeLinear or DequantizeLinear node")
+    note = f"Beside them {left} {'remains' if runtime['conversions_left'] == 1 else 'remain'}."
     return Table(f"Kernels, as {runtime['runtime']} optimized the graph", ("Kernel", "Integer", "Float"), rows,
                  frozenset({"Integer", "Float"}), note)  # fmt: skip
 
@@ -151,22 +159,23 @@ def _layer_table(layers: Sequence[LayerRow]) -> Table:
 
 def eval_tables(report: Report) -> list[Table]:
     """Models side by side; then layers, worst first; then gates."""
-    names = dict.fromkeys([*_METRICS, *(name for model in report.models for name in model.metrics)])
-    present = [name for name in names if _is_shown(name) and any(name in model.metrics for model in report.models)]
+    known = dict.fromkeys([*_METRICS, *(name for model in report.models for name in model.metrics)])
+    present = [name for name in known if _is_shown(name) and any(name in model.metrics for model in report.models)]
     columns = ("Model", "Scheme", "Size", "Ratio", *(_label(name) for name in present))
+    names, folder = short_names(report.models)
     rows = []
     for model in report.models:
         cells = [_metric(model, name) for name in present]
         rows.append(
             (
-                model.path, " ".join(filter(None, (model.format, model.scheme))), _size_text(model.size_bytes),
+                names[model.path], " ".join(filter(None, (model.format, model.scheme))), _size_text(model.size_bytes),
                 _ratio_text(model.metrics["size_ratio"] or 0), *cells,
             )
         )  # fmt: skip
     note = f"{report.details['samples']} samples of {report.details['data']}; +- is one standard error"
     right = _SIZES | {_label(name) for name in present}
     task = str(report.details["task"])
-    tables = [Table(task if ":" in task else task.capitalize(), columns, rows, right, note)]
+    tables = [Table(f"{task if ':' in task else task.capitalize()}{folder}", columns, rows, right, note)]
     for path in dict.fromkeys(row.model for row in report.layers):
         part = [row for row in report.layers if row.model == path]
         lines = [(row.name, row.scheme or "", *_layer_sizes(row), decibel_text(row.sqnr_db)) for row in part]
@@ -183,16 +192,17 @@ def eval_tables(report: Report) -> list[Table]:
 
 def gate_table(report: Report) -> Table:
     """One row per gate."""
+    names, folder = short_names(report.models)
     rows = [
         (
             gate.require,
-            gate.model,
+            names.get(gate.model, gate.model),
             "none" if gate.value is None else f"{gate.value:.6g}",
             "passed" if gate.passed else "FAILED",
         )
         for gate in report.gates
     ]
-    return Table("Gates", ("Require", "Model", "Value", "Result"), rows, _SIZES)
+    return Table(f"Gates{folder}", ("Require", "Model", "Value", "Result"), rows, _SIZES)
 
 
 def _is_shown(name: str) -> bool:
@@ -236,21 +246,44 @@ def _count(number: int, noun: str) -> str:
 
 
 def collapse(rows: Sequence[LayerRow], key: Callable[[LayerRow], str]) -> list[tuple[str, list[LayerRow]]]:
-    """Rows that differ in layer numbers only, together: ``model.layers.{0-29}.mlp.up_proj``."""
+    """Rows that differ in layer numbers only, together: ``model.layers.{0-29}.mlp.up_proj x 30``.
+
+    Where that leaves many, those that differ in any number: ``conv2d_{10-184}.w_0 x 37``.
+    """
+    groups = _group(rows, key, _LAYER_NUMBER)
+    return groups if len(groups) <= _MANY_ROWS else _group(rows, key, _ANY_NUMBER)
+
+
+def _group(
+    rows: Sequence[LayerRow], key: Callable[[LayerRow], str], number: re.Pattern[str]
+) -> list[tuple[str, list[LayerRow]]]:
     groups: dict[tuple[str, str], list[LayerRow]] = {}
     for row in rows:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", row.name)
-        groups.setdefault((pattern, key(row)), []).append(row)
-    return [(_range_name(pattern, members), members) for (pattern, _), members in groups.items()]
+        groups.setdefault((number.sub("#", row.name), key(row)), []).append(row)
+    return [(_range_name(members, number), members) for members in groups.values()]
 
 
-def _range_name(pattern: str, members: Sequence[LayerRow]) -> str:
+def _range_name(members: Sequence[LayerRow], number: re.Pattern[str]) -> str:
+    """One name for members that are alike but for their numbers."""
+    first = members[0].name
     if len(members) == 1:
-        return members[0].name
-    numbers = [re.findall(r"(?<=\.)\d+(?=\.)", row.name) for row in members]
-    name = pattern
-    for position in zip(*numbers, strict=True):
-        values = sorted({int(value) for value in position})
-        text = str(values[0]) if len(values) == 1 else f"{{{values[0]}-{values[-1]}}}"
-        name = name.replace("#", text, 1)
-    return f"{name} x {len(members)}"
+        return first
+    columns = zip(*(number.findall(row.name) for row in members), strict=True)
+    ranges = iter([column[0] if len(set(column)) == 1 else _range(column) for column in columns])
+    return f"{number.sub(lambda _: next(ranges), first)} x {len(members)}"
+
+
+def _range(numbers: Iterable[str]) -> str:
+    values = [int(number) for number in numbers]
+    return f"{{{min(values)}-{max(values)}}}"
+
+
+def short_names(models: Sequence[ModelRow]) -> tuple[dict[str, str], str]:
+    """Paths without the folder that all models share, and that folder for a title, or nothing where there is none."""
+    paths = [model.path for model in models]
+    parents = [str(PurePath(path).parent) for path in paths]
+    relative = any(PurePath(path).is_absolute() != PurePath(paths[0]).is_absolute() for path in paths)
+    folder = "" if len(paths) < 2 or relative else os.path.commonpath(parents)
+    if folder in ("", ".", PurePath(folder).anchor) or "." in parents:
+        return {path: path for path in paths}, ""
+    return {path: str(PurePath(path).relative_to(folder)) for path in paths}, f" in {folder}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantcli.report import ModelRow, Report, Table
-from quantcli.tables import gate_table
+from quantcli.tables import gate_table, short_names
 from quantcli.units import format_bytes
 
 _RIGHT = frozenset({"Batch", "p50", "p90", "p99", "Per second", "Size", "Ratio", "Load", "Peak memory"})
@@ -17,17 +17,18 @@ def bench_tables(report: Report) -> list[Table]:
 
 def _latency(report: Report) -> Table:
     rows = []
+    names, folder = short_names(report.models)
     count = len(report.models[0].details["batches"])
     for number in range(count):
         for model in report.models:
             batch = model.details["batches"][number]
             rows.append(
                 (
-                    model.path,
+                    names[model.path],
                     " ".join(filter(None, (model.format, model.scheme))),
                     str(batch["batch_size"]),
                     *(_ms(batch[f"latency_ms_{name}"]) for name in ("p50", "p90", "p99")),
-                    f"{batch['throughput_per_s']:.4g}",
+                    _rate(batch["throughput_per_s"]),
                     _speedup(batch),
                 )
             )
@@ -41,13 +42,14 @@ def _latency(report: Report) -> Table:
         "speed-up with its interval of 95%"
     )
     columns = ("Model", "Scheme", "Batch", "p50", "p90", "p99", "Per second", "Speed-up")
-    return Table("Latency", columns, rows, _RIGHT, note)
+    return Table(f"Latency{folder}", columns, rows, _RIGHT, note)
 
 
 def _resources(report: Report) -> Table:
+    names, folder = short_names(report.models)
     rows = [
         (
-            model.path,
+            names[model.path],
             "-" if model.size_bytes is None else format_bytes(model.size_bytes),
             "-" if model.metrics["size_ratio"] is None else f"{model.metrics['size_ratio']:.3f}",
             _ms(model.metrics["load_ms"] or 0),
@@ -57,7 +59,7 @@ def _resources(report: Report) -> Table:
         for model in report.models
     ]
     return Table(
-        "Resources",
+        f"Resources{folder}",
         ("Model", "Size", "Ratio", "Load", "Peak memory", "Kernels"),
         rows,
         _RIGHT,
@@ -79,7 +81,11 @@ def _kernels(model: ModelRow) -> str:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+    return f"{value:#.3g}".rstrip(".") + " ms" if value < 1000 else f"{value:,.0f} ms"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _speedup(batch: dict[str, float | str]) -> str:

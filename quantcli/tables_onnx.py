@@ -30,7 +30,7 @@ def calibrate_tables(report: Report) -> list[Table]:
         for each in worst
     ]
     return [
-        Table(f"{report.models[0].path} -> {details['output']}", ("", "Value"), facts, frozenset({"Value"})),
+        Table(f"{report.models[0].path} -> {details['output']}", ("", "Value"), facts),
         Table(
             "Hardest to quantize" if len(tensors) > _SHOWN else "Tensors, hardest to quantize first",
             ("Tensor", "Smallest", "Largest", "Low", "High", "SQNR"),

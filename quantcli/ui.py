@@ -35,7 +35,7 @@ class Ui:
             with console.capture() as capture:
                 for table in tables:
                     _print_table(console, table)
-            print(capture.get(), end="", flush=True)
+            print("\n".join(line.rstrip() for line in capture.get().split("\n")), end="", flush=True)
         for warning in report.warnings:
             self.talk(f"Warning: {warning}", style="yellow")
 
@@ -94,17 +94,14 @@ def _print_table(console: Console, table: Table) -> None:
     from rich.text import Text
 
     bare = not any(table.columns[:1])
-    shown = RichTable(
-        title=Text(table.title, style="bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_header=not bare,
-        pad_edge=False,
-        caption=Text(table.note, style="dim") if table.note else None,
-        caption_justify="left",
-    )
+    shown = RichTable(box=box.SIMPLE_HEAD, show_header=not bare, pad_edge=False)
     for column in table.columns:
         shown.add_column(column, justify="right" if column in table.right else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*map(Text, row))
+    # As a table's own title and caption they would be folded to the width of its columns.
+    console.print(Text(table.title, style="bold"))
     console.print(shown)
+    if table.note:
+        console.print(Text(table.note, style="dim"))
+        console.print()

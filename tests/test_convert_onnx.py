@@ -540,6 +540,36 @@ def test_outliers_leave_a_convolution_float(tmp_path: Path, place: str) -> None:
     assert runtime["integer_kernels"] == {"QLinearConv": 1} and sum(runtime["float_kernels"].values()) == 1
 
 
+def test_a_channel_that_owns_the_range_leaves_a_product_float(tmp_path: Path) -> None:
+    """Its signal hides in the tensor's ratio that the others have no levels left, and dynamic ranges have them too."""
+    nodes = [node("MatMul", ["x", "w1"], ["h"]), node("Tanh", ["h"], ["t"]), node("MatMul", ["t", "w2"], ["y"])]
+    weight, x = normal(64, 96, scale=0.1), normal(32, 64, 64)
+    weight[0] /= 1000
+    x[..., 0] *= 1000
+    path = saved(tmp_path, nodes, ["n", 64, 64], w1=weight, w2=normal(96, 64, seed=1))
+    np.savez(tmp_path / "d.npz", x=x)
+    report = convert(path, tmp_path / "o.onnx", scheme="int8-static", data=tmp_path / "d.npz")
+    rows = {row.name: row for row in report.layers}
+    assert rows["w1"].scheme is None and "a few channels leave the others" in str(rows["w1"].reason)
+    assert rows["w2"].scheme == "int8-static"
+    assert report.models[1].metrics["output_sqnr_db"] > 25
+
+
+def test_the_better_scheme_is_recommended(tmp_path: Path) -> None:
+    """Ranges that differ by sample: fixed ones fit the widest, found ones each."""
+    nodes = [node("MatMul", ["x", "w1"], ["h"]), node("Tanh", ["h"], ["t"]), node("MatMul", ["t", "w2"], ["y"])]
+    path = saved(tmp_path, nodes, ["n", 64, 64], w1=normal(64, 96, scale=0.1), w2=normal(96, 64, seed=1))
+    x = normal(32, 64, 64)
+    x[8:] *= 60
+    np.savez(tmp_path / "d.npz", x=x)
+    report = convert(path, tmp_path / "o.onnx", scheme="int8-static", data=tmp_path / "d.npz")
+    assert report.details["recommended"] == "int8-dynamic"
+    assert any("int8-dynamic" in warning and "recommended" in warning for warning in report.warnings)
+    np.savez(tmp_path / "even.npz", x=normal(32, 64, 64))
+    even = convert(path, tmp_path / "e.onnx", scheme="int8-static", data=tmp_path / "even.npz")
+    assert even.details["recommended"] == "int8-static" and not even.warnings
+
+
 def test_outliers_everywhere_leave_nothing_and_the_message_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -277,3 +277,14 @@ def test_checksum_is_crc32_of_the_bytes_in_order() -> None:
     assert numerics.checksum(digits) == 0xCBF43926
     assert numerics.checksum(digits.T) == zlib.crc32(b"147258369")
     assert numerics.checksum(torch.ones(2, dtype=torch.bfloat16)) == zlib.crc32(b"\x80\x3f\x80\x3f")
+
+
+def test_a_narrow_format_meets_the_largest_value_exactly() -> None:
+    number_format = NumberFormat("int8", Granularity("channel"), narrow=True)
+    assert numerics.code_range(number_format) == (-127, 127)
+    weight = torch.tensor([[1.0, -0.3, 0.1], [-2.0, 0.5, 0.25]])
+    scale, zero_point = numerics.choose_qparams(None, weight.abs().amax(-1, keepdim=True), number_format)
+    codes = numerics.quantize(numerics.in_groups(weight, number_format), scale, zero_point, number_format)
+    assert scale.flatten().tolist() == pytest.approx([1 / 127, 2 / 127])
+    assert codes[0, 0, 0] == 127 and codes[1, 0, 0] == -127
+    np.testing.assert_array_equal(codes.reshape(2, 3), np.rint(weight.numpy() / np.array([[1], [2]]) * 127))

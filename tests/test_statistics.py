@@ -49,7 +49,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         theirs = loaded[name]
         for key in ("minimum", "maximum", "nans", "infinities", "elements"):
             assert getattr(ours, key) == getattr(theirs, key), (name, key)
-        for key in ("bins", "counts", "channel_minimum", "channel_maximum"):
+        for key in ("bins", "counts", "channel_minimum", "channel_maximum", "channel_mean"):
             left, right = getattr(ours, key), getattr(theirs, key)
             assert (left is None) == (right is None)
             assert left is None or (left.dtype == right.dtype and np.array_equal(left, right, equal_nan=True))

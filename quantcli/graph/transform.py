@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 #: Below this, 256 levels over a tensor's range leave too little of it: a few outliers own the range.
 MIN_ACTIVATION_SQNR_DB = 20.0
 
+#: Below this many levels, the median channel is next to nothing: a few channels own the range.
+MIN_CHANNEL_LEVELS = 4.0
+
 
 class Statistics(Protocol):
     """What calibration knows, as far as static quantization asks."""
@@ -34,6 +37,9 @@ class Statistics(Protocol):
 
     def sqnr_db(self, name: str, low: float, high: float, levels: int = 256) -> float | None:
         """Signal to quantization noise of a tensor on a grid over a range."""
+
+    def channel_levels(self, name: str, low: float, high: float) -> float | None:
+        """How many of 256 levels over a range the median channel spans."""
 
     def channel_mean(self, name: str) -> np.ndarray | None:
         """Mean of each channel."""
@@ -68,7 +74,12 @@ def _judged(node: NodePlan, statistics: Statistics) -> NodePlan:
         values["output"] = tail(node.node)
     for which, value in values.items():
         assert value is not None and value.name is not None
-        sqnr_db = statistics.sqnr_db(value.name, *statistics.range(value.name))
+        low, high = statistics.range(value.name)
+        levels = statistics.channel_levels(value.name, low, high)
+        if levels is not None and levels < MIN_CHANNEL_LEVELS:
+            # A range found at inference is the same few channels' own.
+            return node.left(f"outliers: a few channels leave the others {levels:.1f} of 256 levels of its {which}")
+        sqnr_db = statistics.sqnr_db(value.name, low, high)
         if sqnr_db is not None and sqnr_db < MIN_ACTIVATION_SQNR_DB:
             why = f"outliers: fixed ranges would leave its {which} {sqnr_db:.0f} dB"
             if node.node.op_type == "Conv":
