@@ -75,16 +75,16 @@ def _judged(node: NodePlan, statistics: Statistics) -> NodePlan:
     for which, value in values.items():
         assert value is not None and value.name is not None
         low, high = statistics.range(value.name)
-        levels = statistics.channel_levels(value.name, low, high)
-        if levels is not None and levels < MIN_CHANNEL_LEVELS:
-            # A range found at inference is the same few channels' own.
-            return node.left(f"outliers: a few channels leave the others {levels:.1f} of 256 levels of its {which}")
         sqnr_db = statistics.sqnr_db(value.name, low, high)
         if sqnr_db is not None and sqnr_db < MIN_ACTIVATION_SQNR_DB:
             why = f"outliers: fixed ranges would leave its {which} {sqnr_db:.0f} dB"
             if node.node.op_type == "Conv":
                 return node.left(why)
             return replace(node, mode="dynamic", label="int8-dynamic", note=why)
+        levels = statistics.channel_levels(value.name, low, high)
+        if levels is not None and levels < MIN_CHANNEL_LEVELS:
+            # The few are most of the signal, and so they are of every sample: ranges found at inference are the same.
+            return node.left(f"outliers: a few channels leave the others {levels:.1f} of 256 levels of its {which}")
     return node
 
 
