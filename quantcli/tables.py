@@ -133,7 +133,7 @@ def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
         tables.append(Table("By role", ("Role", "Tensors", "Size"), roles, _SIZES))
     schemes = report.details.get("schemes", [])
     if schemes:
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 entry["scheme"], entry["format"], format_bytes(entry["size_bytes"]), _ratio_text(entry["size_ratio"]),
                 str(entry["quantized_tensors"]), ", ".join(f"{count} {role}" for role, count in entry["left"].items()),
@@ -141,9 +141,11 @@ def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
             for entry in schemes
             if entry["applies"]
         ]  # fmt: skip
-        tables.append(
-            Table("What convert would write", ("Scheme", "Format", "Size", "Ratio", "Tensors", "Left"), rows, _SIZES)
-        )
+        columns: tuple[str, ...] = ("Scheme", "Format", "Size", "Ratio", "Tensors", "Left")
+        if not any(row[-1] for row in rows):
+            columns, rows = columns[:-1], [row[:-1] for row in rows]
+        note = "The graph's new nodes add some kilobytes." if model.format == "onnx" else None
+        tables.append(Table("What convert would write", columns, rows, _SIZES, note))
     if layers:
         tables.append(_layer_table(report.layers))
     return tables
@@ -168,7 +170,7 @@ def eval_tables(report: Report) -> list[Table]:
         cells = [_metric(model, name) for name in present]
         rows.append(
             (
-                names[model.path], " ".join(filter(None, (model.format, model.scheme))), _size_text(model.size_bytes),
+                names[model.path], scheme_text(model, report), _size_text(model.size_bytes),
                 _ratio_text(model.metrics["size_ratio"] or 0), *cells,
             )
         )  # fmt: skip
@@ -276,6 +278,12 @@ def _range_name(members: Sequence[LayerRow], number: re.Pattern[str]) -> str:
 def _range(numbers: Iterable[str]) -> str:
     values = [int(number) for number in numbers]
     return f"{{{min(values)}-{max(values)}}}"
+
+
+def scheme_text(model: ModelRow, report: Report) -> str:
+    """Format and scheme of a model; the scheme alone where all models are of one format."""
+    alike = len({each.format for each in report.models}) == 1
+    return " ".join(filter(None, (None if alike and model.scheme else model.format, model.scheme)))
 
 
 def short_names(models: Sequence[ModelRow]) -> tuple[dict[str, str], str]:

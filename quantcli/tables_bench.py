@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from quantcli.report import ModelRow, Report, Table
-from quantcli.tables import gate_table, short_names
+from quantcli.tables import gate_table, scheme_text, short_names
 from quantcli.units import format_bytes
 
-_RIGHT = frozenset({"Batch", "p50", "p90", "p99", "Per second", "Size", "Ratio", "Load", "Peak memory"})
+_RIGHT = frozenset({"Batch", "p50 ms", "p90 ms", "p99 ms", "Per second", "Size", "Ratio", "Load", "Peak memory"})
 
 
 def bench_tables(report: Report) -> list[Table]:
@@ -25,9 +25,9 @@ def _latency(report: Report) -> Table:
             rows.append(
                 (
                     names[model.path],
-                    " ".join(filter(None, (model.format, model.scheme))),
+                    scheme_text(model, report),
                     str(batch["batch_size"]),
-                    *(_ms(batch[f"latency_ms_{name}"]) for name in ("p50", "p90", "p99")),
+                    *(_number(batch[f"latency_ms_{name}"]) for name in ("p50", "p90", "p99")),
                     _rate(batch["throughput_per_s"]),
                     _speedup(batch),
                 )
@@ -41,7 +41,7 @@ def _latency(report: Report) -> Table:
         f"{details['data'] if details['data'] != 'made up' else 'made-up inputs'} ({shapes}); "
         "speed-up with its interval of 95%"
     )
-    columns = ("Model", "Scheme", "Batch", "p50", "p90", "p99", "Per second", "Speed-up")
+    columns = ("Model", "Scheme", "Batch", "p50 ms", "p90 ms", "p99 ms", "Per second", "Speed-up")
     return Table(f"Latency{folder}", columns, rows, _RIGHT, note)
 
 
@@ -52,7 +52,7 @@ def _resources(report: Report) -> Table:
             names[model.path],
             "-" if model.size_bytes is None else format_bytes(model.size_bytes),
             "-" if model.metrics["size_ratio"] is None else f"{model.metrics['size_ratio']:.3f}",
-            _ms(model.metrics["load_ms"] or 0),
+            f"{_number(model.metrics['load_ms'] or 0)} ms",
             f"{format_bytes(model.metrics['peak_rss_bytes'] or 0)}",
             _kernels(model),
         )
@@ -80,8 +80,8 @@ def _kernels(model: ModelRow) -> str:
     return "; ".join([*parts, f"float: {', '.join(floating)}"] if floating else parts) or "-"
 
 
-def _ms(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".") + " ms" if value < 1000 else f"{value:,.0f} ms"
+def _number(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
 
 
 def _rate(value: float) -> str:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from quantcli.cli import main
 from quantcli.report import GateRow, LayerRow, ModelRow, Report, Table
-from quantcli.tables import collapse
+from quantcli.tables import collapse, short_names
+from quantcli.ui import Ui
 from quantcli.units import format_bytes, format_seconds, parse_bytes
 
 
@@ -147,6 +148,47 @@ def test_alike_layers_share_a_row() -> None:
     ]
     names = [(name, len(members)) for name, members in collapse(rows, key=lambda row: row.scheme or "")]
     assert names == [("m.layers.{0-2}.fc.weight x 3", 3), ("head.weight", 1)]
+
+
+def test_many_rows_that_differ_in_any_number_share_one() -> None:
+    def names(count: int) -> list[str]:
+        rows = [LayerRow(f"conv2d_{i}.w_0", "int8", 1, 1) for i in range(10, 10 + count)]
+        return [name for name, _ in collapse([*rows, LayerRow("fc1.w", None, 1, 1)], key=lambda row: row.scheme or "")]
+
+    assert names(30) == ["conv2d_{10-39}.w_0 x 30", "fc1.w"]
+    assert len(names(8)) == 9
+
+
+@pytest.mark.parametrize(
+    ("paths", "names", "folder"),
+    [
+        (["out/a.onnx", "out/b/c.onnx"], ["a.onnx", "b/c.onnx"], " in out"),
+        (["/t/m", "/t/int8"], ["m", "int8"], " in /t"),
+        (["out/a.onnx"], ["out/a.onnx"], ""),
+        (["/a/m", "/b/m"], ["/a/m", "/b/m"], ""),
+        (["/a/m", "a/n"], ["/a/m", "a/n"], ""),
+        (["package.module:function", "out/a.onnx"], ["package.module:function", "out/a.onnx"], ""),
+    ],
+)
+def test_the_folder_that_models_share_is_named_once(paths: list[str], names: list[str], folder: str) -> None:
+    found, shared = short_names([ModelRow(path, "reference") for path in paths])
+    assert ([found[path] for path in paths], shared) == (names, folder)
+
+
+@pytest.mark.parametrize("width", [120, 80, 40, 10])
+def test_tables_fit_and_break_words_last(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = [("int8.onnx", "99.50% +- 0.29%", "1 QGemm, 3 QLinearConv, 1 QLinearGlobalAveragePool")]
+    table = Table("A title that is longer than the table is wide", ("Model", "Top-1", "Kernels"), rows, note="a note")
+    Ui().show(Report("eval", [ModelRow("a", "reference")]), [table])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert all(line == line.rstrip() for line in lines)
+    if width >= 80:
+        assert lines[0] == table.title
+        assert "QLinearGlobalAveragePool" in "".join(lines)
 
 
 @pytest.mark.parametrize(
