@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from quantcli.graph.model import MANIFEST_KEY, OnnxModel, constants, is_onnx, on
 from quantcli.graph.placement import place
 from quantcli.graph.plan import GraphPlan, require_work, resolve_graph
 from quantcli.graph.prepare import QDQ_OPSET, prepare, upgrade
-from quantcli.graph.save import save_graph
+from quantcli.graph.save import checksums, save_graph
 from quantcli.graph.targets import require_version
 from quantcli.graph.transform import LayerOutcome, needed_opset, transform, without_outliers
 from quantcli.memory import peak_rss_bytes
@@ -34,6 +33,7 @@ from quantcli.version import __version__
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from quantcli.proof import Comparison
     from quantcli.samples import Samples
 
 Progress = Callable[[int, int], None]
@@ -46,6 +46,9 @@ DEFAULT_SAMPLES = 128
 
 #: Outputs that keep this much are good enough for most uses; below, another scheme is tried.
 GOOD_OUTPUT_SQNR_DB = 20.0
+
+#: An artifact this much slower than its model is worth a word.
+_SLOW = 0.8
 
 #: By how much another scheme must be better to be recommended.
 _BETTER_BY_DB = 3.0
@@ -150,6 +153,7 @@ class _Conversion:
         self.given, self.output, self.recipe, self.calibration = model, output, recipe, calibration
         self.weights, self.version, self.progress = weights, version, progress
         self.warnings: list[str] = []
+        self.comparison: Comparison | None = None
         self.single_file = output.name if output.suffix == ".onnx" else None
 
     def run(self, staging: Staging, *, dry_run: bool) -> Report:
@@ -186,7 +190,7 @@ class _Conversion:
         target = staging.out / (self.single_file or _FILE_IN_FOLDER)
         verified = self._write(graph, target)
         verified |= self._prove(target, original, samples)
-        recommended = self._recommend(original, statistics, samples, verified, staging.root)
+        recommended = self._recommend(original, statistics, samples, staging.root)
         manifest = self._manifest(original, plan, outcomes, verified)
         graph.metadata_props[MANIFEST_KEY] = json.dumps(manifest, sort_keys=True)
         files = save_graph(graph, target)
@@ -194,7 +198,7 @@ class _Conversion:
         self._copy_companions(original, staging.out)
         size = sum(file.stat().st_size for file in files)
         details = {"verified": verified, "recommended": recommended}
-        return self._report(original, plan, outcomes, size, details, self._metrics(verified))
+        return self._report(original, plan, outcomes, size, details, self._metrics())
 
     def _open(self, folder: Path) -> OnnxModel:
         if is_onnx(Path(self.given)):
@@ -254,7 +258,7 @@ class _Conversion:
         """Write, reopen, and compare every tensor. Raises VerificationError."""
         save_graph(graph, target)
         reopened = open_onnx(target)
-        meant, found = _checksums(graph), _checksums(reopened.ir)
+        meant, found = checksums(graph), checksums(reopened.ir)
         if meant != found:
             wrong = sorted(name for name in meant.keys() | found.keys() if meant.get(name) != found.get(name))
             raise VerificationError(
@@ -268,7 +272,14 @@ class _Conversion:
 
         verified: dict[str, Any] = {"runtime": prove(target).to_json()}
         if samples is not None:
-            verified |= {"compared": compare_outputs(original.path, target, samples, _COMPARED_SAMPLES)}
+            self.comparison = found = compare_outputs(original.path, target, samples, _COMPARED_SAMPLES)
+            # How long it took goes into the report alone: an artifact holds no times.
+            verified["compared"] = {"samples": found.samples, "sqnr_db": found.sqnr_db}
+            if found.speed is not None and found.speed < _SLOW:
+                self.warnings.append(
+                    f"On these samples the artifact ran {found.speed:.2g} times as fast as the model; quantcli bench "
+                    "measures that properly."
+                )
         return verified
 
     def _recommend(
@@ -276,17 +287,16 @@ class _Conversion:
         original: OnnxModel,
         statistics: CalibrationStats | None,
         samples: Samples | None,
-        verified: Mapping[str, Any],
         folder: Path,
     ) -> str | None:
         """The scheme to take: where fixed ranges lose much, dynamic ones are tried on the same samples.
 
         None where there is no data to tell from.
         """
-        asked, compared = self.recipe.scheme, verified.get("compared")
-        if compared is None or samples is None or not isinstance(asked, str):
+        asked = self.recipe.scheme
+        if self.comparison is None or samples is None or not isinstance(asked, str):
             return None
-        kept = compared["sqnr_db"]
+        kept = self.comparison.sqnr_db
         if asked != "int8-static" or kept is None or kept >= GOOD_OUTPUT_SQNR_DB:
             return asked
         from quantcli.proof import compare_outputs
@@ -297,7 +307,7 @@ class _Conversion:
         other = folder / "alternative" / _FILE_IN_FOLDER
         other.parent.mkdir()
         save_graph(graph, other)
-        better = compare_outputs(original.path, other, samples, _COMPARED_SAMPLES)["sqnr_db"]
+        better = compare_outputs(original.path, other, samples, _COMPARED_SAMPLES).sqnr_db
         if better is not None and better < kept + _BETTER_BY_DB:
             self.warnings.append(f"{asked} leaves the outputs at {kept:.1f} dB; int8-dynamic would at {better:.1f} dB.")
             return asked
@@ -307,9 +317,9 @@ class _Conversion:
         )
         return "int8-dynamic"
 
-    def _metrics(self, verified: Mapping[str, Any]) -> dict[str, float | None]:
-        compared = verified.get("compared")
-        return {"output_sqnr_db": compared["sqnr_db"]} if compared else {}
+    def _metrics(self) -> dict[str, float | None]:
+        found = self.comparison
+        return {"output_sqnr_db": found.sqnr_db, "speed": found.speed} if found else {}
 
     def _check_size(self, original: OnnxModel, files: Sequence[Path], weights_before: int) -> None:
         size, before = sum(file.stat().st_size for file in files), original.size_bytes
@@ -377,15 +387,3 @@ class _Conversion:
             str(self.output), "candidate", "onnx", plan.scheme, None, size, metrics, {"algorithm": plan.algorithm}
         )
         return Report("convert", [source, artifact], rows, [], list(dict.fromkeys(self.warnings)), details)
-
-
-def _checksums(model: ir.Model) -> dict[str, int]:
-    """CRC-32 of every constant's dtype, shape and bytes, by name; tensors are read one by one."""
-    found = {}
-    for graph in model.graphs():
-        for name, value in graph.initializers.items():
-            tensor = value.const_value
-            if tensor is not None:
-                head = f"{tensor.dtype.name} {tuple(tensor.shape.numpy())}"
-                found[name] = zlib.crc32(tensor.tobytes(), zlib.crc32(head.encode()))
-    return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from quantcli.errors import InputError
@@ -92,8 +94,21 @@ def _is_heavy(node: Any) -> bool:
     )
 
 
-def compare_outputs(reference: Path, candidate: Path, samples: Iterable[Sample], most: int) -> dict[str, Any]:
-    """Run both models on the first samples: how many, and the signal-to-noise ratio of all float outputs together.
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same samples: signal to noise of all float outputs together, and how long they took.
+
+    ``speed``: the reference's median time over the candidate's. A hint only, since nothing was warmed up or
+    repeated; None for a single sample.
+    """
+
+    samples: int
+    sqnr_db: float | None
+    speed: float | None
+
+
+def compare_outputs(reference: Path, candidate: Path, samples: Iterable[Sample], most: int) -> Comparison:
+    """Run both models in turn on the first samples.
 
     Raises:
         InputError: a model does not run, or the candidate's outputs are not finite where the reference's are.
@@ -102,12 +117,12 @@ def compare_outputs(reference: Path, candidate: Path, samples: Iterable[Sample],
 
     from quantcli.numerics import decibels
 
-    ours, theirs = Session(reference), Session(candidate)
+    sessions = Session(reference), Session(candidate)
     signal = noise = 0.0
-    count = 0
+    times: list[tuple[float, float]] = []
     for sample in islice(samples, most):
-        expected, got = ours.run(sample.inputs), theirs.run(sample.inputs)
-        count += 1
+        (expected, ours), (got, theirs) = (_timed(session, sample) for session in sessions)
+        times.append((ours, theirs))
         for name, values in expected.items():
             if not np.issubdtype(values.dtype, np.floating):
                 continue
@@ -117,4 +132,13 @@ def compare_outputs(reference: Path, candidate: Path, samples: Iterable[Sample],
                 raise InputError(f"The output {name} of the artifact is not finite where the original's is.")
             signal += float(np.square(wide[finite]).sum())
             noise += float(np.square(wide[finite] - other[finite]).sum())
-    return {"samples": count, "sqnr_db": decibels(signal, noise)}
+    # The first run of a session also prepares its memory.
+    later = times[1:]
+    speed = median(ours for ours, _ in later) / median(theirs for _, theirs in later) if later else None
+    return Comparison(len(times), decibels(signal, noise), speed)
+
+
+def _timed(session: Session, sample: Sample) -> tuple[dict[str, Any], float]:
+    started = time.perf_counter()
+    outputs = session.run(sample.inputs)
+    return outputs, time.perf_counter() - started

@@ -85,6 +85,9 @@ def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
             compared = verified["compared"]
             outputs = f"{decibel_text(compared['sqnr_db'])} on {_count(compared['samples'], 'sample')} of the data"
             rows.append(("Outputs", outputs))
+        speed = artifact.metrics.get("speed")
+        if speed is not None:
+            rows.append(("Speed", f"about {speed:.2g} times the model's, on these samples"))
     return Table(
         "Total" if "seconds" in report.details else "Total (dry run: nothing was written)", ("", "Value"), rows
     )

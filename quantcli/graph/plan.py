@@ -106,7 +106,7 @@ def quantization_of(model: ir.Model) -> str | None:
 
 
 def weighted_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
-    """Nodes with a constant float weight worth quantizing, and that weight."""
+    """Nodes with a constant float matrix, image filter or table, and that weight."""
     import onnx_ir as ir
 
     for node in model.graph.all_nodes():
@@ -115,7 +115,7 @@ def weighted_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
         value = input_of(node, _WEIGHT_INPUT[node.op_type])
         tensor = constant(value)
         floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-        if value is not None and tensor is not None and tensor.dtype in floats and tensor.size >= _SMALLEST_WEIGHT:
+        if value is not None and tensor is not None and tensor.dtype in floats and len(tensor.shape) > 1:
             yield node, value
 
 
@@ -181,6 +181,10 @@ class _Planner:
         if rule and rule.scheme:
             scheme = build_scheme(rule.scheme)
             label = rule.scheme if isinstance(rule.scheme, str) else scheme.weights.dtype
+        # A small layer between integer ones runs on integers too; elsewhere it would only cost a node.
+        static = scheme.inputs is not None and not scheme.inputs.dynamic and node.op_type != "Gather"
+        if info.numel < _SMALLEST_WEIGHT and not static:
+            return plan.left("too small to save anything")
         if scheme.weights.is_cast:
             return self._cast(plan, scheme, label)
         if node.graph is not self.model.graph:
@@ -204,7 +208,7 @@ class _Planner:
             if reason is None:
                 mode: Mode = "dynamic" if scheme.inputs.dynamic else "static"
                 return replace(plan, mode=mode, scheme=scheme, label=label, algorithm=_algorithm(scheme, wish))
-            if plan.role != "conv":
+            if plan.role != "conv" or plan.info.numel < _SMALLEST_WEIGHT:
                 return plan.left(reason)
             return self._expanded(plan, f"int8 weights only: {reason}")
         if plan.role == "conv":

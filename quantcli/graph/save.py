@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,3 +35,15 @@ def save_graph(model: ir.Model, path: Path) -> list[Path]:
 def needed_ir_version(opset: int) -> int:
     """The smallest IR version that an operator set may stand in."""
     return next((version for smallest, version in _IR_VERSIONS if opset >= smallest), 3)
+
+
+def checksums(model: ir.Model) -> dict[str, int]:
+    """CRC-32 of every constant's dtype, shape and bytes, by name; tensors are read one by one."""
+    found = {}
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is not None:
+                head = f"{tensor.dtype.name} {tuple(tensor.shape.numpy())}"
+                found[name] = zlib.crc32(tensor.tobytes(), zlib.crc32(head.encode()))
+    return found
