@@ -109,9 +109,9 @@ def _kernel_table(runtime: Mapping[str, Any]) -> Table:
     rows = [(name, str(count), "") for name, count in runtime["integer_kernels"].items()]
     rows += [(name, "", str(count)) for name, count in runtime["float_kernels"].items()]
     left = _count(runtime["conversions_left"], "QuantizeLinear or DequantizeLinear node")
-    note = f"Beside them {left} {'remains' if runtime['conversions_left'] == 1 else 'remain'}."
+    note = f"Beside them, {left} {'remains' if runtime['conversions_left'] == 1 else 'remain'}."
     return Table(f"Kernels, as {runtime['runtime']} optimized the graph", ("Kernel", "Integer", "Float"), rows,
-                 frozenset({"Integer", "Float"}), note)  # fmt: skip
+                 frozenset({"Integer", "Float"}), note if runtime["conversions_left"] else None)  # fmt: skip
 
 
 def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
@@ -297,4 +297,4 @@ def short_names(models: Sequence[ModelRow]) -> tuple[dict[str, str], str]:
     folder = "" if len(paths) < 2 or relative else os.path.commonpath(parents)
     if folder in ("", ".", PurePath(folder).anchor) or "." in parents:
         return {path: path for path in paths}, ""
-    return {path: str(PurePath(path).relative_to(folder)) for path in paths}, f" in {folder}"
+    return {path: str(PurePath(path).relative_to(folder)) for path in paths}, f", models in {folder}"

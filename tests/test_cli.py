@@ -162,8 +162,8 @@ def test_many_rows_that_differ_in_any_number_share_one() -> None:
 @pytest.mark.parametrize(
     ("paths", "names", "folder"),
     [
-        (["out/a.onnx", "out/b/c.onnx"], ["a.onnx", "b/c.onnx"], " in out"),
-        (["/t/m", "/t/int8"], ["m", "int8"], " in /t"),
+        (["out/a.onnx", "out/b/c.onnx"], ["a.onnx", "b/c.onnx"], ", models in out"),
+        (["/t/m", "/t/int8"], ["m", "int8"], ", models in /t"),
         (["out/a.onnx"], ["out/a.onnx"], ""),
         (["/a/m", "/b/m"], ["/a/m", "/b/m"], ""),
         (["/a/m", "a/n"], ["/a/m", "a/n"], ""),

@@ -1,0 +1,59 @@
+"""The recipes in configs/: each is valid, says when to use it, and does what its comments say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from graphs import model, node, normal, prepared
+
+from quantcli.graph.plan import GraphPlan, resolve_graph
+from quantcli.recipe import build_scheme, load_recipe
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_says_when_to_use_it(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.scheme is not None
+    build_scheme(recipe.scheme)
+    assert path.read_text().startswith("# ")
+
+
+def test_the_cnn_recipe_makes_convolutions_static_and_can_leave_out_the_first(tmp_path: Path) -> None:
+    proto = model(
+        [
+            node("Conv", ["x", "conv1.weight"], ["a"]),
+            node("Relu", ["a"], ["b"]),
+            node("Conv", ["b", "conv2.weight"], ["y"]),
+        ],
+        {"x": [1, 4, 8, 8]},
+        {"y": None},
+        {"conv1.weight": normal(16, 4, 3, 3), "conv2.weight": normal(16, 16, 3, 3)},
+    )
+    text = (CONFIGS / "cnn-int8-static.yaml").read_text()
+    recipe = tmp_path / "recipe.yaml"
+    for content, modes in ((text, ["static", "static"]), (text.replace("# skip:", "skip:"), ["float", "static"])):
+        recipe.write_text(content)
+        plan = resolve_graph(load_recipe(recipe), prepared(proto), Path("model.onnx"))
+        assert [each.mode for each in plan.nodes] == modes
+
+
+def test_the_encoder_recipe_looks_tables_up_in_four_bits() -> None:
+    proto = model(
+        [
+            node("Cast", ["x"], ["ids"], to=7),
+            node("Gather", ["embeddings.word.weight", "ids"], ["a"]),
+            node("MatMul", ["a", "layer.weight"], ["y"]),
+        ],
+        {"x": [1, 4]},
+        {"y": None},
+        {"embeddings.word.weight": normal(32, 64), "layer.weight": normal(64, 32)},
+    )
+    plan: GraphPlan = resolve_graph(
+        load_recipe(CONFIGS / "encoder-int8-dynamic.yaml"), prepared(proto), Path("model.onnx")
+    )
+    assert [(each.mode, each.label) for each in plan.nodes] == [("weights", "int4"), ("dynamic", "int8-dynamic")]
+    assert plan.nodes[0].scheme is not None
+    assert plan.nodes[0].scheme.weights.granularity.size == 32
