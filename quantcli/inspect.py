@@ -9,6 +9,7 @@ from typing import Any
 
 from quantcli.checkpoints.folder import Checkpoint, open_checkpoint
 from quantcli.errors import InputError
+from quantcli.functions import is_function
 from quantcli.graph.model import is_onnx
 from quantcli.report import LayerRow, ModelRow, Report
 from quantcli.roles import classify, original_dtype, quantization_of
@@ -30,6 +31,11 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
         from quantcli.inspect_onnx import inspect_onnx
 
         return inspect_onnx(Path(model), schemes)
+    if is_function(str(model)) or Path(model).suffix == ".pt2":
+        raise InputError(
+            f"inspect reads checkpoints and ONNX files, and {model} is a program.",
+            f"Look at what quantcli convert {model} -o OUT.onnx writes, or would write with --dry-run.",
+        )
     checkpoint = open_checkpoint(Path(model))
     infos = checkpoint.infos()
     manifest = checkpoint.manifest or {}

@@ -49,7 +49,10 @@ class OnnxRunner:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         """One forward pass. Raises InputError where the inputs do not fit."""
-        return self._session.run(fit(feeds, self.inputs, str(self.path)))
+        fitting = fit(feeds, self.inputs, str(self.path))
+        for port in self.inputs:
+            _require_shape(fitting[port.name], port, str(self.path))
+        return self._session.run(fitting)
 
 
 class TorchRunner:
@@ -199,6 +202,17 @@ def fit(feeds: Mapping[str, np.ndarray], inputs: Sequence[Port], name: str) -> A
         wanted = "; ".join(str(port) for port in inputs)
         raise InputError(f"{name} needs inputs that the data lacks. Expected {wanted}; got {', '.join(feeds)}.")
     return {port.name: _cast(found[port.name], port, name) for port in inputs}
+
+
+def _require_shape(value: np.ndarray, port: Port, name: str) -> None:
+    """Raise InputError where a dimension other than the batch is not the one that a model takes."""
+    wanted = (port.shape or ())[1:]
+    fits = len(value.shape) == len(wanted) + 1 and all(
+        dim == size for dim, size in zip(wanted, value.shape[1:], strict=True) if isinstance(dim, int)
+    )
+    if port.shape and not fits:
+        shape = " x ".join(map(str, value.shape)) or "a single value"
+        raise InputError(f"{name} takes other inputs than these. Expected {port}; got {shape}.")
 
 
 def derived_inputs(ids: np.ndarray) -> Arrays:

@@ -38,8 +38,11 @@ class TextSource:
     ) -> None:
         if seq_len is not None and seq_len < 2:
             raise UsageError(f"--seq-len {seq_len}: at least two tokens are needed.")
+        if not any(port.dtype.kind in "iu" for port in ports):
+            listed = ", ".join(map(str, ports))
+            raise InputError(f"{path} is text, and the model takes no tokens: {listed}.", "Give arrays or images.")
         place = tokenizer or folder
-        if place is None:
+        if place is None or (tokenizer is None and not (place / "config.json").is_file()):
             raise InputError(f"{path} is text, and there is no tokenizer.", "Name one with --tokenizer FOLDER.")
         self.warnings: list[str] = []
         self._path, self._ports = path, ports

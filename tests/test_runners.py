@@ -61,6 +61,9 @@ def test_onnx_by_name_and_in_its_own_dtype(tmp_path: Path) -> None:
     assert found["logits"].dtype == np.float16
     assert np.allclose(floats(found)["logits"], expected, atol=0.05)
     assert np.allclose(single.run({"other_name": X})["logits"], expected, atol=1e-5), "by position"
+    for wrong in (X[:, :5], X[None]):
+        with pytest.raises(InputError, match=r"a\.onnx takes other inputs than these. Expected x: float32 n x 8; got"):
+            single.run({"x": wrong})
     (tmp_path / "folder").mkdir()
     classifier(tmp_path / "folder" / "model.onnx", weight, bias)
     assert np.allclose(open_runner(tmp_path / "folder").run({"x": X})["logits"], expected, atol=1e-5)

@@ -157,7 +157,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open(path: Path) -> Checkpoint:
     if not path.exists():
-        raise InputError(f"{path} does not exist.", "A MODEL is a folder, .safetensors, .pt, .pth or .bin.")
+        raise InputError(f"{path} does not exist.", "A MODEL is a folder, .safetensors, .pt, .pth, .bin or .onnx.")
     if path.is_dir():
         return _open_folder(path)
     if path.name.endswith(".index.json"):
@@ -203,7 +203,7 @@ def _open_file(path: Path, folder: Path | None) -> Checkpoint:
 
         return Checkpoint(shown, TorchReader(path).infos, folder=folder)
     what = _OTHER_FORMATS.get(suffix, "not a kind of model that quantcli knows")
-    raise InputError(f"{path} is {what}.", "A MODEL is a folder, .safetensors, .pt, .pth or .bin.")
+    raise InputError(f"{path} is {what}.", "A MODEL is a folder, .safetensors, .pt, .pth, .bin or .onnx.")
 
 
 def _open_index(index: Path) -> Checkpoint:

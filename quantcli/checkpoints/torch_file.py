@@ -182,7 +182,9 @@ def _read(path: Path) -> tuple[Any, _Places]:
         stream.seek(0)
         read = readers.get(magic) or readers.get(magic[:1])
         if read is None:
-            raise InputError(f"{path} is not a torch file.", "A MODEL is a folder, .safetensors, .pt, .pth or .bin.")
+            raise InputError(
+                f"{path} is not a torch file.", "A MODEL is a folder, .safetensors, .pt, .pth, .bin or .onnx."
+            )
         try:
             loaded, places = read(stream, path)
         except (InputError, OSError):
