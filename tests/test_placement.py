@@ -470,7 +470,8 @@ def test_a_half_precision_model_is_left_out_of_integer_arithmetic() -> None:
     for scheme in ("int8-static", "int8-dynamic"):
         plan = resolve_graph(validate({"scheme": scheme}, "test"), prepared(proto), Path("model.onnx"))
         assert not plan.of_mode("static", "dynamic")
-        assert plan.nodes[1].reason is not None and "half precision" in plan.nodes[1].reason
+        assert {each.mode for each in plan.nodes} == {"weights"}
+        assert plan.nodes[1].note is not None and "half precision" in plan.nodes[1].note
 
 
 def simulated_codes(x: np.ndarray, scale: float, zero: int) -> np.ndarray:

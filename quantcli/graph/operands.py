@@ -60,7 +60,7 @@ def operand_of(node: ir.Node) -> Operand | str:
     """The weight of a MatMul, Gemm or Gather, or why there is none that can be quantized."""
     if not is_standard(node, *WEIGHT_INPUT):
         return f"no weight-only form of {node.op_type} exists"
-    value, turned = _behind_transposes(input_of(node, WEIGHT_INPUT[node.op_type]))
+    value, turned = behind_transposes(input_of(node, WEIGHT_INPUT[node.op_type]))
     tensor = constant(value)
     if value is None or tensor is None:
         swapped = node.op_type == "MatMul" and constant(input_of(node, 0)) is not None
@@ -86,7 +86,7 @@ def operand_of(node: ir.Node) -> Operand | str:
 def readers(value: ir.Value) -> Iterator[ir.Node]:
     """Nodes that use a constant, those behind a Transpose included."""
     for use in value.uses():
-        if _is_matrix_transpose(use.node) and not use.node.outputs[0].is_graph_output():
+        if is_matrix_transpose(use.node) and not use.node.outputs[0].is_graph_output():
             yield from readers(use.node.outputs[0])
         else:
             yield use.node
@@ -109,18 +109,19 @@ def _remove_transposes(value: ir.Value) -> None:
             use.node.graph.remove(use.node, safe=True)
 
 
-def _behind_transposes(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+def behind_transposes(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
     """The value that Transposes of a matrix start from, and whether they turn it."""
     turned = False
     while value is not None:
         producer = value.producer()
-        if producer is None or not _is_matrix_transpose(producer):
+        if producer is None or not is_matrix_transpose(producer):
             break
         value, turned = producer.inputs[0], not turned
     return value, turned
 
 
-def _is_matrix_transpose(node: ir.Node) -> bool:
+def is_matrix_transpose(node: ir.Node) -> bool:
+    """Whether a node turns a matrix."""
     if not is_standard(node, "Transpose"):
         return False
     order = integers(node, "perm")

@@ -6,11 +6,13 @@ Names of values that survive, of inputs and outputs above all, are kept.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from quantcli.errors import InputError, MissingExtraError
 from quantcli.graph.fold import fold_affine
 from quantcli.graph.model import OnnxModel
+from quantcli.graph.operands import is_matrix_transpose
 from quantcli.graph.values import (
     add_initializer,
     array,
@@ -64,6 +66,7 @@ def prepare(model: OnnxModel) -> ir.Model:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
         common.ShapeInferencePass(check_type=False, strict_mode=False)(graph_model)
         _products_with_bias(graph_model)
+        _turn_weights(graph_model)
         fold_affine(graph_model)
         _pool_instead_of_mean(graph_model)
         common.RemoveUnusedNodesPass()(graph_model)
@@ -117,6 +120,31 @@ def _set_aside(model: ir.Model) -> dict[str, ir.TensorProtocol]:
                 "elsewhere", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
     return weights
+
+
+def _turn_weights(model: ir.Model) -> None:
+    """Take Transposes of a matrix that nobody else reads into it; the turned one is made when it is read."""
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        value, output = (node.inputs[0], node.outputs[0]) if is_matrix_transpose(node) else (None, None)
+        tensor = constant(value)
+        if value is None or output is None or tensor is None or value.graph is not model.graph:
+            continue
+        if len(value.uses()) != 1 or value.is_graph_output() or output.is_graph_output() or len(tensor.shape) != 2:
+            continue
+        shape = ir.Shape(tensor.shape.numpy()[::-1])
+        value.const_value = ir.LazyTensor(partial(_turned, tensor), dtype=tensor.dtype, shape=shape, name=value.name)
+        value.shape = shape
+        output.replace_all_uses_with(value)
+        model.graph.remove(node, safe=True)
+
+
+def _turned(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    import numpy as np
+    import onnx_ir as ir
+
+    return ir.tensor(np.ascontiguousarray(tensor.numpy().T), name=tensor.name)
 
 
 def _products_with_bias(model: ir.Model) -> None:
