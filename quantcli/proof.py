@@ -84,14 +84,17 @@ def prove(path: Path) -> Proof:
 
 
 def _is_heavy(node: Any) -> bool:
-    """Whether a node reads a constant matrix of floats: products of two activations are no weights."""
-    return any(
-        value is not None
-        and value.const_value is not None
-        and value.const_value.dtype.is_floating_point()
-        and len(value.const_value.shape) > 1
-        for value in node.inputs
-    )
+    """Whether a node reads a constant matrix of floats, or of codes expanded before it: activations are no weights."""
+    return any(value is not None and _is_float_matrix(value) for value in node.inputs)
+
+
+def _is_float_matrix(value: Any) -> bool:
+    producer = value.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        codes = producer.inputs[0].const_value
+        return codes is not None and len(codes.shape) > 1
+    tensor = value.const_value
+    return tensor is not None and tensor.dtype.is_floating_point() and len(tensor.shape) > 1
 
 
 @dataclass(frozen=True)
