@@ -239,9 +239,10 @@ class _Conversion:
     def _statistics(
         self, original: OnnxModel, graph: ir.Model, plan: GraphPlan, samples: Samples | None
     ) -> CalibrationStats | None:
-        # Static layers need ranges; the biases of other convolutions profit from means where there is data.
-        corrected = samples is not None and any(node.role == "conv" for node in plan.of_mode("weights"))
-        if not plan.of_mode("static") and not corrected:
+        # Static layers need ranges; the biases of other convolutions profit from the means of what they read.
+        static = plan.of_mode("static")
+        read = [node.node.inputs[0] for node in plan.of_mode("weights") if node.node.op_type == "Conv"]
+        if not static and not (read and (samples or self.calibration.stats)):
             return None
         from quantcli.calibrate import model_sha256
         from quantcli.collect import collect
@@ -252,7 +253,10 @@ class _Conversion:
             statistics.require_model(sha256)
             return statistics
         assert samples is not None
-        return collect(graph, samples, model_sha256=sha256, seed=self.calibration.seed, progress=self.progress)
+        observed = None if static else list(dict.fromkeys(value.name for value in read if value and value.name))
+        return collect(
+            graph, samples, observed, model_sha256=sha256, seed=self.calibration.seed, progress=self.progress
+        )
 
     def _write(self, graph: ir.Model, target: Path) -> dict[str, Any]:
         """Write, reopen, and compare every tensor. Raises VerificationError."""

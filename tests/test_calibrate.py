@@ -88,7 +88,7 @@ def test_statistics_are_those_of_the_reference_evaluator(tmp_path: Path, data: P
         for name, value in zip(VALUES, [sample.inputs["image"], *evaluator.run(None, sample.inputs)], strict=True):
             seen[name].append(np.moveaxis(value, 1, 0).reshape(value.shape[1], -1))
     assert list(stats.tensors) == list(VALUES)
-    assert (stats.samples, stats.seed, stats.method, stats.model_sha256) == (12, 4, "minmax", "m" * 64)
+    assert (stats.samples, stats.seed, stats.method, stats.model_sha256) == (12, 4, "mse", "m" * 64)
     for name, parts in seen.items():
         values = np.concatenate(parts, axis=1)
         assert stats[name].elements == values.size

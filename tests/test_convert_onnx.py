@@ -570,6 +570,24 @@ def test_the_better_scheme_is_recommended(tmp_path: Path) -> None:
     assert even.details["recommended"] == "int8-static" and not even.warnings
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "int8-dynamic", "int8-static"])
+def test_data_serves_any_mixture_of_layers(tmp_path: Path, scheme: str) -> None:
+    """Means are asked for the layers whose biases are corrected, and for no other: others were not observed."""
+    table, filters = normal(64, 32), normal(8, 3, 3, 3, scale=0.2)
+    nodes = [
+        node("Conv", ["x", "f"], ["a"], pads=[1, 1, 1, 1]), node("ConvTranspose", ["a", "u"], ["c"]),
+        node("GlobalAveragePool", ["c"], ["p"]), node("Flatten", ["p"], ["q"]), node("MatMul", ["q", "w"], ["h"]),
+        node("ArgMax", ["h"], ["i"], axis=1, keepdims=0), node("Gather", ["t", "i"], ["e"]),
+        node("Transpose", ["t"], ["tt"], perm=[1, 0]), node("MatMul", ["e", "tt"], ["y"]),
+    ]  # fmt: skip
+    path = saved(
+        tmp_path, nodes, ["n", 3, 8, 8], f=filters, u=normal(8, 32, 2, 2, scale=0.2), w=normal(32, 64), t=table
+    )
+    np.savez(tmp_path / "d.npz", x=normal(16, 3, 8, 8) + 1)
+    report = convert(path, tmp_path / "o.onnx", scheme=scheme, data=tmp_path / "d.npz")
+    assert {row.name for row in report.layers if row.scheme} >= {"u", "w", "t"}
+
+
 def test_outliers_everywhere_leave_nothing_and_the_message_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -153,15 +153,11 @@ def _share_ranges(model: ir.Model, placement: Placement) -> None:
 
 
 def observed_values(model: ir.Model) -> Iterator[ir.Value]:
-    """Values whose range static quantization may need, in graph order, each once."""
-    seen = set()
-    for node in model.graph:
-        values: list[ir.Value | None] = []
-        if is_standard(node, *ANCHORS) and constant(input_of(node, 1)) is not None:
-            values = [node.inputs[0], *([tail(node)] if needs_quantized_output(node) else [])]
-        elif is_standard(node, *INTEGER_OPS):
-            values = [*node.inputs, tail(node)]
-        for value in values:
-            if value is not None and value not in seen and constant(value) is None:
-                seen.add(value)
-                yield value
+    """Values whose range static quantization may need, in graph order, each once.
+
+    They are those placed when every layer runs on integers: with fewer, no other value is.
+    """
+    anchors = [node for node in model.graph if is_standard(node, *ANCHORS) and constant(input_of(node, 1)) is not None]
+    placed = place(model, anchors).values
+    in_order = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    yield from (value for value in in_order if value in placed)

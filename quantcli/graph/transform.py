@@ -133,8 +133,10 @@ def transform(model: ir.Model, plan: GraphPlan, statistics: Statistics | None) -
 
 
 def _input_mean(node: NodePlan, statistics: Statistics | None) -> np.ndarray | None:
+    """Means of a layer's input channels, for the layers whose biases are corrected: only theirs were observed."""
     data = node.node.inputs[0]
-    if statistics is None or node.role == "embedding" or data is None or data.name is None:
+    corrected = node.node.op_type == "Conv" or (node.node.op_type == "Gemm" and node.mode == "static")
+    if statistics is None or not corrected or data is None or data.name is None:
         return None
     return statistics.channel_mean(data.name)
 
