@@ -17,7 +17,7 @@ from quantcli.errors import UsageError
 from quantcli.functions import is_function
 from quantcli.graph.model import is_onnx
 from quantcli.memory import peak_rss_bytes
-from quantcli.parallel import Background, in_parallel, usable_cores
+from quantcli.parallel import Background, at_most, in_parallel, usable_cores
 from quantcli.plan import LayerPlan, Plan, resolve
 from quantcli.recipe import Recipe, load_recipe
 from quantcli.report import LayerRow, ModelRow, Report
@@ -120,9 +120,12 @@ def convert(
             tokenizer=_path(tokenizer),
             preprocess=_path(preprocess),
         )
-        return convert_onnx(
-            model, place, wishes, given, weights=_path(weights), dry_run=dry_run, force=force, progress=progress
-        )
+        if max_memory is not None:
+            raise UsageError("--max-memory does not apply to ONNX, whose graph is worked on as a whole.")
+        with at_most(threads):
+            return convert_onnx(
+                model, place, wishes, given, weights=_path(weights), dry_run=dry_run, force=force, progress=progress
+            )
     if calibration or data:
         raise UsageError("Converting a checkpoint uses no calibration data.", "Leave it out, or use --format onnx.")
     checkpoint = open_checkpoint(source)

@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from quantcli.scheme import PRESETS
+
 CLASSES = {"bert": "AutoModel"}
+
+#: The presets that a checkpoint can be written in: fixed ranges of activations are ONNX's so far.
+CHECKPOINT_SCHEMES = [name for name in PRESETS if name != "int8-static"]
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

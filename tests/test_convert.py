@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import config_of, contents, decoded, loaded, logits, quantize_inputs, reference, tensors_of
+from artifacts import (
+    CHECKPOINT_SCHEMES,
+    config_of,
+    contents,
+    decoded,
+    loaded,
+    logits,
+    quantize_inputs,
+    reference,
+    tensors_of,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,7 +33,6 @@ from quantcli.checkpoints.positional import PositionalFile
 from quantcli.cli import main
 from quantcli.errors import UsageError, VerificationError
 from quantcli.recipe import Recipe, validate
-from quantcli.scheme import PRESETS
 
 INT8_TENSOR = {"scheme": {"weights": {"dtype": "int8"}}}
 ASYMMETRIC = {"weights": {"dtype": "int4", "granularity": "group", "group_size": 32, "symmetric": False}}
@@ -43,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("no_runtime_check")
 # What is written loads, and computes what its codes say.
 
 
-@pytest.mark.parametrize("scheme", PRESETS)
+@pytest.mark.parametrize("scheme", CHECKPOINT_SCHEMES)
 @pytest.mark.parametrize("model", ["llama", "bert"])
 def test_every_preset_loads_and_computes_what_its_codes_say(
     models: Path, tmp_path: Path, model: str, scheme: str
@@ -119,7 +128,7 @@ def power(values: Tensor) -> float:
     return float(values.double().square().sum())
 
 
-@pytest.mark.parametrize("recipe", [*PRESETS, INT8_TENSOR, {"scheme": ASYMMETRIC}], ids=str)
+@pytest.mark.parametrize("recipe", [*CHECKPOINT_SCHEMES, INT8_TENSOR, {"scheme": ASYMMETRIC}], ids=str)
 def test_sqnr_is_that_of_the_decoded_weights(models: Path, tmp_path: Path, recipe: str | dict[str, Any]) -> None:
     wish = {"scheme": recipe} if isinstance(recipe, str) else recipe
     report = convert(models / "bert", tmp_path / "out", recipe=validate(wish, "recipe"), rest="keep")

@@ -588,6 +588,26 @@ def test_data_serves_any_mixture_of_layers(tmp_path: Path, scheme: str) -> None:
     assert {row.name for row in report.layers if row.scheme} >= {"u", "w", "t"}
 
 
+def test_the_rest_is_cast_where_the_user_says_so(home: Path, tmp_path: Path) -> None:
+    plain = convert(home / "cnn.onnx", tmp_path / "a.onnx", scheme="int8", skip=["body.weight"])
+    cast = convert(home / "cnn.onnx", tmp_path / "b.onnx", scheme="int8", skip=["body.weight"], rest="fp16")
+    rows = [{row.name: row for row in report.layers}["body.weight"] for report in (plain, cast)]
+    assert rows[0].scheme is None and rows[0].bytes_after == rows[0].bytes_before
+    assert rows[1].scheme == "fp16" and rows[1].bytes_after * 2 == rows[1].bytes_before
+    assert sqnr_db(tmp_path / "a.onnx", tmp_path / "b.onnx", "cnn") > 50
+
+
+def test_flags_that_do_not_apply_are_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["convert", home / "cnn.onnx", "-o", tmp_path / "o.onnx", "--scheme", "int8", "--max-memory", "1GB"]
+    refused(capsys, 2, *command, says="--max-memory does not apply to ONNX")
+
+
+def test_one_thread_gives_the_same_bytes(home: Path, tmp_path: Path) -> None:
+    for name, threads in (("a.onnx", 1), ("b.onnx", None)):
+        convert(home / "cnn.onnx", tmp_path / name, scheme="int4", threads=threads)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
 def test_outliers_everywhere_leave_nothing_and_the_message_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

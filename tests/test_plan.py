@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from artifacts import CHECKPOINT_SCHEMES
 
 from quantcli.checkpoints import open_checkpoint
 from quantcli.convert import plan_rows
 from quantcli.errors import InputError, UsageError
 from quantcli.plan import LayerPlan, Plan, left_linear_modules, resolve
 from quantcli.recipe import Recipe, validate
-from quantcli.scheme import DTYPE_BYTES, PRESETS, TensorInfo
+from quantcli.scheme import DTYPE_BYTES, TensorInfo
 
 LINEAR = {"blk.0.up.weight": (256, 128), "blk.0.up.bias": (256,), "blk.0.down.weight": (128, 256)}
 WARNING_OF_EXPERTS = "1 expert weights, 94% of the model, are left unquantized: compressed-tensors cannot carry fused"
@@ -349,7 +350,7 @@ def test_what_does_not_go_together(recipe: dict[str, Any], said: str) -> None:
     assert said in refusal(UsageError, infos(LINEAR), **recipe)
 
 
-@pytest.mark.parametrize("scheme", PRESETS)
+@pytest.mark.parametrize("scheme", CHECKPOINT_SCHEMES)
 @pytest.mark.parametrize("model", ["llama", "tied", "bert", "mixtral", "qwen2_moe"])
 def test_every_preset_makes_every_model_smaller(models: Path, model: str, scheme: str) -> None:
     checkpoint = open_checkpoint(models / model)
@@ -357,3 +358,8 @@ def test_every_preset_makes_every_model_smaller(models: Path, model: str, scheme
     assert layout.nbytes < 0.6 * checkpoint.size_bytes
     assert [row.name for row in rows] == [info.name for info in checkpoint.infos()]
     assert all((row.scheme is None) == (row.reason is not None) for row in rows)
+
+
+def test_fixed_ranges_of_activations_need_onnx(models: Path) -> None:
+    with pytest.raises(UsageError, match="Use --format onnx"):
+        plan_rows(open_checkpoint(models / "llama"), Recipe(scheme="int8-static"))

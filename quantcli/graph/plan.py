@@ -160,7 +160,7 @@ class _Planner:
     def plan(self) -> GraphPlan:
         pairs = list(weighted_nodes(self.model))
         self._check_rules(pairs)
-        nodes = tuple(self._decide(node, value) for node, value in pairs)
+        nodes = tuple(self._rest(self._decide(node, value)) for node, value in pairs)
         algorithms = {node.algorithm for node in nodes if node.algorithm}
         warnings = {node.note for node in nodes if node.note}
         counts = {note: sum(node.note == note for node in nodes) for note in sorted(warnings)}
@@ -202,6 +202,14 @@ class _Planner:
         if own is None and (scheme == self.scheme or scheme.weights.granularity.kind in ("group", "block")):
             own = self.recipe.group_size
         return self._quantize(plan, scheme, label, wish, own)
+
+    def _rest(self, plan: NodePlan) -> NodePlan:
+        """Cast what is left, where the user says so."""
+        rest = self.recipe.rest
+        small = plan.info.numel < _SMALLEST_WEIGHT
+        if plan.mode != "float" or small or rest not in ("fp16", "bf16") or plan.info.dtype != "F32":
+            return plan
+        return replace(plan, mode="cast", scheme=PRESETS[rest], label=rest, reason=None, note=f"cast: {plan.reason}")
 
     def _cast(self, plan: NodePlan, scheme: Scheme, label: str) -> NodePlan:
         if plan.info.dtype == DTYPE_OF_NUMBER[scheme.weights.dtype]:
