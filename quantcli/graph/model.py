@@ -22,6 +22,9 @@ OLDEST_OPSET = 11
 #: Key under which an ONNX file of ours carries its manifest.
 MANIFEST_KEY = "quantcli"
 
+#: What a folder of weights holds.
+_CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+
 #: Bytes hashed at a time.
 _HASH_CHUNK = 1 << 22
 
@@ -41,7 +44,10 @@ class Port:
 
 def is_onnx(path: Path) -> bool:
     """Whether a path names an ONNX file, or a folder that holds one as ``model.onnx`` and no weights beside it."""
-    return path.suffix == ".onnx" or (path.is_dir() and (path / "model.onnx").is_file())
+    if not path.is_dir():
+        return path.suffix == ".onnx"
+    # Folders with both are exports lying beside their checkpoint, which is what is meant.
+    return (path / "model.onnx").is_file() and not any(next(path.glob(kind), None) for kind in _CHECKPOINT_FILES)
 
 
 def onnx_file(path: Path) -> Path:
