@@ -115,10 +115,10 @@ def test_two_processes_do_not_write_one_output(llama: Path, tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose conversion takes a second or two; no config.json, so no check by transformers."""
+    """A checkpoint whose conversion takes some seconds; no config.json, so no check by transformers."""
     folder = tmp_path_factory.mktemp("large")
     generator = torch.Generator().manual_seed(0)
-    weights = {f"layer{i:02}.weight": torch.randn(512, 1024, generator=generator).bfloat16() for i in range(40)}
+    weights = {f"layer{i:02}.weight": torch.randn(512, 1024, generator=generator).bfloat16() for i in range(80)}
     save_file(weights, folder / "model.safetensors")
     return folder
 
