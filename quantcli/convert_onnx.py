@@ -357,7 +357,9 @@ class _Conversion:
                 entry["sqnr_db"] = None if sqnr_db is None else round(sqnr_db, 4)
             else:
                 entry["reason"] = node.reason
-            layers[node.name] = {key: value for key, value in entry.items() if value is not None}
+            # A weight that several nodes read is one entry for each; all but the first go by their own names.
+            name = node.name if node.name not in layers else node.node.name or node.name
+            layers[name] = {key: value for key, value in entry.items() if value is not None}
         return {
             "quantcli": __version__,
             "input_sha256": original.sha256(),

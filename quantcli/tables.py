@@ -148,7 +148,8 @@ def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
         if not any(row[-1] for row in rows):
             columns, rows = columns[:-1], [row[:-1] for row in rows]
         note = "The graph's new nodes add some kilobytes." if model.format == "onnx" else None
-        tables.append(Table("What convert would write", columns, rows, _SIZES, note))
+        if rows:
+            tables.append(Table("What convert would write", columns, rows, _SIZES, note))
     if layers:
         tables.append(_layer_table(report.layers))
     return tables
