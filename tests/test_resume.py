@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,10 @@ def command(source: Path, out: Path) -> list[str]:
 
 def stop(arguments: list[str], journal: Path, lines: int, number: signal.Signals) -> tuple[int, str]:
     """Start a conversion and send it a signal once its journal has that many lines."""
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    # A shell that runs the tests in the background has them ignore interrupts, and so would the child.
+    options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(arguments, **options) as process:
         while not journal.exists() or journal.read_text().count("\n") < lines:
             assert process.poll() is None, "it ended before it could be stopped"
             time.sleep(0.002)
