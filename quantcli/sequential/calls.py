@@ -1,0 +1,38 @@
+"""A call of a block: what a transformer layer is given when the model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantcli.errors import InputError
+
+
+@dataclass
+class Call:
+    """One batch of samples on its way through a block.
+
+    ``hidden``: the block's first argument, ``[batch, tokens, channels]``. ``args`` and ``kwargs``: all others, such
+    as masks and position embeddings, which are the same for every block of a model.
+    """
+
+    hidden: Tensor
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, block: nn.Module) -> Tensor:
+        """The block's hidden output, ``[batch, tokens, channels]``: what it returns, or that tuple's first element.
+
+        Raises InputError where that is no tensor.
+        """
+        output = block(self.hidden, *self.args, **self.kwargs)
+        if isinstance(output, tuple | list) and output:
+            output = output[0]
+        if not isinstance(output, Tensor):
+            raise InputError(
+                f"A block of this model ({type(block).__name__}) returns {type(output).__name__}, not a tensor.",
+                hint="Its layers cannot be quantized in sequence; use an algorithm without data, such as mse.",
+            )
+        return output
