@@ -1,0 +1,152 @@
+"""GPTQ: round one column after the other, and let the columns still to come make up for each error.
+
+Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
+arXiv:2210.17323. With inputs x and H the sum of x x^T, the layer's squared output error is tr(D H D^T), D the
+change of the weight. Columns go in order of falling H_jj (activation order), since what is rounded early is
+compensated best; scales are chosen beforehand from the columns as they lie in the file (static groups), so
+that the order costs nothing at run time.
+
+The weight is worked on transposed: a column of it is then contiguous, which makes the loop five times faster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantcli.algorithms import mse, rtn
+from quantcli.numerics import quantize
+from quantcli.scheme import NumberFormat, QuantizedTensor
+
+NEEDS = frozenset({"gram"})
+
+#: Columns whose updates are gathered before the rest of the weight sees them.
+BLOCK_COLUMNS = 128
+#: Rows worked on at a time: a block of columns then fits a core's cache.
+CHUNK_ROWS = 1024
+#: Damping is multiplied by this where H cannot be factored, and given up above the limit.
+DAMPING_FACTOR, MAX_DAMPING = 10.0, 10.0
+
+
+@dataclass
+class Solved:
+    """A quantized weight, and what it took.
+
+    ``damping`` is the fraction of H's mean diagonal that was added to it, or None where H could not be
+    factored and the weight was quantized without it. ``dead`` counts the inputs that were always zero.
+    """
+
+    tensor: QuantizedTensor
+    damping: float | None
+    dead: int
+
+
+def supports(number_format: NumberFormat) -> str | None:
+    """Integer codes with a scale per tensor, channel or group."""
+    if number_format.dtype == "nf4":
+        return "gptq rounds to an even grid, which nf4 is not; use rtn"
+    return None
+
+
+def add_hessian(total: Tensor, inputs: Tensor) -> None:
+    """Add the inputs' x x^T, summed over tokens, to ``total`` ``[columns, columns]``; inputs ``[..., columns]``."""
+    tokens = inputs.reshape(-1, inputs.shape[-1]).to(total.dtype)
+    total.addmm_(tokens.T, tokens)
+
+
+def run(
+    weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype, *, hessian: Tensor, damping: float = 0.01
+) -> Solved:
+    """Quantize ``weight``, float32 ``[rows, columns]``.
+
+    Args:
+        weight: the weight; it is not changed.
+        number_format: integer, symmetric or not.
+        scale_dtype: what scales are rounded to before codes are chosen.
+        hessian: float32 ``[columns, columns]``, the sum of x x^T over the calibration tokens; it is not changed.
+        damping: what is added to its diagonal, as a fraction of the diagonal's mean; more where it is singular.
+    """
+    base = initial(weight, number_format, scale_dtype)
+    diagonal = hessian.diagonal()
+    dead = int((diagonal == 0).sum())
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    factored = _factor(hessian, order, damping) if dead < len(order) else None
+    if factored is None:
+        return Solved(base, None, dead)
+    inverse_root, damping = factored
+    scale = base.scale.expand(len(weight), -1)
+    zero_point = None if base.zero_point is None else base.zero_point.expand(len(weight), -1)
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    for start in range(0, len(weight), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        part = weight[rows].T[order]
+        offset = None if zero_point is None else zero_point[rows].T
+        chosen = _solve(part, scale[rows].T, offset, order, number_format, inverse_root)
+        codes[rows, order] = chosen.T
+    return Solved(
+        QuantizedTensor(codes, base.scale, base.zero_point, tuple(weight.shape), number_format), damping, dead
+    )
+
+
+def initial(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
+    """Where the scales come from: clip search at four bits, the full range at eight."""
+    start = mse if number_format.bits == 4 else rtn
+    return start.run(weight, number_format, scale_dtype)
+
+
+def _factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float] | None:
+    """Upper triangular U with H^-1 = U^T U, columns in ``order``, and the damping that made it possible.
+
+    Turned about both axes H has a lower factor L; turned back that is an upper R with H = R R^T, and U is its
+    inverse: one factorization, where inverting H first would take two.
+    """
+    mean = hessian.diagonal().mean()
+    turned_order = order.flip(0)
+    while damping <= MAX_DAMPING:
+        turned = hessian[turned_order][:, turned_order]
+        diagonal = turned.diagonal()
+        diagonal += damping * mean
+        lower, info = torch.linalg.cholesky_ex(turned)
+        del turned, diagonal
+        if not info.item():
+            root = lower.flip(0, 1)
+            del lower
+            identity = torch.eye(len(root))
+            inverse = torch.linalg.solve_triangular(root, identity, upper=True)
+            if bool(torch.isfinite(inverse).all()):
+                return inverse, damping
+        damping *= DAMPING_FACTOR
+    return None
+
+
+def _solve(
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    order: Tensor,
+    number_format: NumberFormat,
+    inverse_root: Tensor,
+) -> Tensor:
+    """Codes int8 ``[columns, rows]`` of a transposed weight whose columns are in ``order``; it is changed.
+
+    ``scale`` and ``zero_point`` are ``[groups, rows]``; ``order`` tells which group a column is in.
+    """
+    columns = len(weight)
+    group = order // (columns // len(scale))
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, columns)
+        errors = torch.empty(stop - start, weight.shape[1])
+        for column in range(start, stop):
+            values, own = weight[column], int(group[column])
+            step, offset = scale[own], None if zero_point is None else zero_point[own]
+            chosen = quantize(values.unsqueeze(-1), step, offset, number_format).squeeze(-1)
+            codes[column] = chosen
+            rounded = chosen.float() if offset is None else chosen.float() - offset
+            error = torch.addcmul(values, rounded, step, value=-1) / inverse_root[column, column]
+            errors[column - start] = error
+            weight[column + 1 : stop].addr_(inverse_root[column, column + 1 : stop], error, alpha=-1)
+        weight[stop:].addmm_(inverse_root[start:stop, stop:].T, errors, alpha=-1)
+    return codes
