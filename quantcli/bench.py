@@ -13,6 +13,7 @@ from quantcli.graph.model import onnx_file
 from quantcli.machine import cpu_features, cpu_name
 from quantcli.parallel import usable_cores
 from quantcli.probe import probe
+from quantcli.progress import Progress
 from quantcli.proof import prove
 from quantcli.report import ModelRow, Report
 from quantcli.runners import Arrays, Runner, fit, open_runner
@@ -24,8 +25,6 @@ METRICS = (
     "size_bytes", "size_ratio",
 )  # fmt: skip
 CANDIDATE_METRICS = ("speedup", "speedup_low", "speedup_high")
-
-Progress = Callable[[int, int], None]
 
 
 def bench(

@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantcli.collect import Progress, collect
+from quantcli.collect import collect
 from quantcli.errors import InputError, UsageError
 from quantcli.functions import load_function
 from quantcli.graph.model import OnnxModel, open_onnx
 from quantcli.graph.plan import observed_tensors, quantization_of
 from quantcli.graph.prepare import prepare
 from quantcli.plugins import suggestion
+from quantcli.progress import Progress
 from quantcli.ranges import DEFAULT_METHOD, METHODS
 from quantcli.report import ModelRow, Report
 from quantcli.samples import Samples, load_samples

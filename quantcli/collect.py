@@ -7,7 +7,7 @@ taken in chunks: the samples run once for each, through just the part of the gra
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from quantcli.graph.plan import observed_tensors
 from quantcli.graph.save import SINGLE_FILE_LIMIT_BYTES
 from quantcli.observers import Observer, TensorStats
 from quantcli.parallel import usable_cores
+from quantcli.progress import Progress, Tracker
 from quantcli.ranges import DEFAULT_METHOD
 from quantcli.samples import Samples, batches
 from quantcli.sessions import Session
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 256 << 20
 #: A histogram in the making.
 _OBSERVER_BYTES = 1 << 19
-
-Progress = Callable[[int, int], None]
 
 
 def collect(
@@ -71,30 +70,18 @@ def collect(
         first = next(batches(samples, batch_size))[0]
         chunks = list(_chunks(runs.sizes(names, first), chunk_bytes))
         found: dict[str, TensorStats] = {}
-        tracker = _Tracker(len(samples) * len(chunks), progress)
+        tracker = Tracker(len(samples) * len(chunks), progress)
         for chunk in chunks:
             found |= _observe(runs.session(chunk), chunk, batches(samples, batch_size), tracker)
     tensors = {name: found[name] for name in names if name in found}
     return CalibrationStats(Provenance(method, len(samples), seed, model_sha256, samples.sha256), tensors)
 
 
-class _Tracker:
-    """Counts samples over all chunks, and passes the sum on."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self.done, self.progress = total, 0, progress
-
-    def add(self, count: int) -> None:
-        self.done += count
-        if self.progress:
-            self.progress(self.done, self.total)
-
-
 def _observe(
     session: Session | None,
     names: Sequence[str],
     groups: Iterator[tuple[dict[str, np.ndarray], list[int | None]]],
-    tracker: _Tracker,
+    tracker: Tracker,
 ) -> dict[str, TensorStats]:
     """Statistics of one chunk's values over all samples; None: they are all inputs."""
     observers = {name: Observer() for name in names}

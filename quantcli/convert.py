@@ -19,6 +19,7 @@ from quantcli.graph.model import is_onnx
 from quantcli.memory import peak_rss_bytes
 from quantcli.parallel import Background, at_most, in_parallel, usable_cores
 from quantcli.plan import LayerPlan, Plan, resolve
+from quantcli.progress import Progress, Tracker
 from quantcli.recipe import Recipe, load_recipe
 from quantcli.report import LayerRow, ModelRow, Report
 from quantcli.staging import Staging, check_target, explain, open_staging, require_space
@@ -26,7 +27,7 @@ from quantcli.units import format_bytes
 from quantcli.version import __version__
 
 if TYPE_CHECKING:
-    from quantcli.streaming import LayerJob, LayerResult, Progress
+    from quantcli.streaming import LayerJob, LayerResult
 
 #: What torch itself and the interpreter take before the first tensor.
 BASE_MEMORY_BYTES = 300 << 20
@@ -228,7 +229,7 @@ class _Conversion:
 
         self.results = {name: LayerResult.from_json(record) for name, record in done.items()}
         total = sum(layer.info.nbytes for layer in self.plan.layers)
-        tracker = _Tracker(total, self.progress)
+        tracker = Tracker(total, self.progress)
         jobs = []
         for layer in self.plan.layers:
             if layer.dropped or layer.info.name in self.results:
@@ -285,20 +286,6 @@ class _Conversion:
             "layers": layers,
             "verified": dict(verified),
         }
-
-
-class _Tracker:
-    """Counts bytes from any thread and passes the sum on."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self.done, self.progress = total, 0, progress
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self.done += count
-            if self.progress:
-                self.progress(self.done, self.total)
 
 
 def _worker_count(plan: Plan, threads: int | None, max_memory: int | None) -> int:

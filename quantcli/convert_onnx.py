@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from quantcli.graph.targets import require_version
 from quantcli.graph.transform import LayerOutcome, needed_opset, transform, without_outliers
 from quantcli.memory import peak_rss_bytes
 from quantcli.onnx_rows import layer_rows, left_rows
+from quantcli.progress import Progress
 from quantcli.recipe import Recipe
 from quantcli.report import ModelRow, Report
 from quantcli.staging import Staging, check_target, explain, open_staging, require_space
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
     from quantcli.proof import Comparison
     from quantcli.samples import Samples
-
-Progress = Callable[[int, int], None]
 
 #: Samples that the artifact and its source both run at the end.
 _COMPARED_SAMPLES = 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from quantcli.gates import apply_gates, parse_gates
 from quantcli.graph_layerwise import compare_graphs
 from quantcli.layerwise import LayerComparison
 from quantcli.plugins import suggestion
+from quantcli.progress import Progress
 from quantcli.report import LayerRow, ModelRow, Report
 from quantcli.runners import Arrays, Runner, TorchRunner, fit, open_runner
 from quantcli.subject import Subject, open_subject, size_metrics
@@ -33,8 +34,6 @@ from quantcli.tasks import (
 
 #: Samples of the per-layer comparison, and their tokens at the most.
 LAYERWISE_SAMPLES, LAYERWISE_LENGTH = 8, 128
-
-Progress = Callable[[int, int], None]
 
 
 def evaluate(

@@ -8,7 +8,7 @@ on shapes alone, so the bytes do not depend on the number of threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from math import gcd
 from typing import Any, NoReturn
@@ -317,6 +317,3 @@ def working_set_bytes(layer: LayerPlan) -> int:
 
 def _one_scale(scheme: Scheme | None) -> bool:
     return scheme is not None and scheme.weights.granularity.kind == "tensor"
-
-
-Progress = Callable[[int, int], None]

@@ -1,0 +1,23 @@
+"""How long work tells how far it is: a call with what is done and what there is in all."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+Progress = Callable[[int, int], None]
+
+
+class Tracker:
+    """Counts what is done, from any thread, and passes the sum on."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.done, self.progress = total, 0, progress
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """Some more is done."""
+        with self._lock:
+            self.done += count
+            if self.progress:
+                self.progress(self.done, self.total)
