@@ -139,7 +139,7 @@ def _layer_specs(layer: LayerPlan, plan: Plan) -> dict[str, TensorSpec]:
         return {}
     if layer.is_coded and layer.scheme is not None:
         form = plugins.coded_format(plan.format)
-        return form.layout(layer.info.name, layer.matrix_shape, layer.scheme, plan.dtype)
+        return form.layout(layer.info.name, layer.matrix_shape, layer.scheme, plan.scale_dtype)
     return {layer.info.name: TensorSpec(layer.dtype, layer.info.shape)}
 
 

@@ -7,6 +7,7 @@
 - Narrow: -127..127 and absmax / 127. The largest value is met exactly, where -128..127 may cut half a step off
   it; that matters in a convolution, whose channels have few weights and inputs of one sign.
 - Asymmetric: the range is widened to hold zero, and zero is exactly representable.
+- Raised: an asymmetric range is widened until it holds a step below zero, so that no zero point is the lowest code.
 - A scale is rounded to the dtype it will be stored in *before* codes are chosen.
 
 Weights are float32 matrices ``[rows, columns]``. All functions are pure.
@@ -104,8 +105,11 @@ def choose_qparams(
     if low is None:
         return _stored(high / ((qmax - qmin) / 2), scale_dtype), None
     low, high = low.clamp(max=0), high.clamp(min=0)
+    lowest = qmin
+    if number_format.raised:
+        low, lowest = torch.minimum(low, -high / (qmax - qmin - 1)), qmin + 1
     scale = _stored((high - low) / (qmax - qmin), scale_dtype)
-    zero_point = (qmin - low / scale).round_().clamp_(qmin, qmax)
+    zero_point = (qmin - low / scale).round_().clamp_(lowest, qmax)
     return scale, zero_point.to(torch.int8)
 
 

@@ -93,7 +93,7 @@ Format = Annotated[
     typer.Option(
         "--format",
         metavar="F",
-        help="compressed-tensors, bitsandbytes, safetensors or onnx; by default what fits model and scheme.",
+        help="compressed-tensors, gptq, awq, bitsandbytes, safetensors or onnx; by default what fits model and scheme.",
     ),
 ]
 Algorithm = Annotated[Optional[str], typer.Option("--algorithm", metavar="A", help="auto, rtn or mse.")]

@@ -60,3 +60,25 @@ def unpack_nibbles_high_first(packed: Tensor, count: int) -> Tensor:
     """Inverse of `pack_nibbles_high_first`: int8 ``[count]``."""
     pairs = packed.to(torch.int16)
     return ((pairs >> 4) | ((pairs & 0x0F) << 8)).view(torch.int8)[:count]
+
+
+#: Which of eight consecutive codes lies at which nibble of a word, lowest bits first.
+_EVEN_FIRST = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def pack_int4_even_first(codes: Tensor) -> Tensor:
+    """Signed 4-bit codes ``[rows, columns]``, columns a multiple of 8 -> int32 ``[rows, columns / 8]``.
+
+    Of each eight codes the even ones lie in the low half of the word, the odd ones in the high half, each stored as
+    ``code + 8``: AWQ's ``gemm`` layout.
+    """
+    ordered = codes.reshape(len(codes), -1, 8)[:, :, _EVEN_FIRST].reshape(codes.shape)
+    return pack_int4_low_nibble_first(ordered)
+
+
+def unpack_int4_even_first(packed: Tensor) -> Tensor:
+    """Inverse of `pack_int4_even_first`: int8 ``[rows, columns]``."""
+    codes = unpack_int4_low_nibble_first(packed, 8 * packed.shape[1])
+    ordered = torch.empty_like(codes).view(len(codes), -1, 8)
+    ordered[:, :, _EVEN_FIRST] = codes.reshape(ordered.shape)
+    return ordered.view(codes.shape)

@@ -39,7 +39,8 @@ class LayerPlan:
     """What happens to one tensor.
 
     ``scheme`` None: it is left, for ``reason``, and stored as ``dtype``. ``label`` is the scheme's
-    short name in tables. ``note`` tells of a choice made for a quantized layer.
+    short name in tables. ``note`` tells of a choice made for a quantized layer. ``by_rows``: the format
+    stores codes row by row.
     """
 
     info: TensorInfo
@@ -51,6 +52,7 @@ class LayerPlan:
     reason: str | None = None
     note: str | None = None
     dropped: bool = False
+    by_rows: bool = True
 
     @property
     def transposed(self) -> bool:
@@ -71,7 +73,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole conversion. ``dtype`` is what scales and most leftovers are stored as."""
+    """The whole conversion. ``dtype`` is what most leftovers are stored as, ``scale_dtype`` what scales are."""
 
     layers: tuple[LayerPlan, ...]
     format: str
@@ -79,6 +81,7 @@ class Plan:
     algorithm: str
     dtype: str
     recipe: Recipe
+    scale_dtype: str
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -172,9 +175,25 @@ class _Resolver:
         dtype = self.rest_dtype or (self.majority if self.majority != "F64" else "F32")
         if self.scheme.weights.is_cast:
             dtype = DTYPE_OF_NUMBER[self.scheme.weights.dtype]
+        schemes = {layer.scheme for layer in layers if layer.is_coded and layer.scheme}
+        scale_dtype = dtype
+        if schemes:
+            form = plugins.coded_format(self.format_name)
+            scale_dtype = form.STORAGE.scale_dtype or dtype
+            reason = form.together(schemes)
+            if reason:
+                raise UsageError(f"One {self.format_name} model cannot hold these schemes: {reason}.")
         algorithms = sorted({layer.algorithm for layer in layers if layer.algorithm})
+        algorithm = " and ".join(algorithms)
         return Plan(
-            layers, self.format_name, self.name, " and ".join(algorithms), dtype, self.recipe, self._warnings(layers)
+            layers,
+            self.format_name,
+            self.name,
+            algorithm,
+            dtype,
+            self.recipe,
+            scale_dtype,
+            self._warnings(layers),
         )
 
     def _check_rules_match(self) -> None:
@@ -271,8 +290,14 @@ class _Resolver:
         elif wanted and self.recipe.rules == [] and kind != "group":
             raise UsageError(f"--group-size does not apply to {self.name}, whose scales are per {kind}.")
         self._check_combination(scheme, "auto")
+        form = plugins.coded_format(self.format_name)
+        reason = form.fits(plan.matrix_shape, scheme)
+        if reason:
+            return self._leave(info, role, reason)
+        if not (scheme.weights.symmetric or form.STORAGE.lowest_zero_point):
+            scheme = replace(scheme, weights=replace(scheme.weights, raised=True))
         algorithm = self._algorithm(scheme, (rule.algorithm if rule else None) or self.algorithm)
-        return replace(plan, scheme=scheme, algorithm=algorithm, note=note)
+        return replace(plan, scheme=scheme, algorithm=algorithm, note=note, by_rows=form.STORAGE.by_rows)
 
     def _algorithm(self, scheme: Scheme, wish: str) -> str:
         if wish == "auto":

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from quantcli.errors import UsageError
-from quantcli.scheme import NumberFormat, QuantizedTensor, Scheme, TensorSpec
+from quantcli.scheme import NumberFormat, QuantizedTensor, Scheme, Storage, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,8 @@ FORMATS = {
 }
 
 
+    "gptq": "quantcli.formats.gptq",
+    "awq": "quantcli.formats.awq",
 class Algorithm(Protocol):
     """Chooses the codes of one weight, or of any number of its rows."""
 
@@ -54,7 +56,15 @@ class Format(Protocol):
 
 
 class CodedFormat(Format, Protocol):
-    """Lays out codes slab by slab, and everything else of a layer at once."""
+    """Lays out codes slab by slab (where it stores them by rows), and everything else of a layer at once."""
+
+    STORAGE: Storage
+
+    def fits(self, shape: tuple[int, ...], scheme: Scheme) -> str | None:
+        """Why a matrix of this shape cannot be laid out, or None."""
+
+    def together(self, schemes: Iterable[Scheme]) -> str | None:
+        """Why these schemes cannot stand in one model, or None."""
 
     def codes_name(self, weight: str, scheme: Scheme) -> str:
         """Name of the tensor that holds the codes."""

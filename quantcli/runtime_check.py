@@ -23,7 +23,12 @@ from quantcli.plan import Plan
 
 TIMEOUT_SECONDS = 900
 #: Packages that transformers needs to load a format.
-_NEEDS = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
+_NEEDS = {
+    "compressed-tensors": "compressed_tensors",
+    "bitsandbytes": "bitsandbytes",
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+}
 _KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 

@@ -65,6 +65,7 @@ class NumberFormat:
     ``double_quantized``: the scales are themselves quantized to 8 bits (QLoRA, arXiv:2305.14314).
     ``dynamic``: ranges are found at inference; only activations can be dynamic.
     ``narrow``: the lowest code is left out, so that a symmetric range ends in a code at both ends.
+    ``raised``: no zero point is the lowest code, which some formats have no way to store.
     """
 
     dtype: str
@@ -73,6 +74,7 @@ class NumberFormat:
     dynamic: bool = False
     double_quantized: bool = False
     narrow: bool = False
+    raised: bool = False
 
     @property
     def bits(self) -> int:
@@ -149,6 +151,20 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Size of the tensor's data."""
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a format fixes for every weight that it holds.
+
+    ``scale_dtype``: safetensors' name of the dtype of scales; None: that of the model. ``by_rows``: the codes of a row
+    lie together, so that a weight can be written row by row. ``lowest_zero_point``: a zero point may be the lowest
+    code.
+    """
+
+    scale_dtype: str | None = None
+    by_rows: bool = True
+    lowest_zero_point: bool = True
 
 
 @dataclass(frozen=True)

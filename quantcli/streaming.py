@@ -69,11 +69,11 @@ class _SlabResult:
 
 
 def whole_tensor(layer: LayerPlan) -> bool:
-    """Whether a layer cannot be worked on by rows: one scale for all, scales of scales, or transposed."""
+    """Whether a layer cannot be worked on by rows: one scale for all, scales of scales, or transposed codes."""
     if not layer.is_coded or layer.scheme is None:
         return False
     weights = layer.scheme.weights
-    return weights.granularity.kind == "tensor" or weights.double_quantized or layer.transposed
+    return weights.granularity.kind == "tensor" or weights.double_quantized or layer.transposed or not layer.by_rows
 
 
 def slabs(layer: LayerPlan) -> list[tuple[int, int]]:
@@ -173,8 +173,8 @@ class LayerJob:
     def _coded(self, start: int, stop: int) -> _SlabResult:
         scheme = self.layer.scheme
         assert scheme is not None and self.layer.algorithm is not None
-        weights, dtype = scheme.weights, TORCH_DTYPES[self.plan.dtype]
-        form, algorithm = plugins.coded_format(self.plan.format), plugins.algorithm(self.layer.algorithm)
+        weights, dtype = scheme.weights, TORCH_DTYPES[self.plan.scale_dtype]
+        form, algorithm = plugins.coded_format(self.plan.format), plugins.rounding(self.layer.algorithm)
         self._reserve_scales(weights)
         rows = self._matrix(start, stop)
         elements = rows.numel() if weights.granularity.kind == "tensor" else CHUNK_ELEMENTS
@@ -245,7 +245,7 @@ class LayerJob:
         zero_point = self._zero_point if self._zero_point.numel() else None
         tensor = QuantizedTensor(no_codes, self._scale, zero_point, self.layer.matrix_shape, scheme.weights)
         form = plugins.coded_format(self.plan.format)
-        others = form.encode_scales(self.layer.info.name, tensor, scheme, self.plan.dtype)
+        others = form.encode_scales(self.layer.info.name, tensor, scheme, self.plan.scale_dtype)
         for name, part in others.items():
             self._write(name, 0, tensor_bytes(part))
         restored = self._scale
@@ -272,9 +272,11 @@ class LayerJob:
                 hint="Repair the weight, or leave it out of the file.",
             )
         raise InputError(
-            f"{name} has values too large for {self.plan.dtype if self.layer.is_coded else self.layer.dtype}: they "
-            "would become infinite.",
-            hint="Use bf16, which has the range of fp32 (--scheme bf16, or --rest bf16).",
+            f"{name} has values too large for {self.plan.scale_dtype if self.layer.is_coded else self.layer.dtype}: "
+            "they would become infinite.",
+            hint="Use bf16, which has the range of fp32 (--scheme bf16, or --rest bf16)."
+            if self.plan.scale_dtype == self.plan.dtype
+            else f"{self.plan.format} has no other dtype; use another --format, or --skip the layer.",
         )
 
 

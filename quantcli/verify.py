@@ -57,7 +57,7 @@ class Verifier:
             self._compare(layer, checksum(codes), meant, f"rows {start} to {stop}")
         scale, zero_point = form.decode_scales(name, layer.matrix_shape, layer.scheme, self._load)
         self._compare(layer, scales_checksum(scale, zero_point), result.scales_checksum, "scales")
-        others = form.layout(name, layer.matrix_shape, layer.scheme, self.plan.dtype).keys() - {info.name}
+        others = form.layout(name, layer.matrix_shape, layer.scheme, self.plan.scale_dtype).keys() - {info.name}
         stored = others_checksum({other: self._load(other) for other in others})
         self._compare(layer, stored, result.others_checksum, "what is stored beside the codes")
 

@@ -13,12 +13,13 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quantcli.formats.patterns import module_patterns
-from quantcli.scheme import NESTED_BLOCK, QuantizedTensor, Scheme, TensorSpec
+from quantcli.scheme import NESTED_BLOCK, QuantizedTensor, Scheme, Storage, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "bitsandbytes"
+STORAGE = Storage()
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 ROLES = {
@@ -51,6 +52,16 @@ def supports(scheme: Scheme) -> str | None:
 def carries(role: str) -> str | None:
     """Why layers of this role stay as they are, or None when they are quantized."""
     return ROLES.get(role)
+
+
+def fits(shape: tuple[int, ...], scheme: Scheme) -> str | None:
+    """None: a matrix is laid out flat, so its shape does not matter."""
+    return None
+
+
+def together(schemes: Iterable[Scheme]) -> str | None:
+    """None: every weight carries its own description."""
+    return None
 
 
 def codes_name(weight: str, scheme: Scheme) -> str:

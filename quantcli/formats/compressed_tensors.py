@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantcli.formats.patterns import module_patterns
-from quantcli.scheme import NumberFormat, QuantizedTensor, Scheme, TensorSpec
+from quantcli.scheme import NumberFormat, QuantizedTensor, Scheme, Storage, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "compressed-tensors"
+STORAGE = Storage()
 
 #: Layer roles the format carries. Its config targets module classes, and transformers loads only
 #: quantized ``Linear`` modules.
@@ -53,6 +54,16 @@ def supports(scheme: Scheme) -> str | None:
 def carries(role: str) -> str | None:
     """Why layers of this role stay as they are, or None when they are quantized."""
     return ROLES.get(role)
+
+
+def fits(shape: tuple[int, ...], scheme: Scheme) -> str | None:
+    """None: a matrix of any shape can be laid out."""
+    return None
+
+
+def together(schemes: Iterable[Scheme]) -> str | None:
+    """None: every scheme has its own entry in the configuration."""
+    return None
 
 
 def _is_packed(scheme: Scheme) -> bool:
