@@ -16,7 +16,7 @@ from quantcli.checkpoints.folder import load_json
 from quantcli.errors import InputError, MissingExtraError
 
 #: Parameters that a checkpoint may lack without its outputs being random.
-_HARMLESS_WHEN_MISSING = ("pooler", "position_ids")
+HARMLESS_WHEN_MISSING = ("pooler", "position_ids")
 
 
 def _transformers() -> Any:
@@ -61,7 +61,7 @@ def load_model(path: Path, *, causal: bool, headed: bool = False) -> nn.Module:
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"transformers {transformers.__version__} cannot load {path}: {reason}") from error
-    missing = [name for name in info["missing_keys"] if not any(part in name for part in _HARMLESS_WHEN_MISSING)]
+    missing = [name for name in info["missing_keys"] if not any(part in name for part in HARMLESS_WHEN_MISSING)]
     if missing:
         raise InputError(
             f"{path} lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
@@ -69,6 +69,26 @@ def load_model(path: Path, *, causal: bool, headed: bool = False) -> nn.Module:
             hint="Choose another --task, or repair the model.",
         )
     return model.eval()  # type: ignore[no-any-return]
+
+
+def build_model(path: Path) -> nn.Module:
+    """A Hugging Face folder's model as its config.json describes it, float32, with no weights read.
+
+    Its class is the one that config.json names, heads included.
+
+    Raises:
+        InputError: transformers cannot make a model of this configuration.
+    """
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        if named is not None:
+            return named._from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
+        return transformers.AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(f"transformers {transformers.__version__} cannot build {path}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from quantcli.scheme import (
     Scheme,
     TensorInfo,
 )
+from quantcli.steps import FINAL, Steps, chain, default_rounding
 
 _LEFT_BECAUSE = {
     "norm": "norm: tiny, and sensitive",
@@ -81,6 +82,7 @@ class Plan:
     algorithm: str
     dtype: str
     recipe: Recipe
+    steps: Steps
     scale_dtype: str
     warnings: tuple[str, ...] = field(default=())
 
@@ -90,8 +92,10 @@ class Plan:
         return [layer for layer in self.layers if layer.scheme is not None]
 
 
-def resolve(recipe: Recipe, infos: Sequence[TensorInfo], config: Mapping[str, Any] | None) -> Plan:
-    """Decide every tensor's fate.
+def resolve(
+    recipe: Recipe, infos: Sequence[TensorInfo], config: Mapping[str, Any] | None, *, data: bool = False
+) -> Plan:
+    """Decide every tensor's fate; ``data`` says whether there is any to calibrate on.
 
     Raises:
         UsageError: scheme, algorithm and format do not go together, a rule matches nothing, or a group
@@ -103,7 +107,7 @@ def resolve(recipe: Recipe, infos: Sequence[TensorInfo], config: Mapping[str, An
         raise UsageError("No scheme is given.", f"Choose one with --scheme: {', '.join(PRESETS)}.")
     scheme = build_scheme(recipe.scheme)
     name = recipe.scheme if isinstance(recipe.scheme, str) else scheme.weights.dtype
-    return _Resolver(recipe, scheme, name, infos, config).plan()
+    return _Resolver(recipe, scheme, name, infos, config, data).plan()
 
 
 def refuse_quantized(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> None:
@@ -117,16 +121,22 @@ class _Resolver:
     """Holds what the decisions share; `plan` makes them."""
 
     def __init__(
-        self, recipe: Recipe, scheme: Scheme, name: str, infos: Sequence[TensorInfo], config: Mapping[str, Any] | None
+        self,
+        recipe: Recipe,
+        scheme: Scheme,
+        name: str,
+        infos: Sequence[TensorInfo],
+        config: Mapping[str, Any] | None,
+        data: bool,
     ) -> None:
         self.recipe, self.scheme, self.name, self.infos = recipe, scheme, name, infos
         self.roles = classify(infos, config)
         self.rules = [*(Rule(match=glob, skip=True) for glob in recipe.skip), *recipe.rules]
         self.format_name = recipe.format or default_format(scheme)
         self.format = plugins.output_format(self.format_name)
-        self.algorithm = recipe.algorithm
+        self.steps = chain(recipe, scheme, data=data)
         self.bad_groups: dict[int, list[str]] = {}
-        self._check_combination(scheme, recipe.algorithm)
+        self._check_combination(scheme)
         floats = [info for info in infos if info.is_float]
         by_dtype = Counter[str]()
         for info in floats:
@@ -134,14 +144,14 @@ class _Resolver:
         self.majority = by_dtype.most_common(1)[0][0] if by_dtype else "F32"
         self.rest_dtype = self._rest_dtype()
 
-    def _check_combination(self, scheme: Scheme, algorithm: str) -> None:
+    def _check_combination(self, scheme: Scheme) -> None:
         reason = self.format.supports(scheme)
         if reason:
             raise UsageError(f"The format cannot carry this scheme: {reason}.", self._fitting_format(scheme))
-        if algorithm != "auto":
-            reason = plugins.algorithm(algorithm).supports(scheme.weights)
+        for step in self.steps.all:
+            reason = plugins.algorithm(step.name).supports(scheme.weights)
             if reason:
-                raise UsageError(f"The algorithm {algorithm} does not fit: {reason}.")
+                raise UsageError(f"The algorithm {step.name} does not fit: {reason}.")
 
     def _fitting_format(self, scheme: Scheme) -> str:
         fitting = [name for name in plugins.FORMATS if plugins.output_format(name).supports(scheme) is None]
@@ -183,8 +193,10 @@ class _Resolver:
             reason = form.together(schemes)
             if reason:
                 raise UsageError(f"One {self.format_name} model cannot hold these schemes: {reason}.")
-        algorithms = sorted({layer.algorithm for layer in layers if layer.algorithm})
-        algorithm = " and ".join(algorithms)
+        roundings = sorted({layer.algorithm for layer in layers if layer.algorithm})
+        others = [step.name for step in self.steps.all if step.name not in roundings]
+        names = [name for name in others if name not in FINAL]
+        algorithm = " + ".join([*names, " and ".join(roundings), *(name for name in others if name in FINAL)])
         return Plan(
             layers,
             self.format_name,
@@ -192,6 +204,7 @@ class _Resolver:
             algorithm,
             dtype,
             self.recipe,
+            self.steps,
             scale_dtype,
             self._warnings(layers),
         )
@@ -289,22 +302,26 @@ class _Resolver:
             scheme = scheme.with_group_size(size)
         elif wanted and self.recipe.rules == [] and kind != "group":
             raise UsageError(f"--group-size does not apply to {self.name}, whose scales are per {kind}.")
-        self._check_combination(scheme, "auto")
+        self._check_combination(scheme)
         form = plugins.coded_format(self.format_name)
         reason = form.fits(plan.matrix_shape, scheme)
         if reason:
             return self._leave(info, role, reason)
         if not (scheme.weights.symmetric or form.STORAGE.lowest_zero_point):
             scheme = replace(scheme, weights=replace(scheme.weights, raised=True))
-        algorithm = self._algorithm(scheme, (rule.algorithm if rule else None) or self.algorithm)
+        algorithm = self._algorithm(scheme, rule.algorithm if rule else None)
         return replace(plan, scheme=scheme, algorithm=algorithm, note=note, by_rows=form.STORAGE.by_rows)
 
-    def _algorithm(self, scheme: Scheme, wish: str) -> str:
-        if wish == "auto":
-            return "mse" if scheme.weights.dtype == "int4" else "rtn"
-        reason = plugins.algorithm(wish).supports(scheme.weights)
+    def _algorithm(self, scheme: Scheme, wish: str | None) -> str:
+        """What chooses a layer's codes."""
+        if wish in (None, "auto"):
+            return self.steps.rounding.name if self.steps.rounding else default_rounding(scheme.weights)
+        algorithm = plugins.algorithm(wish)
+        reason = algorithm.supports(scheme.weights)
         if reason:
             raise UsageError(f"The algorithm {wish} does not fit: {reason}.")
+        if algorithm.NEEDS and wish not in [step.name for step in self.steps.all]:
+            raise UsageError(f"A rule asks for {wish}, which the recipe's steps do not hold.", "Add it to them.")
         return wish
 
     def _warnings(self, layers: Iterable[LayerPlan]) -> tuple[str, ...]:

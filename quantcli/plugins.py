@@ -20,24 +20,33 @@ if TYPE_CHECKING:
 ALGORITHMS = {
     "rtn": "quantcli.algorithms.rtn",
     "mse": "quantcli.algorithms.mse",
+    "gptq": "quantcli.algorithms.gptq",
+    "awq": "quantcli.algorithms.awq",
+    "smoothquant": "quantcli.algorithms.smoothquant",
+    "autoround": "quantcli.algorithms.autoround",
+    "tune": "quantcli.algorithms.tune",
 }
 
 FORMATS = {
     "compressed-tensors": "quantcli.formats.compressed_tensors",
+    "gptq": "quantcli.formats.gptq",
+    "awq": "quantcli.formats.awq",
     "bitsandbytes": "quantcli.formats.bitsandbytes",
     "safetensors": "quantcli.formats.safetensors",
 }
 
 
-    "gptq": "quantcli.formats.gptq",
-    "awq": "quantcli.formats.awq",
 class Algorithm(Protocol):
-    """Chooses the codes of one weight, or of any number of its rows."""
+    """What can be known of any algorithm. ``NEEDS`` names what it wants of the calibration data; empty: nothing."""
 
     NEEDS: frozenset[str]
 
     def supports(self, number_format: NumberFormat) -> str | None:
         """Why the algorithm cannot serve a number format, or None."""
+
+
+class Rounding(Algorithm, Protocol):
+    """Chooses the codes of one weight, or of any number of its rows, without data."""
 
     def run(self, weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
         """Quantize float32 ``[rows, columns]``."""
@@ -104,6 +113,11 @@ def _lookup(table: Mapping[str, str], kind: str, name: str) -> Any:
 def algorithm(name: str) -> Algorithm:
     """The algorithm of this name. Raises UsageError for an unknown one."""
     return cast(Algorithm, _lookup(ALGORITHMS, "algorithm", name))
+
+
+def rounding(name: str) -> Rounding:
+    """The algorithm of this name, which must be one that needs no data."""
+    return cast(Rounding, _lookup(ALGORITHMS, "algorithm", name))
 
 
 def output_format(name: str) -> Format:

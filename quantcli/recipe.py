@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantcli.errors import InputError, UsageError
 from quantcli.plugins import suggestion
@@ -84,10 +84,16 @@ class Rule(_Strict):
 
 
 class Recipe(_Strict):
-    """Everything that decides what `convert` writes. The first rule that matches a layer wins."""
+    """Everything that decides what `convert` writes. The first rule that matches a layer wins.
+
+    ``steps`` is a chain of algorithms in place of one; ``blocks`` names the lists of a model's blocks where they
+    are not found.
+    """
 
     scheme: str | SchemeSpec | None = None
     algorithm: str = "auto"
+    steps: list[str | dict[str, dict[str, Any] | None]] = []
+    blocks: list[str] = []
     format: str | None = None
     group_size: int | None = Field(default=None, ge=1)
     rest: Rest = "auto"
@@ -97,6 +103,19 @@ class Recipe(_Strict):
     rules: list[Rule] = []
 
     _preset = field_validator("scheme")(_known_preset)
+
+    @field_validator("steps")
+    @classmethod
+    def _one_key(cls, value: list[Any]) -> list[Any]:
+        if any(isinstance(step, dict) and len(step) != 1 for step in value):
+            raise ValueError("a step is a name, or one name with its options below it")
+        return value
+
+    @model_validator(mode="after")
+    def _algorithm_or_steps(self) -> Recipe:
+        if self.steps and self.algorithm != "auto":
+            raise ValueError("algorithm and steps say the same thing twice; keep one of them")
+        return self
 
     @field_validator("target")
     @classmethod
@@ -121,7 +140,11 @@ class Recipe(_Strict):
 
     def with_flags(self, **flags: Any) -> Recipe:
         """The recipe with flags on top; None (or an empty list) leaves the recipe's own word."""
-        return validate({**self.model_dump(exclude_unset=True), **{k: v for k, v in flags.items() if v}}, "flags")
+        given = {key: value for key, value in flags.items() if value}
+        own = self.model_dump(exclude_unset=True)
+        if "algorithm" in given:
+            own.pop("steps", None)
+        return validate(own | given, "flags")
 
 
 def build_scheme(value: str | SchemeSpec) -> Scheme:

@@ -92,8 +92,9 @@ def run(
 
 def initial(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
     """Where the scales come from: clip search at four bits, the full range at eight."""
-    start = mse if number_format.bits == 4 else rtn
-    return start.run(weight, number_format, scale_dtype)
+    if number_format.bits == 4:
+        return mse.run(weight, number_format, scale_dtype)
+    return rtn.run(weight, number_format, scale_dtype)
 
 
 def _factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float] | None:

@@ -82,7 +82,7 @@ def pack_rows(operand: Operand, number_format: NumberFormat, size: int, algorith
     def pack(start: int) -> tuple[float, float]:
         slab = _finite(operand, start, min(start + step, rows))
         slab = torch.nn.functional.pad(slab, (0, blocks * size - operand.columns))
-        tensor = plugins.algorithm(algorithm).run(slab, in_blocks, _torch_dtype(operand))
+        tensor = plugins.rounding(algorithm).run(slab, in_blocks, _torch_dtype(operand))
         part = slice(start, start + len(slab))
         codes[part] = _unsigned(tensor.codes, bits)
         scales[part] = tensor.scale.numpy()
@@ -111,7 +111,7 @@ def pack_nf4(operand: Operand, number_format: NumberFormat, algorithm: str) -> P
     def pack(start: int) -> tuple[float, float]:
         flat = _finite(operand, start, min(start + step, rows)).reshape(-1)
         blocks = torch.nn.functional.pad(flat, (0, -len(flat) % size)).reshape(-1, size)
-        tensor = plugins.algorithm(algorithm).run(blocks, number_format, _torch_dtype(operand))
+        tensor = plugins.rounding(algorithm).run(blocks, number_format, _torch_dtype(operand))
         packed = pack_nibbles_high_first(tensor.codes.reshape(-1)[: len(flat)]).numpy()
         codes[start * columns // 2 :][: len(packed)] = packed
         scales[start * columns // size :][: len(blocks)] = tensor.scale.numpy()

@@ -90,7 +90,7 @@ def integer_weight(
     rows = np.moveaxis(weight, axis, 0).astype(np.float32)
     matrix = torch.from_numpy(np.ascontiguousarray(rows).reshape(rows.shape[0], -1))
     number_format = replace(number_format, narrow=True)
-    found = plugins.algorithm(algorithm).run(matrix, number_format, torch.float32)
+    found = plugins.rounding(algorithm).run(matrix, number_format, torch.float32)
     needed = exact_scale(node, rows) if exact else np.zeros(rows.shape[0], dtype=np.float32)
     floor = torch.from_numpy(needed).reshape(-1, 1)
     if smallest_scale is not None:

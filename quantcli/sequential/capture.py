@@ -1,0 +1,132 @@
+"""What the blocks of a list are called with, found by running the model around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.errors import InputError
+from quantcli.sequential.calls import Call
+
+#: The name under which transformers passes a block its hidden states where it does so by name.
+_HIDDEN = "hidden_states"
+
+
+class _ReachedLast(Exception):
+    """All blocks of the list were reached; the rest of the model need not run."""
+
+
+@dataclass
+class Arguments:
+    """What a block takes beside its hidden states."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, hidden: Tensor) -> Call:
+        """The whole call."""
+        return Call(hidden, self.args, self.kwargs)
+
+
+@dataclass
+class Captured:
+    """One batch at the door of a list of blocks.
+
+    ``hidden`` goes into the first block; ``arguments`` are the others, block by block. ``returned`` is what a block
+    returns beside its hidden states, or None where it returns no tuple.
+    """
+
+    hidden: Tensor
+    arguments: list[Arguments]
+    returned: tuple[Any, ...] | None
+
+
+class Capture:
+    """Runs a model with the blocks of one list replaced, and keeps what each was called with."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.model, self.blocks = model, blocks
+
+    def run(self, batch: Mapping[str, Tensor]) -> Captured:
+        """What the model does with its blocks for one batch.
+
+        The first block runs for real where it returns more than hidden states, since that may go into the
+        others (T5's position bias). Its weights, and those around the list, must be loaded.
+
+        Raises:
+            InputError: the model does not call its blocks one after the other.
+        """
+        log: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        returned: list[Any] = []
+        with ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                stack.enter_context(_replaced(block, self._recorder(index, block.forward, log, returned)))
+            try:
+                forward(self.model, batch)
+            except _ReachedLast:
+                pass
+        if len(log) != len(self.blocks):
+            raise InputError(
+                f"The model called {len(log)} of the {len(self.blocks)} blocks that were found in it.",
+                hint="Name its list of blocks in a recipe, as in blocks: [model.layers].",
+            )
+        more = tuple(returned[0][1:]) if isinstance(returned[0], tuple) else None
+        return Captured(_hidden_of(*log[0]), [_without_hidden(*each) for each in log], more)
+
+    def _recorder(
+        self, index: int, original: Callable[..., Any], log: list[Any], returned: list[Any]
+    ) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            log.append((args, kwargs))
+            if index == 0:
+                returned.append(original(*args, **kwargs))
+            if index == len(self.blocks) - 1:
+                raise _ReachedLast
+            return returned[0]
+
+        return record
+
+
+@contextmanager
+def replaying(blocks: Sequence[nn.Module], hidden: Tensor, returned: tuple[Any, ...] | None) -> Iterator[None]:
+    """Meanwhile these blocks return the last one's hidden states; their weights are not needed."""
+    output = hidden if returned is None else (hidden, *returned)
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_replaced(block, lambda *_, **__: output))
+        yield
+
+
+@contextmanager
+def _replaced(block: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    # On the instance, so that attributes which models read off their layers stay there.
+    block.forward = call
+    try:
+        yield
+    finally:
+        del block.forward
+
+
+def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """One pass; a Hugging Face model builds no cache."""
+    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    with torch.no_grad():
+        return model(**batch, **options)
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    hidden = args[0] if args else kwargs.get(_HIDDEN)
+    if not isinstance(hidden, Tensor):
+        raise InputError(
+            "The model's blocks are not called with hidden states.", "Use an algorithm without data, such as mse."
+        )
+    return hidden
+
+
+def _without_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    return Arguments(args[1:], {name: value for name, value in kwargs.items() if name != _HIDDEN})

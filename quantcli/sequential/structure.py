@@ -1,0 +1,79 @@
+"""Where a model's blocks are: lists of equal modules that hold most of its layers. Names play no part."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from quantcli.errors import InputError, UsageError
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A list of blocks that run one after the other, each on what the one before it returned.
+
+    ``path`` names the list in the model, ``blocks`` its members in order.
+    """
+
+    path: str
+    blocks: tuple[str, ...]
+
+
+def find_blocks(model: nn.Module, layers: Collection[str], named: Sequence[str] = ()) -> list[BlockList]:
+    """The outermost lists of blocks that hold any of ``layers``, in the order in which the model holds them.
+
+    Args:
+        model: the whole model; its weights are not looked at.
+        layers: names of the modules that are to be quantized.
+        named: globs of the lists' paths, where the user names them; structure is then not asked.
+
+    Raises:
+        UsageError: a name given is no list of modules.
+        InputError: no list of blocks is found.
+    """
+    lists = _named(model, named) if named else _found(model, layers)
+    if not lists:
+        raise InputError(
+            "No list of equal blocks with layers to quantize is found in this model.",
+            hint="Name it in a recipe, as in blocks: [model.layers], or use an algorithm without data, such as mse.",
+        )
+    return lists
+
+
+def _found(model: nn.Module, layers: Collection[str]) -> list[BlockList]:
+    lists: list[BlockList] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer.path}.") for outer in lists)
+        if not inside and _is_list_of_blocks(module) and any(layer.startswith(f"{path}.") for layer in layers):
+            lists.append(_block_list(path, module))
+    return lists
+
+
+def _is_list_of_blocks(module: nn.Module) -> bool:
+    """Whether modules of one class, each with modules of its own, make up a list."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return False
+    members = list(module.children())
+    kinds = {type(member) for member in members}
+    return len(kinds) == 1 and not kinds & {nn.ModuleList, nn.Sequential} and all(any(m.children()) for m in members)
+
+
+def _block_list(path: str, module: nn.Module) -> BlockList:
+    return BlockList(path, tuple(f"{path}.{name}" for name, _ in module.named_children()))
+
+
+def _named(model: nn.Module, globs: Sequence[str]) -> list[BlockList]:
+    lists = []
+    for glob in globs:
+        matching = [(path, module) for path, module in model.named_modules() if fnmatchcase(path, glob)]
+        lists += [_block_list(path, each) for path, each in matching if isinstance(each, (nn.ModuleList, nn.Sequential))]
+        if not lists:
+            known = [path for path, each in model.named_modules() if isinstance(each, (nn.ModuleList, nn.Sequential))]
+            raise UsageError(
+                f"The recipe's blocks: {glob!r} names no list of modules.",
+                f"This model's lists are {', '.join(known)}." if known else "This model has none.",
+            )
+    return lists

@@ -1,0 +1,167 @@
+"""The chain of algorithms that a recipe asks for, and what each can be told.
+
+A chain is any number of transforms, which move difficulty between layers without changing what the model
+computes; then one rounding algorithm, which chooses codes; then `tune`, which learns scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quantcli import plugins
+from quantcli.errors import UsageError
+from quantcli.recipe import Recipe
+from quantcli.scheme import NumberFormat, Scheme
+
+TRANSFORMS = ("smoothquant", "awq")
+ROUNDINGS = ("rtn", "mse", "gptq", "awq", "autoround")
+FINAL = ("tune",)
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NoOptions(_Options):
+    """An algorithm that can be told nothing."""
+
+
+class GptqOptions(_Options):
+    """``damping``: added to the Hessian's diagonal, as a fraction of its mean."""
+
+    damping: float = Field(default=0.01, gt=0, le=1)
+
+
+class AutoroundOptions(_Options):
+    """How long rounding is learned in each block, and on how many sequences at a time.
+
+    ``learning_rate`` is that of the first iteration; by default 1 / ``iterations``.
+    """
+
+    iterations: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+
+
+class TuneOptions(_Options):
+    """``epochs`` over the calibration data; the learning rate is relative to each scale."""
+
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    norms: bool = True
+
+
+OPTIONS: dict[str, type[_Options]] = {"gptq": GptqOptions, "autoround": AutoroundOptions, "tune": TuneOptions}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One algorithm of a chain with what it was told."""
+
+    name: str
+    options: Any
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A whole chain. ``rounding`` is None where `auto` decides it layer by layer."""
+
+    transforms: tuple[Step, ...] = ()
+    rounding: Step | None = None
+    final: tuple[Step, ...] = field(default=())
+
+    @property
+    def all(self) -> tuple[Step, ...]:
+        """In order. awq alone is both transform and rounding, and named once."""
+        own = (self.rounding,) if self.rounding and self.rounding not in self.transforms else ()
+        return (*self.transforms, *own, *self.final)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the chain wants to know of the data; nothing where it works without."""
+        return frozenset[str]().union(*(plugins.algorithm(step.name).NEEDS for step in self.all))
+
+    def __str__(self) -> str:
+        return " + ".join(step.name for step in self.all)
+
+
+def chain(recipe: Recipe, scheme: Scheme, *, data: bool) -> Steps:
+    """The algorithms that a recipe asks for, or those recommended.
+
+    Raises:
+        UsageError: they need calibration data and there is none, or there is some and nothing uses it.
+    """
+    given = recipe.steps or ([] if recipe.algorithm == "auto" else [recipe.algorithm])
+    if not given and data and not scheme.weights.is_cast:
+        given = [*recommended(scheme)]
+    steps = parse_steps(given)
+    static = scheme.inputs is not None and not scheme.inputs.dynamic
+    if (steps.needs or static) and not data:
+        who = " and ".join(step.name for step in steps.all if plugins.algorithm(step.name).NEEDS) or "int8-static"
+        raise UsageError(f"{who} needs calibration data.", "Name some with --data; nothing is fetched or made up.")
+    if data and not steps.needs and not static:
+        who = f"{steps} uses" if given else f"The scheme {scheme} uses"
+        raise UsageError(f"{who} no calibration data.", "Leave --data out, or choose --algorithm gptq.")
+    return steps
+
+
+def parse_steps(given: Sequence[str | Mapping[str, Any]]) -> Steps:
+    """A recipe's ``steps`` (or the one algorithm of the command line) as a chain.
+
+    Raises:
+        UsageError: an unknown algorithm or option, or an order that makes no sense.
+    """
+    steps = [_step(each) for each in given]
+    names = [step.name for step in steps]
+    if len(set(names)) != len(names):
+        raise UsageError(f"steps: {' + '.join(names)}: each algorithm can be there once.")
+    transforms = tuple(step for step in steps if step.name in TRANSFORMS)
+    roundings = [step for step in steps if step.name in ROUNDINGS and step.name not in TRANSFORMS]
+    final = tuple(step for step in steps if step.name in FINAL)
+    if len(roundings) > 1:
+        raise UsageError(
+            f"steps: {' + '.join(names)}: {roundings[0].name} and {roundings[1].name} both choose codes.",
+            hint="Keep one of them.",
+        )
+    if steps != [*transforms, *roundings, *final]:
+        raise UsageError(
+            f"steps: {' + '.join(names)}: this order makes no sense.",
+            hint=f"{', '.join(TRANSFORMS)} come first, then one of {', '.join(ROUNDINGS)}, and tune last.",
+        )
+    rounding = roundings[0] if roundings else None
+    if rounding is None and names[-1:] == ["awq"]:
+        rounding = transforms[-1]
+    return Steps(transforms, rounding, final)
+
+
+def _step(given: str | Mapping[str, Any]) -> Step:
+    name, options = (given, {}) if isinstance(given, str) else next(iter(given.items()))
+    plugins.algorithm(name)
+    kind = OPTIONS.get(name, NoOptions)
+    try:
+        return Step(name, kind.model_validate(options or {}))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = list(kind.model_fields)
+            hint = plugins.suggestion(key, known) if known else f"{name} takes no options."
+            raise UsageError(f"steps: {name}: unknown option {key!r}.", hint) from error
+        raise UsageError(f"steps: {name}: {key}: {problem['msg']}.") from error
+
+
+def recommended(scheme: Scheme) -> list[str]:
+    """The chain for a scheme with calibration data, as measured by tests/benchmark_algorithms.py."""
+    if scheme.inputs is not None:
+        return ["smoothquant"]
+    return ["gptq"] if scheme.weights.dtype in ("int4", "int8") else []
+
+
+def default_rounding(number_format: NumberFormat) -> str:
+    """What chooses codes without data."""
+    return "mse" if number_format.dtype == "int4" else "rtn"
