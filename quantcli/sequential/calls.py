@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantcli.errors import InputError
 
@@ -22,7 +23,7 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, block: nn.Module) -> Tensor:
+    def run(self, block: Callable[..., Any]) -> Tensor:
         """The block's hidden output, ``[batch, tokens, channels]``: what it returns, or that tuple's first element.
 
         Raises InputError where that is no tensor.
