@@ -103,7 +103,7 @@ def calibrate(
             graph,
             found,
             names,
-            model_sha256=model_sha256(given, subject.weights),
+            model_sha256=subject_sha256(subject),
             method=method,
             seed=seed,
             batch_size=batch_size,
@@ -121,13 +121,18 @@ def model_sha256(model: str | Path, weights: Path | None = None) -> str:
     Raises:
         InputError: the model is missing or damaged.
     """
-    found = open_subject(model, weights).sha256()
+    return subject_sha256(open_subject(model, weights))
+
+
+def subject_sha256(subject: Subject) -> str:
+    """As `model_sha256`, of a model that is open."""
+    found = subject.sha256()
     if found is not None:
         return found
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(load_function(str(model))().state_dict().items()):
+    for name, tensor in sorted(load_function(subject.path)().state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

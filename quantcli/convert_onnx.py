@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -11,46 +10,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli.calibrate import DEFAULT_SAMPLES, subject_sha256
 from quantcli.checkpoints.folder import companions
+from quantcli.collect import collect
 from quantcli.errors import InputError, UsageError, VerificationError
 from quantcli.functions import is_function
-from quantcli.graph.model import MANIFEST_KEY, OnnxModel, constants, is_onnx, onnx_file, open_onnx
+from quantcli.graph.model import MANIFEST_KEY, OnnxModel, constants, onnx_file, open_onnx
 from quantcli.graph.placement import place
 from quantcli.graph.plan import GraphPlan, require_work, resolve_graph
-from quantcli.graph.prepare import QDQ_OPSET, prepare, upgrade
-from quantcli.graph.save import checksums, save_graph
+from quantcli.graph.prepare import prepare, upgrade
+from quantcli.graph.save import add_metadata, checksums, save_graph
 from quantcli.graph.targets import require_version
 from quantcli.graph.transform import LayerOutcome, needed_opset, transform, without_outliers
 from quantcli.memory import peak_rss_bytes
-from quantcli.onnx_rows import layer_rows, left_rows
+from quantcli.onnx_advice import recommend
+from quantcli.onnx_rows import layer_entries, layer_rows, left_rows
 from quantcli.progress import Progress
+from quantcli.proof import Comparison, OutputComparison, prove
 from quantcli.recipe import Recipe
 from quantcli.report import ModelRow, Report
 from quantcli.staging import Staging, check_target, explain, open_staging, require_space
 from quantcli.statistics import CalibrationStats
+from quantcli.subject import open_subject
 from quantcli.units import format_bytes
 from quantcli.version import __version__
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from quantcli.proof import Comparison
     from quantcli.samples import Samples
 
 #: Samples that the artifact and its source both run at the end.
 _COMPARED_SAMPLES = 8
 
-#: Calibration samples where the user names no number: more changes ranges little.
-DEFAULT_SAMPLES = 128
-
-#: Outputs that keep this much are good enough for most uses; below, another scheme is tried.
-GOOD_OUTPUT_SQNR_DB = 20.0
-
 #: An artifact this much slower than its model is worth a word.
 _SLOW = 0.8
-
-#: By how much another scheme must be better to be recommended.
-_BETTER_BY_DB = 3.0
 
 #: The file's name where the output is a folder.
 _FILE_IN_FOLDER = "model.onnx"
@@ -102,7 +96,7 @@ def convert_onnx(
     elif output.exists() and not (force or dry_run):
         raise UsageError(f"The output {output} exists.", "Use --force to replace it.")
     with open_staging(output) as staging:
-        staging.begin(_fingerprint(model, recipe), force=True)
+        staging.begin_anew()
         try:
             conversion = _Conversion(str(model), output, recipe, calibration, weights, version, progress)
             report = conversion.run(staging, dry_run=dry_run)
@@ -131,9 +125,16 @@ def _refuse_to_overwrite(built: Path, output: Path) -> None:
             raise UsageError(f"The output {beside} exists.", "Use --force to replace it.")
 
 
-def _fingerprint(model: str | Path, recipe: Recipe) -> str:
-    identity = {"quantcli": __version__, "model": str(model), "recipe": recipe.model_dump(mode="json")}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def _read_back(graph: ir.Model, target: Path) -> dict[str, Any]:
+    """Reopen what was written, and compare every tensor. Raises VerificationError."""
+    meant, found = checksums(graph), checksums(open_onnx(target).ir)
+    if meant != found:
+        wrong = sorted(name for name in meant.keys() | found.keys() if meant.get(name) != found.get(name))
+        raise VerificationError(
+            f"{wrong[0]} was read back otherwise than it was written.",
+            "The disk may be failing; if it happens again elsewhere, please report it.",
+        )
+    return {"tensors": len(found), "codes": "equal"}
 
 
 class _Conversion:
@@ -149,10 +150,11 @@ class _Conversion:
         version: str | None,
         progress: Progress | None,
     ) -> None:
-        self.given, self.output, self.recipe, self.calibration = model, output, recipe, calibration
-        self.weights, self.version, self.progress = weights, version, progress
+        self.output, self.recipe, self.calibration = output, recipe, calibration
+        self.version, self.progress = version, progress
         self.warnings: list[str] = []
         self.comparison: Comparison | None = None
+        self.subject = open_subject(model, weights)
         self.single_file = output.name if output.suffix == ".onnx" else None
 
     def run(self, staging: Staging, *, dry_run: bool) -> Report:
@@ -180,19 +182,28 @@ class _Conversion:
         if statistics is not None:
             plan = without_outliers(plan, statistics)
             require_work(plan, original.path)
-            used = place(graph, (node.node for node in plan.of_mode("static"))).values
-            self.warnings += statistics.warnings({value.name or "" for value in used})
+        placement = place(graph, (node.node for node in plan.of_mode("static")))
+        if statistics is not None:
+            self.warnings += statistics.warnings({value.name or "" for value in placement.values})
         self.warnings += plan.warnings
         before = sum(tensor.nbytes for tensor in constants(graph))
-        outcomes = transform(graph, plan, statistics)
+        outcomes = transform(graph, plan, statistics, placement)
         require_space(self.output, sum(tensor.nbytes for tensor in constants(graph)))
         target = staging.out / (self.single_file or _FILE_IN_FOLDER)
-        verified = self._write(graph, target)
-        verified |= self._prove(target, original, samples)
-        recommended = self._recommend(original, statistics, samples, staging.root)
-        manifest = self._manifest(original, plan, outcomes, verified)
-        graph.metadata_props[MANIFEST_KEY] = json.dumps(manifest, sort_keys=True)
+        # What an earlier conversion, a cast, wrote of itself.
+        graph.metadata_props.pop(MANIFEST_KEY, None)
         files = save_graph(graph, target)
+        verified = {**_read_back(graph, target), "runtime": prove(target).to_json()}
+        recommended = None
+        if samples is not None:
+            outputs = OutputComparison(original.path, samples, _COMPARED_SAMPLES, staging.root)
+            verified["compared"] = self._compare(outputs, target)
+            assert self.comparison is not None
+            kept_db = self.comparison.sqnr_db
+            recommended, said = recommend(self.recipe, original, statistics, outputs, kept_db, staging.root)
+            self.warnings += said
+        manifest = self._manifest(original, plan, outcomes, verified)
+        add_metadata(target, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
         self._check_size(original, files, before)
         self._copy_companions(original, staging.out)
         size = sum(file.stat().st_size for file in files)
@@ -200,13 +211,12 @@ class _Conversion:
         return self._report(original, plan, outcomes, size, details, self._metrics())
 
     def _open(self, folder: Path) -> OnnxModel:
-        if is_onnx(Path(self.given)):
-            return open_onnx(Path(self.given))
+        if self.subject.onnx is not None:
+            return self.subject.onnx
         from quantcli.export import export_to_onnx
 
-        exported = export_to_onnx(
-            self.given, folder / "export", data=self.calibration.data, weights=self.weights
-        )  # fmt: skip
+        given, data = self.subject, self.calibration.data
+        exported = export_to_onnx(given.path, folder / "export", data=data, weights=given.weights)
         self.warnings += exported.warnings
         return open_onnx(exported.path)
 
@@ -218,7 +228,7 @@ class _Conversion:
         found = load_samples(
             self.calibration.data,
             original.inputs,
-            folder=self._folder(),
+            folder=self.subject.folder,
             tokenizer=self.calibration.tokenizer,
             preprocess=self.calibration.preprocess,
             samples=self.calibration.samples or DEFAULT_SAMPLES,
@@ -228,13 +238,6 @@ class _Conversion:
         self.warnings += found.warnings
         return found
 
-    def _folder(self) -> Path | None:
-        """Where configuration and tokenizer are: beside the model."""
-        if is_function(self.given):
-            return None
-        path = Path(self.given)
-        return path if path.is_dir() else path.parent
-
     def _statistics(
         self, original: OnnxModel, graph: ir.Model, plan: GraphPlan, samples: Samples | None
     ) -> CalibrationStats | None:
@@ -243,10 +246,7 @@ class _Conversion:
         read = [node.node.inputs[0] for node in plan.of_mode("weights") if node.node.op_type == "Conv"]
         if not static and not (read and (samples or self.calibration.stats)):
             return None
-        from quantcli.calibrate import model_sha256
-        from quantcli.collect import collect
-
-        sha256 = model_sha256(self.given)
+        sha256 = subject_sha256(self.subject)
         if self.calibration.stats is not None:
             statistics = CalibrationStats.load(self.calibration.stats)
             statistics.require_model(sha256)
@@ -257,68 +257,15 @@ class _Conversion:
             graph, samples, observed, model_sha256=sha256, seed=self.calibration.seed, progress=self.progress
         )
 
-    def _write(self, graph: ir.Model, target: Path) -> dict[str, Any]:
-        """Write, reopen, and compare every tensor. Raises VerificationError."""
-        save_graph(graph, target)
-        reopened = open_onnx(target)
-        meant, found = checksums(graph), checksums(reopened.ir)
-        if meant != found:
-            wrong = sorted(name for name in meant.keys() | found.keys() if meant.get(name) != found.get(name))
-            raise VerificationError(
-                f"{wrong[0]} was read back otherwise than it was written.",
-                "The disk may be failing; if it happens again elsewhere, please report it.",
+    def _compare(self, outputs: OutputComparison, target: Path) -> dict[str, Any]:
+        self.comparison = found = outputs.against(target)
+        if found.speed is not None and found.speed < _SLOW:
+            self.warnings.append(
+                f"On these samples the artifact ran {found.speed:.2g} times as fast as the model; quantcli bench "
+                "measures that properly."
             )
-        return {"tensors": len(found), "codes": "equal"}
-
-    def _prove(self, target: Path, original: OnnxModel, samples: Samples | None) -> dict[str, Any]:
-        from quantcli.proof import compare_outputs, prove
-
-        verified: dict[str, Any] = {"runtime": prove(target).to_json()}
-        if samples is not None:
-            self.comparison = found = compare_outputs(original.path, target, samples, _COMPARED_SAMPLES)
-            # How long it took goes into the report alone: an artifact holds no times.
-            verified["compared"] = {"samples": found.samples, "sqnr_db": found.sqnr_db}
-            if found.speed is not None and found.speed < _SLOW:
-                self.warnings.append(
-                    f"On these samples the artifact ran {found.speed:.2g} times as fast as the model; quantcli bench "
-                    "measures that properly."
-                )
-        return verified
-
-    def _recommend(
-        self,
-        original: OnnxModel,
-        statistics: CalibrationStats | None,
-        samples: Samples | None,
-        folder: Path,
-    ) -> str | None:
-        """The scheme to take: where fixed ranges lose much, dynamic ones are tried on the same samples.
-
-        None where there is no data to tell from.
-        """
-        asked = self.recipe.scheme
-        if self.comparison is None or samples is None or not isinstance(asked, str):
-            return None
-        kept = self.comparison.sqnr_db
-        if asked != "int8-static" or kept is None or kept >= GOOD_OUTPUT_SQNR_DB:
-            return asked
-        from quantcli.proof import compare_outputs
-
-        recipe = self.recipe.with_flags(scheme="int8-dynamic")
-        graph = upgrade(prepare(original), QDQ_OPSET)
-        transform(graph, resolve_graph(recipe, graph, original.path), statistics)
-        other = folder / "alternative" / _FILE_IN_FOLDER
-        other.parent.mkdir()
-        save_graph(graph, other)
-        better = compare_outputs(original.path, other, samples, _COMPARED_SAMPLES).sqnr_db
-        if better is not None and better < kept + _BETTER_BY_DB:
-            self.warnings.append(f"{asked} leaves the outputs at {kept:.1f} dB; int8-dynamic would at {better:.1f} dB.")
-            return asked
-        figure = "equal" if better is None else f"at {better:.1f} dB"
-        self.warnings.append(
-            f"{asked} leaves the outputs at {kept:.1f} dB; int8-dynamic leaves them {figure} and is recommended."
-        )
-        return "int8-dynamic"
+        # How long it took goes into the report alone: an artifact holds no times.
+        return {"samples": found.samples, "sqnr_db": found.sqnr_db}
 
     def _metrics(self) -> dict[str, float | None]:
         found = self.comparison
@@ -334,7 +281,7 @@ class _Conversion:
             )
 
     def _copy_companions(self, original: OnnxModel, out: Path) -> None:
-        folder = Path(self.given)
+        folder = Path(self.subject.path)
         if self.single_file or not folder.is_dir():
             return
         for relative in companions(folder):
@@ -346,19 +293,6 @@ class _Conversion:
     def _manifest(
         self, original: OnnxModel, plan: GraphPlan, outcomes: Sequence[LayerOutcome], verified: Mapping[str, Any]
     ) -> dict[str, Any]:
-        layers = {}
-        for outcome in outcomes:
-            node = outcome.plan
-            entry: dict[str, Any] = {"node": node.node.name, "mode": node.mode}
-            if node.scheme is not None:
-                sqnr_db = outcome.sqnr_db
-                entry |= {"scheme": node.label, "algorithm": node.algorithm, "note": node.note}
-                entry["sqnr_db"] = None if sqnr_db is None else round(sqnr_db, 4)
-            else:
-                entry["reason"] = node.reason
-            # A weight that several nodes read is one entry for each; all but the first go by their own names.
-            name = node.name if node.name not in layers else node.node.name or node.name
-            layers[name] = {key: value for key, value in entry.items() if value is not None}
         return {
             "quantcli": __version__,
             "input_sha256": original.sha256(),
@@ -366,7 +300,7 @@ class _Conversion:
             "scheme": plan.scheme,
             "algorithm": plan.algorithm,
             "recipe": self.recipe.model_dump(mode="json"),
-            "layers": layers,
+            "layers": layer_entries(outcomes),
             "verified": dict(verified),
         }
 
@@ -387,7 +321,7 @@ class _Conversion:
             "sqnr_db_min": min(measured, default=None),
             **metrics,
         }
-        source = ModelRow(self.given, "reference", "onnx", None, original.sha256(), before)
+        source = ModelRow(self.subject.path, "reference", "onnx", None, original.sha256(), before)
         artifact = ModelRow(
             str(self.output), "candidate", "onnx", plan.scheme, None, size, metrics, {"algorithm": plan.algorithm}
         )

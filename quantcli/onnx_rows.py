@@ -1,10 +1,10 @@
-"""Rows of a report about an ONNX graph: what became, or would become, of each weight."""
+"""Rows of a report, and entries of a manifest, about an ONNX graph: what became, or would become, of each weight."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantcli.graph.plan import GraphPlan, tensor_info
 from quantcli.graph.transform import LayerOutcome
@@ -35,6 +35,24 @@ def layer_rows(outcomes: Sequence[LayerOutcome]) -> list[LayerRow]:
             details["note"] = node.note
         rows.append(LayerRow(node.name, label, before, after, outcome.sqnr_db, node.reason, details=details))
     return rows
+
+
+def layer_entries(outcomes: Sequence[LayerOutcome]) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each weight of a plan, by name."""
+    entries: dict[str, dict[str, Any]] = {}
+    for outcome in outcomes:
+        node = outcome.plan
+        entry: dict[str, Any] = {"node": node.node.name, "mode": node.mode}
+        if node.scheme is not None:
+            sqnr_db = outcome.sqnr_db
+            entry |= {"scheme": node.label, "algorithm": node.algorithm, "note": node.note}
+            entry["sqnr_db"] = None if sqnr_db is None else round(sqnr_db, 4)
+        else:
+            entry["reason"] = node.reason
+        # A weight that several nodes read is one entry for each; all but the first go by their own names.
+        name = node.name if node.name not in entries else node.node.name or node.name
+        entries[name] = {key: value for key, value in entry.items() if value is not None}
+    return entries
 
 
 def left_rows(model: ir.Model, plan: GraphPlan, file: Path) -> list[LayerRow]:

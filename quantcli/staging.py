@@ -20,6 +20,8 @@ from quantcli.errors import InputError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
 
+_LOCK = "lock"
+
 
 def check_target(target: Path, source: Path, *, force: bool) -> None:
     """Refuse a target that exists, or that would swallow the input.
@@ -66,6 +68,15 @@ class Staging:
         if not records:
             self.record({"fingerprint": fingerprint})
         return {record["name"]: record for record in records[1:]}
+
+    def begin_anew(self) -> None:
+        """Start over whatever lies there: for work that is not continued."""
+        for left in self.root.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != _LOCK:
+                left.unlink()
+        self.out.mkdir()
 
     def _read_journal(self) -> list[dict[str, Any]]:
         if not self._journal_path.exists():
@@ -140,7 +151,7 @@ def open_staging(target: Path) -> Iterator[Staging]:
     staging = Staging(target)
     try:
         staging.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(staging.root / "lock", timeout=0)
+        lock = FileLock(staging.root / _LOCK, timeout=0)
         with lock:
             try:
                 yield staging

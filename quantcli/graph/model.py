@@ -100,7 +100,11 @@ class OnnxModel:
         return found if isinstance(found, dict) else None
 
     def sha256(self) -> str:
-        """Hash of all files, names aside: that of the file itself where there is only one."""
+        """Hash of all files, names aside: that of the file itself where there is only one. Read once."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         digest = hashlib.sha256()
         for file in self.files:
             with file.open("rb") as stream:

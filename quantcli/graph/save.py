@@ -32,6 +32,18 @@ def save_graph(model: ir.Model, path: Path) -> list[Path]:
     return [path, path.with_name(data)] if data else [path]
 
 
+def add_metadata(path: Path, key: str, value: str) -> None:
+    """Give a written model one more entry of metadata; it must have none of this key.
+
+    Entries of a message may follow it in any number, so that nothing is written anew.
+    """
+    import onnx
+
+    entry = onnx.ModelProto(metadata_props=[onnx.StringStringEntryProto(key=key, value=value)])
+    with path.open("ab") as stream:
+        stream.write(entry.SerializeToString())
+
+
 def needed_ir_version(opset: int) -> int:
     """The smallest IR version that an operator set may stand in."""
     return next((version for smallest, version in _IR_VERSIONS if opset >= smallest), 3)

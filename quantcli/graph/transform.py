@@ -10,7 +10,7 @@ from quantcli.graph import nbits
 from quantcli.graph.cast import cast_weights
 from quantcli.graph.correction import correct_bias, output_shift
 from quantcli.graph.dynamic import DynamicQuantizer
-from quantcli.graph.placement import needs_quantized_output, place, tail
+from quantcli.graph.placement import Placement, needs_quantized_output, place, tail
 from quantcli.graph.plan import GraphPlan, NodePlan
 from quantcli.graph.prepare import QDQ_OPSET
 from quantcli.graph.qdq import StaticQuantizer, dequantized
@@ -88,11 +88,16 @@ def _judged(node: NodePlan, statistics: Statistics) -> NodePlan:
     return node
 
 
-def transform(model: ir.Model, plan: GraphPlan, statistics: Statistics | None) -> list[LayerOutcome]:
+def transform(
+    model: ir.Model, plan: GraphPlan, statistics: Statistics | None, placement: Placement | None = None
+) -> list[LayerOutcome]:
     """Rewrite a prepared graph in place.
 
-    ``plan`` must have been made for this very graph, in the operator set `needed_opset`.
-    ``statistics`` is needed where a node is static.
+    Args:
+        model: the graph.
+        plan: made for this very graph, in the operator set `needed_opset`.
+        statistics: needed where a node is static.
+        placement: that of the plan's static nodes, where it is known already.
     """
     from onnx_ir.passes import common
 
@@ -110,7 +115,7 @@ def transform(model: ir.Model, plan: GraphPlan, statistics: Statistics | None) -
     static = plan.of_mode("static")
     if static:
         assert statistics is not None
-        quantizer = StaticQuantizer(model, place(model, (node.node for node in static)), statistics.range)
+        quantizer = StaticQuantizer(model, placement or place(model, (node.node for node in static)), statistics.range)
         quantizer.insert_pairs()
         for node in static:
             assert node.scheme and node.algorithm
