@@ -2,11 +2,11 @@
 
 A linear layer computes the same when its input channels are divided by a scale and its columns multiplied by it.
 The division costs nothing where the layer before can do it: a norm by its weight, a linear layer by its rows
-(SmoothQuant, arXiv:2211.10438, section 4; AWQ, arXiv:2306.00978, section 3.2). Which layer that is, and who else reads
-its output, depends on the model's code. So nothing is read from names: a source's output channels are multiplied
-by powers of two, which floating point does exactly, and every linear layer whose input follows is given back what it had
-before, so that what comes after it is not disturbed. If the block computes the same once the source is divided and
-these layers are multiplied, they are all that ever sees the difference.
+(SmoothQuant, arXiv:2211.10438, section 4; AWQ, arXiv:2306.00978, section 3.2). Which layer that is, and who else
+reads its output, depends on the model's code. So nothing is read from names: a source's output channels are
+multiplied by powers of two, which floating point does exactly, and every linear layer whose input follows is given
+back what it had before, so that what comes after it is not disturbed. If the block computes the same once the
+source is divided and these layers are multiplied, they are all that ever sees the difference.
 """
 
 from __future__ import annotations
