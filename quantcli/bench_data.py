@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from quantcli.errors import InputError, UsageError
-from quantcli.evaluation_data import TOKENIZER_FILES, folder_with, input_ports, is_text, require_tokens
+from quantcli.evaluation_data import input_ports, is_text, samples_for
 from quantcli.graph.model import Port
 from quantcli.runners import Arrays, derived_inputs
-from quantcli.samples import Samples, batches, load_samples
+from quantcli.samples import Samples, batches
 from quantcli.subject import Subject
 
 #: Tokens of a sequence, and pixels of a side, where neither the user nor the model says it.
@@ -72,14 +72,11 @@ def load_feeds(
             "shapes and values are others."
         )
         return feeds
-    place = tokenizer or folder_with(subjects, *TOKENIZER_FILES)
-    if text:
-        require_tokens(subjects[0].path, data, ports, place)
-    samples = load_samples(
+    samples = samples_for(
+        subjects,
         data,
         ports,
-        folder=folder_with(subjects, "preprocessor_config.json", "config.json"),
-        tokenizer=place,
+        tokenizer=tokenizer,
         preprocess=preprocess,
         samples=max(sizes) * _BATCHES,
         seq_len=seq_len or (DEFAULT_LENGTH if text and not _fixed_length(ports) else None),

@@ -21,7 +21,7 @@ _DEFAULT_SAMPLES = {"language-modeling": 64, "embedding": 256, "fidelity": 64}
 
 
 #: What a folder with a tokenizer is known by.
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 @dataclass
@@ -59,16 +59,11 @@ def load_inputs(
         UsageError: a number that cannot be meant.
         InputError: the data is missing, does not fit the model, or lacks what the task needs.
     """
-    text = is_text(data)
-    ports = input_ports(subjects, text=text)
-    place = Path(tokenizer) if tokenizer else folder_with(subjects, *TOKENIZER_FILES)
-    if text:
-        require_tokens(subjects[0].path, data, ports, place)
-    found = load_samples(
+    found = samples_for(
+        subjects,
         data,
-        ports,
-        folder=folder_with(subjects, "preprocessor_config.json", "config.json"),
-        tokenizer=place,
+        input_ports(subjects, text=is_text(data)),
+        tokenizer=Path(tokenizer) if tokenizer else None,
         preprocess=None if preprocess is None else Path(preprocess),
         samples=samples or _DEFAULT_SAMPLES.get(task),
         seq_len=seq_len,
@@ -87,14 +82,46 @@ def load_inputs(
     return Inputs(task, found)
 
 
-def require_tokens(model: str, data: str, ports: Sequence[Port], tokenizer: Path | None) -> None:
+def samples_for(
+    subjects: Sequence[Subject],
+    data: str,
+    ports: Sequence[Port],
+    *,
+    tokenizer: Path | None,
+    preprocess: Path | None,
+    samples: int | None,
+    seq_len: int | None,
+    windows: bool,
+) -> Samples:
+    """Samples for several models at once: tokenizer and preprocessing are those of the first that has them.
+
+    Raises:
+        UsageError: a wish that does not go with this data.
+        InputError: the data is missing or does not fit the models' inputs.
+    """
+    place = tokenizer or _folder_with(subjects, *_TOKENIZER_FILES)
+    if is_text(data):
+        _require_tokens(subjects[0].path, data, ports, place)
+    return load_samples(
+        data,
+        ports,
+        folder=_folder_with(subjects, "preprocessor_config.json", "config.json"),
+        tokenizer=place,
+        preprocess=preprocess,
+        samples=samples,
+        seq_len=seq_len,
+        windows=windows,
+    )
+
+
+def _require_tokens(model: str, data: str, ports: Sequence[Port], tokenizer: Path | None) -> None:
     """Raise InputError where a model reads no tokens, or text cannot be turned into any."""
     if not any(port.name == "input_ids" for port in ports):
         raise InputError(
             f"{data} is text, and {model} takes no input_ids, but {'; '.join(map(str, ports))}.",
             "Give arrays or images.",
         )
-    if tokenizer is None or not any((tokenizer / name).is_file() for name in (*TOKENIZER_FILES, "config.json")):
+    if tokenizer is None or not any((tokenizer / name).is_file() for name in (*_TOKENIZER_FILES, "config.json")):
         raise InputError(
             f"{data} is text, and there is no tokenizer in {tokenizer or 'any folder of the models'}.",
             "Name one with --tokenizer FOLDER.",
@@ -143,7 +170,7 @@ def is_causal(subject: Subject) -> bool:
     return "input_ids" in takes and ranks.get("logits") == 3
 
 
-def folder_with(subjects: Sequence[Subject], *names: str) -> Path | None:
+def _folder_with(subjects: Sequence[Subject], *names: str) -> Path | None:
     """The first model's folder that holds one of the files, else the first folder."""
     folders = [subject.folder for subject in subjects if subject.folder]
     having = (folder for name in names for folder in folders if (folder / name).is_file())

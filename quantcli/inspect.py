@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from quantcli.checkpoints.folder import Checkpoint, open_checkpoint
 from quantcli.errors import InputError
 from quantcli.functions import is_function
 from quantcli.graph.model import is_onnx
-from quantcli.report import LayerRow, ModelRow, Report
+from quantcli.report import LayerRow, ModelRow, Report, layer_schemes
 from quantcli.roles import classify, original_dtype, quantization_of
 from quantcli.scheme import NUMBER_OF_DTYPE
 
@@ -49,7 +49,7 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
         "parameters": sum(info.numel for info in infos if info.is_float) if not quantized else None,
         "dtypes": _bytes_by([(info.dtype, info.nbytes) for info in infos]),
         "roles": _bytes_by([(roles[info.name], info.nbytes) for info in infos]) if not quantized else {},
-        "quantized_layers": _layer_schemes(manifest),
+        "quantized_layers": layer_schemes(manifest),
     }
     row = ModelRow(
         str(checkpoint.path),
@@ -74,12 +74,6 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
         return report
     report.details["schemes"] = [_plan(checkpoint, scheme, report) for scheme in schemes]
     return report
-
-
-def _layer_schemes(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """How many layers of one of our artifacts have which scheme."""
-    schemes = (entry.get("scheme") for entry in manifest.get("layers", {}).values())
-    return dict(Counter(scheme for scheme in schemes if scheme).most_common())
 
 
 def _bytes_by(pairs: Sequence[tuple[str, int]]) -> dict[str, dict[str, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 from quantcli.errors import InputError
 from quantcli.graph.model import OnnxModel, open_onnx
 from quantcli.graph.plan import quantization_of, resolve_graph, tensor_info, weighted_nodes
-from quantcli.report import LayerRow, ModelRow, Report
+from quantcli.report import LayerRow, ModelRow, Report, layer_schemes
 
 
 def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
@@ -37,7 +37,7 @@ def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
         "parameters": None if quantized else sum(info.numel for info in infos if info.is_float),
         "dtypes": {dtype: {"tensors": counts[dtype], "bytes": size} for dtype, size in sizes.most_common()},
         "roles": {},
-        "quantized_layers": _layer_schemes(manifest),
+        "quantized_layers": layer_schemes(manifest),
         "operators": dict(Counter(node.op_type for node in graph.all_nodes()).most_common()),
         "inputs": [str(port) for port in model.inputs],
         "outputs": [str(port) for port in model.outputs],
@@ -58,11 +58,6 @@ def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
         return report
     report.details["schemes"] = [_plan(model, scheme, report) for scheme in schemes]
     return report
-
-
-def _layer_schemes(manifest: dict[str, Any]) -> dict[str, int]:
-    schemes = (entry.get("scheme") for entry in manifest.get("layers", {}).values())
-    return dict(Counter(scheme for scheme in schemes if scheme).most_common())
 
 
 def _plan(model: OnnxModel, scheme: str, report: Report) -> dict[str, Any]:

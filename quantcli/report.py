@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,9 @@ def write_junit(report: Report, path: Path) -> None:
     document = JUnitXml()
     document.add_testsuite(suite)
     document.write(str(path), pretty=True)
+
+
+def layer_schemes(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """How many layers of one of our artifacts have which scheme, the most frequent first."""
+    schemes = (entry.get("scheme") for entry in manifest.get("layers", {}).values())
+    return dict(Counter(scheme for scheme in schemes if scheme).most_common())
