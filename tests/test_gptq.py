@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from quantcli.algorithms import gptq, mse
-from quantcli.numerics import dequantize, in_groups
+from quantcli.algorithms import gptq, mse, rtn
+from quantcli.numerics import dequantize, in_groups, quantize
 from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor
 
 INT4 = NumberFormat("int4", Granularity("group", 32))
@@ -129,3 +131,15 @@ def test_without_a_usable_matrix_it_is_the_clip_search(broken: torch.Tensor) -> 
     solved = gptq.run(weight, INT4, torch.float32, hessian=broken)
     assert solved.damping is None
     assert torch.equal(solved.tensor.codes, mse.run(weight, INT4, torch.float32).codes)
+
+
+def test_a_grid_chosen_elsewhere_is_kept() -> None:
+    weight, inputs, hessian = correlated()
+    wide = rtn.run(weight * 1.5, INT4, torch.float32)
+    grid = replace(wide, codes=quantize(in_groups(weight, INT4), wide.scale, None, INT4).reshape(weight.shape))
+    solved = gptq.run(weight, INT4, torch.float32, hessian=hessian, grid=grid)
+    assert torch.equal(solved.tensor.scale, wide.scale)
+    naive = oracle(weight, hessian, grid, 0.01)
+    error = output_error(weight, values(solved.tensor), inputs)
+    assert error == pytest.approx(output_error(weight, naive, inputs), rel=0.02)
+    assert error < output_error(weight, values(grid), inputs)

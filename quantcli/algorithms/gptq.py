@@ -57,7 +57,13 @@ def add_hessian(total: Tensor, inputs: Tensor) -> None:
 
 
 def run(
-    weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype, *, hessian: Tensor, damping: float = 0.01
+    weight: Tensor,
+    number_format: NumberFormat,
+    scale_dtype: torch.dtype,
+    *,
+    hessian: Tensor,
+    damping: float = 0.01,
+    grid: QuantizedTensor | None = None,
 ) -> Solved:
     """Quantize ``weight``, float32 ``[rows, columns]``.
 
@@ -67,8 +73,9 @@ def run(
         scale_dtype: what scales are rounded to before codes are chosen.
         hessian: float32 ``[columns, columns]``, the sum of x x^T over the calibration tokens; it is not changed.
         damping: what is added to its diagonal, as a fraction of the diagonal's mean; more where it is singular.
+        grid: the weight as it is without compensation, where scales are chosen elsewhere; by default `initial`.
     """
-    base = initial(weight, number_format, scale_dtype)
+    base = grid or initial(weight, number_format, scale_dtype)
     diagonal = hessian.diagonal()
     dead = int((diagonal == 0).sum())
     order = torch.argsort(diagonal, descending=True, stable=True)
