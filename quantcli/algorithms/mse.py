@@ -56,6 +56,16 @@ def _error(
     groups: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat, out: Tensor
 ) -> Tensor:
     """L_p error, to the power p, per group of rounding to the grid, computed in ``out`` without allocating."""
+    return rounding_error(groups, scale, zero_point, number_format, out).abs_().pow_(ERROR_POWER).sum(-1)
+
+
+def rounding_error(
+    groups: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat, out: Tensor
+) -> Tensor:
+    """What rounding to an even grid adds to each value, written to ``out``, which is shaped like ``groups``.
+
+    The same as quantizing, dequantizing and subtracting ``groups``, but nothing is allocated.
+    """
     qmin, qmax = code_range(number_format)
     step = scale.unsqueeze(-1)
     torch.div(groups, step, out=out)
@@ -65,5 +75,4 @@ def _error(
     else:
         offset = zero_point.float().unsqueeze(-1)
         out.clamp_(qmin - offset, qmax - offset)
-    out.mul_(step).sub_(groups)
-    return out.abs_().pow_(ERROR_POWER).sum(-1)
+    return out.mul_(step).sub_(groups)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.numerics import choose_qparams, in_groups, quantize
+from quantcli.numerics import choose_qparams, dequantize, in_groups, quantize
 from quantcli.scheme import NumberFormat, QuantizedTensor
 
 NEEDS: frozenset[str] = frozenset()
@@ -34,3 +34,10 @@ def run(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -
     scale, zero_point = choose_qparams(low, high, number_format, scale_dtype)
     codes = quantize(groups, scale, zero_point, number_format).reshape(weight.shape)
     return QuantizedTensor(codes, scale, zero_point, tuple(weight.shape), number_format)
+
+
+def fake_quantized(values: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype = torch.float32) -> Tensor:
+    """What rounding to nearest leaves of a float32 matrix, ``[rows, columns]`` like it."""
+    tensor = run(values, number_format, scale_dtype)
+    codes = in_groups(tensor.codes, number_format)
+    return dequantize(codes, tensor.scale, tensor.zero_point, number_format).reshape(values.shape)

@@ -1,0 +1,137 @@
+"""AWQ: make the weights that large inputs meet larger before they are rounded, and clip for the output's sake.
+
+Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, arXiv:2306.00978. A layer
+computes the same when its columns are multiplied by ``s`` and its inputs divided by it, but rounds differently: columns
+with a larger ``s`` lose less. ``s = mean|x|^alpha``, alpha found on a grid; then each group's range is clipped.
+
+The paper runs the layers on a sample to see a candidate's error. Here nothing is run: with G the sum of x x^T over all
+tokens, the squared output error of a layer is exactly tr(D G D^T), D being the change of its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from quantcli.algorithms import rtn
+from quantcli.algorithms.mse import RANGE_FRACTIONS, rounding_error
+from quantcli.numerics import choose_qparams, in_groups, quantize
+from quantcli.scheme import NumberFormat, QuantizedTensor
+
+NEEDS = frozenset({"gram", "mean_abs"})
+
+#: Steps of alpha from 0 (no scaling), as in the paper's code.
+GRID = 20
+#: Rows of a layer that are looked at in the search of alpha; from larger ones so many are picked, evenly.
+SEARCH_ROWS = 512
+#: Elements of a weight whose ranges are searched at a time: they fit a core's cache.
+CHUNK_ELEMENTS = 1 << 16
+
+
+def supports(number_format: NumberFormat) -> str | None:
+    """Integer codes with a scale per channel or group."""
+    if number_format.dtype == "nf4":
+        return "awq clips the range of an even grid, which nf4 has not; use rtn"
+    if number_format.granularity.kind not in ("channel", "group"):
+        return f"awq works on scales per channel or group, not per {number_format.granularity.kind}"
+    return None
+
+
+def choose_scale(
+    gram: Tensor,
+    input_mean_abs: Tensor,
+    weights: Sequence[Tensor],
+    number_formats: Sequence[NumberFormat],
+    scale_dtype: torch.dtype,
+    tie: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The scale that the columns of some layers are best multiplied by, and their inputs divided.
+
+    Args:
+        gram: float32 ``[columns, columns]``, the sum of x x^T over the calibration tokens.
+        input_mean_abs: float32 ``[columns]``, the mean magnitude of each input channel.
+        weights: float32 ``[rows, columns]`` of each layer that reads these inputs.
+        number_formats: how each of them is quantized.
+        scale_dtype: what the scales of the groups are stored as.
+        tie: makes values equal that must have one scale (see `quantcli.sequential.folds.Fold`).
+
+    Returns:
+        float32 ``[columns]``, positive; all ones where no scale lowers the error.
+    """
+    magnitude = input_mean_abs if tie is None else tie(input_mean_abs)
+    rows = [weight[:: -(-len(weight) // SEARCH_ROWS)] for weight in weights]
+    best, least = torch.ones_like(magnitude), torch.inf
+    for step in range(GRID):
+        scale = grid_scale(magnitude, step / GRID)
+        error = 0.0
+        for weight, number_format in zip(rows, number_formats, strict=True):
+            change = _change(weight * scale, number_format, scale_dtype).div_(scale)
+            error += float(torch.sum((change @ gram).mul_(change)))
+        if error < least:
+            best, least = scale, error
+    return best
+
+
+def _change(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> Tensor:
+    """What rounding to nearest adds to a matrix."""
+    groups = in_groups(weight, number_format)
+    low, high = rtn.group_range(groups, number_format)
+    scale, zero_point = choose_qparams(low, high, number_format, scale_dtype)
+    return rounding_error(groups, scale, zero_point, number_format, torch.empty_like(groups)).reshape(weight.shape)
+
+
+def grid_scale(magnitude: Tensor, alpha: float) -> Tensor:
+    """``magnitude ** alpha``, its largest and smallest value as far above one as below it; one for dead channels."""
+    alive = magnitude > 0
+    if not bool(alive.any()):
+        return torch.ones_like(magnitude)
+    scale = magnitude.pow(alpha).clamp_(min=1e-4)
+    scale /= (scale[alive].amax() * scale[alive].amin()).sqrt()
+    return torch.where(alive, scale, 1.0)
+
+
+def run(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype, *, gram: Tensor) -> QuantizedTensor:
+    """Quantize ``weight``, float32 ``[rows, columns]``, each group's range clipped to its least output error.
+
+    The error of a group is d G_gg d^T, where G_gg is its block of ``gram``, float32 ``[columns, columns]``: what the
+    layer's output would lose if all other groups were exact. The unclipped range is one of those tried.
+    """
+    groups = in_groups(weight, number_format)
+    count, size = groups.shape[1:]
+    blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    step = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    parts = [
+        _clipped(rows.transpose(0, 1).contiguous(), blocks, number_format, scale_dtype)
+        for rows in torch.split(groups, step)
+    ]
+    scale = torch.cat([part[0] for part in parts], 1).T.contiguous()
+    offsets = [part[1] for part in parts if part[1] is not None]
+    zero_point = torch.cat(offsets, 1).T.contiguous() if offsets else None
+    codes = quantize(groups, scale, zero_point, number_format).reshape(weight.shape)
+    return QuantizedTensor(codes, scale, zero_point, tuple(weight.shape), number_format)
+
+
+def _clipped(
+    groups: Tensor, blocks: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point ``[groups, rows]`` with the least error on the grid of ranges.
+
+    ``groups`` is ``[groups, rows, size]`` here, and ``blocks`` ``[groups, size, size]``: one product for all.
+    """
+    low, high = rtn.group_range(groups, number_format)
+    best = torch.full_like(high, torch.inf)
+    scale, zero_point = choose_qparams(low, high, number_format, scale_dtype)
+    change, product = torch.empty_like(groups), torch.empty_like(groups)
+    for fraction in RANGE_FRACTIONS:
+        low_part = None if low is None else low * fraction
+        candidate, offset = choose_qparams(low_part, high * fraction, number_format, scale_dtype)
+        rounding_error(groups, candidate, offset, number_format, change)
+        error = torch.bmm(change, blocks, out=product).mul_(change).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, candidate, scale)
+        if offset is not None and zero_point is not None:
+            zero_point = torch.where(better, offset, zero_point)
+    return scale, zero_point
