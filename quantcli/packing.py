@@ -22,8 +22,8 @@ def pack_int4_low_nibble_first(codes: Tensor) -> Tensor:
     """
     unsigned = _pad_columns(codes, 8, value=-8) + 8
     # Two neighbouring bytes as one int16: low nibbles of both end up in the low byte.
-    pairs = unsigned.view(torch.int16)
-    return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32)
+    pairs = unsigned.reshape(-1).view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32).reshape(len(codes), -1)
 
 
 def unpack_int4_low_nibble_first(packed: Tensor, columns: int) -> Tensor:
@@ -39,7 +39,7 @@ def pack_int8_in_int32(codes: Tensor) -> Tensor:
     Code i of a word sits at bits 8i, stored as ``code + 128``; a partial last word is filled with
     zero bits. This is compressed-tensors' ``pack-quantized`` layout at 8 bits.
     """
-    return (_pad_columns(codes, 4, value=-128) ^ -128).view(torch.int32)
+    return (_pad_columns(codes, 4, value=-128) ^ -128).reshape(-1).view(torch.int32).reshape(len(codes), -1)
 
 
 def unpack_int8_from_int32(packed: Tensor, columns: int) -> Tensor:

@@ -38,6 +38,8 @@ def decoded(folder: Path) -> dict[str, Tensor]:
     tensors = tensors_of(folder)
     if config is None:
         return tensors
+    if config["quant_method"] in ("gptq", "awq"):
+        return decode_transposed(tensors, config["quant_method"])
     decode = decode_bitsandbytes if config["quant_method"] == "bitsandbytes" else decode_compressed_tensors
     marks = r"(.+\.)weight(?:_scale|\.quant_state\.bitsandbytes__nf4)"
     prefixes = [match[1] for match in map(re.compile(marks).fullmatch, tensors) if match]
@@ -46,6 +48,36 @@ def decoded(folder: Path) -> dict[str, Tensor]:
         layer = {name.removeprefix(prefix): tensors.pop(name) for name in names}
         tensors[prefix + "weight"] = decode(layer, prefix[:-1], config)
     return tensors
+
+
+def decode_transposed(tensors: dict[str, Tensor], method: str) -> dict[str, Tensor]:
+    """gptq and awq, whose libraries cannot be installed beside the others: by shifts and masks, as they do it."""
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        stem = name.removesuffix("qweight")
+        codes, zeros, scales = codes_of_transposed(tensors, stem, method)
+        groups = tensors.get(f"{stem}g_idx", torch.arange(len(codes)) // (len(codes) // len(scales))).long()
+        weight = (codes - zeros[groups]) * scales[groups]
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors.pop(stem + part, None)
+        tensors[f"{stem}weight"] = weight.T.contiguous()
+    return tensors
+
+
+def codes_of_transposed(tensors: dict[str, Tensor], stem: str, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Unsigned codes ``[I, O]``, zero points ``[I / g, O]`` and scales ``[I / g, O]`` of a layer, float32."""
+    packed, packed_zeros, scales = (tensors[stem + part] for part in ("qweight", "qzeros", "scales"))
+    outputs = scales.shape[1]
+    bits = 32 * packed_zeros.shape[1] // outputs
+    if method == "awq":
+        shifts = [4 * [0, 2, 4, 6, 1, 3, 5, 7].index(i) for i in range(8)]
+        codes = torch.stack([packed >> shift & 15 for shift in shifts], -1).flatten(1)
+        zeros = torch.stack([packed_zeros >> shift & 15 for shift in shifts], -1).flatten(1)
+    else:
+        shifts = list(range(0, 32, bits))
+        codes = torch.stack([packed >> shift & (1 << bits) - 1 for shift in shifts], 1).flatten(0, 1)
+        # Version 1 stores zero points less one.
+        zeros = torch.stack([packed_zeros >> shift & (1 << bits) - 1 for shift in shifts], -1).flatten(1) + 1
+    return codes.float(), zeros.float(), scales.float()
 
 
 def decode_bitsandbytes(layer: dict[str, Tensor], module: str, config: dict[str, Any]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from math import gcd
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from quantcli import numerics
 from quantcli.algorithms import rtn
-from quantcli.formats import bitsandbytes, compressed_tensors, safetensors
+from quantcli.formats import awq, bitsandbytes, compressed_tensors, gptq, safetensors
 from quantcli.formats.patterns import module_patterns
 from quantcli.numerics import TORCH_DTYPES
 from quantcli.plugins import CodedFormat, Format
@@ -41,10 +42,20 @@ WITH_INPUTS = [Scheme(NumberFormat("int8", granularity), DYNAMIC) for granularit
 BLOCKS = [Scheme(NumberFormat("nf4", Granularity("block", size))) for size in (32, 64)]
 NESTED = [replace(scheme, weights=replace(scheme.weights, double_quantized=True)) for scheme in BLOCKS]
 
+#: gptq has no zero point at the lowest code; awq has groups alone.
+RAISED = [
+    Scheme(replace(scheme.weights, raised=not scheme.weights.symmetric))
+    for scheme in PACKED
+    if scheme.weights.granularity != TENSOR
+]
+INT4_GROUPS = [Scheme(NumberFormat("int4", GROUP, symmetric)) for symmetric in (True, False)]
+
 UNGROUPED = [scheme for scheme in [*PACKED, *WITH_INPUTS] if scheme.weights.granularity != GROUP]
 CASES: list[tuple[CodedFormat, Scheme, tuple[int, int]]] = [
     *((compressed_tensors, scheme, (13, 36)) for scheme in PACKED),
     *((compressed_tensors, scheme, (13, 37)) for scheme in UNGROUPED),
+    *((gptq, scheme, (24, 48)) for scheme in RAISED),
+    *((awq, scheme, (24, 36)) for scheme in INT4_GROUPS),
     *((bitsandbytes, scheme, shape) for scheme in [*BLOCKS, *NESTED] for shape in [(10, 96), (192, 5), (300, 64)]),
 ]
 each_case = pytest.mark.parametrize(
@@ -64,9 +75,9 @@ def dequantized(tensor: QuantizedTensor) -> Tensor:
     return restored.reshape(tensor.shape)
 
 
-def row_ranges(shape: tuple[int, ...], scheme: Scheme) -> list[tuple[int, int]]:
+def row_ranges(form: CodedFormat, shape: tuple[int, ...], scheme: Scheme) -> list[tuple[int, int]]:
     """Ranges of a few rows that cut no block."""
-    step = 5
+    step = 5 if form.STORAGE.by_rows else shape[0]
     if scheme.weights.granularity.kind == "block":
         size = scheme.weights.granularity.size or 1
         step = size // gcd(size, shape[1])
@@ -78,7 +89,7 @@ def stored_layer(form: CodedFormat, tensor: QuantizedTensor, scheme: Scheme, dty
     name = form.codes_name("weight", scheme)
     spec = form.layout("weight", tensor.shape, scheme, dtype)[name]
     data = bytearray(b"\xa5" * spec.nbytes)
-    for start, stop in reversed(row_ranges(tensor.shape, scheme)):
+    for start, stop in reversed(row_ranges(form, tensor.shape, scheme)):
         part = form.encode_codes(tensor.codes[start:stop], scheme).numpy().tobytes()
         offset = form.codes_offset(start, tensor.shape[1], scheme)
         data[offset : offset + len(part)] = part
@@ -92,7 +103,7 @@ def test_codes_round_trip_in_slabs(form: CodedFormat, scheme: Scheme, shape: tup
     tensor = quantized(shape, scheme)
     stored = stored_layer(form, tensor, scheme)[form.codes_name("weight", scheme)]
     data = stored.reshape(-1).view(torch.uint8)
-    for start, stop in row_ranges(shape, scheme):
+    for start, stop in row_ranges(form, shape, scheme):
         first, last = (form.codes_offset(row, shape[1], scheme) for row in (start, stop))
         slab = data[first:last].view(stored.dtype).reshape(-1, *stored.shape[1:])
         assert torch.equal(form.decode_codes(slab, shape[1], scheme), tensor.codes[start:stop])
@@ -198,6 +209,81 @@ def test_the_largest_bitsandbytes_state_fits_its_room() -> None:
     assert bytes(state.tolist()).rstrip(b" ").endswith(b"}")
 
 
+def unpacked(packed: Tensor, bits: int, order: list[int]) -> Tensor:
+    """Unsigned fields of every word, in Python's integers: the last axis grows."""
+    words = [[[word >> bits * i & (1 << bits) - 1 for i in order] for word in row] for row in packed.tolist()]
+    return torch.tensor(words).flatten(1)
+
+
+@pytest.mark.parametrize(("form", "scheme", "shape"), [case for case in CASES if not case[0].STORAGE.by_rows], ids=str)
+def test_transposed_formats_store_what_their_definition_says(
+    form: CodedFormat, scheme: Scheme, shape: tuple[int, int]
+) -> None:
+    tensor = quantized(shape, scheme, "F16")
+    stored = stored_layer(form, tensor, scheme, "F16")
+    bits = scheme.weights.bits
+    if form is awq:
+        order, stored_less = [0, 4, 1, 5, 2, 6, 3, 7], 0
+        codes = unpacked(stored["qweight"], 4, order)
+    else:
+        order, stored_less = list(range(32 // bits)), 1
+        codes = unpacked(stored["qweight"].T, bits, order).T
+        assert stored["g_idx"].tolist() == [i // (scheme.weights.granularity.size or 48) for i in range(48)]
+    zero_points = unpacked(stored["qzeros"], bits, order) + stored_less
+    middle = 1 << (bits - 1)
+    assert torch.equal(codes.T - middle, tensor.codes.long())
+    assert torch.equal(stored["scales"], tensor.scale.T.half())
+    if tensor.zero_point is None:
+        assert (zero_points == middle).all()
+    else:
+        assert torch.equal(zero_points.T - middle, tensor.zero_point.long())
+        assert zero_points.unique().numel() > 2
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+def test_gptq_never_gets_a_zero_point_that_it_cannot_store(dtype: str) -> None:
+    positive = torch.rand(8, 24, generator=torch.Generator().manual_seed(0)) + 0.5
+    scheme = Scheme(NumberFormat(dtype, GROUP, symmetric=False))
+    lowest = rtn.run(positive, scheme.weights, torch.float16)
+    assert lowest.zero_point is not None and (lowest.zero_point == numerics.code_range(scheme.weights)[0]).all()
+    with pytest.raises(ValueError, match="zero point of 0"):
+        gptq.encode_scales("weight", lowest, scheme, "F16")
+    raised = Scheme(replace(scheme.weights, raised=True))
+    tensor = rtn.run(positive, raised.weights, torch.float16)
+    assert tensor.zero_point is not None and (tensor.zero_point == lowest.zero_point + 1).all()
+    # Nothing is clipped: the error stays within half a step, or what fp16 leaves of it.
+    error = (dequantized(tensor) - positive).reshape(8, 2, 12).abs().amax(-1)
+    assert (error <= tensor.scale * 0.51).all()
+    gptq.encode_scales("weight", tensor, raised, "F16")
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme", "shape", "reason"),
+    [
+        (gptq, RAISED[0], (12, 48), "8 values into a word"),
+        (gptq, RAISED[0], (16, 44), "16 x 44"),
+        (gptq, Scheme(NumberFormat("int8", CHANNEL)), (18, 48), "4 values"),
+        (gptq, Scheme(NumberFormat("int8", CHANNEL)), (12, 48), None),
+        (awq, INT4_GROUPS[0], (12, 48), "8 outputs"),
+        (awq, INT4_GROUPS[0], (16, 36), None),
+        (compressed_tensors, RAISED[0], (13, 37), None),
+        (bitsandbytes, BLOCKS[0], (13, 37), None),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_have_a_reason(
+    form: CodedFormat, scheme: Scheme, shape: tuple[int, int], reason: str | None
+) -> None:
+    found = form.fits(shape, scheme)
+    assert found is None if reason is None else reason in (found or "")
+
+
+def test_awq_knows_one_group_size() -> None:
+    other = Scheme(NumberFormat("int4", Granularity("group", 24)))
+    assert awq.together(INT4_GROUPS) is None
+    assert "12 and 24" in (awq.together([*INT4_GROUPS, other]) or "")
+    assert gptq.together([*RAISED]) is None
+
+
 LEAVES = ("q_proj", "down_proj", "mlp.gate", "mlp.gate_proj")
 MODULES = [f"model.layers.{layer}.{leaf}" for layer in (0, 1, 10) for leaf in LEAVES]
 
@@ -230,6 +316,62 @@ def test_compressed_tensors_config() -> None:
 def test_compressed_tensors_config_of_one_layout_names_it() -> None:
     assert compressed_tensors.config({"a": PACKED[0], "b": PACKED[1]}, [], "F32")["format"] == "pack-quantized"
     assert compressed_tensors.config({"a": WITH_INPUTS[0]}, [], "F32")["format"] == "int-quantized"
+
+
+def excluded_by_transformers(name: str, section: dict[str, Any]) -> bool:
+    return not should_convert_module(name, AutoQuantizationConfig.from_dict(dict(section)).modules_to_not_convert)
+
+
+def test_awq_config() -> None:
+    # "layers" stands for a head's name that some models have, and that here is a part of every layer's name.
+    left = ["lm_head", "layers", *(name for name in MODULES if name.endswith("mlp.gate"))]
+    quantized_modules = [name for name in MODULES if name not in left]
+    section = awq.config(dict.fromkeys(quantized_modules, PRESETS["int4"]), left, "F16")
+    parsed = AutoQuantizationConfig.from_dict(dict(section))
+    assert (parsed.bits, parsed.group_size, parsed.zero_point, parsed.format) == (4, 128, True, "gemm")
+    for name in [*MODULES, "lm_head"]:
+        assert excluded_by_transformers(name, section) == (name in left), name
+
+
+def test_gptq_config_of_one_scheme() -> None:
+    section = gptq.config(dict.fromkeys(MODULES, PRESETS["int4"]), ["lm_head"], "F16")
+    assert {key: section[key] for key in ("quant_method", "bits", "group_size", "sym", "desc_act")} == {
+        "quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False,
+    }  # fmt: skip
+    parsed = AutoQuantizationConfig.from_dict(dict(section))
+    assert (parsed.bits, parsed.group_size, parsed.format) == (4, 128, "gptq")
+    assert "modules_in_block_to_quantize" not in section and "block_name_to_quantize" not in section
+    assert gptq.config({"a.0.b": Scheme(INT8)}, [], "F16")["group_size"] == -1
+
+
+def test_gptq_config_lists_exceptions_for_both_families_of_readers() -> None:
+    left = ["lm_head", *(name for name in MODULES if name.endswith("mlp.gate"))]
+    int8 = Scheme(INT8)
+    schemes = {n: int8 if n.endswith("down_proj") else PRESETS["int4"] for n in MODULES if n not in left}
+    section = gptq.config(schemes, left, "F16")
+    # What vLLM and gptqmodel do: the first pattern that matches from the start.
+    for name in [*MODULES, "lm_head"]:
+        rule = next((key for key in section["dynamic"] if re.match(key[2:], name)), None)
+        if name in left:
+            assert rule and rule.startswith("-:"), name
+        elif schemes[name] == int8:
+            assert section["dynamic"][rule] == {"bits": 8, "group_size": -1, "sym": True}
+        else:
+            assert rule is None, name
+    # What optimum does: of the linear layers in the blocks, those whose name ends so.
+    (endings,) = section["modules_in_block_to_quantize"]
+    for name in MODULES:
+        assert any(name.endswith(ending) for ending in endings) == (name in schemes), name
+
+
+def test_gptq_config_names_unusual_blocks_and_layers_outside_of_them() -> None:
+    schemes = dict.fromkeys(["encoder.layer.0.query", "encoder.layer.11.query"], PRESETS["int4"])
+    assert gptq.config(schemes, ["embeddings"], "F16")["block_name_to_quantize"] == "encoder.layer"
+    everywhere = gptq.config({**schemes, "pooler.dense": PRESETS["int4"]}, ["encoder.layer.1.query"], "F16")
+    assert everywhere["block_name_to_quantize"] == ""
+    (endings,) = everywhere["modules_in_block_to_quantize"]
+    assert any("encoder.layer.11.query".endswith(end) for end in endings)
+    assert not any("encoder.layer.1.query".endswith(end) for end in endings)
 
 
 @pytest.mark.parametrize("scheme", [BLOCKS[1], NESTED[1]], ids=str)
@@ -303,6 +445,14 @@ REFUSED: list[tuple[Format, Scheme, str]] = [
     (bitsandbytes, Scheme(replace(NF4, symmetric=False)), "symmetric"),
     (bitsandbytes, Scheme(replace(NF4, dynamic=True)), "dynamic"),
     (bitsandbytes, Scheme(NF4, DYNAMIC), "keeps inputs"),
+    (gptq, PRESETS["nf4"], "int4 and int8 weights, not nf4"),
+    (gptq, Scheme(NumberFormat("int8")), "per channel or group, not per tensor"),
+    (gptq, Scheme(replace(INT4, double_quantized=True)), "double-quantized"),
+    (gptq, PRESETS["int8-dynamic"], "keeps inputs"),
+    (awq, PRESETS["int8"], "int4 weights, not int8"),
+    (awq, Scheme(NumberFormat("int4", CHANNEL)), "per group, not per channel"),
+    (awq, Scheme(replace(INT4, dynamic=True)), "dynamic"),
+    (awq, Scheme(INT4, DYNAMIC), "keeps inputs"),
     (safetensors, PRESETS["int8"], "fp16 and bf16, not int8"),
     (safetensors, Scheme(NumberFormat("bf16"), DYNAMIC), "keeps inputs"),
 ]
@@ -327,6 +477,8 @@ def test_supported_schemes() -> None:
     ("form", "refused"),
     [
         (compressed_tensors, {"embedding", "conv", "conv1d", "experts"}),
+        (gptq, {"embedding", "conv", "conv1d", "experts", "head"}),
+        (awq, {"embedding", "conv", "conv1d", "experts", "head"}),
         (bitsandbytes, {"embedding", "conv", "experts"}),
         (safetensors, set()),
     ],

@@ -69,6 +69,33 @@ def test_nibbles_golden_bytes(codes: list[int], golden: str) -> None:
     assert packing.unpack_nibbles_high_first(packed, len(codes)).tolist() == codes
 
 
+@pytest.mark.parametrize(
+    ("codes", "golden"),
+    [
+        # Written by hand: the word 0x75316420 holds the unsigned codes 0 to 7.
+        ([[-8, -7, -6, -5, -4, -3, -2, -1]], "20643175"),
+        ([[0, 1, 2, 3, 4, 5, 6, 7]], "a8ecb9fd"),
+        ([[7, -8, -8, -8, -8, -8, -8, 6] * 2, [-8] * 16], "0f0000e0" "0f0000e0" "00000000" "00000000"),
+    ],
+)  # fmt: skip
+def test_awq_golden_bytes(codes: list[list[int]], golden: str) -> None:
+    packed = packing.pack_int4_even_first(int8(codes))
+    assert packed.dtype == torch.int32
+    assert hexadecimal(packed) == golden
+    assert packing.unpack_int4_even_first(packed).tolist() == codes
+
+
+@pytest.mark.parametrize("columns", [8, 16, 64])
+def test_awq_words_equal_a_naive_packer(columns: int) -> None:
+    codes = random_codes(5, columns, 4)
+    wanted = []
+    for row in codes.tolist():
+        for start in range(0, columns, 8):
+            word = sum((row[start + column] + 8) << 4 * i for i, column in enumerate([0, 2, 4, 6, 1, 3, 5, 7]))
+            wanted.append(word.to_bytes(4, "little").hex())
+    assert hexadecimal(packing.pack_int4_even_first(codes)) == "".join(wanted)
+
+
 @pytest.mark.parametrize("columns", [*range(1, 18), 31, 32, 33, 128])
 @pytest.mark.parametrize("bits", INT32_LAYOUTS)
 def test_int32_layouts_equal_compressed_tensors(bits: int, columns: int) -> None:
@@ -85,6 +112,14 @@ def test_unpacking_takes_words_that_are_not_contiguous(bits: int) -> None:
     pack, unpack = INT32_LAYOUTS[bits]
     codes = random_codes(5, 13, bits)
     assert torch.equal(unpack(pack(codes).T.contiguous().T, 13), codes)
+
+
+@pytest.mark.parametrize("bits", INT32_LAYOUTS)
+def test_packing_takes_a_column_turned_into_a_row(bits: int) -> None:
+    pack, _ = INT32_LAYOUTS[bits]
+    codes = random_codes(16, 1, bits)
+    # Its strides are those of the column, though torch calls it contiguous.
+    assert torch.equal(pack(codes.T.contiguous()), pack_to_int32(codes.reshape(1, 16), bits))
 
 
 def test_nibbles_equal_bitsandbytes() -> None:
@@ -106,6 +141,17 @@ def test_int4_round_trip(array: np.ndarray) -> None:
     packed = packing.pack_int4_low_nibble_first(codes)
     assert packed.shape == (len(array), -(-array.shape[1] // 8))
     assert torch.equal(packing.unpack_int4_low_nibble_first(packed, array.shape[1]), codes)
+
+
+@settings(deadline=None)
+@given(
+    arrays(np.int8, st.tuples(st.integers(1, 9), st.integers(1, 9).map(lambda n: 8 * n)), elements=st.integers(-8, 7))
+)
+def test_awq_round_trip(array: np.ndarray) -> None:
+    codes = torch.from_numpy(array)
+    packed = packing.pack_int4_even_first(codes)
+    assert packed.shape == (len(array), array.shape[1] // 8)
+    assert torch.equal(packing.unpack_int4_even_first(packed), codes)
 
 
 @settings(deadline=None)

@@ -148,10 +148,13 @@ def config(schemes: Mapping[str, Scheme], left: Iterable[str], dtype: str) -> di
 def _excluded(left: Iterable[str], quantized: list[str]) -> list[str]:
     """Plain parts of names that mean the modules left: transformers looks for them at the end, vLLM anywhere.
 
-    The shortest end of a name that is part of no quantized module's; its whole name where there is none.
+    The shortest end of a name that is part of no quantized module's; its whole name where there is none. A name
+    that quantized modules lie under is none of this model's layers, and would leave out all of them.
     """
     found: dict[str, None] = {}
     for name in left:
+        if any(f".{name}." in f".{other}" for other in quantized):
+            continue
         parts = name.split(".")
         endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
         found[next((end for end in endings if not any(end in other for other in quantized)), name)] = None

@@ -200,8 +200,10 @@ def config(schemes: Mapping[str, Scheme], left: Iterable[str], dtype: str) -> di
 
 
 def _blocks(names: Iterable[str]) -> str:
-    """The list of blocks that all quantized modules are in: what their names share before a number; '' for none,
-    which means the whole model."""
+    """The list of blocks that all quantized modules are in: what their names share before a number.
+
+    Empty where there is none: to a runtime that means the whole model.
+    """
     found = {re.split(r"\.\d+\.", name, maxsplit=1)[0] if re.search(r"\.\d+\.", name) else "" for name in names}
     return found.pop() if len(found) == 1 else ""
 
