@@ -203,6 +203,8 @@ class _Conversion:
             recommended, said = recommend(self.recipe, original, statistics, outputs, kept_db, staging.root)
             self.warnings += said
         manifest = self._manifest(original, plan, outcomes, verified)
+        if statistics is not None and statistics.provenance.fingerprint:
+            manifest[leaks.MANIFEST_KEY] = statistics.provenance.fingerprint
         add_metadata(target, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
         self._check_size(original, files, before)
         self._copy_companions(original, staging.out)
