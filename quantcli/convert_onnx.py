@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli import leaks
 from quantcli.calibrate import DEFAULT_SAMPLES, subject_sha256
 from quantcli.checkpoints.folder import companions
 from quantcli.collect import collect
