@@ -16,6 +16,7 @@ from quantcli.errors import InputError
 from quantcli.graph.model import constants
 from quantcli.graph.plan import observed_tensors
 from quantcli.graph.save import SINGLE_FILE_LIMIT_BYTES
+from quantcli.leaks import Sketch
 from quantcli.observers import Observer, TensorStats
 from quantcli.parallel import usable_cores
 from quantcli.progress import Progress, Tracker
@@ -28,6 +29,9 @@ from quantcli.statistics_file import Provenance
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
+
+    #: A batch of samples by the names of inputs, and their classes.
+    Group = tuple[dict[str, np.ndarray], list[int | None]]
 
 #: Bytes of observed values that are held at a time.
 CHUNK_BYTES = 256 << 20
@@ -71,16 +75,28 @@ def collect(
         chunks = list(_chunks(runs.sizes(names, first), chunk_bytes))
         found: dict[str, TensorStats] = {}
         tracker = Tracker(len(samples) * len(chunks), progress)
-        for chunk in chunks:
-            found |= _observe(runs.session(chunk), chunk, batches(samples, batch_size), tracker)
+        sketch = Sketch()
+        for number, chunk in enumerate(chunks):
+            groups = batches(samples, batch_size)
+            found |= _observe(runs.session(chunk), chunk, groups if number else _sketched(groups, sketch), tracker)
     tensors = {name: found[name] for name in names if name in found}
-    return CalibrationStats(Provenance(method, len(samples), seed, model_sha256, samples.sha256), tensors)
+    provenance = Provenance(method, len(samples), seed, model_sha256, samples.sha256, sketch.to_json())
+    return CalibrationStats(provenance, tensors)
+
+
+def _sketched(groups: Iterator[Group], sketch: Sketch) -> Iterator[Group]:
+    """The same batches, their samples added to a sketch on the way."""
+    for feeds, labels in groups:
+        for index in range(len(labels)):
+            single = slice(index, index + 1) if len(labels) > 1 else slice(None)
+            sketch.add({name: array[single] for name, array in feeds.items()})
+        yield feeds, labels
 
 
 def _observe(
     session: Session | None,
     names: Sequence[str],
-    groups: Iterator[tuple[dict[str, np.ndarray], list[int | None]]],
+    groups: Iterator[Group],
     tracker: Tracker,
 ) -> dict[str, TensorStats]:
     """Statistics of one chunk's values over all samples; None: they are all inputs."""

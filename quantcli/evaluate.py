@@ -15,6 +15,7 @@ from quantcli.functions import is_function
 from quantcli.gates import apply_gates, parse_gates
 from quantcli.graph_layerwise import compare_graphs
 from quantcli.layerwise import LayerComparison
+from quantcli.leaks import LeakCheck
 from quantcli.plugins import suggestion
 from quantcli.progress import Progress
 from quantcli.report import LayerRow, ModelRow, Report
@@ -92,12 +93,14 @@ def evaluate(
     )
     parse_gates(require, _known_metrics(inputs.task, compared=bool(candidates)))
     scores = [_score(inputs.task, subject, subjects[0]) for subject in subjects]
-    layers = _run(subjects, inputs, scores, by_layer, progress)
+    leaks = LeakCheck([(subject.path, subject.manifest) for subject in subjects])
+    layers = _run(subjects, inputs, scores, leaks, by_layer, progress)
     rows = [_row(subject, index, score) for index, (subject, score) in enumerate(zip(subjects, scores, strict=True))]
     size_metrics(rows)
     known = _known_metrics(inputs.task, compared=bool(candidates))
     gates = parse_gates(require, known or list(dict.fromkeys(name for row in rows for name in row.metrics)))
     warnings = [warning for subject in subjects for warning in subject.warnings] + inputs.samples.warnings
+    warnings += leaks.warnings()
     if not candidates and REFERENCE_METRICS.get(inputs.task) == ():
         warnings.append(f"{inputs.task} compares candidates with a reference, and no candidate was named.")
     details = {"task": inputs.task, "samples": len(inputs), "data": str(data)}
@@ -138,7 +141,12 @@ def _open(subject: Subject, task: str) -> Runner:
 
 
 def _run(
-    subjects: Sequence[Subject], inputs: Inputs, scores: Sequence[Task], by_layer: bool, progress: Progress | None
+    subjects: Sequence[Subject],
+    inputs: Inputs,
+    scores: Sequence[Task],
+    leaks: LeakCheck,
+    by_layer: bool,
+    progress: Progress | None,
 ) -> list[LayerRow]:
     """Feed all samples to all models, and return the rows of ``--by-layer``."""
     groups = list(_groups(subjects))
@@ -151,6 +159,8 @@ def _run(
             for position, label in enumerate(labels):
                 single = {index: _single(found, position, len(labels)) for index, found in outputs.items()}
                 sample = _single(feeds, position, len(labels))
+                if number == 0:
+                    leaks.add(sample)
                 for index in loaded if number == 0 else group:
                     scores[index].add(sample, label, single[index], single[0] if index else None)
             done += len(labels)

@@ -43,13 +43,17 @@ _NUMPY = {"U16": "<u2", "U32": "<u4", "I64": "<i8", "F32": "<f4"}
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where statistics come from: hashes of the model and of the samples used, and how these were chosen."""
+    """Where statistics come from: hashes of the model and of the samples used, and how these were chosen.
+
+    ``fingerprint`` tells whether other data has samples in common (see `quantcli.leaks`).
+    """
 
     method: str
     samples: int
     seed: int
     model_sha256: str
     data_sha256: str
+    fingerprint: Mapping[str, Any] | None = None
 
 
 class _Metadata(BaseModel):
@@ -63,6 +67,7 @@ class _Metadata(BaseModel):
     seed: int
     model_sha256: str
     data_sha256: str
+    fingerprint: dict[str, Any] | None = None
     tensors: list[str]
 
 

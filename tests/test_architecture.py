@@ -24,7 +24,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 #: A module, or a folder of plug-ins, imports only what stands in a row above its own.
 TIERS = (
-    ("errors", "machine", "memory", "parallel", "progress", "ranges", "timing", "units", "version"),
+    ("errors", "leaks", "machine", "memory", "parallel", "progress", "ranges", "timing", "units", "version"),
     ("functions", "scheme"),
     ("numerics", "packing"),
     ("algorithms", "checkpoints", "data", "formats", "metrics", "observers", "plugins", "report", "roles", "staging"),
