@@ -71,14 +71,19 @@ def minilm(folder: Path) -> tuple[Path, Path]:
     return export_to_onnx(checkpoint, folder / "exported").path, checkpoint
 
 
-def prose_halves(folder: Path) -> tuple[Path, Path]:
-    """English prose in two files that share no paragraph, one paragraph a line."""
+def prose_halves(folder: Path, share: float = 0.5) -> tuple[Path, Path]:
+    """English prose in two files, one paragraph a line: the first part, and of the rest what the first lacks.
+
+    Paragraphs come more than once, as one help text is shown for several words.
+    """
     import prose
 
     found = prose.paragraphs()
-    half = len(found) // 2
+    cut = int(len(found) * share)
+    first = found[:cut]
+    rest = [paragraph for paragraph in dict.fromkeys(found[cut:]) if paragraph not in set(first)]
     files = folder / "first_half.txt", folder / "second_half.txt"
-    for path, part in zip(files, (found[:half], found[half:]), strict=True):
+    for path, part in zip(files, (first, rest), strict=True):
         path.write_text("\n".join(part) + "\n", encoding="utf-8")
     return files
 
