@@ -7,15 +7,12 @@ taken in chunks: the samples run once for each, through just the part of the gra
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantcli.errors import InputError
-from quantcli.graph.model import constants
 from quantcli.graph.plan import observed_tensors
-from quantcli.graph.save import SINGLE_FILE_LIMIT_BYTES
 from quantcli.leaks import Sketch
 from quantcli.observers import Observer, TensorStats
 from quantcli.parallel import usable_cores
@@ -25,6 +22,7 @@ from quantcli.samples import Samples, batches
 from quantcli.sessions import Session
 from quantcli.statistics import CalibrationStats
 from quantcli.statistics_file import Provenance
+from quantcli.taps import TappedRuns, in_chunks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,9 +68,10 @@ def collect(
     """
     names = list(dict.fromkeys(observed_tensors(graph) if observed is None else observed))
     with tempfile.TemporaryDirectory(prefix="quantcli-") as scratch:
-        runs = _Runs(graph, Path(scratch))
+        runs = TappedRuns(graph, Path(scratch))
         first = next(batches(samples, batch_size))[0]
-        chunks = list(_chunks(runs.sizes(names, first), chunk_bytes))
+        sizes = {name: nbytes + _OBSERVER_BYTES for name, nbytes in runs.sizes(names, first).items()}
+        chunks = list(in_chunks(sizes, chunk_bytes))
         found: dict[str, TensorStats] = {}
         tracker = Tracker(len(samples) * len(chunks), progress)
         sketch = Sketch()
@@ -111,92 +110,3 @@ def _observe(
                 done.result()
             tracker.add(len(labels))
     return {name: observer.result() for name, observer in observers.items()}
-
-
-def _chunks(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
-    """Names in order, as many together as fit."""
-    chunk: list[str] = []
-    taken = 0
-    for name, nbytes in sizes.items():
-        if chunk and taken + nbytes + _OBSERVER_BYTES > limit:
-            yield chunk
-            chunk, taken = [], 0
-        chunk.append(name)
-        taken += nbytes + _OBSERVER_BYTES
-    if chunk:
-        yield chunk
-
-
-class _Runs:
-    """Sessions of one graph with different outputs."""
-
-    def __init__(self, graph: ir.Model, scratch: Path) -> None:
-        import onnx_ir as ir
-
-        self._scratch = scratch
-        self._graph = graph.clone()
-        weights = list(constants(graph))
-        large = sum(tensor.nbytes for tensor in weights) > SINGLE_FILE_LIMIT_BYTES
-        self._in_memory = not large and not any(isinstance(tensor, ir.ExternalTensor) for tensor in weights)
-        if not self._in_memory:
-            # Written once; every session's graph refers to the same weights.
-            ir.save(self._graph, scratch / "all.onnx", external_data="weights", max_workers=1)
-            self._graph = ir.load(scratch / "all.onnx")
-
-    def session(self, names: Sequence[str]) -> Session | None:
-        """A session with these values as outputs, and no other nodes than they need; None where all are inputs."""
-        from onnx_ir.passes import common
-
-        model = self._graph.clone()
-        values = _values(model)
-        outputs = [values[name] for name in names if not values[name].is_graph_input()]
-        if not outputs:
-            return None
-        model.graph.outputs.clear()
-        model.graph.outputs.extend(outputs)
-        common.RemoveUnusedNodesPass()(model)
-        return self._load(model)
-
-    def sizes(self, names: Sequence[str], feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
-        """Bytes of each floating-point value in one run, in graph order. The values themselves are not kept."""
-        import numpy as np
-        import onnx_ir as ir
-
-        model = self._graph.clone()
-        values = _values(model)
-        unknown = [name for name in names if name not in values]
-        if unknown:
-            raise InputError(f"The graph has no value {unknown[0]}.")
-        model.graph.outputs.clear()
-        kinds = {}
-        for number, name in enumerate(names):
-            value = values[name]
-            if value.dtype is not None and not value.dtype.is_floating_point():
-                continue
-            shape = ir.node("Shape", [value], name=f"quantcli_shape_{number}")
-            shape.outputs[0].name = f"quantcli_shape_{number}"
-            shape.outputs[0].dtype = ir.DataType.INT64
-            model.graph.append(shape)
-            model.graph.outputs.append(shape.outputs[0])
-            kinds[shape.outputs[0].name] = name
-        if not kinds:
-            return {}
-        shapes = self._load(model).run(feeds)
-        sizes = {kinds[key]: 4 * int(np.prod(shape)) for key, shape in shapes.items()}
-        return {name: sizes[name] for name in values if name in sizes}
-
-    def _load(self, model: ir.Model) -> Session:
-        import onnx_ir as ir
-
-        if self._in_memory:
-            return Session(ir.to_proto(model).SerializeToString())
-        path = self._scratch / "part.onnx"
-        ir.save(model, path)
-        return Session(path)
-
-
-def _values(model: ir.Model) -> dict[str, ir.Value]:
-    """Inputs and values of the graph itself, in order."""
-    found = {value.name: value for value in model.graph.inputs}
-    found |= {value.name: value for node in model.graph for value in node.outputs}
-    return {name: value for name, value in found.items() if name}

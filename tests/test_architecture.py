@@ -38,7 +38,7 @@ TIERS = (
     ("sources",),
     ("texts",),
     ("samples",),
-    ("proof", "runners"),
+    ("proof", "runners", "taps"),
     ("graph_layerwise", "probe", "streaming", "subject", "tasks", "traceable"),
     ("sequential",),
     ("export", "verify"),
