@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,16 @@ from quantcli.errors import InputError, UsageError, VerificationError
 from quantcli.functions import is_function
 from quantcli.graph.model import MANIFEST_KEY, OnnxModel, constants, onnx_file, open_onnx
 from quantcli.graph.placement import place
-from quantcli.graph.plan import GraphPlan, require_work, resolve_graph
+from quantcli.graph.plan import GraphPlan, counted, require_work, resolve_graph
 from quantcli.graph.prepare import prepare, upgrade
 from quantcli.graph.save import add_metadata, checksums, save_graph
 from quantcli.graph.targets import require_version
-from quantcli.graph.transform import LayerOutcome, needed_opset, transform, without_outliers
+from quantcli.graph.transform import LayerOutcome, needed_opset, transform, without_inputs, without_outliers
+from quantcli.hessians import collect_hessians
 from quantcli.memory import peak_rss_bytes
 from quantcli.onnx_advice import recommend
 from quantcli.onnx_rows import layer_entries, layer_rows, left_rows
+from quantcli.parallel import torch_threads
 from quantcli.progress import Progress
 from quantcli.proof import Comparison, OutputComparison, prove
 from quantcli.recipe import Recipe
@@ -161,19 +163,7 @@ class _Conversion:
     def run(self, staging: Staging, *, dry_run: bool) -> Report:
         """Do everything inside the staging folder."""
         original = self._open(staging.root)
-        graph = prepare(original)
-        plan = resolve_graph(self.recipe, graph, original.path)
-        opset = needed_opset(plan)
-        if self.version:
-            require_version(plan, graph, opset, self.version)
-        if opset > original.opset:
-            graph = upgrade(graph, opset)
-            plan = resolve_graph(self.recipe, graph, original.path)
-        if plan.of_mode("static") and not (self.calibration.stats or self.calibration.data):
-            raise UsageError(
-                f"{plan.scheme} needs the ranges of activations.",
-                "Give --data DATA to take them now, or --calibration STATS from quantcli calibrate.",
-            )
+        graph, plan = self._planned(original)
         if dry_run:
             layers = [LayerOutcome(node, node.estimated_bytes, None) for node in plan.nodes]
             size = original.size_bytes - plan.saved_bytes
@@ -183,12 +173,18 @@ class _Conversion:
         if statistics is not None:
             plan = without_outliers(plan, statistics)
             require_work(plan, original.path)
+        hessians = None
+        if plan.needs_inputs and samples is not None:
+            hessians = collect_hessians(graph, plan, samples, staging.root / "hessians", progress=self.progress)
+            plan = without_inputs(plan, hessians)
         placement = place(graph, (node.node for node in plan.of_mode("static")))
         if statistics is not None:
             self.warnings += statistics.warnings({value.name or "" for value in placement.values})
-        self.warnings += plan.warnings
         before = sum(tensor.nbytes for tensor in constants(graph))
-        outcomes = transform(graph, plan, statistics, placement)
+        with torch_threads():
+            outcomes = transform(graph, plan, statistics, placement, hessians)
+        plan = replace(plan, nodes=tuple(outcome.plan for outcome in outcomes))
+        self.warnings += [*plan.warnings, *counted(outcome.warning for outcome in outcomes)]
         require_space(self.output, sum(tensor.nbytes for tensor in constants(graph)))
         target = staging.out / (self.single_file or _FILE_IN_FOLDER)
         # What an earlier conversion, a cast, wrote of itself.
@@ -201,11 +197,14 @@ class _Conversion:
             verified["compared"] = self._compare(outputs, target)
             assert self.comparison is not None
             kept_db = self.comparison.sqnr_db
-            recommended, said = recommend(self.recipe, original, statistics, outputs, kept_db, staging.root)
+            recommended, said = recommend(self.recipe, original, statistics, hessians, outputs, kept_db, staging.root)
             self.warnings += said
         manifest = self._manifest(original, plan, outcomes, verified)
-        if statistics is not None and statistics.provenance.fingerprint:
-            manifest[leaks.MANIFEST_KEY] = statistics.provenance.fingerprint
+        fingerprint = statistics.provenance.fingerprint if statistics else None
+        if hessians is not None and samples is not None and fingerprint is None:
+            fingerprint = leaks.fingerprint(sample.inputs for sample in samples)
+        if fingerprint:
+            manifest[leaks.MANIFEST_KEY] = fingerprint
         add_metadata(target, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
         self._check_size(original, files, before)
         self._copy_companions(original, staging.out)
@@ -222,6 +221,26 @@ class _Conversion:
         exported = export_to_onnx(given.path, folder / "export", data=data, weights=given.weights)
         self.warnings += exported.warnings
         return open_onnx(exported.path)
+
+    def _planned(self, original: OnnxModel) -> tuple[ir.Model, GraphPlan]:
+        """The graph to work on, in the operator set it needs, and what becomes of it."""
+        graph = prepare(original)
+        plan = resolve_graph(self.recipe, graph, original.path)
+        opset = needed_opset(plan)
+        if self.version:
+            require_version(plan, graph, opset, self.version)
+        if opset > original.opset:
+            graph = upgrade(graph, opset)
+            plan = resolve_graph(self.recipe, graph, original.path)
+        if plan.of_mode("static") and not (self.calibration.stats or self.calibration.data):
+            raise UsageError(
+                f"{plan.scheme} needs the ranges of activations.",
+                "Give --data DATA to take them now, or --calibration STATS from quantcli calibrate.",
+            )
+        if plan.needs_inputs and not self.calibration.data:
+            why = "STATS hold the ranges of activations alone." if self.calibration.stats else None
+            raise UsageError("gptq needs calibration data: give --data.", why)
+        return graph, plan
 
     def _samples(self, original: OnnxModel) -> Samples | None:
         if self.calibration.data is None:

@@ -9,7 +9,7 @@ from quantcli.graph.model import OnnxModel
 from quantcli.graph.plan import resolve_graph
 from quantcli.graph.prepare import QDQ_OPSET, prepare, upgrade
 from quantcli.graph.save import save_graph
-from quantcli.graph.transform import transform
+from quantcli.graph.transform import Hessians, transform, without_inputs
 from quantcli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def recommend(
     recipe: Recipe,
     original: OnnxModel,
     statistics: CalibrationStats | None,
+    hessians: Hessians | None,
     comparison: OutputComparison,
     kept_db: float | None,
     folder: Path,
@@ -37,6 +38,7 @@ def recommend(
         recipe: what was carried out.
         original: the model it was carried out on.
         statistics: what calibration knows.
+        hessians: the same for gptq.
         comparison: of the model's outputs, once the recipe's artifact was compared.
         kept_db: signal to noise of that artifact's outputs; None: they are equal.
         folder: where the other artifact is written.
@@ -48,7 +50,10 @@ def recommend(
         return asked, []
     dynamic = recipe.with_flags(scheme="int8-dynamic")
     graph = upgrade(prepare(original), QDQ_OPSET)
-    transform(graph, resolve_graph(dynamic, graph, original.path), statistics)
+    plan = resolve_graph(dynamic, graph, original.path)
+    if hessians is not None:
+        plan = without_inputs(plan, hessians)
+    transform(graph, plan, statistics, hessians=hessians)
     other = folder / "alternative.onnx"
     save_graph(graph, other)
     better = comparison.against(other).sqnr_db

@@ -76,6 +76,19 @@ def in_parallel(tasks: Iterator[Callable[[], None]], workers: int) -> None:
         raise failures[0]
 
 
+@contextmanager
+def torch_threads() -> Iterator[None]:
+    """Let torch's own operators use as many threads as `usable_cores` meanwhile."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(usable_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 _limit: ContextVar[int | None] = ContextVar("_limit", default=None)
 
 

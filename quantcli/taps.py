@@ -53,8 +53,11 @@ class TappedRuns:
             ir.save(self._graph, scratch / "all.onnx", external_data="weights", max_workers=1)
             self._graph = ir.load(scratch / "all.onnx")
 
-    def session(self, names: Sequence[str]) -> Session | None:
-        """A session with these values as outputs, and no other nodes than they need; None where all are inputs."""
+    def session(self, names: Sequence[str], *, shared: bool = False) -> Session | None:
+        """A session with these values as outputs, and no other nodes than they need; None where all are inputs.
+
+        ``shared``: see `Session`.
+        """
         from onnx_ir.passes import common
 
         model = self._graph.clone()
@@ -65,7 +68,7 @@ class TappedRuns:
         model.graph.outputs.clear()
         model.graph.outputs.extend(outputs)
         common.RemoveUnusedNodesPass()(model)
-        return self._load(model)
+        return self._load(model, shared=shared)
 
     def sizes(self, names: Sequence[str], feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
         """Bytes of each floating-point value in one run, in graph order. The values themselves are not kept."""
@@ -95,14 +98,14 @@ class TappedRuns:
         sizes = {kinds[key]: 4 * int(np.prod(shape)) for key, shape in shapes.items()}
         return {name: sizes[name] for name in values if name in sizes}
 
-    def _load(self, model: ir.Model) -> Session:
+    def _load(self, model: ir.Model, *, shared: bool = False) -> Session:
         import onnx_ir as ir
 
         if self._in_memory:
-            return Session(ir.to_proto(model).SerializeToString())
+            return Session(ir.to_proto(model).SerializeToString(), shared=shared)
         path = self._scratch / "part.onnx"
         ir.save(model, path)
-        return Session(path)
+        return Session(path, shared=shared)
 
 
 def _values(model: ir.Model) -> dict[str, ir.Value]:

@@ -42,7 +42,7 @@ TIERS = (
     ("graph_layerwise", "probe", "streaming", "subject", "tasks", "traceable"),
     ("sequential",),
     ("export", "verify"),
-    ("collect", "evaluation_data"),
+    ("collect", "evaluation_data", "hessians"),
     ("calibrate",),
     ("onnx_advice", "onnx_rows"),
     ("convert_onnx",),

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from quantcli import numerics, plugins
 from quantcli.errors import InputError
+from quantcli.graph.compensation import Compensated, Hessian, compensate
 from quantcli.graph.operands import Operand
 from quantcli.packing import pack_int4_low_nibble_first, pack_nibbles_high_first
 from quantcli.parallel import in_parallel, usable_cores
 from quantcli.scheme import Granularity, NumberFormat
+from quantcli.steps import default_rounding
 
 #: Values a thread has in work at a time: what they become stays in its cache.
 _SLAB_ELEMENTS = 1 << 18
@@ -39,7 +41,8 @@ class Packed:
     """A quantized matrix in stored form, and the powers of the weight and of its error.
 
     ``codes`` uint8 ``[rows, bytes of a row]`` (nf4: flat), ``scales`` ``[rows, blocks]`` (nf4: flat),
-    ``zero_points`` uint8 ``[rows, bytes]`` or None.
+    ``zero_points`` uint8 ``[rows, bytes]`` or None; ``algorithm`` what chose the codes in the end, ``note`` what is
+    to be said of that.
     """
 
     codes: np.ndarray
@@ -47,6 +50,8 @@ class Packed:
     zero_points: np.ndarray | None
     signal: float
     noise: float
+    algorithm: str
+    note: str | None = None
 
 
 def block_size(columns: int, number_format: NumberFormat) -> int:
@@ -66,8 +71,12 @@ def block_size(columns: int, number_format: NumberFormat) -> int:
     return min(sizes, key=row_bits)
 
 
-def pack_rows(operand: Operand, number_format: NumberFormat, size: int, algorithm: str) -> Packed:
+def pack_rows(
+    operand: Operand, number_format: NumberFormat, size: int, algorithm: str, hessian: Hessian | None = None
+) -> Packed:
     """Quantize in blocks of ``size`` along columns; the last block of a row is filled with zeros.
+
+    With a ``hessian``, which gptq needs, the matrix is worked on as a whole: its factor is the same for all rows.
 
     Raises:
         InputError: the weight holds NaN or infinity.
@@ -77,12 +86,17 @@ def pack_rows(operand: Operand, number_format: NumberFormat, size: int, algorith
     codes = np.empty((rows, blocks * size * bits // 8), np.uint8)
     scales = np.empty((rows, blocks), operand.dtype)
     zero_points = None if number_format.symmetric else np.empty((rows, -(-blocks * bits // 8)), np.uint8)
-    step = max(1, _SLAB_ELEMENTS // (blocks * size))
+    step = rows if hessian else max(1, _SLAB_ELEMENTS // (blocks * size))
+    rounding = default_rounding(in_blocks) if hessian else algorithm
+    chosen: list[Compensated] = []
 
     def pack(start: int) -> tuple[float, float]:
         slab = _finite(operand, start, min(start + step, rows))
         slab = torch.nn.functional.pad(slab, (0, blocks * size - operand.columns))
-        tensor = plugins.rounding(algorithm).run(slab, in_blocks, _torch_dtype(operand))
+        tensor = plugins.rounding(rounding).run(slab, in_blocks, _torch_dtype(operand))
+        if hessian is not None:
+            chosen.append(compensate(slab, tensor, _torch_dtype(operand), hessian))
+            tensor = chosen[-1].tensor
         part = slice(start, start + len(slab))
         codes[part] = _unsigned(tensor.codes, bits)
         scales[part] = tensor.scale.numpy()
@@ -90,7 +104,10 @@ def pack_rows(operand: Operand, number_format: NumberFormat, size: int, algorith
             zero_points[part] = _unsigned(tensor.zero_point, bits)
         return numerics.error_powers(numerics.in_groups(slab, in_blocks), tensor)
 
-    return Packed(codes, scales, zero_points, *_summed(pack, range(0, rows, step)))
+    signal, noise = _summed(pack, range(0, rows, step))
+    if chosen:
+        return Packed(codes, scales, zero_points, signal, noise, chosen[0].algorithm, chosen[0].note)
+    return Packed(codes, scales, zero_points, signal, noise, algorithm)
 
 
 def pack_nf4(operand: Operand, number_format: NumberFormat, algorithm: str) -> Packed:
@@ -117,7 +134,7 @@ def pack_nf4(operand: Operand, number_format: NumberFormat, algorithm: str) -> P
         scales[start * columns // size :][: len(blocks)] = tensor.scale.numpy()
         return numerics.error_powers(blocks, tensor)
 
-    return Packed(codes, scales, None, *_summed(pack, range(0, rows, step)))
+    return Packed(codes, scales, None, *_summed(pack, range(0, rows, step)), algorithm)
 
 
 def _summed(pack: Callable[[int], tuple[float, float]], starts: range) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantcli.graph.compensation import Hessian
 from quantcli.graph.values import add_initializer, drop_unused, input_of
 from quantcli.graph.weights import IntegerWeight, channel_axis, integer_weight
 from quantcli.scheme import NumberFormat
@@ -27,13 +28,15 @@ class DynamicQuantizer:
         self._weights: dict[tuple[object, ...], tuple[IntegerWeight, ir.Value]] = {}
         self._inputs: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
 
-    def quantize_node(self, node: ir.Node, number_format: NumberFormat, algorithm: str) -> IntegerWeight:
-        """Replace a Gemm or MatMul by its integer form."""
+    def quantize_node(
+        self, node: ir.Node, number_format: NumberFormat, algorithm: str, hessian: Hessian | None = None
+    ) -> IntegerWeight:
+        """Replace a Gemm or MatMul by its integer form; gptq needs the ``hessian`` of its input."""
         import onnx_ir as ir
 
         value, bias, output = node.inputs[1], input_of(node, 2), node.outputs[0]
         assert value is not None
-        weight, codes = self._integer_weight(node, value, number_format, algorithm)
+        weight, codes = self._integer_weight(node, value, number_format, algorithm, hessian)
         data, scale_in, zero_point = self._quantized_input(node)
         base = output.name or node.name or "node"
         product = ir.Node("", "MatMulInteger", [data, codes, zero_point, weight.zero_point], name=f"{base}_integer")
@@ -55,12 +58,12 @@ class DynamicQuantizer:
         return weight
 
     def _integer_weight(
-        self, node: ir.Node, value: ir.Value, number_format: NumberFormat, algorithm: str
+        self, node: ir.Node, value: ir.Value, number_format: NumberFormat, algorithm: str, hessian: Hessian | None
     ) -> tuple[IntegerWeight, ir.Value]:
         """The weight, and its codes as the kernel wants them. Nodes that share a weight share these."""
         key = (value, channel_axis(node), number_format, algorithm)
         if key not in self._weights:
-            weight = integer_weight(self.graph, node, number_format, algorithm)
+            weight = integer_weight(self.graph, node, number_format, algorithm, hessian=hessian)
             codes = weight.codes
             if node.op_type == "Gemm" and weight.axis == 0:
                 codes = self._transposed(codes)

@@ -16,6 +16,7 @@ import numpy as np
 
 from quantcli import numerics
 from quantcli.graph.blocks import SMALLEST_BLOCK, block_size, pack_nf4, pack_rows
+from quantcli.graph.compensation import Hessian
 from quantcli.graph.operands import Operand, operand_of, readers, remove_unread
 from quantcli.graph.values import add_initializer, free_name, input_of, integer, real
 from quantcli.scheme import Granularity, NumberFormat, Scheme
@@ -52,6 +53,8 @@ class Outcome:
     bytes_after: int
     sqnr_db: float | None
     note: str | None
+    algorithm: str
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class _Form:
     scales: list[ir.Value]
     sqnr_db: float | None
     nbytes: int
+    algorithm: str
+    note: str | None
 
 
 def supports(node: ir.Node, scheme: Scheme) -> str | None:
@@ -88,7 +93,13 @@ def oldest_runtime(node: ir.Node, scheme: Scheme) -> str:
 
 
 def quantize_node(
-    model: ir.Model, node: ir.Node, scheme: Scheme, algorithm: str, *, accuracy_level: int = ACCURACY_LEVEL
+    model: ir.Model,
+    node: ir.Node,
+    scheme: Scheme,
+    algorithm: str,
+    *,
+    hessian: Hessian | None = None,
+    accuracy_level: int = ACCURACY_LEVEL,
 ) -> Outcome:
     """Replace a node by its n-bit form; its float weight goes when nothing reads it any more.
 
@@ -97,6 +108,7 @@ def quantize_node(
         node: a node that `supports` has no reason against.
         scheme: its weights' number format; blocks may come out smaller than asked, never larger.
         algorithm: name of the algorithm that chooses the codes.
+        hessian: of the node's input, which gptq needs.
         accuracy_level: what MatMulNBits may compute in, see `ACCURACY_LEVEL`.
 
     Raises:
@@ -110,7 +122,7 @@ def quantize_node(
     operator, forms = _operator(node, weights), operand.value.meta.setdefault(_FORMS, {})
     key = (_shared_by(operator, operand, weights), weights, algorithm, operand.transposed, operand.factor)
     known = key in forms
-    form = forms[key] if known else forms.setdefault(key, _make_form(operand, operator, weights, algorithm))
+    form = forms[key] if known else forms.setdefault(key, _make_form(operand, operator, weights, algorithm, hessian))
     codes, nodes = _shaped(node, form, _codes_shape(operator, operand, weights, form.block))
     if operator == "GatherBlockQuantized":
         nodes.append(_gather(node, codes, form, weights))
@@ -119,7 +131,8 @@ def quantize_node(
     _replace(node, nodes)
     model.opset_imports.setdefault(DOMAIN, 1)
     before = operand.tensor.nbytes if remove_unread(operand.value) else 0
-    return Outcome(before, 0 if known else form.nbytes, form.sqnr_db, _note(scheme.weights, weights, form.block))
+    note = "; ".join(filter(None, (_note(scheme.weights, weights, form.block), form.note))) or None
+    return Outcome(before, 0 if known else form.nbytes, form.sqnr_db, note, form.algorithm, form.note)
 
 
 def effective(node: ir.Node, scheme: Scheme) -> Scheme:
@@ -169,14 +182,16 @@ def _codes_shape(operator: str, operand: Operand, weights: NumberFormat, block: 
     return (-(-operand.rows * operand.columns // 2),)
 
 
-def _make_form(operand: Operand, operator: str, weights: NumberFormat, algorithm: str) -> _Form:
+def _make_form(
+    operand: Operand, operator: str, weights: NumberFormat, algorithm: str, hessian: Hessian | None
+) -> _Form:
     """Quantize, and register what comes of it as constants of the graph that holds the float weight."""
     if operator == "MatMulBnb4":
         block = weights.granularity.size or 0
         packed = pack_nf4(operand, weights, algorithm)
     else:
         block = block_size(operand.columns, weights)
-        packed = pack_rows(operand, weights, block, algorithm)
+        packed = pack_rows(operand, weights, block, algorithm, hessian)
     shape, codes = _codes_shape(operator, operand, weights, block), packed.codes
     if operator == "GatherBlockQuantized":
         # Lookups do not pad their last block.
@@ -191,6 +206,8 @@ def _make_form(operand: Operand, operator: str, weights: NumberFormat, algorithm
         [add_initializer(graph, free_name(graph, f"{name}_{key}"), array) for key, array in scales.items()],
         numerics.decibels(packed.signal, packed.noise),
         codes.nbytes + sum(array.nbytes for array in scales.values()),
+        packed.algorithm,
+        packed.note,
     )
 
 

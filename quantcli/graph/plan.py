@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantcli import plugins
 from quantcli.errors import InputError, UsageError
+from quantcli.graph.inputs import LayerInput, layer_input
 from quantcli.graph.operands import behind_transposes, readers
 from quantcli.graph.placement import observed_values
 from quantcli.graph.values import constant, input_of, integer, is_standard, real
 from quantcli.plan import matches
 from quantcli.recipe import Recipe, Rule, build_scheme
 from quantcli.scheme import DTYPE_OF_NUMBER, PRESETS, NumberFormat, Scheme, TensorInfo
+from quantcli.steps import GptqOptions, Step, default_rounding, parse_steps
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,6 +28,9 @@ Mode = Literal["static", "dynamic", "weights", "cast", "float"]
 #: Operators with a weight, and where it stands among the inputs.
 _WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
 _ROLES = {"Conv": "conv", "ConvTranspose": "conv", "Gemm": "linear", "MatMul": "linear", "Gather": "embedding"}
+
+#: What can choose the codes of a graph's weights.
+ONNX_ALGORITHMS = ("rtn", "mse", "gptq")
 
 #: Below this many values, codes and scales save nothing worth a node.
 _SMALLEST_WEIGHT = 256
@@ -39,7 +45,10 @@ QUANTIZED_OPS = {
 
 @dataclass(frozen=True)
 class NodePlan:
-    """What happens to one node's weight; ``reason`` says why it stays float, ``note`` tells of a choice."""
+    """What happens to one node's weight.
+
+    ``reason`` says why it stays float, ``note`` tells of a choice; ``input`` is what gptq must know the inputs of.
+    """
 
     node: ir.Node
     weight: ir.Value
@@ -51,6 +60,7 @@ class NodePlan:
     algorithm: str | None = None
     reason: str | None = None
     note: str | None = None
+    input: LayerInput | None = None
 
     @property
     def name(self) -> str:
@@ -69,9 +79,16 @@ class NodePlan:
         size = weights.granularity.size or max(1, self.info.columns)
         return codes + 4 * (self.info.numel // size)
 
+    def rounded_plainly(self, reason: str) -> NodePlan:
+        """The same node, quantized without data in place of gptq, and why."""
+        assert self.scheme is not None
+        algorithm = default_rounding(self.scheme.weights)
+        note = f"{algorithm} in place of gptq: {reason}"
+        return replace(self, algorithm=algorithm, input=None, note=f"{self.note}; {note}" if self.note else note)
+
     def left(self, reason: str) -> NodePlan:
         """The same node, left in floating point."""
-        return replace(self, mode="float", scheme=None, label="", algorithm=None, reason=reason)
+        return replace(self, mode="float", scheme=None, label="", algorithm=None, input=None, reason=reason)
 
 
 @dataclass(frozen=True)
@@ -80,9 +97,19 @@ class GraphPlan:
 
     nodes: tuple[NodePlan, ...]
     scheme: str
-    algorithm: str
     recipe: Recipe
     warnings: tuple[str, ...] = field(default=())
+    damping: float = GptqOptions().damping
+
+    @property
+    def algorithm(self) -> str:
+        """All algorithms that choose codes."""
+        return " and ".join(sorted({node.algorithm for node in self.nodes if node.algorithm})) or "cast"
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether a layer is quantized by what its inputs are."""
+        return any(node.input for node in self.nodes)
 
     def of_mode(self, *modes: Mode) -> list[NodePlan]:
         """Nodes of these modes, in graph order."""
@@ -93,6 +120,12 @@ class GraphPlan:
         """What the plan saves, near enough; a weight that several nodes share is counted once."""
         by_weight = {node.name: node for node in reversed(self.nodes)}
         return sum(node.info.nbytes - node.estimated_bytes for node in by_weight.values())
+
+
+def counted(notes: Iterable[str | None]) -> list[str]:
+    """A sentence for each note, with the number of layers it is about."""
+    counts = Counter(sorted(note for note in notes if note))
+    return [f"{count} {'layer' if count == 1 else 'layers'}: {note}." for note, count in counts.items()]
 
 
 def observed_tensors(model: ir.Model) -> list[str]:
@@ -155,18 +188,17 @@ class _Planner:
 
     def __init__(self, recipe: Recipe, scheme: Scheme, name: str, model: ir.Model, file: Path) -> None:
         self.recipe, self.scheme, self.name, self.model, self.file = recipe, scheme, name, model, file
+        step = _rounding_step(recipe)
+        self.algorithm = step.name if step else "auto"
+        self.damping = step.options.damping if step and step.name == "gptq" else GptqOptions().damping
         self.rules = [*(Rule(match=glob, skip=True) for glob in recipe.skip), *recipe.rules]
 
     def plan(self) -> GraphPlan:
         pairs = list(weighted_nodes(self.model))
         self._check_rules(pairs)
         nodes = tuple(self._rest(self._decide(node, value)) for node, value in pairs)
-        algorithms = {node.algorithm for node in nodes if node.algorithm}
-        warnings = {node.note for node in nodes if node.note}
-        counts = {note: sum(node.note == note for node in nodes) for note in sorted(warnings)}
-        counted = [f"{count} {'layer' if count == 1 else 'layers'}: {note}." for note, count in counts.items()]
-        algorithm = " and ".join(sorted(algorithms)) or "cast"
-        return GraphPlan(nodes, self.name, algorithm, self.recipe, tuple(counted))
+        warnings = counted(node.note for node in nodes)
+        return GraphPlan(nodes, self.name, self.recipe, tuple(warnings), self.damping)
 
     def _check_rules(self, pairs: Sequence[tuple[ir.Node, ir.Value]]) -> None:
         for rule in self.rules:
@@ -197,7 +229,7 @@ class _Planner:
             return self._cast(plan, scheme, label)
         if node.graph is not self.model.graph:
             return plan.left("inside a subgraph")
-        wish = (rule.algorithm if rule else None) or self.recipe.algorithm
+        wish = (rule.algorithm if rule else None) or self.algorithm
         own = rule.group_size if rule else None
         if own is None and (scheme == self.scheme or scheme.weights.granularity.kind in ("group", "block")):
             own = self.recipe.group_size
@@ -225,16 +257,17 @@ class _Planner:
             reason = _no_integer_kernel(plan.node, scheme.inputs)
             if reason is None:
                 mode: Mode = "dynamic" if scheme.inputs.dynamic else "static"
-                return replace(plan, mode=mode, scheme=scheme, label=label, algorithm=_algorithm(scheme, wish))
+                return self._rounded(replace(plan, mode=mode, scheme=scheme, label=label), scheme, wish)
             if plan.info.numel < _SMALLEST_WEIGHT:
                 return plan.left(reason)
             note = f"int8 weights only: {reason}"
             if plan.role == "conv":
-                return self._expanded(plan, note)
+                return self._expanded(plan, note, wish)
             plan = replace(plan, note=note)
         if plan.role == "conv":
             same = scheme == PRESETS["int8"]
-            return self._expanded(plan, None if same else f"int8 in place of {label}, the only form of a convolution")
+            other = None if same else f"int8 in place of {label}, the only form of a convolution"
+            return self._expanded(plan, other, wish)
         from quantcli.graph import nbits
 
         # A lookup has no activations to quantize; its table is most of a small model's bytes.
@@ -246,14 +279,42 @@ class _Planner:
         if carried.weights.dtype != scheme.weights.dtype:
             plan = replace(plan, note=f"{carried.weights.dtype} in place of {label}, which no lookup can read")
             scheme, label, wish = carried, carried.weights.dtype, "auto"
-        return replace(plan, mode="weights", scheme=scheme, label=label, algorithm=_algorithm(scheme, wish))
+        return self._rounded(replace(plan, mode="weights", scheme=scheme, label=label), scheme, wish)
 
-    @staticmethod
-    def _expanded(plan: NodePlan, note: str | None) -> NodePlan:
+    def _expanded(self, plan: NodePlan, note: str | None, wish: str) -> NodePlan:
         """A convolution whose weights are stored as int8, and expanded to floats when it runs."""
         scheme = PRESETS["int8"]
-        algorithm = _algorithm(scheme, "auto")
-        return replace(plan, mode="weights", scheme=scheme, label="int8", note=note, algorithm=algorithm)
+        plan = replace(plan, mode="weights", scheme=scheme, label="int8", note=note)
+        return self._rounded(plan, scheme, wish if wish == "gptq" else "auto")
+
+    @staticmethod
+    def _rounded(plan: NodePlan, scheme: Scheme, wish: str) -> NodePlan:
+        """With the algorithm that chooses the codes; one without data where a layer's inputs cannot serve."""
+        algorithm = default_rounding(scheme.weights)
+        if wish == "auto":
+            return replace(plan, algorithm=algorithm)
+        if (reason := plugins.algorithm(wish).supports(scheme.weights)) is not None:
+            raise UsageError(f"The algorithm {wish} does not fit: {reason}.")
+        if wish != "gptq":
+            return replace(plan, algorithm=wish)
+        tensor = constant(plan.weight)
+        assert tensor is not None
+        found = "a lookup reads the same table" if _is_tied(plan.weight) else layer_input(plan.node, tensor)
+        if isinstance(found, str):
+            return plan.rounded_plainly(found)
+        return replace(plan, algorithm="gptq", input=found)
+
+
+def _rounding_step(recipe: Recipe) -> Step | None:
+    """The one algorithm that a recipe asks for, or None. Raises UsageError where it is not for ONNX."""
+    named = recipe.steps or ([] if recipe.algorithm == "auto" else [recipe.algorithm])
+    steps = parse_steps(named).all
+    for name in [*(step.name for step in steps), *(rule.algorithm for rule in recipe.rules if rule.algorithm)]:
+        if name in plugins.ALGORITHMS and name not in (*ONNX_ALGORITHMS, "auto"):
+            raise UsageError(
+                f"The algorithm {name} does not work on ONNX graphs.", f"Choose among {', '.join(ONNX_ALGORITHMS)}."
+            )
+    return steps[0] if steps else None
 
 
 def _is_tied(value: ir.Value) -> bool:
@@ -289,15 +350,6 @@ def _no_integer_kernel(node: ir.Node, inputs: NumberFormat) -> str | None:
         if bias is not None and not inputs.dynamic and bias.size not in (1, channels):
             return "the bias is not one value per output"
     return None
-
-
-def _algorithm(scheme: Scheme, wish: str) -> str:
-    if wish == "auto":
-        return "mse" if scheme.weights.dtype == "int4" else "rtn"
-    reason = plugins.algorithm(wish).supports(scheme.weights)
-    if reason:
-        raise UsageError(f"The algorithm {wish} does not fit: {reason}.")
-    return wish
 
 
 def _means(glob: str, node: ir.Node, value: ir.Value) -> bool:

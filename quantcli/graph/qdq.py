@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantcli.graph.compensation import Hessian
 from quantcli.graph.correction import correct_bias, output_shift
 from quantcli.graph.placement import Placement
 from quantcli.graph.values import (
@@ -142,11 +143,17 @@ class StaticQuantizer:
         return self._constants[name]
 
     def quantize_weight(
-        self, node: ir.Node, number_format: NumberFormat, algorithm: str, mean: np.ndarray | None = None
+        self,
+        node: ir.Node,
+        number_format: NumberFormat,
+        algorithm: str,
+        mean: np.ndarray | None = None,
+        hessian: Hessian | None = None,
     ) -> IntegerWeight:
         """Give an anchor integer weights and, where it has a bias, an integer bias.
 
-        With the ``mean`` of its input's channels the bias takes back what the weights shift.
+        With the ``mean`` of its input's channels the bias takes back what the weights shift; gptq needs their
+        ``hessian``.
         """
         value = node.inputs[1]
         assert value is not None
@@ -156,7 +163,7 @@ class StaticQuantizer:
         key = (value, channel_axis(node), integer(node, "group", 1), number_format, algorithm)
         # Layers that share a weight share its codes, unless a bias asks for larger scales.
         if key not in self._weights or (self._weights[key][0].scales < floor).any():
-            weight = integer_weight(self.graph, node, number_format, algorithm, smallest_scale=floor)
+            weight = integer_weight(self.graph, node, number_format, algorithm, smallest_scale=floor, hessian=hessian)
             restored = dequantized(self.graph, [weight.codes, weight.scale, weight.zero_point], weight.axis, value)
             self._weights[key] = (weight, restored)
         weight, restored = self._weights[key]

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from quantcli.graph import nbits
 from quantcli.graph.cast import cast_weights
+from quantcli.graph.compensation import Hessian
 from quantcli.graph.correction import correct_bias, output_shift
 from quantcli.graph.dynamic import DynamicQuantizer
 from quantcli.graph.placement import Placement, needs_quantized_output, place, tail
-from quantcli.graph.plan import GraphPlan, NodePlan
+from quantcli.graph.plan import GraphPlan, NodePlan, counted
 from quantcli.graph.prepare import QDQ_OPSET
 from quantcli.graph.qdq import StaticQuantizer, dequantized
 from quantcli.graph.values import drop_unused
@@ -45,13 +46,24 @@ class Statistics(Protocol):
         """Mean of each channel."""
 
 
+class Hessians(Protocol):
+    """What calibration knows of the inputs of layers, as far as gptq asks."""
+
+    def of(self, node: NodePlan) -> Hessian:
+        """The Hessian of a layer, read when it is asked for."""
+
+    def problem(self, node: NodePlan) -> str | None:
+        """Why a layer's inputs tell nothing, or None."""
+
+
 @dataclass(frozen=True)
 class LayerOutcome:
-    """What became of one layer, sizes in bytes."""
+    """What became of one layer, sizes in bytes; ``warning`` is what did not go as planned."""
 
     plan: NodePlan
     bytes_after: int
     sqnr_db: float | None
+    warning: str | None = None
 
 
 def needed_opset(plan: GraphPlan) -> int:
@@ -88,8 +100,24 @@ def _judged(node: NodePlan, statistics: Statistics) -> NodePlan:
     return node
 
 
+def without_inputs(plan: GraphPlan, hessians: Hessians) -> GraphPlan:
+    """The plan with layers whose inputs tell gptq nothing rounded as if there were no data."""
+
+    def judged(node: NodePlan) -> NodePlan:
+        problem = hessians.problem(node) if node.input else None
+        return node.rounded_plainly(problem) if problem else node
+
+    nodes = tuple(judged(node) for node in plan.nodes)
+    new = counted(after.note for node, after in zip(plan.nodes, nodes, strict=True) if after is not node)
+    return replace(plan, nodes=nodes, warnings=(*plan.warnings, *new))
+
+
 def transform(
-    model: ir.Model, plan: GraphPlan, statistics: Statistics | None, placement: Placement | None = None
+    model: ir.Model,
+    plan: GraphPlan,
+    statistics: Statistics | None,
+    placement: Placement | None = None,
+    hessians: Hessians | None = None,
 ) -> list[LayerOutcome]:
     """Rewrite a prepared graph in place.
 
@@ -98,6 +126,7 @@ def transform(
         plan: made for this very graph, in the operator set `needed_opset`.
         statistics: needed where a node is static.
         placement: that of the plan's static nodes, where it is known already.
+        hessians: needed where a node is quantized by gptq.
     """
     from onnx_ir.passes import common
 
@@ -105,12 +134,18 @@ def transform(
     # Asked now, while every node reads the value that was calibrated.
     means = {id(node): _input_mean(node, statistics) for node in plan.of_mode("static", "weights")}
 
+    def hessian(node: NodePlan) -> Hessian | None:
+        if node.input is None:
+            return None
+        assert hessians is not None
+        return hessians.of(node)
+
     def done(node: NodePlan, weight: IntegerWeight) -> None:
-        note = node.note
+        narrowed = None
         if weight.narrowed:
             narrowed = f"{weight.narrowed} of {max(len(weight.scales), 1)} channels narrowed: no product can saturate"
-            note = f"{note}; {narrowed}" if note else narrowed
-        outcomes[id(node)] = LayerOutcome(replace(node, note=note), weight.nbytes, weight.sqnr_db)
+        became = replace(node, algorithm=weight.algorithm, note=_joined(node.note, narrowed, weight.note))
+        outcomes[id(node)] = LayerOutcome(became, weight.nbytes, weight.sqnr_db, weight.note)
 
     static = plan.of_mode("static")
     if static:
@@ -119,14 +154,15 @@ def transform(
         quantizer.insert_pairs()
         for node in static:
             assert node.scheme and node.algorithm
-            done(node, quantizer.quantize_weight(node.node, node.scheme.weights, node.algorithm, means[id(node)]))
+            weights, mean = node.scheme.weights, means[id(node)]
+            done(node, quantizer.quantize_weight(node.node, weights, node.algorithm, mean, hessian(node)))
     dynamic = DynamicQuantizer(model)
     for node in plan.of_mode("dynamic"):
         assert node.scheme and node.algorithm
-        done(node, dynamic.quantize_node(node.node, node.scheme.weights, node.algorithm))
+        done(node, dynamic.quantize_node(node.node, node.scheme.weights, node.algorithm, hessian(node)))
     weight_only = _WeightOnly(model)
     for node in plan.of_mode("weights"):
-        outcomes[id(node)] = weight_only.quantize_node(node, means[id(node)])
+        outcomes[id(node)] = weight_only.quantize_node(node, means[id(node)], hessian(node))
     for dtype in ("fp16", "bf16"):
         outcomes |= _cast(
             model, [n for n in plan.of_mode("cast") if n.scheme and n.scheme.weights.dtype == dtype], dtype
@@ -153,20 +189,22 @@ class _WeightOnly:
         self.model = model
         self._expanded: dict[tuple[ir.Value, int], tuple[IntegerWeight, ir.Value]] = {}
 
-    def quantize_node(self, node: NodePlan, mean: np.ndarray | None) -> LayerOutcome:
+    def quantize_node(self, node: NodePlan, mean: np.ndarray | None, hessian: Hessian | None) -> LayerOutcome:
         """Rewrite one node; a convolution's bias is corrected where the ``mean`` of its input is known."""
         assert node.scheme and node.algorithm
         if node.role == "conv":
-            return self._expand(node, node.scheme, node.algorithm, mean)
-        outcome = nbits.quantize_node(self.model, node.node, node.scheme, node.algorithm)
-        note = "; ".join(filter(None, (node.note, outcome.note))) or None
-        return LayerOutcome(replace(node, note=note), outcome.bytes_after, outcome.sqnr_db)
+            return self._expand(node, node.scheme, node.algorithm, mean, hessian)
+        outcome = nbits.quantize_node(self.model, node.node, node.scheme, node.algorithm, hessian=hessian)
+        became = replace(node, algorithm=outcome.algorithm, note=_joined(node.note, outcome.note))
+        return LayerOutcome(became, outcome.bytes_after, outcome.sqnr_db, outcome.warning)
 
-    def _expand(self, node: NodePlan, scheme: Scheme, algorithm: str, mean: np.ndarray | None) -> LayerOutcome:
+    def _expand(
+        self, node: NodePlan, scheme: Scheme, algorithm: str, mean: np.ndarray | None, hessian: Hessian | None
+    ) -> LayerOutcome:
         graph, key = self.model.graph, (node.weight, channel_axis(node.node))
         known = key in self._expanded
         if not known:
-            weight = integer_weight(graph, node.node, scheme.weights, algorithm, exact=False)
+            weight = integer_weight(graph, node.node, scheme.weights, algorithm, exact=False, hessian=hessian)
             parts = [weight.codes, weight.scale, weight.zero_point]
             self._expanded[key] = weight, dequantized(graph, parts, weight.axis, node.weight)
         weight, restored = self._expanded[key]
@@ -175,7 +213,12 @@ class _WeightOnly:
             correct_bias(graph, node.node, shift)
         node.node.replace_input_with(1, restored)
         drop_unused(graph, node.weight)
-        return LayerOutcome(node, 0 if known else weight.nbytes, weight.sqnr_db)
+        became = replace(node, algorithm=weight.algorithm, note=_joined(node.note, weight.note))
+        return LayerOutcome(became, 0 if known else weight.nbytes, weight.sqnr_db, weight.note)
+
+
+def _joined(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
 
 
 def _cast(model: ir.Model, nodes: Sequence[NodePlan], dtype: str) -> dict[int, LayerOutcome]:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantcli import plugins
+from quantcli.graph.compensation import Hessian, compensate
 from quantcli.graph.values import add_initializer, array, free_name, integer
 from quantcli.numerics import decibels, error_powers, in_groups, quantize
 from quantcli.scheme import NumberFormat
+from quantcli.steps import default_rounding
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,7 +29,8 @@ class IntegerWeight:
 
     ``codes`` int8 of the weight's own shape; ``scale`` float32 and ``zero_point`` int8 ``[channels]``, or
     scalars; ``axis`` the dimension of the channels; ``scales`` the scale's values, ``[channels]`` or ``[1]``;
-    ``narrowed`` the number of channels whose scale grew so that nothing saturates (see `exact_scale`).
+    ``narrowed`` the number of channels whose scale grew so that nothing saturates (see `exact_scale`);
+    ``algorithm`` what chose the codes in the end, ``note`` what is to be said of that.
     """
 
     codes: ir.Value
@@ -37,6 +40,8 @@ class IntegerWeight:
     scales: np.ndarray
     sqnr_db: float | None
     narrowed: int
+    algorithm: str
+    note: str | None
 
     @property
     def channels(self) -> int:
@@ -70,6 +75,7 @@ def integer_weight(
     *,
     exact: bool = True,
     smallest_scale: np.ndarray | None = None,
+    hessian: Hessian | None = None,
 ) -> IntegerWeight:
     """Quantize a node's weight and register codes and scales beside it.
 
@@ -80,6 +86,7 @@ def integer_weight(
         algorithm: plug-in that chooses the scales.
         exact: widen scales as `exact_scale` says; pointless where the codes are expanded before use.
         smallest_scale: float32 ``[channels]`` that scales must not go below, or None.
+        hessian: of the node's input, which gptq needs.
     """
     import torch
 
@@ -90,7 +97,8 @@ def integer_weight(
     rows = np.moveaxis(weight, axis, 0).astype(np.float32)
     matrix = torch.from_numpy(np.ascontiguousarray(rows).reshape(rows.shape[0], -1))
     number_format = replace(number_format, narrow=True)
-    found = plugins.rounding(algorithm).run(matrix, number_format, torch.float32)
+    start = default_rounding(number_format) if hessian else algorithm
+    found = plugins.rounding(start).run(matrix, number_format, torch.float32)
     needed = exact_scale(node, rows) if exact else np.zeros(rows.shape[0], dtype=np.float32)
     floor = torch.from_numpy(needed).reshape(-1, 1)
     if smallest_scale is not None:
@@ -102,6 +110,13 @@ def integer_weight(
         found.scale = torch.maximum(found.scale, floor)
         groups = in_groups(matrix, number_format)
         found.codes = quantize(groups, found.scale, None, number_format).reshape(matrix.shape)
+    note = None
+    if hessian is not None:
+        chosen = compensate(matrix, found, torch.float32, hessian)
+        found, algorithm, note = chosen.tensor, chosen.algorithm, chosen.note
+        if exact:
+            codes = _within_pairs(node, _numpy(found.codes).reshape(rows.shape))
+            found.codes = torch.from_numpy(codes.reshape(matrix.shape))
     sqnr_db = decibels(*error_powers(in_groups(matrix, number_format), found))
     codes = np.moveaxis(_numpy(found.codes).reshape(rows.shape), 0, axis)
     scales = _numpy(found.scale).reshape(-1)
@@ -120,6 +135,8 @@ def integer_weight(
         scales,
         sqnr_db,
         narrowed,
+        algorithm,
+        note,
     )
 
 
@@ -130,21 +147,47 @@ def exact_scale(node: ir.Node, rows: np.ndarray) -> np.ndarray:
     saturates: 255 * 127 twice is 64770. The sum of a pair of codes of one sign within 128 is always exact.
     Pairs are neighbours in the order of the matrix product; a depthwise convolution is none.
     """
+    most = np.zeros(rows.shape[0], dtype=np.float32)
+    pairs = _pairs(node, rows)
+    if pairs is None:
+        return most
+    for sign in (1, -1):
+        most = np.maximum(most, np.maximum(sign * pairs, 0).sum(-1).max(-1, initial=0))
+    # Rounding may add half a code to each of the two.
+    return (most / (_EXACT_PAIR_SUM - 1)).astype(np.float32)
+
+
+def _pairs(node: ir.Node, rows: np.ndarray) -> np.ndarray | None:
+    """Weights ``[channels, inputs, ...]`` as a kernel pairs them, ``[channels, pairs, 2]``; None where it does not."""
     if node.op_type == "Conv":
         # One channel in and one out in each group; one channel in alone is a matrix product like others.
         if rows.shape[1] == 1 and integer(node, "group", 1) == rows.shape[0]:
-            return np.zeros(rows.shape[0], dtype=np.float32)
+            return None
         # The runtime's kernels run over kernel positions, and at each over the input channels.
         rows = np.moveaxis(rows, 1, -1)
     matrix = rows.reshape(rows.shape[0], -1)
     if matrix.shape[1] % 2:
         matrix = np.pad(matrix, ((0, 0), (0, 1)))
-    pairs = matrix.reshape(matrix.shape[0], -1, 2)
-    most = np.zeros(matrix.shape[0], dtype=np.float32)
-    for sign in (1, -1):
-        most = np.maximum(most, np.maximum(sign * pairs, 0).sum(-1).max(-1, initial=0))
-    # Rounding may add half a code to each of the two.
-    return (most / (_EXACT_PAIR_SUM - 1)).astype(np.float32)
+    return matrix.reshape(matrix.shape[0], -1, 2)
+
+
+def _within_pairs(node: ir.Node, codes: np.ndarray) -> np.ndarray:
+    """Codes, int8 ``[channels, inputs, ...]``, with the larger of a pair drawn in where their sum is not exact.
+
+    `exact_scale` sees to that for rounded weights; compensation moves a few codes further.
+    """
+    pairs = _pairs(node, codes)
+    if pairs is None:
+        return codes
+    wide = pairs.astype(np.int16)
+    same_sign = (wide[..., 0] > 0) == (wide[..., 1] > 0)
+    excess = np.where(same_sign, np.maximum(np.abs(wide.sum(-1)) - _EXACT_PAIR_SUM, 0), 0)
+    larger = np.abs(wide).argmax(-1)[..., None]
+    drawn_in = np.take_along_axis(wide, larger, -1)
+    np.put_along_axis(wide, larger, drawn_in - np.sign(drawn_in) * excess[..., None], -1)
+    moved = np.moveaxis(codes, 1, -1) if node.op_type == "Conv" else codes
+    flat = wide.reshape(len(codes), -1)[:, : moved[0].size].astype(np.int8).reshape(moved.shape)
+    return np.ascontiguousarray(np.moveaxis(flat, -1, 1) if node.op_type == "Conv" else flat)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
