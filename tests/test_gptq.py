@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import oracles
 import pytest
 import torch
 
@@ -39,32 +40,6 @@ def values(tensor: QuantizedTensor) -> np.ndarray:
     return decoded.reshape(tensor.codes.shape).double().numpy()
 
 
-def oracle(weight: torch.Tensor, hessian: torch.Tensor, base: QuantizedTensor, damping: float) -> np.ndarray:
-    """Optimal brain quantization with the columns in a fixed order (GPTQ, section 3.1), straight from its equations.
-
-    After each column the inverse of what remains of H is found anew; no Cholesky factor, no blocks.
-    """
-    low, high = (-8, 7) if base.number_format.dtype == "int4" else (-128, 127)
-    work, matrix = weight.double().numpy().copy(), hessian.double().numpy().copy()
-    matrix += np.eye(len(matrix)) * damping * matrix.diagonal().mean()
-    groups = base.scale.shape[1]
-    rows, columns = work.shape
-    scale = np.broadcast_to(base.scale.double().numpy(), (rows, groups))
-    zero = np.zeros((rows, groups)) if base.zero_point is None else base.zero_point.double().numpy()
-    remaining = list(np.argsort(-hessian.diagonal().numpy(), kind="stable"))
-    result = np.zeros_like(work)
-    while remaining:
-        column = remaining[0]
-        inverse = np.linalg.inv(matrix[np.ix_(remaining, remaining)])
-        own = column // (columns // groups)
-        code = np.clip(np.round(work[:, column] / scale[:, own]) + zero[:, own], low, high)
-        result[:, column] = (code - zero[:, own]) * scale[:, own]
-        error = (work[:, column] - result[:, column]) / inverse[0, 0]
-        work[:, remaining] -= np.outer(error, inverse[0])
-        remaining = remaining[1:]
-    return result
-
-
 def output_error(weight: torch.Tensor, decoded: np.ndarray, inputs: torch.Tensor) -> float:
     return float(np.square(inputs.double().numpy() @ (decoded - weight.double().numpy()).T).sum())
 
@@ -73,7 +48,7 @@ def output_error(weight: torch.Tensor, decoded: np.ndarray, inputs: torch.Tensor
 def test_equals_the_oracle(number_format: NumberFormat) -> None:
     weight, inputs, hessian = correlated()
     solved = gptq.run(weight, number_format, torch.float32, hessian=hessian)
-    naive = oracle(weight, hessian, solved.tensor, 0.01)
+    naive = oracles.gptq(weight, hessian, solved.tensor, 0.01)
     assert solved.damping == 0.01
     ours, theirs = output_error(weight, values(solved.tensor), inputs), output_error(weight, naive, inputs)
     assert ours == pytest.approx(theirs, rel=0.02)
@@ -139,7 +114,7 @@ def test_a_grid_chosen_elsewhere_is_kept() -> None:
     grid = replace(wide, codes=quantize(in_groups(weight, INT4), wide.scale, None, INT4).reshape(weight.shape))
     solved = gptq.run(weight, INT4, torch.float32, hessian=hessian, grid=grid)
     assert torch.equal(solved.tensor.scale, wide.scale)
-    naive = oracle(weight, hessian, grid, 0.01)
+    naive = oracles.gptq(weight, hessian, grid, 0.01)
     error = output_error(weight, values(solved.tensor), inputs)
     assert error == pytest.approx(output_error(weight, naive, inputs), rel=0.02)
     assert error < output_error(weight, values(grid), inputs)
