@@ -25,7 +25,7 @@ _WINDOW_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class Windows:
-    """How a convolution slides over images. Sizes are of rows and columns; sequences are images of one row.
+    """How a convolution slides over images. Sizes are of rows and columns; sequences are images of one column.
 
     ``pads``: top, left, bottom, right; None where ``auto_pad`` tells them from the image's size.
     """
@@ -109,8 +109,8 @@ def _convolution(node: ir.Node, value: str, shape: Sequence[int]) -> LayerInput 
     auto_pad = "NOTSET" if auto is None else auto.as_string()
     pads = (integers(node, "pads") or [0] * 2 * len(kernel)) if auto_pad == "NOTSET" else None
     if len(kernel) == 1:
-        kernel, strides, dilations = [1, *kernel], [1, *strides], [1, *dilations]
-        pads = None if pads is None else [0, pads[0], 0, pads[1]]
+        kernel, strides, dilations = [*kernel, 1], [*strides, 1], [*dilations, 1]
+        pads = None if pads is None else [pads[0], 0, pads[1], 0]
     windows = Windows(
         (kernel[0], kernel[1]),
         (strides[0], strides[1]),
@@ -125,7 +125,7 @@ def _unfolded(image: Tensor, windows: Windows) -> Iterator[Tensor]:
     """Windows of one image ``[channels, ..., columns]`` as columns ``[channels * kernel, places]``, in strips."""
     from torch.nn import functional
 
-    image = image.reshape(len(image), -1, image.shape[-1])
+    image = image.reshape(*image.shape[:2], -1)
     top, left, bottom, right = windows.padding((image.shape[1], image.shape[2]))
     padded = functional.pad(image, (left, right, top, bottom))
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(windows.kernel, windows.dilations, strict=True)]
