@@ -40,6 +40,24 @@ def test_the_cnn_recipe_makes_convolutions_static_and_can_leave_out_the_first(tm
         assert [each.mode for each in plan.nodes] == modes
 
 
+def test_the_gptq_recipe_keeps_tables_in_eight_bits() -> None:
+    proto = model(
+        [
+            node("Cast", ["x"], ["ids"], to=7),
+            node("Gather", ["embeddings.word.weight", "ids"], ["a"]),
+            node("MatMul", ["a", "layer.weight"], ["y"]),
+        ],
+        {"x": [1, 4]},
+        {"y": None},
+        {"embeddings.word.weight": normal(32, 64), "layer.weight": normal(64, 32)},
+    )
+    plan = resolve_graph(load_recipe(CONFIGS / "encoder-int4-gptq.yaml"), prepared(proto), Path("model.onnx"))
+    table, layer = plan.nodes
+    assert (table.label, table.algorithm) == ("int8", "rtn")
+    assert (layer.label, layer.algorithm) == ("int4", "gptq")
+    assert layer.scheme is not None and layer.scheme.weights.granularity.size == 32
+
+
 def test_the_encoder_recipe_looks_tables_up_in_four_bits() -> None:
     proto = model(
         [
