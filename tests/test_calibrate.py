@@ -19,6 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from quantcli import calibrate as calibrate_function
 from quantcli.calibrate import collect, model_sha256
 from quantcli.cli import main
+from quantcli.convert import convert
 from quantcli.errors import InputError, UsageError
 from quantcli.graph.model import open_onnx
 from quantcli.samples import Samples, load_samples
@@ -239,3 +240,27 @@ def test_a_torch_module_is_exported_first(tmp_path: Path, monkeypatch: pytest.Mo
     one = CalibrationStats.load(tmp_path / "one")
     one.require_model(hashlib.sha256(Path("weights.pt").read_bytes()).hexdigest())
     assert model_sha256("my_net:random_net") != model_sha256("my_net:random_net")
+
+
+WIDE = """
+import torch
+def net():
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3)).eval()
+net.example_inputs = (torch.zeros(2, 3, 9, 7),)
+"""
+
+
+@pytest.mark.slow
+def test_statistics_of_a_function_with_weights_fit_its_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wide_net.py").write_text(WIDE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((4, 3, 9, 7)))
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3))
+    torch.save(layers.state_dict(), "weights.pt")
+    given: dict[str, Any] = {"weights": "weights.pt"}
+    calibrate_function("wide_net:net", data="x.npy", output="stats", **given)
+    convert("wide_net:net", "out.onnx", scheme="int8-static", calibration="stats", **given)
+    assert (tmp_path / "out.onnx").exists()

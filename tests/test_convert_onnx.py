@@ -19,7 +19,9 @@ from quantcli.cli import main
 from quantcli.convert import convert
 from quantcli.errors import InputError
 from quantcli.graph.model import open_onnx
+from quantcli.proof import OutputComparison
 from quantcli.sessions import Session
+from quantcli.sources import Sample
 
 SCHEMES = ["fp16", "bf16", "int8", "int4", "nf4", "int8-dynamic", "int8-static"]
 SNR = {"fp16": 60, "bf16": 40, "int8": 35, "int4": 12, "nf4": 12, "int8-dynamic": 30, "int8-static": 25}
@@ -675,3 +677,43 @@ def test_half_precision_models(tmp_path: Path, name: str, scheme: str) -> None:
     report = convert(tmp_path / "half.onnx", tmp_path / "o.onnx", scheme=scheme, data=tmp_path / "d.npz")
     assert report.details["verified"]["compared"]["sqnr_db"] > SNR["int4"]
     assert [str(port.dtype) for port in open_onnx(tmp_path / "o.onnx").outputs] == ["float16"]
+
+
+def test_what_an_interrupted_run_left_is_no_obstacle(home: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".out.onnx.partial"
+    (left / "out").mkdir(parents=True)
+    (left / "hessians").mkdir()
+    (left / "out" / "stray.onnx").write_text("half")
+    (left / "journal.jsonl").write_text('{"fingerprint": "other"}\n')
+    convert(home / "encoder.onnx", tmp_path / "out.onnx", scheme="int4", algorithm="gptq", data=home / "encoder.npz")
+    untouched(tmp_path, "out.onnx")
+
+
+def test_a_manifest_replaces_that_of_an_earlier_cast(home: Path, tmp_path: Path) -> None:
+    convert(home / "encoder.onnx", tmp_path / "half.onnx", scheme="fp16")
+    convert(tmp_path / "half.onnx", tmp_path / "small.onnx", scheme="int8")
+    props = onnx.load(tmp_path / "small.onnx").metadata_props
+    entries = [(each.key, json.loads(each.value)["scheme"]) for each in props]
+    assert entries == [("quantcli", "int8")]
+
+
+def test_the_reference_runs_once_for_any_number_of_candidates(home: Path, tmp_path: Path) -> None:
+    reference = home / "encoder.onnx"
+    for scheme in ("int8", "int4"):
+        convert(reference, tmp_path / f"{scheme}.onnx", scheme=scheme)
+    samples = [Sample({"ids": row[None]}) for row in feeds("encoder", 4)["ids"]]
+    comparison = OutputComparison(reference, samples, 3, tmp_path)
+    first, again = comparison.against(tmp_path / "int8.onnx"), comparison.against(tmp_path / "int8.onnx")
+    reference.rename(tmp_path / "moved.onnx")
+    try:
+        other = comparison.against(tmp_path / "int4.onnx")
+    finally:
+        (tmp_path / "moved.onnx").rename(reference)
+    assert first.samples == again.samples == other.samples == 3
+    assert first.sqnr_db == again.sqnr_db and first.speed and again.speed is None
+    ours, theirs = (
+        np.stack([Session(path).run(sample.inputs)["y"] for sample in samples[:3]]).astype(np.float64)
+        for path in (reference, tmp_path / "int4.onnx")
+    )
+    expected = 10 * np.log10(np.square(ours).sum() / np.square(ours - theirs).sum())
+    assert other.sqnr_db == pytest.approx(expected)
