@@ -145,6 +145,7 @@ def convert(
     tokenizer: options.Tokenizer = None,
     preprocess: options.Preprocess = None,
     weights: options.Weights = None,
+    device: options.Device = "cpu",
     threads: options.Threads = None,
     max_memory: options.MaxMemory = None,
     dry_run: options.DryRun = False,
@@ -160,7 +161,7 @@ def convert(
     from quantcli.tables import convert_tables
 
     limit = _bytes(max_memory, "--max-memory")
-    with ui.progress("Converting", unit="bytes") as progress:
+    with ui.progress("Converting", unit="percent" if data else "bytes") as progress:
         report = run(
             model,
             output,
@@ -172,6 +173,7 @@ def convert(
             skip=skip or (),
             rest=rest,
             target=target,
+            device=device,
             threads=threads,
             max_memory=limit,
             calibration=calibration,

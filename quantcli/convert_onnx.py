@@ -6,12 +6,13 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli import leaks
 from quantcli.calibrate import DEFAULT_SAMPLES, subject_sha256
+from quantcli.calibration import Calibration
 from quantcli.checkpoints.folder import companions
 from quantcli.collect import collect
 from quantcli.errors import InputError, UsageError, VerificationError
@@ -51,19 +52,6 @@ _SLOW = 0.8
 
 #: The file's name where the output is a folder.
 _FILE_IN_FOLDER = "model.onnx"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Where ranges come from: statistics of an earlier `calibrate`, or data to take them from now."""
-
-    stats: Path | None = None
-    data: str | None = None
-    samples: int | None = None
-    seq_len: int | None = None
-    seed: int = 0
-    tokenizer: Path | None = None
-    preprocess: Path | None = None
 
 
 def convert_onnx(

@@ -86,7 +86,7 @@ def _bytes_by(pairs: Sequence[tuple[str, int]]) -> dict[str, dict[str, int]]:
 
 def _plan(checkpoint: Checkpoint, scheme: str, report: Report) -> dict[str, Any]:
     """What `convert` would do: sizes, and which tensors are left and why. Adds layer rows to the report."""
-    from quantcli.convert import plan_rows
+    from quantcli.conversion_rows import plan_rows
     from quantcli.recipe import validate
 
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,17 @@ def require_folder(path: Path) -> Path:
     if not (path / "config.json").is_file():
         raise InputError(f"{path} is not a Hugging Face folder (it has no config.json), so it cannot be run.")
     return path
+
+
+def require_vocabulary(model: nn.Module, ids: Sequence[Any], data: str) -> None:
+    """Raise InputError where token ids are none of the model's: the tokenizer belongs to another model."""
+    known = getattr(getattr(model, "config", None), "vocab_size", None)
+    largest = max((int(each.max()) for each in ids), default=0)
+    if isinstance(known, int) and largest >= known:
+        raise InputError(
+            f"The tokenizer makes token {largest} of {data}, and the model knows {known}: they do not belong together.",
+            hint="Name the model's own with --tokenizer FOLDER.",
+        )
 
 
 def is_causal(path: Path) -> bool:

@@ -81,7 +81,7 @@ def in_groups(weight: Tensor, number_format: NumberFormat) -> Tensor:
     return weight.reshape(rows, -1, size) if kind == "group" else weight.reshape(-1, size)
 
 
-def _stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+def stored_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """Round scales to their storage dtype, and up from zero, which cannot divide.
 
     Subnormal fp16 is kept: rows of small weights need it, and it is an ordinary number in float32.
@@ -103,12 +103,12 @@ def choose_qparams(
     if number_format.dtype == "nf4":
         return high, None
     if low is None:
-        return _stored(high / ((qmax - qmin) / 2), scale_dtype), None
+        return stored_scale(high / ((qmax - qmin) / 2), scale_dtype), None
     low, high = low.clamp(max=0), high.clamp(min=0)
     lowest = qmin
     if number_format.raised:
         low, lowest = torch.minimum(low, -high / (qmax - qmin - 1)), qmin + 1
-    scale = _stored((high - low) / (qmax - qmin), scale_dtype)
+    scale = stored_scale((high - low) / (qmax - qmin), scale_dtype)
     zero_point = (qmin - low / scale).round_().clamp_(lowest, qmax)
     return scale, zero_point.to(torch.int8)
 
@@ -135,6 +135,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, number_f
     if zero_point is not None:
         values -= zero_point.unsqueeze(-1)
     return values.mul_(scale.unsqueeze(-1))
+
+
+def decoded(tensor: QuantizedTensor) -> Tensor:
+    """The weight that codes and scales stand for, float32 ``[rows, columns]``."""
+    codes = in_groups(tensor.codes, tensor.number_format)
+    return dequantize(codes, tensor.scale, tensor.zero_point, tensor.number_format).reshape(tensor.codes.shape)
 
 
 def error_powers(groups: Tensor, tensor: QuantizedTensor) -> tuple[float, float]:

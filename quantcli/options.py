@@ -96,7 +96,14 @@ Format = Annotated[
         help="compressed-tensors, gptq, awq, bitsandbytes, safetensors or onnx; by default what fits model and scheme.",
     ),
 ]
-Algorithm = Annotated[Optional[str], typer.Option("--algorithm", metavar="A", help="auto, rtn or mse.")]
+Algorithm = Annotated[
+    Optional[str],
+    typer.Option(
+        "--algorithm",
+        metavar="A",
+        help="auto, rtn or mse; with --data also gptq, awq, autoround, smoothquant. A recipe chains them.",
+    ),
+]
 RecipeFile = Annotated[Optional[Path], typer.Option("--recipe", metavar="FILE", help="A YAML file of rules per layer.")]
 GroupSize = Annotated[
     Optional[int], typer.Option("--group-size", metavar="N", min=1, help="Values that share a scale.")
@@ -114,6 +121,7 @@ Target = Annotated[
 ]
 
 # Limits.
+Device = Annotated[str, typer.Option("--device", metavar="D", help="Where blocks are calibrated: cpu or cuda.")]
 Threads = Annotated[Optional[int], typer.Option("--threads", metavar="N", min=1, help="Worker threads.")]
 MaxMemory = Annotated[
     Optional[str], typer.Option("--max-memory", metavar="BYTES", help="Memory not to be exceeded, such as 700MB.")

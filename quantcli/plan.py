@@ -93,9 +93,9 @@ class Plan:
 
 
 def resolve(
-    recipe: Recipe, infos: Sequence[TensorInfo], config: Mapping[str, Any] | None, *, data: bool = False
+    recipe: Recipe, infos: Sequence[TensorInfo], config: Mapping[str, Any] | None, *, data: bool | None = False
 ) -> Plan:
-    """Decide every tensor's fate; ``data`` says whether there is any to calibrate on.
+    """Decide every tensor's fate; ``data`` says whether there is any to calibrate on (None: where it is needed).
 
     Raises:
         UsageError: scheme, algorithm and format do not go together, a rule matches nothing, or a group
@@ -127,7 +127,7 @@ class _Resolver:
         name: str,
         infos: Sequence[TensorInfo],
         config: Mapping[str, Any] | None,
-        data: bool,
+        data: bool | None,
     ) -> None:
         self.recipe, self.scheme, self.name, self.infos = recipe, scheme, name, infos
         self.roles = classify(infos, config)

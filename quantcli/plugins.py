@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from quantcli.errors import UsageError
-from quantcli.scheme import NumberFormat, QuantizedTensor, Scheme, Storage, TensorSpec
+from quantcli.scheme import NumberFormat, QuantizedTensor, Scheme, Storage, TensorInfo, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +102,11 @@ class CodedFormat(Format, Protocol):
 
     def config(self, schemes: Mapping[str, Scheme], left: Iterable[str], dtype: str) -> dict[str, Any]:
         """``quantization_config`` for config.json."""
+
+    def find(
+        self, infos: Mapping[str, TensorInfo], section: Mapping[str, Any], load: Callable[[str], Tensor]
+    ) -> dict[str, tuple[tuple[int, int], Scheme]]:
+        """Shape and scheme of every coded weight of a checkpoint, by the weight's name."""
 
 
 def _lookup(table: Mapping[str, str], kind: str, name: str) -> Any:

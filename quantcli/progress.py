@@ -21,3 +21,17 @@ class Tracker:
             self.done += count
             if self.progress:
                 self.progress(self.done, self.total)
+
+
+class Fractions:
+    """Counts a part of a tracker's work that is known as a fraction from 0 to 1."""
+
+    def __init__(self, tracker: Tracker, count: int) -> None:
+        self._tracker, self._count, self._done = tracker, count, 0
+
+    def __call__(self, fraction: float) -> None:
+        """So much of the part is done."""
+        done = round(fraction * self._count)
+        if done > self._done:
+            self._tracker.add(done - self._done)
+            self._done = done

@@ -86,12 +86,17 @@ class Steps:
         """What the chain wants to know of the data; nothing where it works without."""
         return frozenset[str]().union(*(plugins.algorithm(step.name).NEEDS for step in self.all))
 
+    def options(self, name: str) -> Any:
+        """What an algorithm was told; its defaults where it is not in the chain."""
+        own = next((step.options for step in self.all if step.name == name), None)
+        return own or OPTIONS.get(name, NoOptions)()
+
     def __str__(self) -> str:
         return " + ".join(step.name for step in self.all)
 
 
-def chain(recipe: Recipe, scheme: Scheme, *, data: bool) -> Steps:
-    """The algorithms that a recipe asks for, or those recommended.
+def chain(recipe: Recipe, scheme: Scheme, *, data: bool | None) -> Steps:
+    """The algorithms that a recipe asks for, or those recommended; ``data`` None: there is some where it is needed.
 
     Raises:
         UsageError: they need calibration data and there is none, or there is some and nothing uses it.
@@ -101,7 +106,7 @@ def chain(recipe: Recipe, scheme: Scheme, *, data: bool) -> Steps:
         given = [*recommended(scheme)]
     steps = parse_steps(given)
     static = scheme.inputs is not None and not scheme.inputs.dynamic
-    if (steps.needs or static) and not data:
+    if (steps.needs or static) and data is False:
         who = " and ".join(step.name for step in steps.all if plugins.algorithm(step.name).NEEDS) or "int8-static"
         raise UsageError(f"{who} needs calibration data.", "Name some with --data; nothing is fetched or made up.")
     if data and not steps.needs and not static:

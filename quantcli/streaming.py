@@ -45,6 +45,8 @@ class LayerResult:
     others_checksum: int = 0
     signal: float = 0.0
     noise: float = 0.0
+    algorithm: str = ""
+    note: str = ""
 
     @property
     def sqnr_db(self) -> float | None:

@@ -61,7 +61,10 @@ class Ui:
 
     @contextmanager
     def progress(self, label: str, *, unit: str) -> Iterator[Callable[[int, int], None] | None]:
-        """A progress bar on stderr: none when quiet or without a terminal. ``unit`` is ``bytes`` or ``samples``."""
+        """A progress bar on stderr: none when quiet or without a terminal.
+
+        ``unit`` is ``bytes``, ``samples`` or ``percent``.
+        """
         if self.quiet or not sys.stderr.isatty():
             yield None
             return
@@ -70,11 +73,12 @@ class Ui:
             DownloadColumn,
             MofNCompleteColumn,
             Progress,
+            TaskProgressColumn,
             TextColumn,
             TimeRemainingColumn,
         )
 
-        amount: Any = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+        amount: Any = {"bytes": DownloadColumn, "samples": MofNCompleteColumn, "percent": TaskProgressColumn}[unit]()
         columns = (TextColumn(label), BarColumn(), amount, TimeRemainingColumn(compact=True), TextColumn("left"))
         with Progress(*columns, console=self._console(sys.stderr), transient=True) as bar:
             task = bar.add_task(label, total=None)

@@ -24,7 +24,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 #: A module, or a folder of plug-ins, imports only what stands in a row above its own.
 TIERS = (
-    ("errors", "leaks", "machine", "memory", "parallel", "progress", "ranges", "timing", "units", "version"),
+    ("calibration", "errors", "leaks", "machine", "memory", "parallel", "progress", "ranges", "timing", "units", "version"),
     ("functions", "scheme"),
     ("numerics", "packing"),
     ("algorithms", "checkpoints", "data", "formats", "metrics", "observers", "plugins", "report", "roles", "staging"),
@@ -41,11 +41,11 @@ TIERS = (
     ("proof", "runners", "taps"),
     ("graph_layerwise", "probe", "streaming", "subject", "tasks", "traceable"),
     ("sequential",),
-    ("export", "verify"),
-    ("collect", "evaluation_data", "hessians"),
+    ("export", "placing", "verify"),
+    ("calibrated", "collect", "evaluation_data", "hessians"),
     ("calibrate",),
     ("onnx_advice", "onnx_rows"),
-    ("convert_onnx",),
+    ("conversion", "conversion_rows", "convert_onnx"),
     ("bench_data", "convert", "inspect_onnx"),
     ("bench", "evaluate", "inspect", "options", "ui"),
     ("cli",),
@@ -67,7 +67,7 @@ CONTRACT = {
     "convert": {
         "--output", "--scheme", "--format", "--algorithm", "--recipe", "--group-size", "--skip", "--rest", "--target",
         "--calibration", "--data", "--samples", "--seq-len", "--seed", "--tokenizer", "--preprocess", "--weights",
-        "--threads", "--max-memory", "--dry-run", "--force",
+        "--device", "--threads", "--max-memory", "--dry-run", "--force",
     },
     "eval": {
         "--data", "--task", "--samples", "--seq-len", "--tokenizer", "--preprocess", "--weights", "--by-layer",

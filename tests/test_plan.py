@@ -10,7 +10,7 @@ import torch
 from artifacts import CHECKPOINT_SCHEMES
 
 from quantcli.checkpoints import open_checkpoint
-from quantcli.convert import plan_rows
+from quantcli.conversion_rows import plan_rows
 from quantcli.errors import InputError, UsageError
 from quantcli.plan import LayerPlan, Plan, left_linear_modules, resolve
 from quantcli.recipe import Recipe, validate

@@ -26,18 +26,16 @@ ALPHAS = (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
 SEARCH_ROWS = 1024
 
 
-def supports(scheme: Scheme) -> str | None:
-    """Why a scheme gains nothing from smoothing, or None."""
-    if scheme.inputs is None:
-        return "smoothquant is for quantized inputs, and this scheme leaves them as they are; awq is for weights alone"
-    return None
+def supports(number_format: NumberFormat) -> str | None:
+    """Integer weights."""
+    return "smoothquant balances the ranges of integers; nf4 is none" if number_format.dtype == "nf4" else None
 
 
 def choose_scale(
     input_absmax: Tensor,
     sample: Tensor,
     weights: Sequence[Tensor],
-    scheme: Scheme,
+    schemes: Sequence[Scheme],
     tie: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The scale that the inputs of some layers are best divided by.
@@ -46,7 +44,7 @@ def choose_scale(
         input_absmax: float32 ``[columns]``, the largest magnitude of each input channel in the calibration data.
         sample: float32 ``[tokens, columns]``, some of the inputs, which the error is measured on.
         weights: float32 ``[rows, columns]`` of each layer that reads these inputs.
-        scheme: how weights and inputs are quantized.
+        schemes: how the weight and the inputs of each of them are quantized.
         tie: makes values equal that must have one scale (see `quantcli.sequential.folds.Fold`).
 
     Returns:
@@ -59,10 +57,10 @@ def choose_scale(
     rows = [_some_rows(weight) for weight in weights]
     wanted = [sample @ weight.T for weight in rows]
     best = torch.ones_like(input_absmax)
-    least = _error(best, input_absmax, sample, rows, wanted, scheme)
+    least = _error(best, input_absmax, sample, rows, wanted, schemes)
     for alpha in ALPHAS:
         scale = smoothing_scale(input_absmax, weight_absmax, alpha)
-        error = _error(scale, input_absmax, sample, rows, wanted, scheme)
+        error = _error(scale, input_absmax, sample, rows, wanted, schemes)
         if error < least:
             best, least = scale, error
     return best
@@ -95,14 +93,17 @@ def _error(
     sample: Tensor,
     weights: Sequence[Tensor],
     wanted: Sequence[Tensor],
-    scheme: Scheme,
+    schemes: Sequence[Scheme],
 ) -> float:
     """Squared error of the outputs in relation to their power, summed over layers."""
-    assert scheme.inputs is not None
-    inputs = fake_quantized_inputs(sample / scale, scheme.inputs, (input_absmax / scale).amax())
+    absmax = (input_absmax / scale).amax()
+    inputs = {
+        each: sample / scale if each is None else fake_quantized_inputs(sample / scale, each, absmax)
+        for each in {scheme.inputs for scheme in schemes}
+    }
     error = 0.0
-    for weight, output in zip(weights, wanted, strict=True):
-        difference = inputs @ rtn.fake_quantized(weight * scale, scheme.weights).T - output
+    for weight, output, scheme in zip(weights, wanted, schemes, strict=True):
+        difference = inputs[scheme.inputs] @ rtn.fake_quantized(weight * scale, scheme.weights).T - output
         power = float(output.square().sum())
         error += float(difference.square().sum()) / power if power else 0.0
     return error

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quantcli.scheme import QuantizedTensor, Scheme, Storage, TensorSpec
+from quantcli.errors import InputError
+from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor, Scheme, Storage, TensorInfo, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,6 +128,35 @@ def decode_scales(
     if scheme.weights.symmetric:
         return scale, None
     return scale, packing.unpack_int4_even_first(load(f"{_stem(weight)}qzeros")).T.contiguous()
+
+
+def find(
+    infos: Mapping[str, TensorInfo], section: Mapping[str, Any], load: Callable[[str], Tensor]
+) -> dict[str, tuple[tuple[int, int], Scheme]]:
+    """Shape ``[O, I]`` and scheme of every coded weight, by its name; ``section`` is the ``quantization_config``.
+
+    Shapes tell the groups. Weights whose zero points are all in the middle are symmetric.
+
+    Raises:
+        InputError: another layout than ``gemm``, or other bits than 4.
+    """
+    from quantcli import packing
+
+    version = str(section.get("version") or section.get("format") or "gemm").lower()
+    if version != "gemm" or section.get("bits", 4) != 4:
+        raise InputError(f"The model's awq weights are {section.get('bits', 4)}-bit {version}.", "4-bit gemm is read.")
+    found = {}
+    for name in [name for name in infos if name.endswith(".qweight") or name == "qweight"]:
+        stem = name.removesuffix("qweight")
+        scales = infos.get(f"{stem}scales")
+        if scales is None or len(scales.shape) != 2 or f"{stem}qzeros" not in infos:
+            raise InputError(f"{name} lacks its qzeros or scales, or they are no matrices.")
+        groups, outputs = scales.shape
+        inputs = infos[name].rows
+        granularity = Granularity("group", inputs // max(1, groups))
+        symmetric = not packing.unpack_int4_even_first(load(f"{stem}qzeros")).any()
+        found[f"{stem}weight"] = ((outputs, inputs), Scheme(NumberFormat("int4", granularity, bool(symmetric))))
+    return found
 
 
 def config(schemes: Mapping[str, Scheme], left: Iterable[str], dtype: str) -> dict[str, Any]:

@@ -12,8 +12,18 @@ from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from quantcli.errors import InputError
 from quantcli.formats.patterns import module_patterns
-from quantcli.scheme import NESTED_BLOCK, QuantizedTensor, Scheme, Storage, TensorSpec
+from quantcli.scheme import (
+    NESTED_BLOCK,
+    Granularity,
+    NumberFormat,
+    QuantizedTensor,
+    Scheme,
+    Storage,
+    TensorInfo,
+    TensorSpec,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,6 +160,39 @@ def decode_scales(
 
     state = json.loads(load(f"{weight}.quant_state.bitsandbytes__nf4").numpy().tobytes())
     return dequantize_scales(absmax, load(f"{weight}.nested_absmax"), state["nested_offset"]), None
+
+
+def find(
+    infos: Mapping[str, TensorInfo], section: Mapping[str, Any], load: Callable[[str], Tensor]
+) -> dict[str, tuple[tuple[int, int], Scheme]]:
+    """Shape and scheme of every coded weight, by its name; each carries its own description.
+
+    Raises:
+        InputError: a description that is damaged, or of another kind than NF4 in bytes.
+    """
+    found = {}
+    for name in infos:
+        weight, mark, kind = name.rpartition(".quant_state.bitsandbytes__")
+        if not mark:
+            continue
+        try:
+            state = json.loads(load(name).numpy().tobytes())
+            rows, columns = state["shape"]
+            size, nested = int(state["blocksize"]), "nested_offset" in state
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{name} does not describe a matrix: {error!r}.") from error
+        stored = infos.get(weight)
+        if (
+            kind != "nf4"
+            or stored is None
+            or stored.dtype != "U8"
+            or state.get("nested_blocksize", 256) != NESTED_BLOCK
+        ):
+            what = f"{kind} in {stored.dtype if stored else 'nothing'}"
+            raise InputError(f"{weight} is stored by bitsandbytes as {what}.", "NF4 in U8 is read.")
+        number_format = NumberFormat("nf4", Granularity("block", size), double_quantized=nested)
+        found[weight] = ((rows, columns), Scheme(number_format))
+    return found
 
 
 def config(schemes: Mapping[str, Scheme], left: Iterable[str], dtype: str) -> dict[str, Any]:

@@ -7,11 +7,13 @@ out: planning does without.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantcli.errors import InputError
 from quantcli.formats.patterns import module_patterns
-from quantcli.scheme import NumberFormat, QuantizedTensor, Scheme, Storage, TensorSpec
+from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor, Scheme, Storage, TensorInfo, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,6 +152,76 @@ def decode_scales(
         return scale, None
     packed = load(f"{weight}_zero_point").T.contiguous()
     return scale, decode_codes(packed, shape[0], scheme).T.contiguous()
+
+
+def find(
+    infos: Mapping[str, TensorInfo], section: Mapping[str, Any], load: Callable[[str], Tensor]
+) -> dict[str, tuple[tuple[int, int], Scheme]]:
+    """Shape and scheme of every coded weight, by its name; ``section`` is the ``quantization_config``.
+
+    Shapes tell bits and granularity; only how inputs are quantized is taken from the section.
+
+    Raises:
+        InputError: codes that are not 4- or 8-bit integers, or columns in an order of their own.
+    """
+    found = {}
+    for name in infos:
+        weight, mark, _ = name.rpartition("_scale")
+        if not mark or not weight.endswith("weight") or name.endswith("_global_scale"):
+            continue
+        if f"{weight}_g_idx" in infos:
+            raise InputError(f"The groups of {weight} follow the order of activations (actorder); that is not read.")
+        if f"{weight}_packed" in infos:
+            found[weight] = _find_packed(weight, infos, load)
+        elif weight in infos and infos[weight].dtype == "I8" and len(infos[weight].shape) == 2:
+            inputs = _inputs_of(weight.removesuffix(".weight"), section)
+            number_format = NumberFormat("int8", _granularity(infos[name].shape, infos[weight].shape))
+            found[weight] = ((infos[weight].shape[0], infos[weight].shape[1]), Scheme(number_format, inputs))
+        else:
+            stored = infos[weight].dtype if weight in infos else "a form that is not known"
+            raise InputError(f"{weight} is stored as {stored}.", f"Of {NAME}, int4 and int8 codes are read.")
+    return found
+
+
+def _find_packed(
+    weight: str, infos: Mapping[str, TensorInfo], load: Callable[[str], Tensor]
+) -> tuple[tuple[int, int], Scheme]:
+    packed = infos[f"{weight}_packed"]
+    if packed.dtype != "I32" or f"{weight}_shape" not in infos:
+        raise InputError(f"{weight} is packed in {packed.dtype}, or lacks its shape.", "int4 and int8 codes are read.")
+    rows, columns = load(f"{weight}_shape").tolist()
+    bits = next((bits for bits in (4, 8) if packed.shape == (rows, -(-columns * bits // 32))), None)
+    if bits is None:
+        raise InputError(f"{weight}_packed of {packed.shape} does not hold {rows} x {columns} codes of 4 or 8 bits.")
+    granularity = _granularity(infos[f"{weight}_scale"].shape, (rows, columns))
+    symmetric = f"{weight}_zero_point" not in infos
+    return (rows, columns), Scheme(NumberFormat(f"int{bits}", granularity, symmetric))
+
+
+def _granularity(scales: tuple[int, ...], shape: tuple[int, ...]) -> Granularity:
+    if len(scales) < 2:
+        return Granularity("tensor")
+    return Granularity("channel") if scales[1] == 1 else Granularity("group", shape[1] // scales[1])
+
+
+def _inputs_of(module: str, section: Mapping[str, Any]) -> NumberFormat:
+    """How the inputs of a module with plain int8 codes are quantized."""
+    groups = list((section.get("config_groups") or {}).values())
+    named = [group for group in groups if any(_means(target, module) for target in group.get("targets", ()))]
+    general = [group for group in groups if "Linear" in group.get("targets", ())]
+    arguments = next((group.get("input_activations") for group in [*named, *general]), None)
+    if not arguments:
+        raise InputError(
+            f"{module} has int8 weights that are not packed, and no config.json says how its inputs are quantized.",
+            "Give the folder with its config.json.",
+        )
+    granularity = Granularity("token" if arguments.get("strategy") == "token" else "tensor")
+    symmetric, dynamic = bool(arguments.get("symmetric", True)), bool(arguments.get("dynamic", False))
+    return NumberFormat(f"int{arguments.get('num_bits', 8)}", granularity, symmetric, dynamic)
+
+
+def _means(target: str, module: str) -> bool:
+    return bool(re.match(target[3:], module)) if target.startswith("re:") else target == module
 
 
 def _arguments(number_format: NumberFormat) -> dict[str, Any]:

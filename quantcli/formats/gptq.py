@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantcli.errors import InputError
 from quantcli.formats.patterns import module_patterns
-from quantcli.scheme import QuantizedTensor, Scheme, Storage, TensorSpec
+from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor, Scheme, Storage, TensorInfo, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,6 +165,50 @@ def decode_scales(
     if scheme.weights.symmetric:
         return scale, None
     return scale, (_unpack(load(f"{stem}qzeros"), shape[0], scheme) + 1).T.contiguous()
+
+
+def find(
+    infos: Mapping[str, TensorInfo], section: Mapping[str, Any], load: Callable[[str], Tensor]
+) -> dict[str, tuple[tuple[int, int], Scheme]]:
+    """Shape ``[O, I]`` and scheme of every coded weight, by its name; ``section`` is the ``quantization_config``.
+
+    Shapes tell bits and groups. Weights whose zero points are all in the middle are symmetric.
+
+    Raises:
+        InputError: version 2, groups that follow the activations' order, or other bits than 4 and 8.
+    """
+    version = section.get("checkpoint_format") or section.get("format") or NAME
+    if version != NAME:
+        raise InputError(f"The model's gptq weights are in the form {version!r}.", "Only version 1 ('gptq') is read.")
+    found = {}
+    for name in [name for name in infos if name.endswith(".qweight") or name == "qweight"]:
+        stem = name.removesuffix("qweight")
+        packed, zeros, scales = (infos.get(f"{stem}{part}") for part in ("qweight", "qzeros", "scales"))
+        if packed is None or zeros is None or scales is None or any(len(i.shape) != 2 for i in (packed, zeros, scales)):
+            raise InputError(f"{name} lacks its qzeros or scales, or they are no matrices.")
+        groups, outputs = scales.shape
+        bits = 32 * zeros.columns // max(1, outputs)
+        if bits not in (4, 8):
+            raise InputError(f"{name} holds {bits}-bit codes.", "Only 4 and 8 bits are read.")
+        inputs = packed.rows * 32 // bits
+        size = inputs // max(1, groups)
+        if f"{stem}g_idx" in infos and not _in_order(load(f"{stem}g_idx"), size):
+            raise InputError(
+                f"The groups of {stem}weight follow the order of activations (desc_act), not of columns.",
+                "Such weights are not read; quantize the original with desc_act false.",
+            )
+        granularity = Granularity("channel") if groups == 1 else Granularity("group", size)
+        scheme = Scheme(NumberFormat(f"int{bits}", granularity, symmetric=False))
+        if not (_unpack(load(f"{stem}qzeros"), outputs, scheme) + 1).any():
+            scheme = Scheme(NumberFormat(f"int{bits}", granularity))
+        found[f"{stem}weight"] = ((outputs, inputs), scheme)
+    return found
+
+
+def _in_order(g_idx: Tensor, size: int) -> bool:
+    import torch
+
+    return bool((g_idx == torch.arange(len(g_idx)) // max(1, size)).all())
 
 
 def _settings(scheme: Scheme) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
@@ -37,3 +38,17 @@ class Call:
                 hint="Its layers cannot be quantized in sequence; use an algorithm without data, such as mse.",
             )
         return output
+
+    def to(self, device: torch.device) -> Call:
+        """The same call with every tensor on a device."""
+        if device.type == "cpu":
+            return self
+        return Call(_moved(self.hidden, device), _moved(self.args, device), _moved(self.kwargs, device))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(each, device) for each in value)
+    return {key: _moved(each, device) for key, each in value.items()} if isinstance(value, dict) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,10 +66,8 @@ class Capture:
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 stack.enter_context(_replaced(block, self._recorder(index, block.forward, log, returned)))
-            try:
+            with suppress(_ReachedLast):
                 forward(self.model, batch)
-            except _ReachedLast:
-                pass
         if len(log) != len(self.blocks):
             raise InputError(
                 f"The model called {len(log)} of the {len(self.blocks)} blocks that were found in it.",
@@ -117,6 +115,19 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     with torch.no_grad():
         return model(**batch, **options)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two batches' arguments hold equal tensors."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, Arguments) and isinstance(other, Arguments):
+        return alike(one.args, other.args) and alike(one.kwargs, other.kwargs)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return one is other or bool(one == other)
 
 
 def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

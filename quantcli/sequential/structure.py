@@ -66,14 +66,14 @@ def _block_list(path: str, module: nn.Module) -> BlockList:
 
 
 def _named(model: nn.Module, globs: Sequence[str]) -> list[BlockList]:
-    lists = []
+    known = {path: each for path, each in model.named_modules() if isinstance(each, (nn.ModuleList, nn.Sequential))}
+    found = []
     for glob in globs:
-        matching = [(path, module) for path, module in model.named_modules() if fnmatchcase(path, glob)]
-        lists += [_block_list(path, each) for path, each in matching if isinstance(each, (nn.ModuleList, nn.Sequential))]
-        if not lists:
-            known = [path for path, each in model.named_modules() if isinstance(each, (nn.ModuleList, nn.Sequential))]
+        matching = [_block_list(path, each) for path, each in known.items() if fnmatchcase(path, glob)]
+        if not matching:
             raise UsageError(
                 f"The recipe's blocks: {glob!r} names no list of modules.",
                 f"This model's lists are {', '.join(known)}." if known else "This model has none.",
             )
-    return lists
+        found += matching
+    return found

@@ -1,0 +1,190 @@
+"""AutoRound: learn, block by block, which way each weight is rounded and how far each group's range reaches.
+
+Cheng et al., Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs, arXiv:2309.05516.
+A weight becomes ``scale * clamp(round(weight / scale + offset))`` with an offset in -0.5..0.5 and a scale of up to
+half as much again or as little as its first choice. Both follow the sign of the gradient of the squared difference
+between what the block returns and what the original block returned, with a rate that falls to zero.
+
+Differences from the authors' code: scales start from the clip search rather than the full range, the last
+iteration's rounding is taken rather than the one with the best batch, and the gradients of rounding are written
+out, since they follow from the weight's gradient alone and need no graph of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.algorithms import mse, rtn
+from quantcli.numerics import code_range, in_groups, stored_scale
+from quantcli.scheme import NumberFormat, QuantizedTensor
+
+NEEDS = frozenset({"original"})
+
+#: How far a scale may move from its first choice.
+SCALE_RANGE = (0.5, 1.5)
+
+
+class Call(Protocol):
+    """One batch of a block's inputs."""
+
+    def run(self, block: nn.Module) -> Tensor:
+        """The block's hidden output."""
+
+
+class Targets(Protocol):
+    """What a block is to return, by batch."""
+
+    def __getitem__(self, batch: int) -> Tensor:
+        """One batch's hidden states."""
+
+
+class Options(Protocol):
+    """How long is learned, and how fast at first (1 / ``iterations`` where ``learning_rate`` is None)."""
+
+    iterations: int
+    learning_rate: float | None
+
+
+def supports(number_format: NumberFormat) -> str | None:
+    """Integer codes with a scale per tensor, channel or group."""
+    if number_format.dtype == "nf4":
+        return "autoround rounds to an even grid, which nf4 is not; use rtn"
+    return None
+
+
+@dataclass
+class Rounding:
+    """One weight's rounding while it is learned. All but ``original`` change.
+
+    ``offset``: float32 like the weight in groups, -0.5..0.5. ``factor``: of each group's scale, ``[..., 1]``.
+    """
+
+    original: Tensor
+    number_format: NumberFormat
+    scale_dtype: torch.dtype
+    base: Tensor
+    zero_point: Tensor | None
+    offset: Tensor = field(init=False)
+    factor: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.offset = torch.zeros_like(self.original)
+        self.factor = torch.ones_like(self.base)
+        self._low, self._high = self._bounds()
+
+    @classmethod
+    def start(cls, weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> Rounding:
+        """Nearest rounding of ``weight``, float32 ``[rows, columns]``, on the best grid that is known without data."""
+        first = mse if number_format.bits == 4 else rtn
+        tensor = first.run(weight, number_format, scale_dtype)
+        zero_point = None if tensor.zero_point is None else tensor.zero_point.float().unsqueeze(-1)
+        groups = in_groups(weight, number_format)
+        return cls(groups, number_format, scale_dtype, tensor.scale.unsqueeze(-1), zero_point)
+
+    def _bounds(self) -> tuple[Any, Any]:
+        """Smallest and largest multiple of the scale."""
+        low, high = code_range(self.number_format)
+        return (low, high) if self.zero_point is None else (low - self.zero_point, high - self.zero_point)
+
+    @property
+    def scale(self) -> Tensor:
+        """Scales as they will be stored, ``[..., 1]``."""
+        return stored_scale(self.base * self.factor, self.scale_dtype)
+
+    def steps(self, scale: Tensor) -> Tensor:
+        """Whole multiples of the scale, before they are limited to the codes there are."""
+        return torch.addcdiv(self.offset, self.original, scale).round_()
+
+    def weight(self) -> Tensor:
+        """The rounded weight, float32 like the original in groups."""
+        scale = self.scale
+        return self.steps(scale).clamp_(self._low, self._high).mul_(scale)
+
+    def learn(self, gradient: Tensor, rate: float) -> None:
+        """Follow the sign of the loss's gradient by the rounded weight; shapes as of the weight.
+
+        Rounding counts as having slope one, and clamping as having none where it cuts (straight-through). By
+        the scale a rounded value then has the slope ``steps - weight / scale``, and a cut one its code.
+        """
+        scale = self.scale
+        gradient = gradient.reshape(self.original.shape)
+        steps = self.steps(scale)
+        inside = (steps >= self._low) & (steps <= self._high)
+        slope = steps.clamp_(self._low, self._high).addcdiv_(self.original * inside, scale, value=-1)
+        by_scale = (slope.mul_(gradient)).sum(-1, keepdim=True)
+        self.offset.sub_(gradient.sign().mul_(inside), alpha=rate).clamp_(-0.5, 0.5)
+        self.factor.sub_(by_scale.sign(), alpha=rate).clamp_(*SCALE_RANGE)
+
+    def tensor(self, shape: torch.Size) -> QuantizedTensor:
+        """The codes chosen."""
+        scale = self.scale
+        steps = self.steps(scale).clamp_(self._low, self._high)
+        codes = steps if self.zero_point is None else steps + self.zero_point
+        zero_point = None if self.zero_point is None else self.zero_point.squeeze(-1).to(torch.int8).cpu()
+        return QuantizedTensor(
+            codes.to(torch.int8).reshape(shape).cpu(),
+            scale.squeeze(-1).cpu(),
+            zero_point,
+            tuple(shape),
+            self.number_format,
+        )
+
+
+def run(
+    block: nn.Module,
+    formats: Mapping[str, NumberFormat],
+    calls: Sequence[Call],
+    targets: Targets,
+    scale_dtype: torch.dtype,
+    options: Options,
+    seed: int,
+    report: Callable[[float], None],
+) -> dict[str, QuantizedTensor]:
+    """Codes of a block's linear layers, by name.
+
+    Args:
+        block: its weights are changed meanwhile, and put back.
+        formats: number format of each layer, by its name in the block.
+        calls: the block's inputs, one batch each.
+        targets: what the original block returned for each of them.
+        scale_dtype: what scales are rounded to.
+        options: iterations and learning rate.
+        seed: the order of the batches is drawn by it.
+        report: told the fraction that is done.
+    """
+    weights = {name: _weight(block, name) for name in formats}
+    originals = {name: weight.data for name, weight in weights.items()}
+    learned = {name: Rounding.start(originals[name], form, scale_dtype) for name, form in formats.items()}
+    rate = options.learning_rate or 1.0 / options.iterations
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for iteration in range(options.iterations):
+        order = order or torch.randperm(len(calls), generator=generator).tolist()
+        batch = order.pop()
+        for name, rounding in learned.items():
+            weights[name].data = rounding.weight().reshape(originals[name].shape)
+        with torch.enable_grad():
+            output = calls[batch].run(block)
+            loss = torch.nn.functional.mse_loss(output, targets[batch].to(output.device))
+            gradients = torch.autograd.grad(loss, list(weights.values()))
+        left = 1 - iteration / options.iterations
+        for rounding, gradient in zip(learned.values(), gradients, strict=True):
+            rounding.learn(gradient, rate * left)
+        report((iteration + 1) / options.iterations)
+    for name, weight in weights.items():
+        weight.requires_grad_(False)
+        weight.data = originals[name]
+    return {name: rounding.tensor(originals[name].shape) for name, rounding in learned.items()}
+
+
+def _weight(block: nn.Module, name: str) -> nn.Parameter:
+    weight = block.get_submodule(name).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight

@@ -1,0 +1,135 @@
+"""The part of a conversion that looks at calibration data: blocks in sequence, then scales learned for the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantcli.artifact import Destination
+from quantcli.calibration import Calibration
+from quantcli.checkpoints.folder import Checkpoint, open_checkpoint
+from quantcli.errors import InputError
+from quantcli.parallel import usable_cores
+from quantcli.placing import place_codes, place_values, read_codes
+from quantcli.plan import LayerPlan, Plan
+from quantcli.sequential.batches import CalibrationBatches, load_batches
+from quantcli.sequential.engine import BlockEngine, BlockOutcome, linear_layers
+from quantcli.sequential.rounding import Coded
+from quantcli.sequential.skeleton import open_skeleton
+from quantcli.sequential.structure import find_blocks
+from quantcli.streaming import LayerResult
+
+#: Of the memory that is free, what hidden states may take before they go to disk.
+_ACTIVATIONS_SHARE = 4
+
+
+class CalibratedWork:
+    """Quantizes the blocks of a model with the data at hand.
+
+    Raises (when made):
+        InputError: the model cannot be run, its blocks are not found, or the data does not suit it.
+        MissingExtraError: transformers is not installed.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, given: Calibration, *, device: str, memory_limit: int | None
+    ) -> None:
+        if device != "cpu" and not torch.cuda.is_available():
+            raise InputError(f"--device {device}: torch {torch.__version__} sees no such device.", "Leave it out.")
+        self.checkpoint, self.plan, self.given, self.device = checkpoint, plan, given, device
+        self.skeleton = open_skeleton(checkpoint)
+        folder = checkpoint.folder
+        assert folder is not None
+        self.data: CalibrationBatches = load_batches(self.skeleton.module, folder, given)
+        self._memory_limit = memory_limit
+        self._blocks = find_blocks(self.skeleton.module, linear_layers(self.skeleton, plan), plan.recipe.blocks)
+        self._by_name: dict[str, LayerPlan] = {layer.info.name: layer for layer in plan.layers}
+
+    def names(self) -> set[str]:
+        """Tensors that belong to blocks."""
+        paths = (path for each in self._blocks for path in each.blocks)
+        return {info.name for path in paths for info in self.skeleton.parameters(path).values()}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of the data decides the output."""
+        return {"data_sha256": self.data.samples.sha256, "seed": self.given.seed, "device": self.device}
+
+    def manifest(self) -> dict[str, Any]:
+        """What the artifact records of the data: hashes and counts, no path and no text."""
+        return {"data_sha256": self.data.samples.sha256, "samples": len(self.data.samples), "tokens": self.data.tokens}
+
+    def run(
+        self,
+        out: Path,
+        scratch: Path,
+        destinations: Mapping[str, Destination],
+        results: dict[str, LayerResult],
+        record: Callable[[str, LayerResult], None],
+        tick: Callable[[float], None],
+    ) -> None:
+        """Quantize and write every block that is not in ``results`` yet.
+
+        Args:
+            out: the folder of the output's files, which exist at their full size.
+            scratch: a folder for what does not fit into memory.
+            destinations: where each tensor goes.
+            results: of tensors that are done.
+            record: called with each tensor that is done, once all of its block is written.
+            tick: told the fraction that is done.
+        """
+        before = torch.get_num_threads()
+        torch.set_num_threads(usable_cores())
+        try:
+            engine = BlockEngine(
+                self.skeleton,
+                self.plan,
+                self._blocks,
+                self.data.batches,
+                scratch=scratch,
+                memory_limit=self._activations_limit(),
+                device=self.device,
+                seed=self.given.seed,
+                tick=tick,
+            )
+            for outcome in engine.run(self._finished(out, results)):
+                for name, result in self._place(outcome, destinations).items():
+                    record(name, result)
+        finally:
+            torch.set_num_threads(before)
+
+    def _place(self, outcome: BlockOutcome, destinations: Mapping[str, Destination]) -> dict[str, LayerResult]:
+        placed = {}
+        for name, coded in outcome.coded.items():
+            result = placed[name] = place_codes(self._by_name[name], coded.tensor, self.plan, destinations)
+            result.signal, result.noise = coded.signal, coded.noise
+            result.algorithm, result.note = coded.algorithm, coded.note or ""
+        for name, values in outcome.plain.items():
+            placed[name] = place_values(self._by_name[name], values, destinations)
+        return placed
+
+    def _finished(self, out: Path, results: Mapping[str, LayerResult]) -> dict[str, BlockOutcome]:
+        """Blocks whose every tensor is done, read back from the files."""
+        found: dict[str, BlockOutcome] = {}
+        artifact = open_checkpoint(out) if results else None
+        for path in (path for blocks in self._blocks for path in blocks.blocks):
+            names = [info.name for info in self.skeleton.parameters(path).values()]
+            if artifact is None or not all(name in results for name in names):
+                break
+            outcome = found[path] = BlockOutcome(path)
+            for name in names:
+                layer = self._by_name[name]
+                if layer.is_coded:
+                    outcome.coded[name] = Coded(read_codes(layer, self.plan, artifact), results[name].algorithm)
+                else:
+                    outcome.plain[name] = artifact.load(name).float()
+        return found
+
+    def _activations_limit(self) -> int:
+        import psutil
+
+        available = psutil.virtual_memory().available
+        return min(available, self._memory_limit or available) // _ACTIVATIONS_SHARE
+

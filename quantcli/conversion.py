@@ -1,0 +1,220 @@
+"""One run of a checkpoint's conversion: calibrate, stream, verify, describe, inside a staging folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.artifact import Destination, Layout
+from quantcli.checkpoints.folder import Checkpoint, companions
+from quantcli.errors import UsageError
+from quantcli.parallel import Background, in_parallel, usable_cores
+from quantcli.plan import LayerPlan, Plan
+from quantcli.progress import Fractions, Progress, Tracker
+from quantcli.staging import Staging
+from quantcli.steps import default_rounding
+from quantcli.units import format_bytes
+from quantcli.version import __version__
+
+if TYPE_CHECKING:
+    from quantcli.calibrated import CalibratedWork
+    from quantcli.streaming import LayerJob, LayerResult
+
+#: What torch itself and the interpreter take before the first tensor.
+BASE_MEMORY_BYTES = 300 << 20
+#: In the count of progress, a byte of a block that is worked out from data against one that is only streamed.
+_CALIBRATED_WEIGHT = 100
+
+
+class Conversion:
+    """One run of `convert`: the state its steps share."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        layout: Layout,
+        workers: int,
+        calibrated: CalibratedWork | None,
+        progress: Progress | None,
+    ) -> None:
+        self.checkpoint, self.plan, self.layout = checkpoint, plan, layout
+        self.workers, self.calibrated, self.progress = workers, calibrated, progress
+        self.results: dict[str, LayerResult] = {}
+        self.sha256 = ""
+        self._journal_lock = threading.Lock()
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides the output, short of reading the weights."""
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.checkpoint.files]
+        identity = {
+            "quantcli": __version__,
+            "recipe": self.plan.recipe.model_dump(),
+            "files": files,
+            "tensors": [(info.name, info.dtype, info.shape) for info in self.checkpoint.infos()],
+            "config": self.checkpoint.config,
+            "single_file": self.layout.single_file,
+            "calibration": self.calibrated.fingerprint() if self.calibrated else None,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+    def run(self, staging: Staging, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Write, verify and describe everything inside the staging folder."""
+        from quantcli.runtime_check import RuntimeCheck
+
+        destinations = self.layout.create_files(staging.out)
+        self._write_companions(staging.out)
+        check = None
+        if self.checkpoint.folder:
+            check = RuntimeCheck(staging.out, self.plan, self.checkpoint, self.layout.nbytes)
+        try:
+            if check and not check.needs_weights:
+                check.start()
+            # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
+            hashing = Background(self.checkpoint.sha256)
+            self._work(staging, destinations, done)
+            self.sha256 = hashing.result()
+            for destination in destinations.values():
+                destination.file.close()
+            verified = self._verify(staging.out / (self.layout.single_file or ""))
+            runtime = check.result() if check else {"checked": False, "reason": "a bare file has no runtime of its own"}
+        finally:
+            if check:
+                check.stop()
+        manifest = self._manifest({**verified, "runtime": runtime})
+        self.layout.write_manifest(staging.out, manifest)
+        return {"verified": manifest["verified"], "threads": self.workers}
+
+    def _verify(self, artifact: Path) -> dict[str, Any]:
+        from quantcli.verify import Verifier
+
+        verifier = Verifier(artifact, self.plan, self.layout.specs)
+        layers = [layer for layer in self.plan.layers if not layer.dropped]
+        tasks = ((lambda layer=layer: verifier.check(layer, self.results[layer.info.name])) for layer in layers)
+        in_parallel(tasks, self.workers)
+        return {"tensors": len(layers), "codes": "equal", "names_and_shapes": "as planned"}
+
+    def _work(
+        self, staging: Staging, destinations: Mapping[str, Destination], done: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Write every tensor: those that calibration data decides first, then all others."""
+        from quantcli.streaming import LayerResult
+
+        self.results = {name: LayerResult.from_json(record) for name, record in done.items()}
+        inside = self.calibrated.names() if self.calibrated else set()
+        calibrated = sum(layer.info.nbytes for layer in self.plan.layers if layer.info.name in inside)
+        streamed = sum(layer.info.nbytes for layer in self.plan.layers) - calibrated
+        tracker = Tracker(_CALIBRATED_WEIGHT * calibrated + streamed, self.progress)
+
+        def record(name: str, result: LayerResult) -> None:
+            with self._journal_lock:
+                staging.record({"name": name, **result.to_json()})
+                self.results[name] = result
+
+        if self.calibrated:
+            tick = Fractions(tracker, _CALIBRATED_WEIGHT * calibrated)
+            self.calibrated.run(staging.out, staging.root / "scratch", destinations, self.results, record, tick)
+        self._stream(destinations, record, tracker, inside)
+
+    def _stream(
+        self,
+        destinations: Mapping[str, Destination],
+        record: Callable[[str, LayerResult], None],
+        tracker: Tracker,
+        counted: Collection[str],
+    ) -> None:
+        """Tensor by tensor, on worker threads; ``counted`` are tensors whose progress is known elsewhere."""
+        from quantcli.streaming import LayerJob
+
+        jobs = []
+        for layer in self.plan.layers:
+            size = 0 if layer.info.name in counted else layer.info.nbytes
+            if layer.dropped or layer.info.name in self.results:
+                tracker.add(size)
+            else:
+                jobs.append(LayerJob(_without_data(layer), self.plan, self.checkpoint, destinations))
+
+        def convert_slab(job: LayerJob, index: int) -> None:
+            result = job.run_slab(index)
+            if result is not None:
+                result.algorithm = job.layer.algorithm or ""
+                record(job.layer.info.name, result)
+            if job.layer.info.name not in counted:
+                tracker.add(job.slab_nbytes(index))
+
+        tasks = (
+            (lambda job=job, index=index: convert_slab(job, index)) for job in jobs for index in range(len(job.slabs))
+        )
+        in_parallel(tasks, self.workers)
+
+    def _write_companions(self, out: Path) -> None:
+        """Config and tokenizer files; what describes the weights is rewritten, the rest copied."""
+        folder = self.checkpoint.folder
+        if folder is None:
+            return
+        for relative in companions(folder):
+            destination = out / relative
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            if relative.as_posix() not in ("config.json", "quantcli.json"):
+                shutil.copyfile(folder / relative, destination)
+        config = self.layout.config(self.plan, self.checkpoint.config)
+        if config is not None:
+            (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _manifest(self, verified: Mapping[str, Any]) -> dict[str, Any]:
+        layers = {}
+        for layer in self.plan.layers:
+            entry: dict[str, Any] = {"scheme": str(layer.scheme) if layer.scheme else None}
+            if layer.scheme is not None:
+                result = self.results[layer.info.name]
+                sqnr_db = result.sqnr_db
+                entry |= {"algorithm": result.algorithm or None, "note": result.note or None}
+                entry |= {"sqnr_db": None if sqnr_db is None else round(sqnr_db, 4)}
+            else:
+                entry |= {"dtype": layer.dtype, "reason": layer.reason}
+            layers[layer.info.name] = {key: value for key, value in entry.items() if value is not None}
+        return {
+            "quantcli": __version__,
+            "input_sha256": self.sha256,
+            "format": self.plan.format,
+            "scheme": self.plan.scheme,
+            "algorithm": self.plan.algorithm,
+            "recipe": self.plan.recipe.model_dump(mode="json"),
+            **({"calibration": self.calibrated.manifest()} if self.calibrated else {}),
+            "layers": layers,
+            "verified": dict(verified),
+        }
+
+
+def _without_data(layer: LayerPlan) -> LayerPlan:
+    """A layer outside the blocks: what an algorithm of the chain would need is not known of it."""
+    if layer.scheme is None or not layer.is_coded or layer.algorithm in (None, "rtn", "mse"):
+        return layer
+    return replace(layer, algorithm=default_rounding(layer.scheme.weights))
+
+
+def worker_count(plan: Plan, threads: int | None, max_memory: int | None) -> int:
+    """Threads to use, fewer where memory is short. Raises UsageError where not even one fits."""
+    workers = threads or usable_cores()
+    if max_memory is None:
+        return workers
+    from quantcli.streaming import working_set_bytes
+
+    largest = max(plan.layers, key=working_set_bytes)
+    each = working_set_bytes(largest)
+    # A scale in float32 for every 16 values is the most there is.
+    scales = max((layer.info.numel // 4 for layer in plan.layers if layer.is_coded), default=0)
+    fitting = (max_memory - BASE_MEMORY_BYTES - scales) // max(1, each)
+    if fitting < 1:
+        needed = format_bytes(BASE_MEMORY_BYTES + scales + each)
+        raise UsageError(
+            f"--max-memory {format_bytes(max_memory)} is too little: {largest.info.name} needs {needed} in all.",
+            hint="Raise the limit, or --skip this layer.",
+        )
+    return int(min(workers, fitting))

@@ -1,0 +1,219 @@
+"""Quantized artifacts converted without quantizing again: to another container with equal codes, or back to 16 bits.
+
+A container change carries codes, zero points and scales over as they are. Whatever the new container cannot hold
+exactly is refused before work starts, by name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli import plugins
+from quantcli.artifact import Destination
+from quantcli.checkpoints.folder import Checkpoint
+from quantcli.coded import CodedCheckpoint, CodedWeight, DecodedCheckpoint, open_coded
+from quantcli.errors import InputError, UsageError
+from quantcli.numerics import TORCH_DTYPES, code_range
+from quantcli.parallel import in_parallel
+from quantcli.plan import LayerPlan, Plan, build_scheme, refuse_quantized
+from quantcli.plugins import CodedFormat
+from quantcli.recipe import Recipe
+from quantcli.roles import classify, original_dtype, quantization_of
+from quantcli.scheme import Scheme, TensorInfo
+from quantcli.steps import parse_steps
+
+if TYPE_CHECKING:
+    from quantcli.streaming import LayerResult
+
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+#: What a recipe may say of a container change, beside the format.
+_KEPT_WISHES = {"format", "target", "max_shard_size"}
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds quantized weights."""
+    return quantization_of(checkpoint.infos(), checkpoint.config) is not None
+
+
+def dequantizes(recipe: Recipe) -> bool:
+    """Whether a recipe casts to 16 bits, which a quantized checkpoint can be, too."""
+    return recipe.scheme is not None and build_scheme(recipe.scheme).weights.is_cast
+
+
+def decoded_view(checkpoint: Checkpoint) -> Checkpoint:
+    """A quantized checkpoint with its weights decoded. Raises InputError where its kind is not read."""
+    return DecodedCheckpoint(open_coded(checkpoint))
+
+
+class Carrier:
+    """A container change: its plan, and the work on the layers that are codes."""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, workers: int) -> None:
+        """Check and plan; ``workers`` is the number of threads.
+
+        Raises:
+            UsageError: the new container cannot hold what the old one does, or the recipe asks for more.
+            InputError: the checkpoint's kind is not read.
+        """
+        if recipe.scheme is not None or recipe.format is None:
+            refuse_quantized(checkpoint.infos(), checkpoint.config)
+        _refuse_wishes(recipe)
+        self.workers = workers
+        self.coded = open_coded(checkpoint)
+        self.checkpoint = DecodedCheckpoint(self.coded)
+        self.plan = _Planner(self.coded, self.checkpoint, recipe).plan()
+
+    def names(self) -> set[str]:
+        """Tensors that are carried over as codes."""
+        return set(self.coded.weights)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the output beside the recipe and the tensors."""
+        return {"from": self.coded.form.NAME, "config": self.coded.checkpoint.config}
+
+    def manifest(self) -> dict[str, Any]:
+        """What the artifact records of where its codes come from: nothing more here, the source has its own entry."""
+        return {}
+
+    def run(
+        self,
+        out: Path,
+        scratch: Path,
+        destinations: Mapping[str, Destination],
+        results: Mapping[str, LayerResult],
+        record: Callable[[str, LayerResult], None],
+        tick: Callable[[float], None],
+    ) -> None:
+        """Carry every layer over that is not in ``results`` yet.
+
+        Args:
+            out: not used.
+            scratch: not used.
+            destinations: where each tensor goes.
+            results: of tensors that are done.
+            record: called with each tensor that is done.
+            tick: told the fraction that is done.
+        """
+        from quantcli.placing import place_codes
+
+        layers = [layer for layer in self.plan.layers if layer.is_coded and layer.info.name not in results]
+        done = count(1)
+
+        def carry(layer: LayerPlan) -> None:
+            result = place_codes(layer, self.coded.tensor(layer.info.name), self.plan, destinations)
+            result.algorithm = layer.algorithm or ""
+            record(layer.info.name, result)
+            tick(next(done) / len(layers))
+
+        in_parallel(((lambda layer=layer: carry(layer)) for layer in layers), self.workers)
+
+
+def _refuse_wishes(recipe: Recipe) -> None:
+    given = recipe.model_dump(exclude_defaults=True)
+    stray = sorted(given.keys() - _KEPT_WISHES)
+    if stray:
+        raise UsageError(
+            f"The model is quantized already, and {stray[0]!r} would quantize it again.",
+            "A change of --format carries its codes over as they are; for anything else start from the original.",
+        )
+
+
+class _Planner:
+    """Holds what the checks share; `plan` makes them."""
+
+    def __init__(self, coded: CodedCheckpoint, checkpoint: DecodedCheckpoint, recipe: Recipe) -> None:
+        self.coded, self.checkpoint, self.recipe = coded, checkpoint, recipe
+        name = recipe.format or ""
+        if name not in plugins.FORMATS or not hasattr(plugins.output_format(name), "STORAGE"):
+            plugins.output_format(name)
+            raise UsageError(f"The format {name} holds no codes.", "Use --scheme bf16 to dequantize the model.")
+        self.form: CodedFormat = plugins.coded_format(name)
+        if name == coded.form.NAME:
+            raise UsageError(f"The model is stored as {name} already.")
+        self.roles = classify(checkpoint.infos(), checkpoint.config)
+        self.manifest = checkpoint.manifest or {}
+
+    def plan(self) -> Plan:
+        """Every tensor's way; refuses what cannot be held exactly."""
+        weights = self.coded.weights
+        for check in (self._scheme, self._role, self._shape):
+            self._refuse({name: check(weight) for name, weight in weights.items()})
+        schemes = {name: self._adapted(weight.scheme) for name, weight in weights.items()}
+        reason = self.form.together(schemes.values())
+        if reason:
+            raise UsageError(f"One {self.form.NAME} model cannot hold what this one does: {reason}.")
+        scale_dtype = self._scale_dtype()
+        layers = tuple(self._layer(info, schemes.get(info.name)) for info in self.checkpoint.infos())
+        counts = Counter(str(scheme.weights.dtype) for scheme in schemes.values())
+        scheme = str(self.manifest.get("scheme") or counts.most_common(1)[0][0])
+        algorithm = str(self.manifest.get("algorithm") or "carried over")
+        return Plan(layers, self.form.NAME, scheme, algorithm, self._dtype(), self.recipe, parse_steps([]), scale_dtype)
+
+    def _adapted(self, scheme: Scheme) -> Scheme:
+        raised = not (scheme.weights.symmetric or self.form.STORAGE.lowest_zero_point)
+        return replace(scheme, weights=replace(scheme.weights, raised=raised))
+
+    def _refuse(self, reasons: Mapping[str, str | None]) -> None:
+        named = {name: reason for name, reason in reasons.items() if reason}
+        if named:
+            name, reason = next(iter(named.items()))
+            more = f" The same holds for {len(named) - 1} more." if len(named) > 1 else ""
+            raise UsageError(f"{name} cannot go to {self.form.NAME} with equal codes: {reason}.{more}")
+
+    def _scheme(self, weight: CodedWeight) -> str | None:
+        return self.form.supports(weight.scheme)
+
+    def _role(self, weight: CodedWeight) -> str | None:
+        return self.form.carries(self.roles[weight.name])
+
+    def _shape(self, weight: CodedWeight) -> str | None:
+        return self.form.fits(weight.shape, weight.scheme)
+
+    def _scale_dtype(self) -> str:
+        """A dtype that the format may have and that holds all scales; refuses where there is none."""
+        fixed = self.form.STORAGE.scale_dtype
+        own = [self.coded.scale_dtype(name) for name in self.coded.weights]
+        candidates = [fixed] if fixed else list(dict.fromkeys([self._dtype(), *own, "F32"]))
+        inexact: dict[str, dict[str, str | None]] = {dtype: {} for dtype in candidates}
+        zeros: dict[str, str | None] = {}
+        for name, weight in self.coded.weights.items():
+            scale, zero_point = self.coded.scales(name)
+            lowest, _ = code_range(weight.scheme.weights)
+            if zero_point is not None and not self.form.STORAGE.lowest_zero_point and (zero_point == lowest).any():
+                zeros[name] = f"it has a zero point of 0, and {self.form.NAME} stores zero points less one"
+            for dtype in candidates:
+                if not bool((scale.to(TORCH_DTYPES[dtype]).float() == scale).all()):
+                    inexact[dtype][name] = f"its scales are {self.coded.scale_dtype(name)}, and not exact in {dtype}"
+        self._refuse(zeros)
+        exact = [dtype for dtype in candidates if not inexact[dtype]]
+        self._refuse({} if exact else inexact[candidates[-1]])
+        return exact[0]
+
+    def _dtype(self) -> str:
+        config = self.checkpoint.config or {}
+        declared = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
+        return declared or original_dtype(self.coded.rest)
+
+    def _layer(self, info: TensorInfo, scheme: Scheme | None) -> LayerPlan:
+        role = self.roles[info.name]
+        if scheme is None:
+            return LayerPlan(info, role, info.dtype, reason="not quantized before either")
+        weight = self.coded.weights[info.name]
+        if weight.transposed:
+            raise InputError(f"{info.name} is stored transposed, which only bitsandbytes can hold.")
+        before: dict[str, Any] = self.manifest.get("layers", {}).get(info.name, {})
+        return LayerPlan(
+            replace(info, nbytes=weight.nbytes),
+            role,
+            info.dtype,
+            scheme,
+            scheme.weights.dtype,
+            before.get("algorithm"),
+            by_rows=self.form.STORAGE.by_rows,
+        )

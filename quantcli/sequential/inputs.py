@@ -1,0 +1,42 @@
+"""What quantized inputs do to a block while it is quantized: the blocks after it have to see that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantcli.algorithms.smoothquant import fake_quantized_inputs
+from quantcli.plan import LayerPlan
+from quantcli.scheme import NumberFormat
+from quantcli.sequential.rounding import Coded
+
+#: A symmetric int8 scale times this is the largest magnitude that it covers.
+_REACH = 127.5
+
+
+@contextmanager
+def quantized_inputs(block: nn.Module, layers: Mapping[str, LayerPlan], coded: Mapping[str, Coded]) -> Iterator[None]:
+    """Meanwhile the layers of a block quantize their inputs where their scheme says so.
+
+    ``layers`` are named as in the block, ``coded`` holds their codes (and static scales of their inputs) by tensor.
+    """
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            if layer.scheme is not None and layer.scheme.inputs is not None:
+                static = coded[layer.info.name].tensor.input_scale
+                hook = partial(_quantize, layer.scheme.inputs, static)
+                stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
+        yield
+
+
+def _quantize(
+    number_format: NumberFormat, static: Tensor | None, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    inputs = args[0]
+    absmax = inputs.abs().amax() if static is None else static.to(inputs.device) * _REACH
+    rounded = fake_quantized_inputs(inputs.reshape(-1, inputs.shape[-1]), number_format, absmax)
+    return (rounded.reshape(inputs.shape), *args[1:])
