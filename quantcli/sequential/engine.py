@@ -27,6 +27,7 @@ from quantcli.sequential.observe import observe
 from quantcli.sequential.rounding import Coded, round_block
 from quantcli.sequential.skeleton import Skeleton
 from quantcli.sequential.structure import BlockList
+from quantcli.sequential.transforms import Transforms
 
 #: Calibration inputs by name, batch by batch.
 Batches = Sequence[Mapping[str, Tensor]]
@@ -108,6 +109,7 @@ class BlockEngine:
         self._scratch, self._limit = scratch, memory_limit
         self.layers, self.lists = linear_layers(skeleton, plan), lists
         self._keeps_original = "original" in plan.steps.needs
+        self._transforms = Transforms(plan)
         self.final: dict[str, Activations] = {}
 
     def run(self, finished: Mapping[str, BlockOutcome]) -> Iterator[BlockOutcome]:
@@ -191,10 +193,8 @@ class BlockEngine:
         calls = partial(chain.calls, index, self.device)
         targets = original.hidden if original else None
         stats = observe(block, calls(), layers, self._needs(layers))
-        if self.plan.steps.transforms:
-            from quantcli.sequential.transforms import transform_block
-
-            transform_block(block, layers, next(calls()), stats, self.plan)
+        if self._transforms.names:
+            self._transforms.apply(block, layers, next(calls()), stats)
         coded = round_block(block, layers, calls, targets, stats, self.plan, self.seed + index, report)
         parameters = self.skeleton.parameters(path)
         outcome = BlockOutcome(path, {layers[name].info.name: each for name, each in coded.items()})
