@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from quantcli import leaks
 from quantcli.artifact import Destination
 from quantcli.calibration import Calibration
 from quantcli.checkpoints.folder import Checkpoint, open_checkpoint
 from quantcli.errors import InputError
 from quantcli.parallel import usable_cores
 from quantcli.placing import place_codes, place_values, read_codes
-from quantcli.plan import LayerPlan, Plan
+from quantcli.plan import LayerPlan, Plan, resolve
 from quantcli.sequential.batches import CalibrationBatches, load_batches
 from quantcli.sequential.engine import BlockEngine, BlockOutcome, linear_layers
 from quantcli.sequential.rounding import Coded
@@ -28,6 +29,8 @@ _ACTIVATIONS_SHARE = 4
 
 class CalibratedWork:
     """Quantizes the blocks of a model with the data at hand.
+
+    ``plan`` is the one it was given, without what only the blocks' layers can have.
 
     Raises (when made):
         InputError: the model cannot be run, its blocks are not found, or the data does not suit it.
@@ -46,7 +49,11 @@ class CalibratedWork:
         self.data: CalibrationBatches = load_batches(self.skeleton.module, folder, given)
         self._memory_limit = memory_limit
         self._blocks = find_blocks(self.skeleton.module, linear_layers(self.skeleton, plan), plan.recipe.blocks)
-        self._by_name: dict[str, LayerPlan] = {layer.info.name: layer for layer in plan.layers}
+        unseen = {layer.info.name for layer in plan.quantized if layer.scheme and layer.scheme.is_static} - self.names()
+        if unseen:
+            leave = dict.fromkeys(unseen, "outside the blocks, where the range of inputs is not observed")
+            self.plan = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave)
+        self._by_name: dict[str, LayerPlan] = {layer.info.name: layer for layer in self.plan.layers}
 
     def names(self) -> set[str]:
         """Tensors that belong to blocks."""
@@ -58,8 +65,11 @@ class CalibratedWork:
         return {"data_sha256": self.data.samples.sha256, "seed": self.given.seed, "device": self.device}
 
     def manifest(self) -> dict[str, Any]:
-        """What the artifact records of the data: hashes and counts, no path and no text."""
-        return {"data_sha256": self.data.samples.sha256, "samples": len(self.data.samples), "tokens": self.data.tokens}
+        """Entries of the manifest that tell of the data: hashes and counts, no path and no text."""
+        samples = self.data.samples
+        counts = {"data_sha256": samples.sha256, "samples": len(samples), "tokens": self.data.tokens}
+        fingerprint = leaks.fingerprint(sample.inputs for sample in samples)
+        return {"calibration": counts} | ({leaks.MANIFEST_KEY: fingerprint} if fingerprint else {})
 
     def run(
         self,
@@ -132,4 +142,3 @@ class CalibratedWork:
 
         available = psutil.virtual_memory().available
         return min(available, self._memory_limit or available) // _ACTIVATIONS_SHARE
-

@@ -129,15 +129,17 @@ def convert(
         )
     checkpoint = open_checkpoint(source)
     plan = resolve(wishes, checkpoint.infos(), checkpoint.config, data=data is not None)
-    layout = plan_layout(plan, checkpoint, place)
-    if dry_run:
-        return conversion_report(checkpoint, place, plan, layout, {}, None, {"dry_run": True})
-    check_target(place, checkpoint.folder or source, force=force)
+    if not dry_run:
+        check_target(place, checkpoint.folder or source, force=force)
     calibrated = None
     if data is not None:
         from quantcli.calibrated import CalibratedWork
 
         calibrated = CalibratedWork(checkpoint, plan, given, device=device, memory_limit=max_memory)
+        plan = calibrated.plan
+    layout = plan_layout(plan, checkpoint, place)
+    if dry_run:
+        return conversion_report(checkpoint, place, plan, layout, {}, None, {"dry_run": True})
     workers = worker_count(plan, threads, max_memory)
     conversion = Conversion(checkpoint, plan, layout, workers, calibrated, progress)
     with at_most(threads), open_staging(place) as staging:

@@ -14,7 +14,8 @@ from quantcli.checkpoints.positional import tensor_bytes
 from quantcli.errors import InputError
 from quantcli.numerics import TORCH_DTYPES
 from quantcli.plan import LayerPlan, Plan
-from quantcli.scheme import QuantizedTensor
+from quantcli.roles import module_of
+from quantcli.scheme import INPUT_SCALE, QuantizedTensor
 from quantcli.streaming import LayerResult, others_checksum, scales_checksum, slabs
 
 
@@ -78,7 +79,8 @@ def read_codes(layer: LayerPlan, plan: Plan, artifact: Checkpoint) -> QuantizedT
     stored = artifact.load(form.codes_name(layer.info.name, scheme))
     scale, zero_point = form.decode_scales(layer.info.name, shape, scheme, artifact.load)
     codes = form.decode_codes(stored, shape[1], scheme)
-    return QuantizedTensor(codes, scale, zero_point, shape, scheme.weights)
+    inputs = artifact.load(f"{module_of(layer.info.name)}.{INPUT_SCALE}").float() if scheme.is_static else None
+    return QuantizedTensor(codes, scale, zero_point, shape, scheme.weights, inputs)
 
 
 def _write(destination: Destination, offset: int, tensor: Tensor) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 from quantcli import plugins
 from quantcli.errors import InputError, UsageError
-from quantcli.recipe import Recipe, Rule, build_scheme
+from quantcli.recipe import Recipe, Rule, SchemeSpec, build_scheme
 from quantcli.roles import HEAD_NAMES, LAYER_ROLES, classify, module_of, quantization_of
 from quantcli.scheme import (
     DTYPE_OF_NUMBER,
     FALLBACK_GROUP_SIZES,
     PRESETS,
     Scheme,
+    Storage,
     TensorInfo,
 )
 from quantcli.steps import FINAL, Steps, chain, default_rounding
@@ -93,9 +94,16 @@ class Plan:
 
 
 def resolve(
-    recipe: Recipe, infos: Sequence[TensorInfo], config: Mapping[str, Any] | None, *, data: bool | None = False
+    recipe: Recipe,
+    infos: Sequence[TensorInfo],
+    config: Mapping[str, Any] | None,
+    *,
+    data: bool | None = False,
+    leave: Mapping[str, str] | None = None,
 ) -> Plan:
     """Decide every tensor's fate; ``data`` says whether there is any to calibrate on (None: where it is needed).
+
+    ``leave`` gives reasons, by name, for tensors that are not to be quantized whatever the recipe says.
 
     Raises:
         UsageError: scheme, algorithm and format do not go together, a rule matches nothing, or a group
@@ -105,9 +113,7 @@ def resolve(
     refuse_quantized(infos, config)
     if recipe.scheme is None:
         raise UsageError("No scheme is given.", f"Choose one with --scheme: {', '.join(PRESETS)}.")
-    scheme = build_scheme(recipe.scheme)
-    name = recipe.scheme if isinstance(recipe.scheme, str) else scheme.weights.dtype
-    return _Resolver(recipe, scheme, name, infos, config, data).plan()
+    return _Resolver(recipe, recipe.scheme, infos, config, data, leave or {}).plan()
 
 
 def refuse_quantized(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> None:
@@ -123,17 +129,19 @@ class _Resolver:
     def __init__(
         self,
         recipe: Recipe,
-        scheme: Scheme,
-        name: str,
+        wish: str | SchemeSpec,
         infos: Sequence[TensorInfo],
         config: Mapping[str, Any] | None,
         data: bool | None,
+        leave: Mapping[str, str],
     ) -> None:
-        self.recipe, self.scheme, self.name, self.infos = recipe, scheme, name, infos
+        self.recipe, self.infos, self.data, self.leave = recipe, infos, data, leave
         self.roles = classify(infos, config)
         self.rules = [*(Rule(match=glob, skip=True) for glob in recipe.skip), *recipe.rules]
-        self.format_name = recipe.format or default_format(scheme)
+        self.format_name = recipe.format or default_format(build_scheme(wish))
         self.format = plugins.output_format(self.format_name)
+        self.scheme = scheme = self._scheme(wish)
+        self.name = wish if isinstance(wish, str) else scheme.weights.dtype
         self.steps = chain(recipe, scheme, data=data)
         self.bad_groups: dict[int, list[str]] = {}
         self._check_combination(scheme)
@@ -143,6 +151,14 @@ class _Resolver:
             by_dtype[info.dtype] += info.numel
         self.majority = by_dtype.most_common(1)[0][0] if by_dtype else "F32"
         self.rest_dtype = self._rest_dtype()
+
+    def _scheme(self, wish: str | SchemeSpec) -> Scheme:
+        """A scheme as it was asked for; of a preset, with such inputs as the format has."""
+        scheme = build_scheme(wish)
+        storage = getattr(self.format, "STORAGE", Storage())
+        if isinstance(wish, str) and scheme.inputs is not None and not storage.input_zero_points:
+            return replace(scheme, inputs=replace(scheme.inputs, symmetric=True))
+        return scheme
 
     def _check_combination(self, scheme: Scheme) -> None:
         reason = self.format.supports(scheme)
@@ -155,7 +171,7 @@ class _Resolver:
 
     def _fitting_format(self, scheme: Scheme) -> str:
         fitting = [name for name in plugins.FORMATS if plugins.output_format(name).supports(scheme) is None]
-        if not fitting and scheme.inputs is not None and not scheme.inputs.dynamic:
+        if not fitting and scheme.is_static:
             return "Use --format onnx."
         return f"Use --format {fitting[0]}." if fitting else "No format carries it."
 
@@ -227,7 +243,9 @@ class _Resolver:
             return LayerPlan(info, role, info.dtype, reason=f"tied to {info.shares}: stored once", dropped=True)
         if rule and rule.skip:
             return self._leave(info, role, "skipped as asked")
-        scheme = build_scheme(rule.scheme) if rule and rule.scheme else self.scheme
+        if info.name in self.leave:
+            return self._leave(info, role, self.leave[info.name])
+        scheme = self._scheme(rule.scheme) if rule and rule.scheme else self.scheme
         label = (
             (rule.scheme if isinstance(rule.scheme, str) else scheme.weights.dtype)
             if rule and rule.scheme
@@ -303,6 +321,10 @@ class _Resolver:
         elif wanted and self.recipe.rules == [] and kind != "group":
             raise UsageError(f"--group-size does not apply to {self.name}, whose scales are per {kind}.")
         self._check_combination(scheme)
+        if scheme.is_static and self.data is False:
+            raise UsageError(
+                f"{label} needs calibration data.", "Name some with --data; nothing is fetched or made up."
+            )
         form = plugins.coded_format(self.format_name)
         reason = form.fits(plan.matrix_shape, scheme)
         if reason:

@@ -106,6 +106,11 @@ class Scheme:
     weights: NumberFormat
     inputs: NumberFormat | None = None
 
+    @property
+    def is_static(self) -> bool:
+        """Whether inputs are quantized in ranges that are fixed beforehand."""
+        return self.inputs is not None and not self.inputs.dynamic
+
     def with_group_size(self, size: int) -> Scheme:
         """The same scheme with groups (or blocks) of ``size`` values."""
         granularity = Granularity(self.weights.granularity.kind, size)
@@ -133,6 +138,9 @@ PRESETS: dict[str, Scheme] = {
     "int8-static": Scheme(_INT8, NumberFormat("int8", symmetric=False)),
 }
 
+#: The parameter of a layer, beside its weight, that holds the scale of inputs with a fixed range.
+INPUT_SCALE = "input_scale"
+
 #: Scales per second-level scale in double quantization, bitsandbytes' fixed choice.
 NESTED_BLOCK = 256
 
@@ -159,12 +167,13 @@ class Storage:
 
     ``scale_dtype``: safetensors' name of the dtype of scales; None: that of the model. ``by_rows``: the codes of a row
     lie together, so that a weight can be written row by row. ``lowest_zero_point``: a zero point may be the lowest
-    code.
+    code. ``input_zero_points``: fixed ranges of inputs may be asymmetric.
     """
 
     scale_dtype: str | None = None
     by_rows: bool = True
     lowest_zero_point: bool = True
+    input_zero_points: bool = True
 
 
 @dataclass(frozen=True)
@@ -213,6 +222,8 @@ class QuantizedTensor:
       the precision it is stored in, so decoding reproduces exactly what was chosen.
     - ``zero_point``: int8 like ``scale``, or None when symmetric.
     - ``shape``: the weight's own shape; rows are its first dimension.
+    - ``input_scale``: float32, a scalar: what the layer's inputs are divided by where their range is fixed, already
+      rounded like ``scale``; else None.
     """
 
     codes: Tensor
@@ -220,3 +231,4 @@ class QuantizedTensor:
     zero_point: Tensor | None
     shape: tuple[int, ...]
     number_format: NumberFormat = field(repr=False)
+    input_scale: Tensor | None = None

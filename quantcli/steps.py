@@ -105,7 +105,7 @@ def chain(recipe: Recipe, scheme: Scheme, *, data: bool | None) -> Steps:
     if not given and data and not scheme.weights.is_cast:
         given = [*recommended(scheme)]
     steps = parse_steps(given)
-    static = scheme.inputs is not None and not scheme.inputs.dynamic
+    static = scheme.is_static
     if (steps.needs or static) and data is False:
         who = " and ".join(step.name for step in steps.all if plugins.algorithm(step.name).NEEDS) or "int8-static"
         raise UsageError(f"{who} needs calibration data.", "Name some with --data; nothing is fetched or made up.")

@@ -13,13 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import InputError
 from quantcli.formats.patterns import module_patterns
-from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor, Scheme, Storage, TensorInfo, TensorSpec
+from quantcli.scheme import (
+    INPUT_SCALE,
+    Granularity,
+    NumberFormat,
+    QuantizedTensor,
+    Scheme,
+    Storage,
+    TensorInfo,
+    TensorSpec,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "compressed-tensors"
-STORAGE = Storage()
+STORAGE = Storage(input_zero_points=False)
 
 #: Layer roles the format carries. Its config targets module classes, and transformers loads only
 #: quantized ``Linear`` modules.
@@ -44,8 +53,8 @@ def supports(scheme: Scheme) -> str | None:
         return f"{NAME} carries zero points per channel or group, not per tensor"
     if inputs is None:
         return None
-    if inputs.dtype != "int8" or not inputs.dynamic or inputs.granularity.kind != "token":
-        return f"{NAME} carries inputs as int8 per token, ranges found at inference; not {inputs}"
+    if inputs.dtype != "int8" or inputs.granularity.kind != ("token" if inputs.dynamic else "tensor"):
+        return f"{NAME} carries inputs as int8, dynamic per token or with one fixed scale per tensor; not {inputs}"
     if not inputs.symmetric:
         return f"{NAME} carries symmetric inputs only"
     if weights.dtype != "int8" or weights.granularity.kind == "group" or not weights.symmetric:
@@ -77,6 +86,10 @@ def codes_name(weight: str, scheme: Scheme) -> str:
     return f"{weight}_packed" if _is_packed(scheme) else weight
 
 
+def _input_scale(weight: str) -> str:
+    return weight.removesuffix("weight") + INPUT_SCALE
+
+
 def layout(weight: str, shape: tuple[int, ...], scheme: Scheme, scale_dtype: str) -> dict[str, TensorSpec]:
     """Every tensor that stands for ``weight`` ``[rows, columns]``."""
     rows, columns = shape
@@ -85,6 +98,8 @@ def layout(weight: str, shape: tuple[int, ...], scheme: Scheme, scale_dtype: str
     scales = {"tensor": (1,), "channel": (rows, 1), "group": (rows, columns // (size or 1))}[kind]
     specs = {f"{weight}_scale": TensorSpec(scale_dtype, scales)}
     if not _is_packed(scheme):
+        if scheme.is_static:
+            specs[_input_scale(weight)] = TensorSpec(scale_dtype, (1,))
         return {weight: TensorSpec("I8", shape)} | specs
     per_word = 32 // number_format.bits
     specs[f"{weight}_packed"] = TensorSpec("I32", (rows, -(-columns // per_word)))
@@ -133,6 +148,8 @@ def encode_scales(weight: str, tensor: QuantizedTensor, scheme: Scheme, scale_dt
     if tensor.number_format.granularity.kind == "tensor":
         scale = scale.reshape(1)
     encoded = {f"{weight}_scale": scale}
+    if tensor.input_scale is not None:
+        encoded[_input_scale(weight)] = tensor.input_scale.reshape(1).to(TORCH_DTYPES[scale_dtype])
     if _is_packed(scheme):
         encoded[f"{weight}_shape"] = torch.tensor(tensor.shape, dtype=torch.int64)
     if tensor.zero_point is not None:

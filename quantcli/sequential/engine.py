@@ -22,7 +22,7 @@ from quantcli.roles import module_of
 from quantcli.sequential.activations import Activations
 from quantcli.sequential.calls import Call
 from quantcli.sequential.capture import Arguments, Capture, Captured, alike, replaying
-from quantcli.sequential.inputs import quantized_inputs
+from quantcli.sequential.inputs import fix_input_scales, quantized_inputs
 from quantcli.sequential.observe import observe
 from quantcli.sequential.rounding import Coded, round_block
 from quantcli.sequential.skeleton import Skeleton
@@ -196,6 +196,7 @@ class BlockEngine:
         if self._transforms.names:
             self._transforms.apply(block, layers, next(calls()), stats)
         coded = round_block(block, layers, calls, targets, stats, self.plan, self.seed + index, report)
+        fix_input_scales(coded, layers, stats, TORCH_DTYPES[self.plan.scale_dtype])
         parameters = self.skeleton.parameters(path)
         outcome = BlockOutcome(path, {layers[name].info.name: each for name, each in coded.items()})
         by_name = {layer.info.name: layer for layer in self.plan.layers}
@@ -213,8 +214,7 @@ class BlockEngine:
 
     def _needs(self, layers: Mapping[str, LayerPlan]) -> frozenset[str]:
         """What is to be observed of the layers' inputs."""
-        inputs = [layer.scheme.inputs for layer in layers.values() if layer.scheme]
-        static = any(each is not None and not each.dynamic for each in inputs)
+        static = any(layer.scheme is not None and layer.scheme.is_static for layer in layers.values())
         return (self.plan.steps.needs | ({"absmax"} if static else set())) - {"original"}
 
     def _advance(self, index: int, block: nn.Module, chain: _Chain) -> None:

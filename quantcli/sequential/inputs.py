@@ -7,15 +7,38 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quantcli.algorithms.smoothquant import fake_quantized_inputs
+from quantcli.errors import InputError
+from quantcli.numerics import choose_qparams
 from quantcli.plan import LayerPlan
 from quantcli.scheme import NumberFormat
+from quantcli.sequential.observe import LinearStats
 from quantcli.sequential.rounding import Coded
 
 #: A symmetric int8 scale times this is the largest magnitude that it covers.
 _REACH = 127.5
+
+
+def fix_input_scales(
+    coded: Mapping[str, Coded], layers: Mapping[str, LayerPlan], stats: Mapping[str, LinearStats], dtype: torch.dtype
+) -> None:
+    """Give layers with fixed input ranges the scale of all that was observed, stored as ``dtype``; by layer.
+
+    Raises InputError where a layer saw no token, so that there is no range.
+    """
+    for name, layer in layers.items():
+        if layer.scheme is None or layer.scheme.inputs is None or not layer.scheme.is_static:
+            continue
+        absmax = stats[name].absmax
+        if absmax is None or not stats[name].tokens:
+            raise InputError(
+                f"{layer.info.name} saw no token of the calibration data, so the range of its inputs is not known.",
+                hint="Use more data, --scheme int8-dynamic, or --skip the layer.",
+            )
+        coded[name].tensor.input_scale = choose_qparams(None, absmax.amax(), layer.scheme.inputs, dtype)[0].cpu()
 
 
 @contextmanager
