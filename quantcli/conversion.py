@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.artifact import Destination, Layout
 from quantcli.checkpoints.folder import Checkpoint, companions
 from quantcli.errors import UsageError
+from quantcli.leaks import MANIFEST_KEY
 from quantcli.parallel import Background, in_parallel, usable_cores
 from quantcli.plan import LayerPlan, Plan
 from quantcli.progress import Fractions, Progress, Tracker
@@ -47,6 +48,7 @@ class Conversion:
         self.checkpoint, self.plan, self.layout = checkpoint, plan, layout
         self.workers, self.calibrated, self.progress = workers, calibrated, progress
         self.results: dict[str, LayerResult] = {}
+        self._earlier = checkpoint.manifest or {}
         self.sha256 = ""
         self._journal_lock = threading.Lock()
 
@@ -167,6 +169,11 @@ class Conversion:
         if config is not None:
             (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    def _calibration(self) -> dict[str, Any]:
+        """What is known of calibration data: of this run's, or of that which a quantized source has seen."""
+        kept = {key: self._earlier[key] for key in ("calibration", MANIFEST_KEY) if key in self._earlier}
+        return kept | (self.calibrated.manifest() if self.calibrated else {})
+
     def _manifest(self, verified: Mapping[str, Any]) -> dict[str, Any]:
         layers = {}
         for layer in self.plan.layers:
@@ -186,7 +193,7 @@ class Conversion:
             "scheme": self.plan.scheme,
             "algorithm": self.plan.algorithm,
             "recipe": self.plan.recipe.model_dump(mode="json"),
-            **({"calibration": self.calibrated.manifest()} if self.calibrated else {}),
+            **self._calibration(),
             "layers": layers,
             "verified": dict(verified),
         }

@@ -24,7 +24,10 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 #: A module, or a folder of plug-ins, imports only what stands in a row above its own.
 TIERS = (
-    ("calibration", "errors", "leaks", "machine", "memory", "parallel", "progress", "ranges", "timing", "units", "version"),
+    (
+        "calibration", "errors", "leaks", "machine", "memory", "parallel", "progress", "ranges", "timing", "units",
+        "version",
+    ),
     ("functions", "scheme"),
     ("numerics", "packing"),
     ("algorithms", "checkpoints", "data", "formats", "metrics", "observers", "plugins", "report", "roles", "staging"),
@@ -50,7 +53,7 @@ TIERS = (
     ("bench", "evaluate", "inspect", "options", "ui"),
     ("cli",),
     ("__main__",),
-)
+)  # fmt: skip
 TIER = {name: number for number, names in enumerate(TIERS) for name in names}
 PLUGIN_FOLDERS = ("algorithms", "checkpoints", "formats")
 

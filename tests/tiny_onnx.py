@@ -29,12 +29,12 @@ def weights(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def classifier(
     path: Path, weight: np.ndarray, bias: np.ndarray, *, output: str = "logits", kind: int = FLOAT, batch: object = "n"
 ) -> Path:
-    """``x [n, 8] @ weight + bias``, all in one dtype."""
+    """``x [n, inputs] @ weight + bias``, all in one dtype."""
     dtype = np.float16 if kind == HALF else np.float32
     return save(
         path,
         [helper.make_node("Gemm", ["x", "w", "b"], [output], name="gemm")],
-        [helper.make_tensor_value_info("x", kind, [batch, 8])],
+        [helper.make_tensor_value_info("x", kind, [batch, weight.shape[0]])],
         [helper.make_tensor_value_info(output, kind, [batch, weight.shape[1]])],
         {"w": weight.astype(dtype), "b": bias.astype(dtype)},
     )
