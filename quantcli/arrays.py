@@ -41,16 +41,17 @@ class ArrayFile:
         self.labels = self.arrays.pop(LABELS, None) if LABELS not in {port.name for port in ports} else None
 
     def _open(self, ports: Sequence[Port]) -> dict[str, np.ndarray]:
+        needed = [port.name for port in ports if not port.optional]
         try:
             if self.path.suffix == ".npy":
-                if len(ports) != 1:
+                if len(needed) != 1:
                     raise InputError(
-                        f"{self.path} is one array, and the model has {len(ports)} inputs.",
-                        f"Give a .npz with {', '.join(port.name for port in ports)}.",
+                        f"{self.path} is one array, and the model has {len(needed)} inputs.",
+                        f"Give a .npz with {', '.join(needed)}.",
                     )
                 with self.path.open("rb") as stream:
                     dtype, shape, fortran, start = _header(stream)
-                return {ports[0].name: self._mapped(self.path, dtype, shape, fortran, start)}
+                return {needed[0]: self._mapped(self.path, dtype, shape, fortran, start)}
             with zipfile.ZipFile(self.path) as archive:
                 found = {
                     entry.filename.removesuffix(".npy"): self._member(archive, entry) for entry in archive.infolist()
@@ -63,8 +64,8 @@ class ArrayFile:
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error.strerror or error}.") from error
         names = [name for name in found if name != LABELS]
-        if names == ["arr_0"] and len(ports) == 1:  # numpy's name for an array that was given none
-            found[ports[0].name] = found.pop("arr_0")
+        if names == ["arr_0"] and len(needed) == 1:  # numpy's name for an array that was given none
+            found[needed[0]] = found.pop("arr_0")
         return found
 
     def _member(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
@@ -150,8 +151,9 @@ def layouts(
         for port in ports
         if port.name in arrays and (layout := _layout(port, arrays[port.name], single)) is not None
     }
-    unknown = sorted(arrays.keys() - {port.name for port in ports})
-    if len(found) < len(ports) or unknown:
+    unknown = arrays.keys() - {port.name for port in ports}
+    missing = [port for port in ports if port.name not in found and (port.name in arrays or not port.optional)]
+    if missing or unknown:
         raise mismatch(ports, arrays, where)
     return found
 
@@ -162,7 +164,8 @@ def mismatch(ports: Sequence[Port], arrays: Mapping[str, np.ndarray], where: str
     def described(array: np.ndarray | None) -> str:
         return "nothing" if array is None else f"{array.dtype} {' x '.join(map(str, array.shape)) or 'scalar'}"
 
-    lines = [f"{port} is expected, got {described(arrays.get(port.name))}" for port in ports]
+    wanted = [port for port in ports if port.name in arrays or not port.optional]
+    lines = [f"{port} is expected, got {described(arrays.get(port.name))}" for port in wanted]
     known = {port.name for port in ports}
     lines += [f"{name} is no input, got {described(array)}" for name, array in arrays.items() if name not in known]
     return InputError(

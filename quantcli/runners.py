@@ -291,7 +291,7 @@ def hugging_face_ports(path: Path, *, vision: bool = False) -> tuple[Port, ...]:
     # Some models without token types take that input all the same and read words in it (GPT-2).
     if load_json(path / "config.json").get("type_vocab_size"):
         names.append("token_type_ids")
-    return tuple(Port(each, np.dtype(np.int64), ("batch", "sequence")) for each in names)
+    return tuple(Port(each, np.dtype(np.int64), ("batch", "sequence"), each in _DERIVED) for each in names)
 
 
 def _hugging_face(path: Path, causal: bool | None, headed: bool) -> TorchRunner:

@@ -150,7 +150,7 @@ class _Opened:
     def sample(self, index: int) -> Sample:
         where = f"Sample {index} of {self._file.path}"
         inputs = {}
-        for port in self._ports:
+        for port in (port for port in self._ports if port.name in self.forms):
             array, form = self._file.arrays[port.name], self.forms[port.name]
             entry = {"rows": lambda a: a[index : index + 1], "entries": lambda a: a[index], "single": lambda a: a[None]}
             inputs[port.name] = converted(entry[form](array), port, where)
@@ -223,7 +223,8 @@ class FunctionSource:
             single = "single" in forms.values()
             counts = {1 if single or not array.ndim else len(array) for array in arrays.values()}
             sizes = {port.shape[0] for port in self._ports if port.shape and isinstance(port.shape[0], int)}
-            inputs = {port.name: converted(arrays[port.name], port, where) for port in self._ports}
+            present = (port for port in self._ports if port.name in forms)
+            inputs = {port.name: converted(arrays[port.name], port, where) for port in present}
             if len(counts) > 1:
                 # First axes that differ count no samples: this is one whole feed.
                 self.fixed_batch = 1

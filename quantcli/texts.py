@@ -72,7 +72,8 @@ class TextSource:
         for index in chosen:
             arrays = self._arrays(index)
             where = f"Sample {index} of {self._path}"
-            yield Sample({port.name: converted(arrays[port.name], port, where) for port in self._ports})
+            ports = (port for port in self._ports if port.name in arrays)
+            yield Sample({port.name: converted(arrays[port.name], port, where) for port in ports})
 
     def digest(self, chosen: Sequence[int]) -> str:
         """Hash of the token ids."""

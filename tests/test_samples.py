@@ -57,6 +57,23 @@ def test_one_array_needs_no_name(tmp_path: Path) -> None:
         assert np.array_equal(arrays(samples), values.astype(np.float32)) and not samples.labels
 
 
+def test_an_optional_input_may_be_absent(tmp_path: Path) -> None:
+    ids, mask = np.arange(12).reshape(3, 4), np.ones((3, 4), int)
+    ports = (Port("ids", INT64, ("n", "m")), Port("mask", INT64, ("n", "m"), optional=True))
+    np.savez(tmp_path / "bare.npz", ids=ids)
+    np.save(tmp_path / "bare.npy", ids)
+    np.savez(tmp_path / "whole.npz", ids=ids, mask=mask)
+    for name in ("bare.npz", "bare.npy"):
+        assert [list(sample.inputs) for sample in load(tmp_path / name, ports)] == [["ids"]] * 3
+    assert np.array_equal(arrays(load(tmp_path / "whole.npz", ports), "mask"), mask)
+    np.savez(tmp_path / "odd.npz", ids=ids, mask=mask.astype(float))
+    with pytest.raises(InputError, match="mask: int64 n x m is expected, got float64 3 x 4"):
+        load(tmp_path / "odd.npz", ports)
+    np.savez(tmp_path / "none.npz", mask=mask)
+    with pytest.raises(InputError, match="ids: int64 n x m is expected, got nothing"):
+        load(tmp_path / "none.npz", ports)
+
+
 def test_large_arrays_are_mapped_not_read(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
     np.lib.format.open_memmap(path, "w+", np.float32, (10**8, 2, 3))  # 2.4 GB, sparse on disk

@@ -31,11 +31,15 @@ _HASH_CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Port:
-    """A model's input or output: a name, a numpy dtype, and a shape whose free dimensions are names or None."""
+    """A model's input or output: a name, a numpy dtype, and a shape whose free dimensions are names or None.
+
+    ``optional``: data may lack it.
+    """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...] | None
+    optional: bool = False
 
     def __str__(self) -> str:
         dims = "any shape" if self.shape is None else " x ".join(str(d) if d is not None else "?" for d in self.shape)
