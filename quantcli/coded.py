@@ -20,18 +20,31 @@ from quantcli.checkpoints.folder import Checkpoint
 from quantcli.errors import InputError
 from quantcli.plugins import CodedFormat
 from quantcli.roles import module_of, quantization_of
-from quantcli.scheme import QuantizedTensor, Scheme, TensorInfo
+from quantcli.scheme import FLOAT_DTYPES, QuantizedTensor, Scheme, TensorInfo, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 READ = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
 
+#: Of a manifest, what tells of its artifact's making.
+_ORIGIN = ("quantcli", "input_sha256", "scheme", "algorithm")
+
 #: Decoded weights kept at a time: neighbouring slabs, and workers, ask for the same ones.
 _KEPT = 2
+#: Bytes of a code meanwhile: as it is unpacked, turned, and in the tensors that are kept.
+_HELD = 4
+
+#: What config.json tells of codes, now and formerly.
+_SECTIONS = ("quantization_config", "compression_config")
 
 #: Tensors of a layer that no longer mean anything without its codes.
 _OF_INPUTS = ("input_scale", "input_zero_point")
+
+#: Parts of a coded weight, which mean nothing by themselves.
+_PART = re.compile(
+    r"(^|\.)(qweight|qzeros|g_idx|SCB|weight_(packed|shape|zero_point)|weight\.(\w*absmax|\w*quant_map|quant_state\..+))$"
+)
 
 #: Where transformers has layers that store ``[inputs, outputs]``; bitsandbytes quantizes them turned.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
@@ -74,6 +87,12 @@ class CodedCheckpoint:
             raise InputError(
                 f"{checkpoint.path} is declared as {form.NAME}, but holds no weight of a kind that is read."
             )
+        for info in self.rest:
+            if _PART.search(info.name) or (info.name.endswith("weight") and not info.is_float):
+                raise InputError(
+                    f"{info.name} belongs to no weight that is whole.",
+                    "The file is damaged, or in a form that is not known.",
+                )
 
     @property
     def rest(self) -> tuple[TensorInfo, ...]:
@@ -119,10 +138,11 @@ class CodedCheckpoint:
             info = self._infos.get(part)
             if info is None and part.endswith("g_idx"):
                 continue  # older files leave it out where it would only count
-            if info is None or not _same_size(info, spec.shape):
-                found = "is missing" if info is None else f"is {list(info.shape)}"
+            if info is None or not _fits(info, spec):
+                found = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
+                kind = "" if spec.dtype in FLOAT_DTYPES else f"{spec.dtype} "
                 raise InputError(
-                    f"{part} {found}, and {name} {list(shape)} as {scheme} needs {list(spec.shape)}.",
+                    f"{part} {found}, and {name} {list(shape)} as {scheme} needs {kind}{list(spec.shape)}.",
                     "The file is damaged, or in a form that is not known.",
                 )
             parts.append(info)
@@ -131,17 +151,20 @@ class CodedCheckpoint:
         return tuple(parts + [info for info in extra if info not in parts])
 
 
-def _same_size(info: TensorInfo, shape: tuple[int, ...]) -> bool:
+def _fits(info: TensorInfo, spec: TensorSpec) -> bool:
+    """Whether a tensor is what its format says; scales may be of any floating-point dtype."""
+    if info.dtype != spec.dtype and not (info.is_float and spec.dtype in FLOAT_DTYPES):
+        return False
     # A description in JSON is as long as it happens to be; a scale for all may be a scalar.
     if ".quant_state." in info.name:
         return True
-    return info.shape == shape or (info.numel == prod(shape) == 1)
+    return info.shape == spec.shape or (info.numel == prod(spec.shape) == 1)
 
 
 def section_of(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """The ``quantization_config`` of a config.json; empty where there is none."""
-    section = (config or {}).get("quantization_config")
-    return section if isinstance(section, Mapping) else {}
+    found = [section for key in _SECTIONS if isinstance(section := (config or {}).get(key), Mapping)]
+    return found[0] if found else {}
 
 
 def open_coded(checkpoint: Checkpoint) -> CodedCheckpoint:
@@ -182,7 +205,18 @@ class DecodedCheckpoint(Checkpoint):
             original.path, infos, folder=original.folder, metadata=original.metadata, warnings=original.warnings
         )
         if self.config is not None:
-            self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+            self.config = {key: value for key, value in self.config.items() if key not in _SECTIONS}
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory for the largest weight while it is decoded: its codes as stored, unpacked, turned and kept."""
+        return max(_HELD * prod(weight.shape) + weight.nbytes for weight in self._coded.weights.values())
+
+    def origin(self) -> dict[str, Any]:
+        """What is known of where the codes come from, for the manifest of what is made of them."""
+        known = self.manifest or {}
+        made = {key: known[key] for key in _ORIGIN if key in known}
+        return {"format": self._coded.form.NAME} | made
 
     @property
     def files(self) -> tuple[Path, ...]:

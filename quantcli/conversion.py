@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from quantcli.artifact import Destination, Layout
 from quantcli.checkpoints.folder import Checkpoint, companions
+from quantcli.coded import DecodedCheckpoint
 from quantcli.errors import UsageError
 from quantcli.leaks import MANIFEST_KEY
 from quantcli.parallel import Background, in_parallel, usable_cores
@@ -24,13 +25,48 @@ from quantcli.units import format_bytes
 from quantcli.version import __version__
 
 if TYPE_CHECKING:
-    from quantcli.calibrated import CalibratedWork
     from quantcli.streaming import LayerJob, LayerResult
 
 #: What torch itself and the interpreter take before the first tensor.
 BASE_MEMORY_BYTES = 300 << 20
 #: In the count of progress, a byte of a block that is worked out from data against one that is only streamed.
 _CALIBRATED_WEIGHT = 100
+
+#: Files that tell how weights are stored: rewritten, or no longer true.
+_OF_WEIGHTS = ("config.json", "quantcli.json", "quantize_config.json", "quant_config.json")
+
+
+class Work(Protocol):
+    """The part of a conversion that works its tensors out by itself, before all others are streamed."""
+
+    def names(self) -> set[str]:
+        """The tensors it writes."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the output beside the recipe and the tensors."""
+
+    def manifest(self) -> dict[str, Any]:
+        """Entries of the manifest."""
+
+    def run(
+        self,
+        out: Path,
+        scratch: Path,
+        destinations: Mapping[str, Destination],
+        results: dict[str, LayerResult],
+        record: Callable[[str, LayerResult], None],
+        tick: Callable[[float], None],
+    ) -> None:
+        """Write every tensor that is not in ``results`` yet.
+
+        Args:
+            out: the folder of the output's files, which exist at their full size.
+            scratch: a folder for what does not fit into memory.
+            destinations: where each tensor goes.
+            results: of tensors that are done.
+            record: called with each tensor that is done.
+            tick: told the fraction that is done.
+        """
 
 
 class Conversion:
@@ -42,11 +78,11 @@ class Conversion:
         plan: Plan,
         layout: Layout,
         workers: int,
-        calibrated: CalibratedWork | None,
+        work: Work | None,
         progress: Progress | None,
     ) -> None:
         self.checkpoint, self.plan, self.layout = checkpoint, plan, layout
-        self.workers, self.calibrated, self.progress = workers, calibrated, progress
+        self.workers, self.work, self.progress = workers, work, progress
         self.results: dict[str, LayerResult] = {}
         self._earlier = checkpoint.manifest or {}
         self.sha256 = ""
@@ -62,7 +98,7 @@ class Conversion:
             "tensors": [(info.name, info.dtype, info.shape) for info in self.checkpoint.infos()],
             "config": self.checkpoint.config,
             "single_file": self.layout.single_file,
-            "calibration": self.calibrated.fingerprint() if self.calibrated else None,
+            "work": self.work.fingerprint() if self.work else None,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -105,11 +141,11 @@ class Conversion:
     def _work(
         self, staging: Staging, destinations: Mapping[str, Destination], done: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        """Write every tensor: those that calibration data decides first, then all others."""
+        """Write every tensor: those that are worked out by themselves first, then all others."""
         from quantcli.streaming import LayerResult
 
         self.results = {name: LayerResult.from_json(record) for name, record in done.items()}
-        inside = self.calibrated.names() if self.calibrated else set()
+        inside = self.work.names() if self.work else set()
         calibrated = sum(layer.info.nbytes for layer in self.plan.layers if layer.info.name in inside)
         streamed = sum(layer.info.nbytes for layer in self.plan.layers) - calibrated
         tracker = Tracker(_CALIBRATED_WEIGHT * calibrated + streamed, self.progress)
@@ -119,9 +155,9 @@ class Conversion:
                 staging.record({"name": name, **result.to_json()})
                 self.results[name] = result
 
-        if self.calibrated:
+        if self.work:
             tick = Fractions(tracker, _CALIBRATED_WEIGHT * calibrated)
-            self.calibrated.run(staging.out, staging.root / "scratch", destinations, self.results, record, tick)
+            self.work.run(staging.out, staging.root / "scratch", destinations, self.results, record, tick)
         self._stream(destinations, record, tracker, inside)
 
     def _stream(
@@ -163,7 +199,7 @@ class Conversion:
         for relative in companions(folder):
             destination = out / relative
             destination.parent.mkdir(parents=True, exist_ok=True)
-            if relative.as_posix() not in ("config.json", "quantcli.json"):
+            if relative.as_posix() not in _OF_WEIGHTS:
                 shutil.copyfile(folder / relative, destination)
         config = self.layout.config(self.plan, self.checkpoint.config)
         if config is not None:
@@ -172,7 +208,7 @@ class Conversion:
     def _calibration(self) -> dict[str, Any]:
         """What is known of calibration data: of this run's, or of that which a quantized source has seen."""
         kept = {key: self._earlier[key] for key in ("calibration", MANIFEST_KEY) if key in self._earlier}
-        return kept | (self.calibrated.manifest() if self.calibrated else {})
+        return kept | (self.work.manifest() if self.work else {})
 
     def _manifest(self, verified: Mapping[str, Any]) -> dict[str, Any]:
         layers = {}
@@ -193,6 +229,7 @@ class Conversion:
             "scheme": self.plan.scheme,
             "algorithm": self.plan.algorithm,
             "recipe": self.plan.recipe.model_dump(mode="json"),
+            **({"source": self.checkpoint.origin()} if isinstance(self.checkpoint, DecodedCheckpoint) else {}),
             **self._calibration(),
             "layers": layers,
             "verified": dict(verified),
@@ -206,15 +243,18 @@ def _without_data(layer: LayerPlan) -> LayerPlan:
     return replace(layer, algorithm=default_rounding(layer.scheme.weights))
 
 
-def worker_count(plan: Plan, threads: int | None, max_memory: int | None) -> int:
-    """Threads to use, fewer where memory is short. Raises UsageError where not even one fits."""
+def worker_count(plan: Plan, threads: int | None, max_memory: int | None, held: int = 0) -> int:
+    """Threads to use, fewer where memory is short; ``held`` are bytes that each holds of a weight as it decodes it.
+
+    Raises UsageError where not even one fits.
+    """
     workers = threads or usable_cores()
     if max_memory is None:
         return workers
     from quantcli.streaming import working_set_bytes
 
     largest = max(plan.layers, key=working_set_bytes)
-    each = working_set_bytes(largest)
+    each = working_set_bytes(largest) + held
     # A scale in float32 for every 16 values is the most there is.
     scales = max((layer.info.numel // 4 for layer in plan.layers if layer.is_coded), default=0)
     fitting = (max_memory - BASE_MEMORY_BYTES - scales) // max(1, each)

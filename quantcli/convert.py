@@ -9,7 +9,8 @@ from pathlib import Path
 from quantcli.artifact import plan_layout
 from quantcli.calibration import Calibration
 from quantcli.checkpoints.folder import open_checkpoint
-from quantcli.conversion import Conversion, worker_count
+from quantcli.coded import DecodedCheckpoint
+from quantcli.conversion import Conversion, Work, worker_count
 from quantcli.conversion_rows import conversion_report
 from quantcli.errors import UsageError
 from quantcli.functions import is_function
@@ -19,6 +20,7 @@ from quantcli.parallel import at_most
 from quantcli.plan import resolve
 from quantcli.progress import Progress
 from quantcli.recipe import Recipe, load_recipe
+from quantcli.repack import Carrier, decoded_view, dequantizes, is_quantized
 from quantcli.report import Report
 from quantcli.staging import check_target, explain, open_staging, require_space
 
@@ -57,8 +59,10 @@ def convert(
             ``package.module:function``.
         output: the folder to write, for a single-file input also a ``.safetensors`` file, for ONNX also a
             ``.onnx`` file.
-        scheme: a preset such as ``int4``; needed unless the recipe names one.
-        format: on-disk format; by default the one that fits the scheme.
+        scheme: a preset such as ``int4``; needed unless the recipe names one. A quantized checkpoint takes ``bf16``
+            and ``fp16``.
+        format: on-disk format; by default the one that fits the scheme. Alone, it changes the container of a
+            quantized checkpoint.
         algorithm: ``auto``, ``rtn`` or ``mse``; with data also ``gptq``, ``awq``, ``smoothquant``, ``autoround``.
             A recipe can chain them, and add ``tune``.
         recipe: a `Recipe`, or the path of a YAML file.
@@ -127,21 +131,29 @@ def convert(
             "Statistics of `calibrate` are for ONNX: a checkpoint's layers are calibrated one block after the other.",
             hint="Give the data itself with --data, or use --format onnx.",
         )
-    checkpoint = open_checkpoint(source)
-    plan = resolve(wishes, checkpoint.infos(), checkpoint.config, data=data is not None)
+    checkpoint, carrier = open_checkpoint(source), None
+    if is_quantized(checkpoint) and dequantizes(wishes):
+        checkpoint = decoded_view(checkpoint)
+    elif is_quantized(checkpoint):
+        carrier = Carrier(checkpoint, wishes, data=data is not None)
+        checkpoint = carrier.checkpoint
+    plan = carrier.plan if carrier else resolve(wishes, checkpoint.infos(), checkpoint.config, data=data is not None)
     if not dry_run:
         check_target(place, checkpoint.folder or source, force=force)
-    calibrated = None
+    work: Work | None = carrier
     if data is not None:
         from quantcli.calibrated import CalibratedWork
 
-        calibrated = CalibratedWork(checkpoint, plan, given, device=device, memory_limit=max_memory)
-        plan = calibrated.plan
+        work = CalibratedWork(checkpoint, plan, given, device=device, memory_limit=max_memory)
+        plan = work.plan
     layout = plan_layout(plan, checkpoint, place)
     if dry_run:
         return conversion_report(checkpoint, place, plan, layout, {}, None, {"dry_run": True})
-    workers = worker_count(plan, threads, max_memory)
-    conversion = Conversion(checkpoint, plan, layout, workers, calibrated, progress)
+    held = checkpoint.held_bytes if isinstance(checkpoint, DecodedCheckpoint) else 0
+    workers = worker_count(plan, threads, max_memory, held)
+    if carrier:
+        carrier.workers = workers
+    conversion = Conversion(checkpoint, plan, layout, workers, work, progress)
     with at_most(threads), open_staging(place) as staging:
         done = staging.begin(conversion.fingerprint(), force=force)
         try:

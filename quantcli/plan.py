@@ -120,7 +120,11 @@ def refuse_quantized(infos: Iterable[TensorInfo], config: Mapping[str, Any] | No
     """Raise InputError where weights are quantized already: quantizing twice only adds error."""
     found = quantization_of(infos, config)
     if found:
-        raise InputError(f"The model is already quantized ({found}).", "Convert the original weights instead.")
+        raise InputError(
+            f"The model is already quantized ({found}).",
+            "Convert the original weights instead. Of these, --format changes the container, --scheme bf16 the codes "
+            "back to values.",
+        )
 
 
 class _Resolver:

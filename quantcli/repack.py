@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,10 @@ from quantcli.artifact import Destination
 from quantcli.checkpoints.folder import Checkpoint
 from quantcli.coded import CodedCheckpoint, CodedWeight, DecodedCheckpoint, open_coded
 from quantcli.errors import InputError, UsageError
-from quantcli.numerics import TORCH_DTYPES, code_range
 from quantcli.parallel import in_parallel
-from quantcli.plan import LayerPlan, Plan, build_scheme, refuse_quantized
+from quantcli.plan import LayerPlan, Plan, refuse_quantized
 from quantcli.plugins import CodedFormat
-from quantcli.recipe import Recipe
+from quantcli.recipe import Recipe, build_scheme
 from quantcli.roles import classify, original_dtype, quantization_of
 from quantcli.scheme import Scheme, TensorInfo
 from quantcli.steps import parse_steps
@@ -54,17 +54,17 @@ def decoded_view(checkpoint: Checkpoint) -> Checkpoint:
 class Carrier:
     """A container change: its plan, and the work on the layers that are codes."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, workers: int) -> None:
-        """Check and plan; ``workers`` is the number of threads.
+    #: Threads to work on.
+    workers = 1
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, *, data: bool = False) -> None:
+        """Check and plan; ``data`` says whether calibration data is given.
 
         Raises:
-            UsageError: the new container cannot hold what the old one does, or the recipe asks for more.
-            InputError: the checkpoint's kind is not read.
+            UsageError: the new container cannot hold what the old one does, or more is asked for.
+            InputError: the checkpoint's kind is not read, or it is damaged.
         """
-        if recipe.scheme is not None or recipe.format is None:
-            refuse_quantized(checkpoint.infos(), checkpoint.config)
-        _refuse_wishes(recipe)
-        self.workers = workers
+        refuse_wishes(checkpoint, recipe, data=data)
         self.coded = open_coded(checkpoint)
         self.checkpoint = DecodedCheckpoint(self.coded)
         self.plan = _Planner(self.coded, self.checkpoint, recipe).plan()
@@ -78,7 +78,7 @@ class Carrier:
         return {"from": self.coded.form.NAME, "config": self.coded.checkpoint.config}
 
     def manifest(self) -> dict[str, Any]:
-        """What the artifact records of where its codes come from: nothing more here, the source has its own entry."""
+        """Nothing: where the codes come from is recorded for every quantized source."""
         return {}
 
     def run(
@@ -111,15 +111,23 @@ class Carrier:
             record(layer.info.name, result)
             tick(next(done) / len(layers))
 
-        in_parallel(((lambda layer=layer: carry(layer)) for layer in layers), self.workers)
+        in_parallel((partial(carry, layer) for layer in layers), self.workers)
 
 
-def _refuse_wishes(recipe: Recipe) -> None:
-    given = recipe.model_dump(exclude_defaults=True)
-    stray = sorted(given.keys() - _KEPT_WISHES)
-    if stray:
+def refuse_wishes(checkpoint: Checkpoint, recipe: Recipe, *, data: bool) -> None:
+    """Refuse what would choose codes anew.
+
+    Raises:
+        UsageError: a wish that says how to quantize, or data to calibrate on.
+        InputError: a scheme, or no format either.
+    """
+    if recipe.scheme is not None or recipe.format is None:
+        refuse_quantized(checkpoint.infos(), checkpoint.config)
+    stray = sorted(recipe.model_dump(exclude_defaults=True).keys() - _KEPT_WISHES)
+    if data or stray:
+        what = repr(stray[0]) if stray else "calibration data"
         raise UsageError(
-            f"The model is quantized already, and {stray[0]!r} would quantize it again.",
+            f"The model is quantized already, and {what} would quantize it anew.",
             "A change of --format carries its codes over as they are; for anything else start from the original.",
         )
 
@@ -130,9 +138,8 @@ class _Planner:
     def __init__(self, coded: CodedCheckpoint, checkpoint: DecodedCheckpoint, recipe: Recipe) -> None:
         self.coded, self.checkpoint, self.recipe = coded, checkpoint, recipe
         name = recipe.format or ""
-        if name not in plugins.FORMATS or not hasattr(plugins.output_format(name), "STORAGE"):
-            plugins.output_format(name)
-            raise UsageError(f"The format {name} holds no codes.", "Use --scheme bf16 to dequantize the model.")
+        if not hasattr(plugins.output_format(name), "STORAGE"):
+            raise UsageError(f"The format {name} holds no codes.", "Use --scheme bf16 to turn them into values.")
         self.form: CodedFormat = plugins.coded_format(name)
         if name == coded.form.NAME:
             raise UsageError(f"The model is stored as {name} already.")
@@ -177,6 +184,8 @@ class _Planner:
 
     def _scale_dtype(self) -> str:
         """A dtype that the format may have and that holds all scales; refuses where there is none."""
+        from quantcli.numerics import TORCH_DTYPES, code_range
+
         fixed = self.form.STORAGE.scale_dtype
         own = [self.coded.scale_dtype(name) for name in self.coded.weights]
         candidates = [fixed] if fixed else list(dict.fromkeys([self._dtype(), *own, "F32"]))
@@ -202,6 +211,8 @@ class _Planner:
 
     def _layer(self, info: TensorInfo, scheme: Scheme | None) -> LayerPlan:
         role = self.roles[info.name]
+        if role == "tied head" and info.shares:
+            return LayerPlan(info, role, info.dtype, reason=f"tied to {info.shares}: stored once", dropped=True)
         if scheme is None:
             return LayerPlan(info, role, info.dtype, reason="not quantized before either")
         weight = self.coded.weights[info.name]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoints.folder import Checkpoint
+from quantcli.coded import DecodedCheckpoint
 from quantcli.errors import InputError
 from quantcli.plan import Plan
 
@@ -96,7 +97,7 @@ class RuntimeCheck:
 def _reason_to_skip(plan: Plan, checkpoint: Checkpoint, nbytes: int) -> str | None:
     import psutil
 
-    if not any(layer.is_coded for layer in plan.layers):
+    if not any(layer.is_coded for layer in plan.layers) and not isinstance(checkpoint, DecodedCheckpoint):
         return "names and shapes are those of the original"
     if plan.recipe.runtime[0] not in (None, "transformers"):
         return f"the target is {plan.recipe.target}"

@@ -148,12 +148,12 @@ def find(
     found = {}
     for name in [name for name in infos if name.endswith(".qweight") or name == "qweight"]:
         stem = name.removesuffix("qweight")
-        scales = infos.get(f"{stem}scales")
-        if scales is None or len(scales.shape) != 2 or f"{stem}qzeros" not in infos:
-            raise InputError(f"{name} lacks its qzeros or scales, or they are no matrices.")
+        zeros, scales = infos.get(f"{stem}qzeros"), infos.get(f"{stem}scales")
+        if scales is None or len(scales.shape) != 2 or zeros is None or zeros.dtype != "I32":
+            raise InputError(f"{name} lacks its qzeros or scales, or they are no matrices: the file is damaged.")
         groups, outputs = scales.shape
         inputs = infos[name].rows
-        granularity = Granularity("group", inputs // max(1, groups))
+        granularity = Granularity("group", max(1, inputs // max(1, groups)))
         symmetric = not packing.unpack_int4_even_first(load(f"{stem}qzeros")).any()
         found[f"{stem}weight"] = ((outputs, inputs), Scheme(NumberFormat("int4", granularity, bool(symmetric))))
     return found

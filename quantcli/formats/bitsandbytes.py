@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from math import prod
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import InputError
@@ -177,8 +177,9 @@ def find(
             continue
         try:
             state = json.loads(load(name).numpy().tobytes())
-            rows, columns = state["shape"]
-            size, nested = int(state["blocksize"]), "nested_offset" in state
+            rows, columns = (int(side) for side in state["shape"])
+            nested = "nested_offset" in state and isfinite(state["nested_offset"])
+            granularity = Granularity("block", int(state["blocksize"]))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{name} does not describe a matrix: {error!r}.") from error
         stored = infos.get(weight)
@@ -190,7 +191,7 @@ def find(
         ):
             what = f"{kind} in {stored.dtype if stored else 'nothing'}"
             raise InputError(f"{weight} is stored by bitsandbytes as {what}.", "NF4 in U8 is read.")
-        number_format = NumberFormat("nf4", Granularity("block", size), double_quantized=nested)
+        number_format = NumberFormat("nf4", granularity, double_quantized=nested)
         found[weight] = ((rows, columns), Scheme(number_format))
     return found
 

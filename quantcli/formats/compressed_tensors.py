@@ -39,6 +39,9 @@ ROLES = {
     "experts": "compressed-tensors cannot carry fused 3-D expert weights",
 }
 
+#: Parts of a ``quantization_config`` that change what codes mean, or that quantize more than weights and inputs.
+_NOT_READ = ("transform_config", "sparsity_config", "kv_cache_scheme")
+
 
 def supports(scheme: Scheme) -> str | None:
     """Why the scheme cannot be written, or None when it can."""
@@ -176,24 +179,32 @@ def find(
 ) -> dict[str, tuple[tuple[int, int], Scheme]]:
     """Shape and scheme of every coded weight, by its name; ``section`` is the ``quantization_config``.
 
-    Shapes tell bits and granularity; only how inputs are quantized is taken from the section.
+    Shapes tell bits and granularity; how inputs are quantized is taken from the section.
 
     Raises:
-        InputError: codes that are not 4- or 8-bit integers, or columns in an order of their own.
+        InputError: codes that are not 4- or 8-bit integers, columns in an order of their own, or a part that is
+            missing.
     """
+    stray = [key for key in _NOT_READ if section.get(key)]
+    if stray:
+        raise InputError(f"The model's quantization_config has a {stray[0]}, which is not read.")
     found = {}
-    for name in infos:
-        weight, mark, _ = name.rpartition("_scale")
-        if not mark or not weight.endswith("weight") or name.endswith("_global_scale"):
+    for name, info in infos.items():
+        weight, mark, part = name.rpartition("weight")
+        if not mark or part not in ("_packed", "_scale", ""):
+            continue
+        weight += mark
+        if part != "_scale":
+            if f"{weight}_scale" not in infos and (part or info.dtype == "I8"):
+                raise InputError(f"{weight}_scale is missing: without it {name} means nothing.")
             continue
         if f"{weight}_g_idx" in infos:
             raise InputError(f"The groups of {weight} follow the order of activations (actorder); that is not read.")
+        group = _group_of(weight.removesuffix(".weight"), section)
         if f"{weight}_packed" in infos:
-            found[weight] = _find_packed(weight, infos, load)
+            found[weight] = _find_packed(weight, infos, load, group or {})
         elif weight in infos and infos[weight].dtype == "I8" and len(infos[weight].shape) == 2:
-            inputs = _inputs_of(weight.removesuffix(".weight"), section)
-            number_format = NumberFormat("int8", _granularity(infos[name].shape, infos[weight].shape))
-            found[weight] = ((infos[weight].shape[0], infos[weight].shape[1]), Scheme(number_format, inputs))
+            found[weight] = _find_plain(weight, infos, group)
         else:
             stored = infos[weight].dtype if weight in infos else "a form that is not known"
             raise InputError(f"{weight} is stored as {stored}.", f"Of {NAME}, int4 and int8 codes are read.")
@@ -201,40 +212,61 @@ def find(
 
 
 def _find_packed(
-    weight: str, infos: Mapping[str, TensorInfo], load: Callable[[str], Tensor]
+    weight: str, infos: Mapping[str, TensorInfo], load: Callable[[str], Tensor], group: Mapping[str, Any]
 ) -> tuple[tuple[int, int], Scheme]:
-    packed = infos[f"{weight}_packed"]
-    if packed.dtype != "I32" or f"{weight}_shape" not in infos:
+    packed, shape = infos[f"{weight}_packed"], infos.get(f"{weight}_shape")
+    if packed.dtype != "I32" or shape is None or shape.shape != (2,):
         raise InputError(f"{weight} is packed in {packed.dtype}, or lacks its shape.", "int4 and int8 codes are read.")
-    rows, columns = load(f"{weight}_shape").tolist()
+    if group.get("input_activations"):
+        raise InputError(f"{weight} is packed, and its inputs are quantized as well; that is not read.")
+    rows, columns = load(shape.name).tolist()
     bits = next((bits for bits in (4, 8) if packed.shape == (rows, -(-columns * bits // 32))), None)
     if bits is None:
-        raise InputError(f"{weight}_packed of {packed.shape} does not hold {rows} x {columns} codes of 4 or 8 bits.")
+        raise InputError(
+            f"{packed.name} {list(packed.shape)} does not hold {rows} x {columns} codes of 4 or 8 bits.",
+            "The file is damaged, or holds codes of other bits.",
+        )
     granularity = _granularity(infos[f"{weight}_scale"].shape, (rows, columns))
+    size = (group.get("weights") or {}).get("group_size")
+    if granularity.kind == "group" and size not in (None, granularity.size):
+        raise InputError(f"{weight} has a scale for every {granularity.size} columns; config.json says {size}.")
     symmetric = f"{weight}_zero_point" not in infos
     return (rows, columns), Scheme(NumberFormat(f"int{bits}", granularity, symmetric))
 
 
-def _granularity(scales: tuple[int, ...], shape: tuple[int, ...]) -> Granularity:
-    if len(scales) < 2:
-        return Granularity("tensor")
-    return Granularity("channel") if scales[1] == 1 else Granularity("group", shape[1] // scales[1])
-
-
-def _inputs_of(module: str, section: Mapping[str, Any]) -> NumberFormat:
-    """How the inputs of a module with plain int8 codes are quantized."""
-    groups = list((section.get("config_groups") or {}).values())
-    named = [group for group in groups if any(_means(target, module) for target in group.get("targets", ()))]
-    general = [group for group in groups if "Linear" in group.get("targets", ())]
-    arguments = next((group.get("input_activations") for group in [*named, *general]), None)
-    if not arguments:
+def _find_plain(
+    weight: str, infos: Mapping[str, TensorInfo], group: Mapping[str, Any] | None
+) -> tuple[tuple[int, int], Scheme]:
+    if f"{weight}_zero_point" in infos:
+        raise InputError(f"{weight} is int8 with zero points, and not packed; that is not read.")
+    if group is None or not group.get("input_activations"):
         raise InputError(
-            f"{module} has int8 weights that are not packed, and no config.json says how its inputs are quantized.",
+            f"{weight} is int8 and not packed, and no config.json says how its layer's inputs are quantized.",
             "Give the folder with its config.json.",
         )
+    rows, columns = infos[weight].shape
+    granularity = _granularity(infos[f"{weight}_scale"].shape, (rows, columns))
+    return (rows, columns), Scheme(NumberFormat("int8", granularity), _inputs(group["input_activations"]))
+
+
+def _granularity(scales: tuple[int, ...], shape: tuple[int, int]) -> Granularity:
+    if len(scales) < 2:
+        return Granularity("tensor")
+    return Granularity("channel") if scales[1] == 1 else Granularity("group", max(1, shape[1] // max(1, scales[1])))
+
+
+def _inputs(arguments: Mapping[str, Any]) -> NumberFormat:
     granularity = Granularity("token" if arguments.get("strategy") == "token" else "tensor")
     symmetric, dynamic = bool(arguments.get("symmetric", True)), bool(arguments.get("dynamic", False))
     return NumberFormat(f"int{arguments.get('num_bits', 8)}", granularity, symmetric, dynamic)
+
+
+def _group_of(module: str, section: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The entry of a ``quantization_config`` that a module falls under: by its name, else by its class."""
+    groups: list[Mapping[str, Any]] = list((section.get("config_groups") or {}).values())
+    named = [group for group in groups if any(_means(target, module) for target in group.get("targets", ()))]
+    general = [group for group in groups if "Linear" in group.get("targets", ())]
+    return next(iter([*named, *general]), None)
 
 
 def _means(target: str, module: str) -> bool:

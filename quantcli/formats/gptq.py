@@ -184,17 +184,18 @@ def find(
     for name in [name for name in infos if name.endswith(".qweight") or name == "qweight"]:
         stem = name.removesuffix("qweight")
         packed, zeros, scales = (infos.get(f"{stem}{part}") for part in ("qweight", "qzeros", "scales"))
-        if packed is None or zeros is None or scales is None or any(len(i.shape) != 2 for i in (packed, zeros, scales)):
-            raise InputError(f"{name} lacks its qzeros or scales, or they are no matrices.")
+        parts = [part for part in (packed, zeros, scales) if part is not None and len(part.shape) == 2]
+        if packed is None or zeros is None or scales is None or len(parts) < 3:
+            raise InputError(f"{name} lacks its qzeros or scales, or they are no matrices: the file is damaged.")
         groups, outputs = scales.shape
         bits = 32 * zeros.columns // max(1, outputs)
-        if bits not in (4, 8):
-            raise InputError(f"{name} holds {bits}-bit codes.", "Only 4 and 8 bits are read.")
+        if bits not in (4, 8) or {packed.dtype, zeros.dtype} != {"I32"}:
+            raise InputError(f"{name} holds {bits}-bit codes in {packed.dtype}.", "4 and 8 bits in I32 are read.")
         inputs = packed.rows * 32 // bits
-        size = inputs // max(1, groups)
+        size = max(1, inputs // max(1, groups))
         if f"{stem}g_idx" in infos and not _in_order(load(f"{stem}g_idx"), size):
             raise InputError(
-                f"The groups of {stem}weight follow the order of activations (desc_act), not of columns.",
+                f"The groups of {stem}weight are not columns side by side (desc_act, or a short last group).",
                 "Such weights are not read; quantize the original with desc_act false.",
             )
         granularity = Granularity("channel") if groups == 1 else Granularity("group", size)
@@ -208,7 +209,7 @@ def find(
 def _in_order(g_idx: Tensor, size: int) -> bool:
     import torch
 
-    return bool((g_idx == torch.arange(len(g_idx)) // max(1, size)).all())
+    return bool((g_idx == torch.arange(len(g_idx)) // size).all())
 
 
 def _settings(scheme: Scheme) -> dict[str, Any]:
