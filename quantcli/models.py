@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantcli.checkpoints.folder import load_json
+from quantcli.checkpoints.folder import load_json, open_checkpoint
+from quantcli.coded import DecodedCheckpoint, open_coded, section_of
 from quantcli.errors import InputError, MissingExtraError
 
 #: Parameters that a checkpoint may lack without its outputs being random.
@@ -31,33 +32,43 @@ def _transformers() -> Any:
     return transformers
 
 
-def load_model(path: Path, *, causal: bool, headed: bool = False) -> nn.Module:
+def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool = False) -> nn.Module:
     """A Hugging Face folder as a torch module in float32 and evaluation mode.
 
     With ``causal`` the language-modeling head is there, with ``headed`` the class is the one that config.json
     names (a classifier, for example), else it is the bare model. Weights that were quantized
-    stay what their codes say; everything is computed in float32, so that what differs is quantization.
+    stay what their codes say; everything is computed in float32, so that what differs is quantization. With
+    ``decoded`` they are plain weights of plain layers, and so are those that transformers itself would not load.
 
     Raises:
         InputError: the folder is not a model that transformers can load, or weights are missing.
     """
     transformers = _transformers()
     config = load_json(require_folder(path) / "config.json")
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    section = section_of(config)
+    method = section.get("quant_method")
+    plain = None
+    if (decoded and method) or _needs_decoding(section):
+        coded = open_coded(open_checkpoint(path))
+        if not decoded and any(weight.scheme.inputs for weight in coded.weights.values()):
+            raise InputError(f"{path} has asymmetric weights beside quantized inputs, and such a model cannot be run.")
+        plain = DecodedCheckpoint(coded)
     for needed, extra in {
         "compressed-tensors": ("compressed_tensors", "hf"),
         "bitsandbytes": ("bitsandbytes", "bnb"),
     }.items():
-        if method == needed:
+        if method == needed and not plain:
             _require(extra[0], extra[1], f"Loading {path} ({needed})")
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     if headed:
         loader = getattr(transformers, (config.get("architectures") or [""])[0], loader)
     try:
         with quiet():
-            model, info = loader.from_pretrained(
-                path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
+            options = {"dtype": torch.float32, "output_loading_info": True}
+            if plain:
+                model, info = _with_weights(loader, plain, options)
+            else:
+                model, info = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"transformers {transformers.__version__} cannot load {path}: {reason}") from error
@@ -68,7 +79,29 @@ def load_model(path: Path, *, causal: bool, headed: bool = False) -> nn.Module:
             f"{', '.join(sorted(missing)[:3])}.",
             hint="Choose another --task, or repair the model.",
         )
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
+
+
+def _needs_decoding(section: Mapping[str, Any]) -> bool:
+    """Whether transformers 5.23 loads codes of this kind only with what cannot be had on a CPU, or not as they are."""
+    if section.get("quant_method") in ("gptq", "awq"):
+        return True
+    groups = (section.get("config_groups") or {}).values()
+    return any((group.get("weights") or {}).get("symmetric") is False for group in groups)
+
+
+def _with_weights(loader: Any, plain: DecodedCheckpoint, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """A model with the decoded weights of a checkpoint, and what transformers says of their names."""
+    transformers = _transformers()
+    config = transformers.AutoConfig.from_pretrained(plain.folder, local_files_only=True, trust_remote_code=False)
+    vars(config).pop("quantization_config", None)
+    if not issubclass(loader, transformers.PreTrainedModel):
+        # Only a class of its own takes weights that lie in no folder.
+        with torch.device("meta"):
+            loader = type(loader.from_config(config, trust_remote_code=False))
+    state = {info.name: plain.read_rows(info, 0, info.rows) for info in plain.infos()}
+    found: tuple[nn.Module, dict[str, Any]] = loader.from_pretrained(None, config=config, state_dict=state, **options)
+    return found
 
 
 def build_model(path: Path) -> nn.Module:
