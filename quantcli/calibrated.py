@@ -104,7 +104,8 @@ class CalibratedWork:
                 seed=self.given.seed,
                 tick=tick,
             )
-            for outcome in engine.run(self._finished(out, results)):
+            artifact = open_checkpoint(out) if results else None
+            for outcome in engine.run(lambda path: self._finished(path, artifact, results)):
                 for name, result in self._place(outcome, destinations).items():
                     record(name, result)
         finally:
@@ -120,22 +121,21 @@ class CalibratedWork:
             placed[name] = place_values(self._by_name[name], values, destinations)
         return placed
 
-    def _finished(self, out: Path, results: Mapping[str, LayerResult]) -> dict[str, BlockOutcome]:
-        """Blocks whose every tensor is done, read back from the files."""
-        found: dict[str, BlockOutcome] = {}
-        artifact = open_checkpoint(out) if results else None
-        for path in (path for blocks in self._blocks for path in blocks.blocks):
-            names = [info.name for info in self.skeleton.parameters(path).values()]
-            if artifact is None or not all(name in results for name in names):
-                break
-            outcome = found[path] = BlockOutcome(path)
-            for name in names:
-                layer = self._by_name[name]
-                if layer.is_coded:
-                    outcome.coded[name] = Coded(read_codes(layer, self.plan, artifact), results[name].algorithm)
-                else:
-                    outcome.plain[name] = artifact.load(name).float()
-        return found
+    def _finished(
+        self, path: str, artifact: Checkpoint | None, results: Mapping[str, LayerResult]
+    ) -> BlockOutcome | None:
+        """A block whose every tensor was done when this run began, read back from the files; None for another."""
+        names = [info.name for info in self.skeleton.parameters(path).values()]
+        if artifact is None or not all(name in results for name in names):
+            return None
+        outcome = BlockOutcome(path)
+        for name in names:
+            layer = self._by_name[name]
+            if layer.is_coded:
+                outcome.coded[name] = Coded(read_codes(layer, self.plan, artifact), results[name].algorithm)
+            else:
+                outcome.plain[name] = artifact.load(name).float()
+        return outcome
 
     def _activations_limit(self) -> int:
         import psutil

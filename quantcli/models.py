@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,32 @@ def build_model(path: Path) -> nn.Module:
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"transformers {transformers.__version__} cannot build {path}: {reason}") from error
+
+
+def parameter_names(model: nn.Module, tensors: Iterable[str]) -> dict[str, str | None]:
+    """What a model calls the tensors of a checkpoint; None for one that it merges with others, or splits.
+
+    Architectures change in transformers, and published checkpoints do not: it renames tensors as it loads them. The
+    rules are its own.
+    """
+    if not hasattr(model, "base_model_prefix"):
+        return {name: name for name in tensors}
+    _transformers()
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    prefix, known = model.base_model_prefix, dict(model.state_dict())
+    found: dict[str, str | None] = {}
+    for name in tensors:
+        renamed, merged = rename_source_key(name, renamings, converters, prefix, known)
+        if renamed not in known:
+            plain, _ = rename_source_key(name, [], [], prefix, known)
+            renamed, merged = (plain, None) if plain in known else (renamed, merged)
+        found[name] = None if merged else renamed
+    return found
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, QuantcliError
 from quantcli.sequential.calls import Call
 
 #: The name under which transformers passes a block its hidden states where it does so by name.
@@ -51,6 +51,7 @@ class Capture:
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self.model, self.blocks = model, blocks
+        self._only_hidden = False
 
     def run(self, batch: Mapping[str, Tensor]) -> Captured:
         """What the model does with its blocks for one batch.
@@ -59,35 +60,50 @@ class Capture:
         others (T5's position bias). Its weights, and those around the list, must be loaded.
 
         Raises:
-            InputError: the model does not call its blocks one after the other.
+            InputError: the model does not call its blocks one after the other, or cannot be run on the batch.
         """
-        log: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        log: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
         returned: list[Any] = []
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 stack.enter_context(_replaced(block, self._recorder(index, block.forward, log, returned)))
             with suppress(_ReachedLast):
                 forward(self.model, batch)
-        if len(log) != len(self.blocks):
+        if [index for index, _, _ in log] != list(range(len(self.blocks))):
             raise InputError(
-                f"The model called {len(log)} of the {len(self.blocks)} blocks that were found in it.",
+                f"The model does not call the {len(self.blocks)} blocks that were found in it one after the other: "
+                f"it called {', '.join(str(index) for index, _, _ in log[:4]) or 'none'}{', ...' * (len(log) > 4)}.",
                 hint="Name its list of blocks in a recipe, as in blocks: [model.layers].",
             )
-        more = tuple(returned[0][1:]) if isinstance(returned[0], tuple) else None
-        return Captured(_hidden_of(*log[0]), [_without_hidden(*each) for each in log], more)
+        calls = [(args, kwargs) for _, args, kwargs in log]
+        hidden, output = _hidden_of(*calls[0]), returned[0]
+        self._require_alike(hidden, output)
+        self._only_hidden = isinstance(output, Tensor)
+        more = tuple(output[1:]) if isinstance(output, tuple) else None
+        return Captured(hidden, [_without_hidden(*each) for each in calls], more)
 
     def _recorder(
         self, index: int, original: Callable[..., Any], log: list[Any], returned: list[Any]
     ) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            log.append((args, kwargs))
+            log.append((index, args, kwargs))
             if index == 0:
-                returned.append(original(*args, **kwargs))
+                returned.append(_hidden_of(args, kwargs) if self._only_hidden else original(*args, **kwargs))
             if index == len(self.blocks) - 1:
                 raise _ReachedLast
             return returned[0]
 
         return record
+
+    def _require_alike(self, hidden: Tensor, output: Any) -> None:
+        """Raise InputError where the first block changes the shape, so that the others saw something else."""
+        found = output[0] if isinstance(output, tuple | list) and output else output
+        if isinstance(found, Tensor) and found.shape != hidden.shape:
+            raise InputError(
+                f"The blocks that were found ({type(self.blocks[0]).__name__}) change the shape of hidden states, from "
+                f"{list(hidden.shape)} to {list(found.shape)}, and may be stages rather than blocks.",
+                hint="Name the lists within them in a recipe, as in blocks: ['encoder.layers.*.blocks'].",
+            )
 
 
 @contextmanager
@@ -111,10 +127,24 @@ def _replaced(block: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
 
 
 def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-    """One pass; a Hugging Face model builds no cache."""
+    """One pass; a Hugging Face model builds no cache.
+
+    Raises:
+        InputError: the model fails on this batch.
+    """
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    with torch.no_grad():
-        return model(**batch, **options)
+    try:
+        with torch.no_grad():
+            return model(**batch, **options)
+    except (_ReachedLast, QuantcliError, MemoryError):
+        raise
+    except Exception as error:  # whatever the model's code raises
+        shapes = ", ".join(f"{name} {list(values.shape)}" for name, values in batch.items())
+        reason = (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
+        raise InputError(
+            f"{type(model).__name__} cannot be run on the calibration data ({shapes}): {reason}.",
+            hint="Look whether sequences are longer than the model takes (--seq-len), or an input is missing.",
+        ) from error
 
 
 def alike(one: Any, other: Any) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,19 @@ from quantcli.sequential.calls import Call
 from quantcli.sequential.capture import Arguments, Capture, Captured, alike, replaying
 from quantcli.sequential.inputs import fix_input_scales, quantized_inputs
 from quantcli.sequential.observe import observe
-from quantcli.sequential.rounding import Coded, round_block
+from quantcli.sequential.rounding import Coded, round_block, round_unobserved
 from quantcli.sequential.skeleton import Skeleton
 from quantcli.sequential.structure import BlockList
 from quantcli.sequential.transforms import Transforms
 
 #: Calibration inputs by name, batch by batch.
 Batches = Sequence[Mapping[str, Tensor]]
-#: Called with the fraction of all blocks that is done.
+#: Called with the fraction that is done.
 Tick = Callable[[float], None]
+#: A finished block by its path, or None.
+Finished = Callable[[str], "BlockOutcome | None"]
+#: Of the time a block takes, roughly what has passed once its inputs are observed, and once its codes are chosen.
+_OBSERVED, _ROUNDED = 0.25, 0.85
 
 
 @dataclass
@@ -61,7 +64,8 @@ class _Chain:
         # Masks and positions mostly are those of the batch before: then they are held once.
         same = self.arguments and alike(self.arguments[-1], captured.arguments)
         self.arguments.append(self.arguments[-1] if same else captured.arguments)
-        self.returned.append(captured.returned)
+        known = bool(self.returned) and alike(self.returned[-1], captured.returned)
+        self.returned.append(self.returned[-1] if known else captured.returned)
 
     @contextmanager
     def replaying(self, modules: Sequence[nn.Module], batch: int) -> Iterator[None]:
@@ -69,10 +73,19 @@ class _Chain:
         with replaying(modules, self.hidden[batch], self.returned[batch]):
             yield
 
-    def calls(self, block: int, device: torch.device) -> Iterator[Call]:
-        """Every batch's call of one block."""
-        for batch, arguments in enumerate(self.arguments):
-            yield arguments[block].call(self.hidden[batch]).to(device)
+
+class _Calls(Sequence[Call]):
+    """Every batch's call of one block, made when it is asked for: hidden states may lie on disk."""
+
+    def __init__(self, chain: _Chain, block: int, device: torch.device) -> None:
+        self._chain, self._block, self._device = chain, block, device
+
+    def __len__(self) -> int:
+        return len(self._chain.arguments)
+
+    def __getitem__(self, batch: Any) -> Any:
+        arguments = self._chain.arguments[batch][self._block]
+        return arguments.call(self._chain.hidden[batch]).to(self._device)
 
 
 class BlockEngine:
@@ -108,11 +121,12 @@ class BlockEngine:
         self.device, self.seed, self.tick = torch.device(device), seed, tick or (lambda _: None)
         self._scratch, self._limit = scratch, memory_limit
         self.layers, self.lists = linear_layers(skeleton, plan), lists
+        self._by_name = {layer.info.name: layer for layer in plan.layers}
         self._keeps_original = "original" in plan.steps.needs
         self._transforms = Transforms(plan)
         self.final: dict[str, Activations] = {}
 
-    def run(self, finished: Mapping[str, BlockOutcome]) -> Iterator[BlockOutcome]:
+    def run(self, finished: Finished) -> Iterator[BlockOutcome]:
         """Quantize block after block; those already ``finished`` only run, so that the next sees what they return.
 
         Yields the outcome of each block that was not finished, once the block after it may begin.
@@ -125,18 +139,17 @@ class BlockEngine:
             names = ("quantized", "original") if self._keeps_original else ("quantized",)
             chains = self._enter(blocks, modules, names, before)
             for index, path in enumerate(blocks.blocks):
-                report = partial(self._report, done, total)
-                outcome = self._block(index, path, chains, finished.get(path), report)
+                report = _part(self.tick, done / total, (done + 1) / total)
+                known = finished(path)
+                outcome = self._block(index, path, chains, known, report)
                 done += 1
-                self._report(done, total, 0.0)
-                if path not in finished:
+                report(1.0)
+                if known is None:
                     yield outcome
             for name, chain in chains.items():
+                chain.arguments.clear()
                 before.setdefault(name, []).append((modules, chain))
         self.final = {name: found[-1][1].hidden for name, found in before.items()}
-
-    def _report(self, done: int, total: int, part: float) -> None:
-        self.tick((done + part) / total)
 
     def _enter(
         self,
@@ -146,24 +159,22 @@ class BlockEngine:
         before: Mapping[str, list[tuple[list[nn.Module], _Chain]]],
     ) -> dict[str, _Chain]:
         """Run what comes before a list of blocks, and keep what its blocks are called with."""
-        everything = tuple(path for each in self.lists for path in each.blocks)
-        self.skeleton.load_except(everything)
-        self.skeleton.load(blocks.blocks[0])
-        chains: dict[str, _Chain] = {}
+        everything = [path for each in self.lists for path in each.blocks]
         share = self._limit // len(names)
         chains = {name: _Chain(Activations(self._scratch, f"{blocks.path}-{name}", share)) for name in names}
         capture = Capture(self.skeleton.module, modules)
-        for number, batch in enumerate(self.batches):
-            captured = None
-            for name, chain in chains.items():
-                # Before the first list the chains are one, and only their hidden states part later.
-                if captured is None or before:
-                    with ExitStack() as stack:
-                        for earlier, finished in before.get(name, ()):
-                            stack.enter_context(finished.replaying(earlier, number))
-                        captured = capture.run(batch)
-                chain.enter(number, captured)
-        self.skeleton.drop()
+        with self.skeleton.loading_others(everything):
+            self.skeleton.load(blocks.blocks[0])
+            for number, batch in enumerate(self.batches):
+                captured = None
+                for name, chain in chains.items():
+                    # Before the first list the chains are one, and only their hidden states part later.
+                    if captured is None or before:
+                        with ExitStack() as stack:
+                            for earlier, finished in before.get(name, ()):
+                                stack.enter_context(finished.replaying(earlier, number))
+                            captured = capture.run(batch)
+                    chain.enter(number, captured)
         return chains
 
     def _block(
@@ -176,12 +187,16 @@ class BlockEngine:
         outcome = finished
         if outcome is None:
             outcome = self._quantize(index, path, block, quantized, original, report)
-        for name, coded in outcome.coded.items():
-            self._set(block, path, name, decoded(coded.tensor))
-        for name, values in outcome.plain.items():
-            self._set(block, path, name, values)
+        for name, info in self.skeleton.parameters(path).items():
+            if info.name in outcome.coded:
+                values = decoded(outcome.coded[info.name].tensor)
+                values = values.T if self._by_name[info.name].transposed else values
+            else:
+                values = outcome.plain[info.name]
+            parameter = block.get_parameter(name.removeprefix(f"{path}."))
+            parameter.data = values.reshape(parameter.shape).to(self.device)
         with quantized_inputs(block, self._inside(path), outcome.coded):
-            self._advance(index, block, quantized)
+            self._advance(index, block, quantized, _part(report, _ROUNDED, 1.0))
         block.to("cpu")
         self.skeleton.drop(path)
         return outcome
@@ -190,21 +205,26 @@ class BlockEngine:
         self, index: int, path: str, block: nn.Module, chain: _Chain, original: _Chain | None, report: Tick
     ) -> BlockOutcome:
         layers = self._inside(path)
-        calls = partial(chain.calls, index, self.device)
+        calls = _Calls(chain, index, self.device)
         targets = original.hidden if original else None
-        stats = observe(block, calls(), layers, self._needs(layers))
+        observed = _counted(calls, _part(report, 0.0, _OBSERVED))
+        stats = observe(block, observed, layers, self._needs(layers))
         if self._transforms.names:
-            self._transforms.apply(block, layers, next(calls()), stats)
-        coded = round_block(block, layers, calls, targets, stats, self.plan, self.seed + index, report)
+            self._transforms.apply(block, layers, calls[0], stats)
+        rounded = _part(report, _OBSERVED, _ROUNDED)
+        coded = round_block(block, layers, calls, targets, stats, self.plan, self.seed + index, rounded)
         fix_input_scales(coded, layers, stats, TORCH_DTYPES[self.plan.scale_dtype])
         parameters = self.skeleton.parameters(path)
         outcome = BlockOutcome(path, {layers[name].info.name: each for name, each in coded.items()})
-        by_name = {layer.info.name: layer for layer in self.plan.layers}
         for name, values in block.named_parameters():
             info = parameters[f"{path}.{name}"]
-            if info.name not in outcome.coded:
-                stored = TORCH_DTYPES[by_name[info.name].dtype]
-                outcome.plain[info.name] = values.detach().to("cpu").to(stored).float()
+            layer = self._by_name[info.name]
+            if info.name in outcome.coded:
+                continue
+            if layer.is_coded:
+                outcome.coded[info.name] = round_unobserved(values.detach().cpu(), layer, self.plan)
+            else:
+                outcome.plain[info.name] = values.detach().cpu().to(TORCH_DTYPES[layer.dtype]).float()
         return outcome
 
     def _inside(self, path: str) -> dict[str, LayerPlan]:
@@ -217,18 +237,24 @@ class BlockEngine:
         static = any(layer.scheme is not None and layer.scheme.is_static for layer in layers.values())
         return (self.plan.steps.needs | ({"absmax"} if static else set())) - {"original"}
 
-    def _advance(self, index: int, block: nn.Module, chain: _Chain) -> None:
+    def _advance(self, index: int, block: nn.Module, chain: _Chain, report: Tick | None = None) -> None:
         """Run a block on every batch; its outputs take the place of its inputs."""
         with torch.no_grad():
-            for number, call in enumerate(chain.calls(index, self.device)):
+            for number, call in enumerate(_counted(_Calls(chain, index, self.device), report)):
                 chain.hidden[number] = call.run(block).cpu()
 
-    def _set(self, block: nn.Module, path: str, tensor: str, values: Tensor) -> None:
-        for name, info in self.skeleton.parameters(path).items():
-            if info.name == tensor:
-                owner, _, leaf = name.removeprefix(f"{path}.").rpartition(".")
-                found = getattr(block.get_submodule(owner), leaf)
-                found.data = values.reshape(found.shape).to(found.device)
+
+def _part(report: Tick, start: float, stop: float) -> Tick:
+    """What reports a part of some work as the whole, which it is from ``start`` to ``stop``."""
+    return lambda done: report(start + (stop - start) * done)
+
+
+def _counted(calls: Sequence[Call], report: Tick | None) -> Iterator[Call]:
+    """The same calls; each one is reported as done when the next is asked for."""
+    for number, call in enumerate(calls, 1):
+        yield call
+        if report:
+            report(number / len(calls))
 
 
 def linear_layers(skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:

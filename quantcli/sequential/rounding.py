@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,10 @@ from quantcli.scheme import NumberFormat, QuantizedTensor
 from quantcli.sequential.activations import Activations
 from quantcli.sequential.calls import Call
 from quantcli.sequential.observe import LinearStats
+from quantcli.steps import default_rounding
 
+#: Algorithms that need nothing of the data.
+_PLAIN = ("rtn", "mse")
 #: Elements worked on at a time by algorithms that take rows one by one.
 _CHUNK = 1 << 18
 
@@ -35,7 +38,7 @@ class Coded:
 def round_block(
     block: nn.Module,
     layers: Mapping[str, LayerPlan],
-    calls: Callable[[], Iterable[Call]],
+    calls: Sequence[Call],
     targets: Activations | None,
     stats: Mapping[str, LinearStats],
     plan: Plan,
@@ -47,7 +50,7 @@ def round_block(
     Args:
         block: its weights, already transformed; they are not changed.
         layers: linear layers of the block by name.
-        calls: gives the block's calibration inputs anew each time.
+        calls: the block's calibration inputs, one batch each.
         targets: what the original block returns for each of them, for algorithms that learn from it.
         stats: what was observed of the layers' inputs.
         plan: steps and dtypes.
@@ -56,38 +59,48 @@ def round_block(
     """
     coded: dict[str, Coded] = {}
     dtype = TORCH_DTYPES[plan.scale_dtype]
+    weights = {name: _weight(block, name) for name in layers}
     by_algorithm: dict[str, dict[str, LayerPlan]] = {}
     for name, layer in layers.items():
-        by_algorithm.setdefault(layer.algorithm or "", {})[name] = layer
+        # An expert, say, that no token was sent to.
+        unseen = layer.algorithm not in _PLAIN and not stats[name].tokens
+        by_algorithm.setdefault("" if unseen else layer.algorithm or "", {})[name] = layer
     for algorithm, own in by_algorithm.items():
-        weights = {name: _weight(block, name) for name in own}
         if algorithm == "gptq":
-            coded |= _gptq(own, weights, stats, dtype, plan.steps.options("gptq").damping)
+            coded |= _gptq(own, weights, stats, dtype, plan.steps.options("gptq").damping, report)
         elif algorithm == "awq":
-            from quantcli.algorithms import awq
-
-            coded |= {
-                name: Coded(awq.run(weights[name], _format(layer), dtype, gram=stats[name].gram), algorithm)
-                for name, layer in own.items()
-            }
+            coded |= _awq(own, weights, stats, dtype)
         elif algorithm == "autoround":
             from quantcli.algorithms import autoround
 
             assert targets is not None
             formats = {name: _format(layer) for name, layer in own.items()}
-            tensors = autoround.run(
-                block, formats, list(calls()), targets, dtype, plan.steps.options("autoround"), seed, report
-            )
+            options = plan.steps.options("autoround")
+            tensors = autoround.run(block, formats, calls, targets, dtype, options, seed, report)
             coded |= {name: Coded(tensor, algorithm) for name, tensor in tensors.items()}
         else:
-            coded |= {
-                name: Coded(_by_rows(algorithm, weights[name], _format(layer), dtype), algorithm)
-                for name, layer in own.items()
-            }
-        for name in own:
-            each = coded[name]
-            each.signal, each.noise = error_powers(in_groups(weights[name].cpu(), _format(own[name])), each.tensor)
+            coded |= {name: _plain(weights[name].cpu(), layer, dtype, "it saw no token") for name, layer in own.items()}
+    for name, layer in layers.items():
+        own_powers = error_powers(in_groups(weights[name].cpu(), _format(layer)), coded[name].tensor)
+        coded[name].signal, coded[name].noise = own_powers
+    return {name: coded[name] for name in layers}
+
+
+def round_unobserved(weight: Tensor, layer: LayerPlan, plan: Plan) -> Coded:
+    """Codes of a weight, float32 as it is stored, whose inputs are not known: it is in no linear layer of torch's."""
+    matrix = weight.T if layer.transposed else weight.reshape(layer.matrix_shape)
+    coded = _plain(matrix, layer, TORCH_DTYPES[plan.scale_dtype], "its inputs cannot be observed")
+    coded.signal, coded.noise = error_powers(in_groups(matrix, _format(layer)), coded.tensor)
     return coded
+
+
+def _plain(matrix: Tensor, layer: LayerPlan, dtype: torch.dtype, because: str) -> Coded:
+    """Codes chosen without data; where that was not the plan, ``because`` tells why."""
+    number_format = _format(layer)
+    planned = layer.algorithm or ""
+    algorithm = planned if planned in _PLAIN else default_rounding(number_format)
+    note = None if algorithm == planned else f"{because}: {algorithm} in place of {planned}"
+    return Coded(_by_rows(algorithm, matrix, number_format, dtype), algorithm, note=note)
 
 
 def _weight(block: nn.Module, name: str) -> Tensor:
@@ -102,7 +115,6 @@ def _format(layer: LayerPlan) -> NumberFormat:
 
 
 def _by_rows(algorithm: str, weight: Tensor, number_format: NumberFormat, dtype: torch.dtype) -> QuantizedTensor:
-    weight = weight.cpu()
     rounding = plugins.rounding(algorithm)
     if number_format.granularity.kind not in ("channel", "group"):
         return rounding.run(weight, number_format, dtype)
@@ -111,12 +123,30 @@ def _by_rows(algorithm: str, weight: Tensor, number_format: NumberFormat, dtype:
     return _joined(parts, weight.shape)
 
 
+def _awq(
+    layers: Mapping[str, LayerPlan],
+    weights: Mapping[str, Tensor],
+    stats: Mapping[str, LinearStats],
+    dtype: torch.dtype,
+) -> dict[str, Coded]:
+    from quantcli.algorithms import awq
+
+    coded = {}
+    for name, layer in layers.items():
+        gram = stats[name].gram
+        assert gram is not None
+        tensor = awq.run(weights[name], _format(layer), dtype, gram=gram)
+        coded[name] = Coded(_rows_of(tensor, slice(None), tensor.shape), "awq")
+    return coded
+
+
 def _gptq(
     layers: Mapping[str, LayerPlan],
     weights: Mapping[str, Tensor],
     stats: Mapping[str, LinearStats],
     dtype: torch.dtype,
     damping: float,
+    report: Callable[[float], None],
 ) -> dict[str, Coded]:
     """Layers that share an input share a Hessian, and are solved as one matrix: rows do not depend on each other."""
     groups: dict[tuple[int, NumberFormat], list[str]] = {}
@@ -124,30 +154,35 @@ def _gptq(
         alone = id(layer) if _format(layer).granularity.kind == "tensor" else 0
         groups.setdefault((id(stats[name].gram) ^ alone, _format(layer)), []).append(name)
     coded: dict[str, Coded] = {}
+    # What a weight takes grows with its size times its columns.
+    total = sum(weights[name].numel() * weights[name].shape[1] for name in layers)
     for (_, number_format), names in groups.items():
         gram = stats[names[0]].gram
-        if gram is None:  # an expert that no token was sent to
-            gram = torch.zeros(weights[names[0]].shape[1], weights[names[0]].shape[1])
+        assert gram is not None
         matrix = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
         solved = gptq.run(matrix, number_format, dtype, hessian=gram, damping=damping)
         start = 0
         for name in names:
             rows = slice(start, start := start + len(weights[name]))
             coded[name] = _outcome(solved, rows, tuple(weights[name].shape), damping)
+        report(sum(weights[name].numel() * weights[name].shape[1] for name in coded) / total)
     return coded
 
 
 def _outcome(solved: gptq.Solved, rows: slice, shape: tuple[int, ...], damping: float) -> Coded:
-    whole = solved.tensor
-    scale = whole.scale if len(whole.scale) == 1 else whole.scale[rows]
-    zero_point = None if whole.zero_point is None else whole.zero_point[rows].cpu()
-    tensor = QuantizedTensor(whole.codes[rows].cpu(), scale.cpu(), zero_point, shape, whole.number_format)
+    tensor = _rows_of(solved.tensor, rows, shape)
     if solved.damping is None:
-        fallback = "mse" if whole.number_format.bits == 4 else "rtn"
-        seen = "saw no token" if solved.dead == whole.codes.shape[1] else "has a singular Hessian"
-        return Coded(tensor, fallback, note=f"it {seen}: {fallback} in place of gptq")
+        fallback = default_rounding(tensor.number_format)
+        return Coded(tensor, fallback, note=f"it has a singular Hessian: {fallback} in place of gptq")
     note = f"damping {solved.damping:g}: its Hessian is nearly singular" if solved.damping > damping else None
     return Coded(tensor, "gptq", note=note)
+
+
+def _rows_of(whole: QuantizedTensor, rows: slice, shape: tuple[int, ...]) -> QuantizedTensor:
+    """Some rows of a quantized matrix, in main memory."""
+    scale = whole.scale if len(whole.scale) == 1 else whole.scale[rows]
+    zero_point = None if whole.zero_point is None else whole.zero_point[rows].cpu()
+    return QuantizedTensor(whole.codes[rows].cpu(), scale.cpu(), zero_point, shape, whole.number_format)
 
 
 def _joined(parts: Sequence[QuantizedTensor], shape: torch.Size) -> QuantizedTensor:

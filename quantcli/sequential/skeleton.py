@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,9 +13,6 @@ from quantcli import models
 from quantcli.checkpoints.folder import Checkpoint
 from quantcli.errors import InputError
 from quantcli.scheme import TensorInfo
-
-#: Names that checkpoints made before 2019 give to the parameters of a norm.
-_OLD_NAMES = {"weight": "gamma", "bias": "beta"}
 
 
 class Skeleton:
@@ -26,30 +24,46 @@ class Skeleton:
     def __init__(self, module: nn.Module, checkpoint: Checkpoint) -> None:
         """Match parameters with tensors. Raises InputError where a parameter is not in the checkpoint."""
         self.module, self.checkpoint = module, checkpoint
-        self._infos = _match(module, {info.name: info for info in checkpoint.infos()})
-
-    def info(self, parameter: str) -> TensorInfo:
-        """The tensor of the checkpoint that a parameter is."""
-        return self._infos[parameter]
+        self._infos, self._buffers = _match(module, checkpoint.infos())
 
     def parameters(self, path: str = "") -> dict[str, TensorInfo]:
-        """Parameters (and stored buffers) of a submodule by their full names."""
-        start = f"{path}." if path else ""
-        return {name: info for name, info in self._infos.items() if name.startswith(start)}
+        """The tensor of the checkpoint that each parameter of a submodule is, by the parameter's full name."""
+        return _inside(self._infos, path)
 
     def load(self, path: str) -> nn.Module:
         """A submodule with its weights in float32."""
-        for name, info in self.parameters(path).items():
-            self.set(name, self.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape))
+        for name, info in (self.parameters(path) | _inside(self._buffers, path)).items():
+            self._set(name, self.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape))
         return self.module.get_submodule(path)
 
-    def load_except(self, paths: tuple[str, ...]) -> None:
-        """Everything but some submodules, weights in float32."""
-        for name, info in self._infos.items():
-            if not name.startswith(tuple(f"{path}." for path in paths)):
-                self.set(name, self.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape))
+    @contextmanager
+    def loading_others(self, paths: Collection[str]) -> Iterator[None]:
+        """Meanwhile what is outside some submodules is loaded piece by piece, as it is first called.
 
-    def set(self, name: str, values: Tensor) -> None:
+        So what is never called, such as an output head behind the last block that is asked for, is never read.
+        """
+        inside, loaded = tuple(f"{path}." for path in paths), set[str]()
+        with ExitStack() as stack:
+            stack.callback(self.drop)
+            for name, module in self.module.named_modules():
+                if not f"{name}.".startswith(inside):
+                    hook = partial(self._load_own, name, loaded)
+                    stack.callback(module.register_forward_pre_hook(hook).remove)
+            yield
+
+    def _load_own(self, path: str, loaded: set[str], module: nn.Module, _: Any) -> None:
+        """The hook before a module's calls: before the first, load the parameters that are its own."""
+        if path in loaded:
+            return
+        loaded.add(path)
+        start = f"{path}." if path else ""
+        # This module of torch reads its child's weight without calling it.
+        depth = 1 if isinstance(module, nn.MultiheadAttention) else 0
+        for name, info in (self.parameters(path) | _inside(self._buffers, path)).items():
+            if name.removeprefix(start).count(".") <= depth:
+                self._set(name, self.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape))
+
+    def _set(self, name: str, values: Tensor) -> None:
         """Give a parameter its values, as float32."""
         owner, _, leaf = name.rpartition(".")
         module = self.module.get_submodule(owner)
@@ -63,9 +77,13 @@ class Skeleton:
         for name in self.parameters(path):
             owner, _, leaf = name.rpartition(".")
             module = self.module.get_submodule(owner)
-            found = module._parameters.get(leaf)
-            if found is not None:
-                module._parameters[leaf] = nn.Parameter(found.to("meta"), requires_grad=False)
+            meta = module.get_parameter(leaf).to("meta")
+            module._parameters[leaf] = nn.Parameter(meta, requires_grad=False)
+
+
+def _inside(infos: Mapping[str, TensorInfo], path: str) -> dict[str, TensorInfo]:
+    start = f"{path}." if path else ""
+    return {name: info for name, info in infos.items() if name.startswith(start)}
 
 
 def open_skeleton(checkpoint: Checkpoint) -> Skeleton:
@@ -105,40 +123,39 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def _match(module: nn.Module, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Tensor of every parameter: under its own name, with or without the base model's prefix, or a tied one's."""
-    prefix: Any = getattr(module, "base_model_prefix", "") or ""
+def _match(module: nn.Module, infos: Collection[TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
+    """The tensor of each parameter, its own or that of one it is tied to, and of each buffer that is stored."""
+    names = models.parameter_names(module, [info.name for info in infos])
+    by_name = {name: info for info in infos if (name := names[info.name]) is not None}
     tensors = dict(module.named_parameters(remove_duplicate=False))
-    twins: dict[int, list[str]] = {}
-    for name, parameter in tensors.items():
-        twins.setdefault(id(parameter), []).append(name)
+    twins: dict[int, TensorInfo] = {id(tensors[name]): info for name, info in by_name.items() if name in tensors}
     found: dict[str, TensorInfo] = {}
     missing = []
     for name, parameter in tensors.items():
-        names = (spelling for twin in [name, *twins[id(parameter)]] for spelling in _spellings(twin, str(prefix)))
-        info = next((infos[each] for each in names if each in infos), None)
+        info = by_name.get(name) or twins.get(id(parameter))
         if info is None:
             missing.append(name)
         elif tuple(parameter.shape) != info.shape:
             raise InputError(f"{info.name} has the shape {list(info.shape)}; config.json says {list(parameter.shape)}.")
         else:
             found[name] = info
+    _require(module, missing, [name for name, known in names.items() if known is None])
+    return found, {name: by_name[name] for name, _ in module.named_buffers() if name in by_name}
+
+
+def _require(module: nn.Module, missing: Collection[str], merged: Sequence[str]) -> None:
+    """Raise InputError where parameters are missing without which the model's outputs would be random."""
     needed = [name for name in missing if not any(part in name for part in models.HARMLESS_WHEN_MISSING)]
-    if needed:
+    if not needed:
+        return
+    if merged:
         raise InputError(
-            f"{len(needed)} weights of {type(module).__name__} are not in the checkpoint under their names: "
-            f"{', '.join(needed[:3])}. (transformers fuses the experts of a mixture as it loads them.)",
-            hint="Use an algorithm without data, such as mse.",
+            f"{type(module).__name__} holds weights in another form than the checkpoint: {len(merged)} tensors, such "
+            f"as {merged[0]}, are merged or split when transformers loads them ({needed[0]}), as fused experts are. "
+            "Algorithms that need data cannot tell such layers apart.",
+            hint="Use an algorithm without data: --algorithm mse (or rtn), without --data.",
         )
-    buffers = dict(module.named_buffers())
-    return found | {name: infos[name] for name in buffers if name in infos}
-
-
-def _spellings(name: str, prefix: str) -> Iterator[str]:
-    """What a checkpoint may call a parameter."""
-    stems = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
-    for stem in stems:
-        yield stem
-        owner, _, leaf = stem.rpartition(".")
-        if leaf in _OLD_NAMES:
-            yield f"{owner}.{_OLD_NAMES[leaf]}"
+    raise InputError(
+        f"The checkpoint lacks {len(needed)} weights of {type(module).__name__}: {', '.join(needed[:3])}.",
+        hint="Repair the model, or use an algorithm without data, such as mse.",
+    )
