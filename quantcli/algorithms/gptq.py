@@ -22,10 +22,11 @@ from quantcli.scheme import NumberFormat, QuantizedTensor
 
 NEEDS = frozenset({"gram"})
 
-#: Columns whose updates are gathered before the rest of the weight sees them.
-BLOCK_COLUMNS = 128
-#: Rows worked on at a time: a block of columns then fits a core's cache.
-CHUNK_ROWS = 1024
+#: Columns whose updates are gathered before the rest of the weight sees them, in two levels: within the larger
+#: block, the rest of it sees those of a smaller one.
+BLOCK_COLUMNS, INNER_COLUMNS = 128, 16
+#: Rows worked on at a time: a small block of columns then fits a core's cache.
+CHUNK_ROWS = 4096
 #: Damping is multiplied by this where H cannot be factored, and given up above the limit.
 DAMPING_FACTOR, MAX_DAMPING = 10.0, 10.0
 
@@ -147,14 +148,18 @@ def _solve(
     for start in range(0, columns, BLOCK_COLUMNS):
         stop = min(start + BLOCK_COLUMNS, columns)
         errors = torch.empty(stop - start, weight.shape[1])
-        for column in range(start, stop):
-            values, own = weight[column], int(group[column])
-            step, offset = scale[own], None if zero_point is None else zero_point[own]
-            chosen = quantize(values.unsqueeze(-1), step, offset, number_format).squeeze(-1)
-            codes[column] = chosen
-            rounded = chosen.float() if offset is None else chosen.float() - offset
-            error = torch.addcmul(values, rounded, step, value=-1) / inverse_root[column, column]
-            errors[column - start] = error
-            weight[column + 1 : stop].addr_(inverse_root[column, column + 1 : stop], error, alpha=-1)
+        for inner in range(start, stop, INNER_COLUMNS):
+            end = min(inner + INNER_COLUMNS, stop)
+            for column in range(inner, end):
+                values, own = weight[column], int(group[column])
+                step, offset = scale[own], None if zero_point is None else zero_point[own]
+                chosen = quantize(values.unsqueeze(-1), step, offset, number_format).squeeze(-1)
+                codes[column] = chosen
+                rounded = chosen.float() if offset is None else chosen.float() - offset
+                error = torch.addcmul(values, rounded, step, value=-1) / inverse_root[column, column]
+                errors[column - start] = error
+                weight[column + 1 : end].addr_(inverse_root[column, column + 1 : end], error, alpha=-1)
+            own = errors[inner - start : end - start]
+            weight[end:stop].addmm_(inverse_root[inner:end, end:stop].T, own, alpha=-1)
         weight[stop:].addmm_(inverse_root[start:stop, stop:].T, errors, alpha=-1)
     return codes
