@@ -67,7 +67,9 @@ class CalibratedWork:
     def manifest(self) -> dict[str, Any]:
         """Entries of the manifest that tell of the data: hashes and counts, no path and no text."""
         samples = self.data.samples
-        counts = {"data_sha256": samples.sha256, "samples": len(samples), "tokens": self.data.tokens}
+        counts = {"data_sha256": samples.sha256, "samples": len(samples)}
+        if self.data.tokens is not None:
+            counts["tokens"] = self.data.tokens
         fingerprint = leaks.fingerprint(sample.inputs for sample in samples)
         return {"calibration": counts} | ({leaks.MANIFEST_KEY: fingerprint} if fingerprint else {})
 

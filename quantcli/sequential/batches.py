@@ -31,9 +31,11 @@ class CalibrationBatches:
     samples: Samples
 
     @property
-    def tokens(self) -> int:
-        """Tokens in all; for other inputs their first two axes multiplied."""
-        return sum(next(iter(batch.values())).shape[:2].numel() for batch in self.batches)
+    def tokens(self) -> int | None:
+        """Tokens in all; None where the model reads none."""
+        if any("input_ids" not in batch for batch in self.batches):
+            return None
+        return sum(batch["input_ids"].numel() for batch in self.batches)
 
 
 def load_batches(model: nn.Module, folder: Path, given: Calibration) -> CalibrationBatches:
@@ -56,15 +58,27 @@ def load_batches(model: nn.Module, folder: Path, given: Calibration) -> Calibrat
         seq_len=given.seq_len,
         seed=given.seed,
     )
-    inputs = sorted((sample.inputs for sample in samples), key=lambda each: [a.shape for a in each.values()])
+    inputs = sorted((sample.inputs for sample in samples), key=_shapes)
     models.require_vocabulary(model, [each["input_ids"] for each in inputs if "input_ids" in each], given.data)
     return CalibrationBatches([_tensors(model, group) for group in _groups(inputs)], samples)
 
 
 def _ports(model: nn.Module, folder: Path) -> tuple[Port, ...]:
+    """What a model is given: its main input, what goes with it, and a decoder's tokens."""
     taken = inspect.signature(model.forward).parameters
-    ports = hugging_face_ports(folder, vision="pixel_values" in taken and "input_ids" not in taken)
-    return tuple(port for port in ports if port.name in taken)
+    main = getattr(model, "main_input_name", "input_ids")
+    if main in ("input_ids", "pixel_values"):
+        found = [port for port in hugging_face_ports(folder, vision=main == "pixel_values") if port.name in taken]
+    else:
+        found = [Port(main, np.dtype(np.float32), None)]
+    if "decoder_input_ids" in taken:
+        # By default an encoder-decoder's decoder reads the encoder's text.
+        found.append(Port("decoder_input_ids", np.dtype(np.int64), ("batch", "length"), optional=main == "input_ids"))
+    return tuple(found)
+
+
+def _shapes(inputs: Mapping[str, np.ndarray]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, array.shape) for name, array in inputs.items()]
 
 
 def _groups(inputs: list[dict[str, np.ndarray]]) -> Iterator[list[dict[str, np.ndarray]]]:
@@ -73,8 +87,7 @@ def _groups(inputs: list[dict[str, np.ndarray]]) -> Iterator[list[dict[str, np.n
     for sample in inputs:
         first = next(iter(sample.values()))
         most = BATCH_PICTURES if first.ndim > 2 else max(1, BATCH_TOKENS // max(1, first.shape[-1]))
-        alike = group and all(group[0][name].shape == array.shape for name, array in sample.items())
-        if group and (len(group) >= most or not alike):
+        if group and (len(group) >= most or _shapes(group[0]) != _shapes(sample)):
             yield group
             group = []
         group.append(sample)
@@ -92,9 +105,10 @@ def _tensors(model: nn.Module, group: list[dict[str, np.ndarray]]) -> dict[str, 
 
 
 def _decoder_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An encoder-decoder's decoder reads the same text, one token behind."""
+    """Where nothing else is given, an encoder-decoder's decoder reads the same text, one token behind."""
     config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False) or "input_ids" not in batch:
+    given = "decoder_input_ids" in batch or "input_ids" not in batch
+    if given or not getattr(config, "is_encoder_decoder", False):
         return {}
     ids = batch["input_ids"]
     start = getattr(config, "decoder_start_token_id", None) or 0
