@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -99,6 +99,17 @@ class CodedCheckpoint:
         """Tensors that belong to no coded weight, in file order."""
         taken = {part.name for weight in self.weights.values() for part in weight.parts}
         return tuple(info for info in self._infos.values() if info.name not in taken)
+
+    @property
+    def scheme(self) -> str:
+        """What the model was quantized to: as its manifest says, else the dtype of most weights."""
+        counts = Counter(weight.scheme.weights.dtype for weight in self.weights.values())
+        return str((self.checkpoint.manifest or {}).get("scheme") or counts.most_common(1)[0][0])
+
+    def algorithm(self, name: str) -> str | None:
+        """What chose the codes of a weight, where the manifest tells."""
+        entry: dict[str, Any] = (self.checkpoint.manifest or {}).get("layers", {}).get(name, {})
+        return entry.get("algorithm")
 
     def tensor(self, name: str) -> QuantizedTensor:
         """Codes, scales and zero points of one weight.

@@ -14,6 +14,7 @@ from quantcli import leaks
 from quantcli.calibrate import DEFAULT_SAMPLES, subject_sha256
 from quantcli.calibration import Calibration
 from quantcli.checkpoints.folder import companions
+from quantcli.coded import DecodedCheckpoint, open_coded
 from quantcli.collect import collect
 from quantcli.errors import InputError, UsageError, VerificationError
 from quantcli.functions import is_function
@@ -32,6 +33,8 @@ from quantcli.parallel import torch_threads
 from quantcli.progress import Progress
 from quantcli.proof import Comparison, OutputComparison, prove
 from quantcli.recipe import Recipe
+from quantcli.repack import dequantizes, is_quantized
+from quantcli.repack_onnx import GivenCodes
 from quantcli.report import ModelRow, Report
 from quantcli.staging import Staging, check_target, explain, open_staging, require_space
 from quantcli.statistics import CalibrationStats
@@ -145,8 +148,19 @@ class _Conversion:
         self.version, self.progress = version, progress
         self.warnings: list[str] = []
         self.comparison: Comparison | None = None
+        self.origin: dict[str, Any] | None = None
         self.subject = open_subject(model, weights)
+        self.codes = self._given_codes()
         self.single_file = output.name if output.suffix == ".onnx" else None
+
+    def _given_codes(self) -> GivenCodes | None:
+        """The codes of a checkpoint that is quantized, unless they are to be values again."""
+        checkpoint = self.subject.checkpoint
+        if checkpoint is None or not is_quantized(checkpoint):
+            return None
+        coded = open_coded(checkpoint)
+        self.origin = DecodedCheckpoint(coded).origin() | {"sha256": checkpoint.sha256()}
+        return None if dequantizes(self.recipe) else GivenCodes(checkpoint, coded, self.recipe)
 
     def run(self, staging: Staging, *, dry_run: bool) -> Report:
         """Do everything inside the staging folder."""
@@ -170,7 +184,7 @@ class _Conversion:
             self.warnings += statistics.warnings({value.name or "" for value in placement.values})
         before = sum(tensor.nbytes for tensor in constants(graph))
         with torch_threads():
-            outcomes = transform(graph, plan, statistics, placement, hessians)
+            outcomes = transform(graph, plan, statistics, placement, hessians, self.codes)
         plan = replace(plan, nodes=tuple(outcome.plan for outcome in outcomes))
         self.warnings += [*plan.warnings, *counted(outcome.warning for outcome in outcomes)]
         require_space(self.output, sum(tensor.nbytes for tensor in constants(graph)))
@@ -212,8 +226,8 @@ class _Conversion:
 
     def _planned(self, original: OnnxModel) -> tuple[ir.Model, GraphPlan]:
         """The graph to work on, in the operator set it needs, and what becomes of it."""
-        graph = prepare(original)
-        plan = resolve_graph(self.recipe, graph, original.path)
+        graph = prepare(original, fold=self.codes is None)
+        plan = self.codes.plan(graph, original.path) if self.codes else resolve_graph(self.recipe, graph, original.path)
         opset = needed_opset(plan)
         if self.version:
             require_version(plan, graph, opset, self.version)
@@ -310,6 +324,7 @@ class _Conversion:
             "scheme": plan.scheme,
             "algorithm": plan.algorithm,
             "recipe": self.recipe.model_dump(mode="json"),
+            **({"source": self.origin} if self.origin else {}),
             "layers": layer_entries(outcomes),
             "verified": dict(verified),
         }

@@ -6,7 +6,6 @@ exactly is refused before work starts, by name.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -144,7 +143,6 @@ class _Planner:
         if name == coded.form.NAME:
             raise UsageError(f"The model is stored as {name} already.")
         self.roles = classify(checkpoint.infos(), checkpoint.config)
-        self.manifest = checkpoint.manifest or {}
 
     def plan(self) -> Plan:
         """Every tensor's way; refuses what cannot be held exactly."""
@@ -157,10 +155,17 @@ class _Planner:
             raise UsageError(f"One {self.form.NAME} model cannot hold what this one does: {reason}.")
         scale_dtype = self._scale_dtype()
         layers = tuple(self._layer(info, schemes.get(info.name)) for info in self.checkpoint.infos())
-        counts = Counter(str(scheme.weights.dtype) for scheme in schemes.values())
-        scheme = str(self.manifest.get("scheme") or counts.most_common(1)[0][0])
-        algorithm = str(self.manifest.get("algorithm") or "carried over")
-        return Plan(layers, self.form.NAME, scheme, algorithm, self._dtype(), self.recipe, parse_steps([]), scale_dtype)
+        algorithm = str((self.checkpoint.manifest or {}).get("algorithm") or "carried over")
+        return Plan(
+            layers,
+            self.form.NAME,
+            self.coded.scheme,
+            algorithm,
+            self._dtype(),
+            self.recipe,
+            parse_steps([]),
+            scale_dtype,
+        )
 
     def _adapted(self, scheme: Scheme) -> Scheme:
         raised = not (scheme.weights.symmetric or self.form.STORAGE.lowest_zero_point)
@@ -218,13 +223,12 @@ class _Planner:
         weight = self.coded.weights[info.name]
         if weight.transposed:
             raise InputError(f"{info.name} is stored transposed, which only bitsandbytes can hold.")
-        before: dict[str, Any] = self.manifest.get("layers", {}).get(info.name, {})
         return LayerPlan(
             replace(info, nbytes=weight.nbytes),
             role,
             info.dtype,
             scheme,
             scheme.weights.dtype,
-            before.get("algorithm"),
+            self.coded.algorithm(info.name),
             by_rows=self.form.STORAGE.by_rows,
         )

@@ -121,6 +121,7 @@ def open_runner(
     causal: bool | None = None,
     weights: Path | None = None,
     headed: bool = False,
+    decoded: bool = False,
     shared: bool = False,
 ) -> Runner:
     """Load a model to be run on the CPU.
@@ -133,6 +134,7 @@ def open_runner(
             config.json says.
         weights: state dict for the function's module.
         headed: load a Hugging Face folder as the class that its config.json names, such as a classifier.
+        decoded: turn a Hugging Face folder's codes, if it is quantized, into plain weights.
         shared: leave the cores to other models between runs.
 
     Raises:
@@ -146,7 +148,7 @@ def open_runner(
         _set_torch_threads(threads)
         if path.suffix == ".pt2":
             return ProgramRunner(path)
-        return _hugging_face(path, causal, headed)
+        return _hugging_face(path, causal, headed, decoded)
     _set_torch_threads(threads)
     module = load_module(str(model), weights)
     return TorchRunner(module, _signature(module, str(model)), str(model))
@@ -294,10 +296,11 @@ def hugging_face_ports(path: Path, *, vision: bool = False) -> tuple[Port, ...]:
     return tuple(Port(each, np.dtype(np.int64), ("batch", "sequence"), each in _DERIVED) for each in names)
 
 
-def _hugging_face(path: Path, causal: bool | None, headed: bool) -> TorchRunner:
+def _hugging_face(path: Path, causal: bool | None, headed: bool, decoded: bool) -> TorchRunner:
     from quantcli import models
 
-    module = models.load_model(path, causal=models.is_causal(path) if causal is None else causal, headed=headed)
+    causal = models.is_causal(path) if causal is None else causal
+    module = models.load_model(path, causal=causal, headed=headed, decoded=decoded)
     taken = inspect.signature(module.forward).parameters
     ports = hugging_face_ports(path, vision="pixel_values" in taken)
     fitting = tuple(port for port in ports if port.name in taken)

@@ -108,10 +108,8 @@ class _Outputs(nn.Module):
 
 def _hugging_face(path: Path) -> Source:
     config = load_json(models.require_folder(path) / "config.json")
-    if config.get("quantization_config"):
-        raise InputError(f"{path} is quantized already.", "Export the model that it was made from.")
     headed = any(str(name).endswith(_HEADED) for name in config.get("architectures") or [])
-    runner = runners.open_runner(path, headed=headed)
+    runner = runners.open_runner(path, headed=headed, decoded=True)
     assert isinstance(runner, runners.TorchRunner)
     module = runner.module
     if hasattr(module, "set_attn_implementation"):

@@ -47,7 +47,7 @@ TIERS = (
     ("export", "placing", "verify"),
     ("calibrated", "collect", "evaluation_data", "hessians", "repack"),
     ("calibrate",),
-    ("onnx_advice", "onnx_rows"),
+    ("onnx_advice", "onnx_rows", "repack_onnx"),
     ("conversion", "conversion_rows", "convert_onnx"),
     ("bench_data", "convert", "inspect_onnx"),
     ("bench", "evaluate", "inspect", "options", "ui"),

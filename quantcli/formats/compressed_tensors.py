@@ -228,6 +228,8 @@ def _find_packed(
         )
     granularity = _granularity(infos[f"{weight}_scale"].shape, (rows, columns))
     size = (group.get("weights") or {}).get("group_size")
+    if granularity.kind == "channel" and size == columns:
+        granularity = Granularity("group", columns)
     if granularity.kind == "group" and size not in (None, granularity.size):
         raise InputError(f"{weight} has a scale for every {granularity.size} columns; config.json says {size}.")
     symmetric = f"{weight}_zero_point" not in infos

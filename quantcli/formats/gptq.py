@@ -198,7 +198,8 @@ def find(
                 f"The groups of {stem}weight are not columns side by side (desc_act, or a short last group).",
                 "Such weights are not read; quantize the original with desc_act false.",
             )
-        granularity = Granularity("channel") if groups == 1 else Granularity("group", size)
+        is_channel = groups == 1 and section.get("group_size") != size
+        granularity = Granularity("channel") if is_channel else Granularity("group", size)
         scheme = Scheme(NumberFormat(f"int{bits}", granularity, symmetric=False))
         if not (_unpack(load(f"{stem}qzeros"), outputs, scheme) + 1).any():
             scheme = Scheme(NumberFormat(f"int{bits}", granularity))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from quantcli.graph.compensation import Compensated, Hessian, compensate
 from quantcli.graph.operands import Operand
 from quantcli.packing import pack_int4_low_nibble_first, pack_nibbles_high_first
 from quantcli.parallel import in_parallel, usable_cores
-from quantcli.scheme import Granularity, NumberFormat
+from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor
 from quantcli.steps import default_rounding
 
 #: Values a thread has in work at a time: what they become stays in its cache.
@@ -108,6 +109,15 @@ def pack_rows(
     if chosen:
         return Packed(codes, scales, zero_points, signal, noise, chosen[0].algorithm, chosen[0].note)
     return Packed(codes, scales, zero_points, signal, noise, algorithm)
+
+
+def pack_codes(tensor: QuantizedTensor, dtype: np.dtype[Any], algorithm: str) -> Packed:
+    """Lay out codes that exist, int8 ``[rows, columns]`` in groups; scales become ``dtype``, which must hold them."""
+    size, bits = tensor.number_format.granularity.size, tensor.number_format.bits
+    assert size is not None
+    codes = torch.nn.functional.pad(tensor.codes, (0, -tensor.codes.shape[1] % size))
+    zero_points = None if tensor.zero_point is None else _unsigned(tensor.zero_point, bits)
+    return Packed(_unsigned(codes, bits), tensor.scale.numpy().astype(dtype), zero_points, 0.0, 0.0, algorithm)
 
 
 def pack_nf4(operand: Operand, number_format: NumberFormat, algorithm: str) -> Packed:

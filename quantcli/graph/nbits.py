@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantcli import numerics
-from quantcli.graph.blocks import SMALLEST_BLOCK, block_size, pack_nf4, pack_rows
+from quantcli.graph.blocks import SMALLEST_BLOCK, block_size, pack_codes, pack_nf4, pack_rows
 from quantcli.graph.compensation import Hessian
 from quantcli.graph.operands import Operand, operand_of, readers, remove_unread
 from quantcli.graph.values import add_initializer, free_name, input_of, integer, real
-from quantcli.scheme import Granularity, NumberFormat, Scheme
+from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor, Scheme
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -99,6 +99,7 @@ def quantize_node(
     algorithm: str,
     *,
     hessian: Hessian | None = None,
+    given: QuantizedTensor | None = None,
     accuracy_level: int = ACCURACY_LEVEL,
 ) -> Outcome:
     """Replace a node by its n-bit form; its float weight goes when nothing reads it any more.
@@ -109,6 +110,7 @@ def quantize_node(
         scheme: its weights' number format; blocks may come out smaller than asked, never larger.
         algorithm: name of the algorithm that chooses the codes.
         hessian: of the node's input, which gptq needs.
+        given: codes that stand for the weight of a product, in the scheme's groups, to be taken as they are.
         accuracy_level: what MatMulNBits may compute in, see `ACCURACY_LEVEL`.
 
     Raises:
@@ -122,7 +124,9 @@ def quantize_node(
     operator, forms = _operator(node, weights), operand.value.meta.setdefault(_FORMS, {})
     key = (_shared_by(operator, operand, weights), weights, algorithm, operand.transposed, operand.factor)
     known = key in forms
-    form = forms[key] if known else forms.setdefault(key, _make_form(operand, operator, weights, algorithm, hessian))
+    if not known:
+        forms[key] = _make_form(operand, operator, weights, algorithm, hessian, given)
+    form: _Form = forms[key]
     codes, nodes = _shaped(node, form, _codes_shape(operator, operand, weights, form.block))
     if operator == "GatherBlockQuantized":
         nodes.append(_gather(node, codes, form, weights))
@@ -183,12 +187,20 @@ def _codes_shape(operator: str, operand: Operand, weights: NumberFormat, block: 
 
 
 def _make_form(
-    operand: Operand, operator: str, weights: NumberFormat, algorithm: str, hessian: Hessian | None
+    operand: Operand,
+    operator: str,
+    weights: NumberFormat,
+    algorithm: str,
+    hessian: Hessian | None,
+    given: QuantizedTensor | None,
 ) -> _Form:
-    """Quantize, and register what comes of it as constants of the graph that holds the float weight."""
+    """Quantize, unless codes are given, and register them as constants of the graph that holds the float weight."""
     if operator == "MatMulBnb4":
         block = weights.granularity.size or 0
         packed = pack_nf4(operand, weights, algorithm)
+    elif given is not None:
+        block = given.number_format.granularity.size or 0
+        packed = pack_codes(given, operand.dtype, algorithm)
     else:
         block = block_size(operand.columns, weights)
         packed = pack_rows(operand, weights, block, algorithm, hessian)

@@ -155,6 +155,11 @@ def weighted_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
             yield node, value
 
 
+def undecided(node: ir.Node, value: ir.Value, file: Path) -> NodePlan:
+    """A node and its weight before anything is decided: float."""
+    return NodePlan(node, value, tensor_info(value, file), _ROLES[node.op_type], "float")
+
+
 def resolve_graph(recipe: Recipe, model: ir.Model, file: Path) -> GraphPlan:
     """Decide what becomes of each weight.
 
@@ -208,8 +213,8 @@ class _Planner:
                     raise UsageError(f"{glob!r} matches no layer.", plugins.suggestion(glob, known[:20]))
 
     def _decide(self, node: ir.Node, value: ir.Value) -> NodePlan:
-        info = tensor_info(value, self.file)
-        plan = NodePlan(node, value, info, _ROLES[node.op_type], "float")
+        plan = undecided(node, value, self.file)
+        info = plan.info
         rule = next((rule for rule in self.rules if any(_means(glob, node, value) for glob in rule.globs)), None)
         if rule and rule.skip:
             return plan.left("skipped as asked")

@@ -39,8 +39,8 @@ _SMALL_CONSTANT_BYTES = 4096
 QDQ_OPSET = 13
 
 
-def prepare(model: OnnxModel) -> ir.Model:
-    """A copy of the graph with functions inlined, constants folded, and batch norm in the weights.
+def prepare(model: OnnxModel, *, fold: bool = True) -> ir.Model:
+    """A copy of the graph with functions inlined, constants folded, and with ``fold`` batch norm in the weights.
 
     Raises:
         MissingExtraError: onnxscript is not installed.
@@ -67,7 +67,8 @@ def prepare(model: OnnxModel) -> ir.Model:
         common.ShapeInferencePass(check_type=False, strict_mode=False)(graph_model)
         _products_with_bias(graph_model)
         _turn_weights(graph_model)
-        fold_affine(graph_model)
+        if fold:
+            fold_affine(graph_model)
         _pool_instead_of_mean(graph_model)
         common.RemoveUnusedNodesPass()(graph_model)
         common.NameFixPass()(graph_model)

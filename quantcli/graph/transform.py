@@ -17,7 +17,7 @@ from quantcli.graph.prepare import QDQ_OPSET
 from quantcli.graph.qdq import StaticQuantizer, dequantized
 from quantcli.graph.values import drop_unused
 from quantcli.graph.weights import IntegerWeight, channel_axis, integer_weight
-from quantcli.scheme import Scheme
+from quantcli.scheme import QuantizedTensor, Scheme
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +54,13 @@ class Hessians(Protocol):
 
     def problem(self, node: NodePlan) -> str | None:
         """Why a layer's inputs tell nothing, or None."""
+
+
+class Codes(Protocol):
+    """Codes that exist already."""
+
+    def of(self, node: NodePlan) -> QuantizedTensor:
+        """Those of a node's weight, in the groups of its scheme."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,7 @@ def transform(
     statistics: Statistics | None,
     placement: Placement | None = None,
     hessians: Hessians | None = None,
+    given: Codes | None = None,
 ) -> list[LayerOutcome]:
     """Rewrite a prepared graph in place.
 
@@ -127,6 +135,7 @@ def transform(
         statistics: needed where a node is static.
         placement: that of the plan's static nodes, where it is known already.
         hessians: needed where a node is quantized by gptq.
+        given: the codes of weight-only nodes, where they are not to be chosen.
     """
     from onnx_ir.passes import common
 
@@ -160,7 +169,7 @@ def transform(
     for node in plan.of_mode("dynamic"):
         assert node.scheme and node.algorithm
         done(node, dynamic.quantize_node(node.node, node.scheme.weights, node.algorithm, hessian(node)))
-    weight_only = _WeightOnly(model)
+    weight_only = _WeightOnly(model, given)
     for node in plan.of_mode("weights"):
         outcomes[id(node)] = weight_only.quantize_node(node, means[id(node)], hessian(node))
     for dtype in ("fp16", "bf16"):
@@ -185,8 +194,8 @@ def _input_mean(node: NodePlan, statistics: Statistics | None) -> np.ndarray | N
 class _WeightOnly:
     """Weights alone: n-bit operators, and int8 convolutions that are expanded when they run."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
+    def __init__(self, model: ir.Model, given: Codes | None) -> None:
+        self.model, self.given = model, given
         self._expanded: dict[tuple[ir.Value, int], tuple[IntegerWeight, ir.Value]] = {}
 
     def quantize_node(self, node: NodePlan, mean: np.ndarray | None, hessian: Hessian | None) -> LayerOutcome:
@@ -194,7 +203,8 @@ class _WeightOnly:
         assert node.scheme and node.algorithm
         if node.role == "conv":
             return self._expand(node, node.scheme, node.algorithm, mean, hessian)
-        outcome = nbits.quantize_node(self.model, node.node, node.scheme, node.algorithm, hessian=hessian)
+        given = self.given.of(node) if self.given else None
+        outcome = nbits.quantize_node(self.model, node.node, node.scheme, node.algorithm, hessian=hessian, given=given)
         became = replace(node, algorithm=outcome.algorithm, note=_joined(node.note, outcome.note))
         return LayerOutcome(became, outcome.bytes_after, outcome.sqnr_db, outcome.warning)
 
