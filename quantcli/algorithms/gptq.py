@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quantcli.algorithms import mse, rtn
+from quantcli.algorithms.rows import by_rows
 from quantcli.numerics import quantize
 from quantcli.scheme import NumberFormat, QuantizedTensor
 
@@ -27,6 +28,8 @@ NEEDS = frozenset({"gram"})
 BLOCK_COLUMNS, INNER_COLUMNS = 128, 16
 #: Rows worked on at a time: a small block of columns then fits a core's cache.
 CHUNK_ROWS = 4096
+#: Columns of a triangular matrix inverted at a time, and elements of a vector turned round at a time.
+_INVERTED_COLUMNS, _REVERSED_AT_ONCE = 512, 1 << 20
 #: Damping is multiplied by this where H cannot be factored, and given up above the limit.
 DAMPING_FACTOR, MAX_DAMPING = 10.0, 10.0
 
@@ -86,7 +89,7 @@ def run(
     inverse_root, damping = factored
     scale = base.scale.expand(len(weight), -1)
     zero_point = None if base.zero_point is None else base.zero_point.expand(len(weight), -1)
-    codes = torch.empty(weight.shape, dtype=torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for start in range(0, len(weight), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         part = weight[rows].T[order]
@@ -100,34 +103,54 @@ def run(
 
 def initial(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
     """Where the scales come from: clip search at four bits, the full range at eight."""
-    if number_format.bits == 4:
-        return mse.run(weight, number_format, scale_dtype)
-    return rtn.run(weight, number_format, scale_dtype)
+    return by_rows(mse.run if number_format.bits == 4 else rtn.run, weight, number_format, scale_dtype)
 
 
 def _factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float] | None:
     """Upper triangular U with H^-1 = U^T U, columns in ``order``, and the damping that made it possible.
 
     Turned about both axes H has a lower factor L; turned back that is an upper R with H = R R^T, and U is its
-    inverse: one factorization, where inverting H first would take two.
+    inverse: one factorization, where inverting H first would take two. All of it happens in one copy of H, which
+    may be the largest matrix that there is.
     """
     mean = hessian.diagonal().mean()
     turned_order = order.flip(0)
+    info = torch.empty(0, dtype=torch.int32, device=hessian.device)
     while damping <= MAX_DAMPING:
-        turned = hessian[turned_order][:, turned_order]
-        diagonal = turned.diagonal()
-        diagonal += damping * mean
-        lower, info = torch.linalg.cholesky_ex(turned)
-        del turned, diagonal
+        matrix = hessian[turned_order.unsqueeze(1), turned_order]
+        matrix.diagonal().add_(damping * mean)
+        # The library works in place where columns are contiguous; by rows, its upper factor is then the lower one.
+        torch.linalg.cholesky_ex(matrix.mT, upper=True, out=(matrix.mT, info))
         if not info.item():
-            root = lower.flip(0, 1)
-            del lower
-            identity = torch.eye(len(root))
-            inverse = torch.linalg.solve_triangular(root, identity, upper=True)
-            if bool(torch.isfinite(inverse).all()):
-                return inverse, damping
+            _reverse(matrix.view(-1))
+            _invert_upper(matrix)
+            if bool(torch.isfinite(matrix.sum())):
+                return matrix, damping
+        del matrix
         damping *= DAMPING_FACTOR
     return None
+
+
+def _reverse(values: Tensor) -> None:
+    """Turn a vector round in place. The rows of a matrix, one after the other, make it turn about both axes."""
+    count = len(values)
+    for start in range(0, count // 2, _REVERSED_AT_ONCE):
+        stop = min(start + _REVERSED_AT_ONCE, count // 2)
+        front, back = values[start:stop], values[count - stop : count - start]
+        saved = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(saved)
+
+
+def _invert_upper(matrix: Tensor) -> None:
+    """Invert an upper triangular matrix in place, some columns at a time."""
+    for start in range(0, len(matrix), _INVERTED_COLUMNS):
+        columns = slice(start, start + _INVERTED_COLUMNS)
+        own, above = matrix[columns, columns], matrix[:start, columns]
+        identity = torch.eye(len(own), device=matrix.device)
+        inverse = torch.linalg.solve_triangular(own, identity, upper=True)
+        above.copy_(matrix[:start, :start] @ above @ inverse.neg())
+        own.copy_(inverse)
 
 
 def _solve(
@@ -143,16 +166,16 @@ def _solve(
     ``scale`` and ``zero_point`` are ``[groups, rows]``; ``order`` tells which group a column is in.
     """
     columns = len(weight)
-    group = order // (columns // len(scale))
-    codes = torch.empty(weight.shape, dtype=torch.int8)
+    group = (order // (columns // len(scale))).tolist()
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for start in range(0, columns, BLOCK_COLUMNS):
         stop = min(start + BLOCK_COLUMNS, columns)
-        errors = torch.empty(stop - start, weight.shape[1])
+        errors = weight.new_empty(stop - start, weight.shape[1])
         for inner in range(start, stop, INNER_COLUMNS):
             end = min(inner + INNER_COLUMNS, stop)
             for column in range(inner, end):
-                values, own = weight[column], int(group[column])
-                step, offset = scale[own], None if zero_point is None else zero_point[own]
+                values = weight[column]
+                step, offset = scale[group[column]], None if zero_point is None else zero_point[group[column]]
                 chosen = quantize(values.unsqueeze(-1), step, offset, number_format).squeeze(-1)
                 codes[column] = chosen
                 rounded = chosen.float() if offset is None else chosen.float() - offset

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quantcli import plugins
 from quantcli.algorithms import gptq
+from quantcli.algorithms.rows import by_rows
 from quantcli.numerics import TORCH_DTYPES, error_powers, in_groups
 from quantcli.plan import LayerPlan, Plan
 from quantcli.scheme import NumberFormat, QuantizedTensor
@@ -20,8 +21,6 @@ from quantcli.steps import default_rounding
 
 #: Algorithms that need nothing of the data.
 _PLAIN = ("rtn", "mse")
-#: Elements worked on at a time by algorithms that take rows one by one.
-_CHUNK = 1 << 18
 
 
 @dataclass
@@ -99,8 +98,9 @@ def _plain(matrix: Tensor, layer: LayerPlan, dtype: torch.dtype, because: str) -
     number_format = _format(layer)
     planned = layer.algorithm or ""
     algorithm = planned if planned in _PLAIN else default_rounding(number_format)
+    tensor = by_rows(plugins.rounding(algorithm).run, matrix, number_format, dtype)
     note = None if algorithm == planned else f"{because}: {algorithm} in place of {planned}"
-    return Coded(_by_rows(algorithm, matrix, number_format, dtype), algorithm, note=note)
+    return Coded(tensor, algorithm, note=note)
 
 
 def _weight(block: nn.Module, name: str) -> Tensor:
@@ -112,15 +112,6 @@ def _weight(block: nn.Module, name: str) -> Tensor:
 def _format(layer: LayerPlan) -> NumberFormat:
     assert layer.scheme is not None
     return layer.scheme.weights
-
-
-def _by_rows(algorithm: str, weight: Tensor, number_format: NumberFormat, dtype: torch.dtype) -> QuantizedTensor:
-    rounding = plugins.rounding(algorithm)
-    if number_format.granularity.kind not in ("channel", "group"):
-        return rounding.run(weight, number_format, dtype)
-    step = max(1, _CHUNK // weight.shape[1])
-    parts = [rounding.run(rows, number_format, dtype) for rows in torch.split(weight, step)]
-    return _joined(parts, weight.shape)
 
 
 def _awq(
@@ -183,9 +174,3 @@ def _rows_of(whole: QuantizedTensor, rows: slice, shape: tuple[int, ...]) -> Qua
     scale = whole.scale if len(whole.scale) == 1 else whole.scale[rows]
     zero_point = None if whole.zero_point is None else whole.zero_point[rows].cpu()
     return QuantizedTensor(whole.codes[rows].cpu(), scale.cpu(), zero_point, shape, whole.number_format)
-
-
-def _joined(parts: Sequence[QuantizedTensor], shape: torch.Size) -> QuantizedTensor:
-    codes, scale = (torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scale"))
-    zero_point = None if parts[0].zero_point is None else torch.cat([p.zero_point for p in parts])  # type: ignore[misc]
-    return QuantizedTensor(codes, scale, zero_point, tuple(shape), parts[0].number_format)
