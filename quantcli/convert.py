@@ -23,6 +23,7 @@ from quantcli.recipe import Recipe, load_recipe
 from quantcli.repack import Carrier, decoded_view, dequantizes, is_quantized
 from quantcli.report import Report
 from quantcli.staging import check_target, explain, open_staging, require_space
+from quantcli.targets import for_target
 
 
 def convert(
@@ -138,6 +139,7 @@ def convert(
         carrier = Carrier(checkpoint, wishes, data=data is not None)
         checkpoint = carrier.checkpoint
     plan = carrier.plan if carrier else resolve(wishes, checkpoint.infos(), checkpoint.config, data=data is not None)
+    plan = for_target(plan)
     if not dry_run:
         check_target(place, checkpoint.folder or source, force=force)
     work: Work | None = carrier
@@ -145,7 +147,8 @@ def convert(
         from quantcli.calibrated import CalibratedWork
 
         work = CalibratedWork(checkpoint, plan, given, device=device, memory_limit=max_memory)
-        plan = work.plan
+        # What calibration leaves out may matter to the target.
+        plan = for_target(work.plan)
     layout = plan_layout(plan, checkpoint, place)
     if dry_run:
         return conversion_report(checkpoint, place, plan, layout, {}, None, {"dry_run": True})

@@ -21,6 +21,7 @@ from quantcli.scheme import (
     TensorInfo,
 )
 from quantcli.steps import FINAL, Steps, chain, default_rounding
+from quantcli.units import listed
 
 _LEFT_BECAUSE = {
     "norm": "norm: tiny, and sensitive",
@@ -194,7 +195,7 @@ class _Resolver:
         layers = tuple(self._decide(info) for info in self.infos)
         for size, names in self.bad_groups.items():
             raise UsageError(
-                f"The group size {size} does not divide the columns of {len(names)} layers: {_listed(names)}.",
+                f"The group size {size} does not divide the columns of {len(names)} layers: {listed(names)}.",
                 hint="Leave --group-size out to take the largest that fits each layer, or --skip these layers.",
             )
         if not any(layer.scheme for layer in layers):
@@ -360,11 +361,6 @@ class _Resolver:
             )
         sizes = Counter(layer.note for layer in layers if layer.note)
         warnings += [f"{count} layers use {note}." for note, count in sizes.most_common(3)]
-        if self.format_name == "compressed-tensors" and not self.scheme.weights.symmetric:
-            warnings.append(
-                "transformers 5.23 loads asymmetric compressed-tensors only with "
-                "quantization_config=CompressedTensorsConfig(dequantize=True)."
-            )
         return tuple(warnings)
 
 
@@ -378,11 +374,6 @@ def default_format(scheme: Scheme) -> str:
 def matches(glob: str, name: str) -> bool:
     """Whether a glob means this tensor: by its own name, or its module's."""
     return fnmatchcase(name, glob) or fnmatchcase(module_of(name), glob)
-
-
-def _listed(names: Sequence[str], most: int = 4) -> str:
-    shown = ", ".join(names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def left_linear_modules(plan: Plan) -> list[str]:

@@ -2,8 +2,8 @@
 
 The artifact is loaded by ``from_pretrained``, which lists the names and shapes it missed, did not expect,
 or could not fit. What it lacks and the original does not is a failure. The
-model is laid out on the meta device, so neither time nor memory depends on its size; bitsandbytes, which
-reads its settings from tensors, is loaded for real where that fits into memory.
+model is laid out on the meta device, so neither time nor memory depends on its size; where shapes alone do not
+tell, it is loaded for real if that fits into memory.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class RuntimeCheck:
         self._process: subprocess.Popen[str] | None = None
         self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 closed by `stop`
         self._skipped = _reason_to_skip(plan, checkpoint, nbytes)
-        self._arguments = (str(artifact), str(checkpoint.folder), plan.format)
-        self.needs_weights = plan.format == "bitsandbytes"
+        self.needs_weights = _needs_weights(plan)
+        self._arguments = (str(artifact), str(checkpoint.folder), "cpu" if self.needs_weights else "meta")
 
     def start(self) -> None:
         """Begin, in the background."""
@@ -94,6 +94,14 @@ class RuntimeCheck:
         self._output.close()
 
 
+def _needs_weights(plan: Plan) -> bool:
+    """Whether shapes alone do not tell: settings that are tensors, and int4 experts, unpacked where they are joined."""
+    return plan.format == "bitsandbytes" or any(
+        layer.role == "expert" and layer.is_coded and layer.scheme and layer.scheme.weights.bits == 4
+        for layer in plan.layers
+    )
+
+
 def _reason_to_skip(plan: Plan, checkpoint: Checkpoint, nbytes: int) -> str | None:
     import psutil
 
@@ -106,20 +114,22 @@ def _reason_to_skip(plan: Plan, checkpoint: Checkpoint, nbytes: int) -> str | No
     for package in filter(None, ("transformers", _NEEDS.get(plan.format))):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
-    if plan.format == "bitsandbytes" and nbytes > psutil.virtual_memory().available // 4:
-        return "bitsandbytes cannot be checked without loading, and memory is too small"
+    # Experts are joined unpacked, in their original size.
+    loaded = nbytes if plan.format == "bitsandbytes" else sum(layer.info.nbytes for layer in plan.layers)
+    if _needs_weights(plan) and loaded > psutil.virtual_memory().available // 4:
+        return f"{plan.format} weights of this kind cannot be checked without loading, and memory is too small"
     return None
 
 
 def main() -> None:
     """The child process: load the artifact, where that is not clean the original too, and print JSON."""
-    artifact, original, form = sys.argv[1:4]
+    artifact, original, device = sys.argv[1:4]
     import transformers
 
     found: dict[str, Any] = {"checked": True, "transformers": transformers.__version__}
     problems: list[str] = []
     try:
-        after = _loading_info(artifact, None if form == "bitsandbytes" else "meta")
+        after = _loading_info(artifact, None if device == "cpu" else device)
         found["class"] = after["class"]
     except Exception as error:
         after = None

@@ -1,8 +1,9 @@
-"""Sizes and durations as people write and read them."""
+"""Sizes, durations and lists of names as people write and read them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _FACTORS = {
     "": 1, "b": 1,
@@ -36,3 +37,9 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first names of many, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
