@@ -144,6 +144,9 @@ class CodedCheckpoint:
 
     def _parts(self, name: str, shape: tuple[int, int], scheme: Scheme) -> tuple[TensorInfo, ...]:
         """Every tensor of a weight. Raises InputError where one is missing or has another shape than it should."""
+        size = scheme.weights.granularity.size
+        if scheme.weights.granularity.kind == "group" and size and shape[1] % size:
+            raise InputError(f"{name} has {shape[1]} columns, and scales for groups of {size}: the file is damaged.")
         parts = []
         for part, spec in self.form.layout(name, shape, scheme, "F32").items():
             info = self._infos.get(part)

@@ -80,6 +80,29 @@ def codes_of_transposed(tensors: dict[str, Tensor], stem: str, method: str) -> t
     return codes.float(), zeros.float(), scales.float()
 
 
+def codes_of(folder: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Unsigned codes ``[O, I]``, zero points and scales ``[O, I / g]`` of an artifact's int4 and int8, by module."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    tensors, found = tensors_of(folder), {}
+    method = config_of(folder)["quantization_config"]["quant_method"]
+    for name in tensors:
+        if name.endswith(".qweight"):
+            parts = codes_of_transposed(tensors, name.removesuffix("qweight"), method)
+            codes, zeros, scales = (part.T.contiguous() for part in parts)
+            found[name.removesuffix(".qweight")] = codes, zeros, scales
+        if name.endswith(".weight_packed"):
+            stem = name.removesuffix("_packed")
+            shape, scales = tensors[f"{stem}_shape"].tolist(), tensors[f"{stem}_scale"].float()
+            bits = 32 * tensors[name].shape[1] // shape[1]
+            half, zeros = float(1 << (bits - 1)), torch.zeros_like(scales)
+            if f"{stem}_zero_point" in tensors:
+                zeros = unpack_from_int32(tensors[f"{stem}_zero_point"], bits, scales.shape, packed_dim=0).float()
+            codes = unpack_from_int32(tensors[name], bits, shape).float()
+            found[stem.removesuffix(".weight")] = codes + half, zeros + half, scales
+    return found
+
+
 def decode_bitsandbytes(layer: dict[str, Tensor], module: str, config: dict[str, Any]) -> Tensor:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from coded_models import Artifacts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -36,6 +40,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in built.items():
         model.save_pretrained(root / name)
     return root
+
+
+@pytest.fixture(scope="session")
+def artifact(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """Makes quantized artifacts of the models, by kind."""
+    from coded_models import Artifacts
+
+    return Artifacts(models, tmp_path_factory.mktemp("artifacts"))
 
 
 @pytest.fixture

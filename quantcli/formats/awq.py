@@ -154,6 +154,11 @@ def find(
         groups, outputs = scales.shape
         inputs = infos[name].rows
         granularity = Granularity("group", max(1, inputs // max(1, groups)))
+        if section.get("group_size") not in (None, -1, granularity.size):
+            raise InputError(
+                f"{stem}weight has a scale for every {granularity.size} columns; config.json says "
+                f"{section['group_size']}."
+            )
         symmetric = not packing.unpack_int4_even_first(load(f"{stem}qzeros")).any()
         found[f"{stem}weight"] = ((outputs, inputs), Scheme(NumberFormat("int4", granularity, bool(symmetric))))
     return found
