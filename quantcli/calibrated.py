@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from quantcli.artifact import Destination
 from quantcli.calibration import Calibration
 from quantcli.checkpoints.folder import Checkpoint, open_checkpoint
 from quantcli.errors import InputError
-from quantcli.parallel import usable_cores
-from quantcli.placing import place_codes, place_values, read_codes
+from quantcli.numerics import error_powers, in_groups
+from quantcli.parallel import torch_threads
+from quantcli.placing import place_codes, place_scales, place_values, read_codes
 from quantcli.plan import LayerPlan, Plan, resolve
 from quantcli.sequential.batches import CalibrationBatches, load_batches
-from quantcli.sequential.engine import BlockEngine, BlockOutcome, linear_layers
+from quantcli.sequential.engine import BlockEngine, BlockOutcome, Chain, linear_layers
 from quantcli.sequential.rounding import Coded
 from quantcli.sequential.skeleton import open_skeleton
 from quantcli.sequential.structure import find_blocks
@@ -25,6 +27,10 @@ from quantcli.streaming import LayerResult
 
 #: Of the memory that is free, what hidden states may take before they go to disk.
 _ACTIVATIONS_SHARE = 4
+#: Of the time a tuned model takes, roughly what its blocks take and what tuning does.
+_BLOCKS, _TUNE = 0.4, 0.6
+#: What tuning has learned, until it is in the output; where it exists the blocks are all done.
+_LEARNED = "tuned.safetensors"
 
 
 class CalibratedWork:
@@ -92,26 +98,96 @@ class CalibratedWork:
             record: called with each tensor that is done, once all of its block is written.
             tick: told the fraction that is done.
         """
-        before = torch.get_num_threads()
-        torch.set_num_threads(usable_cores())
-        try:
-            engine = BlockEngine(
-                self.skeleton,
-                self.plan,
-                self._blocks,
-                self.data.batches,
-                scratch=scratch,
-                memory_limit=self._activations_limit(),
-                device=self.device,
-                seed=self.given.seed,
-                tick=tick,
-            )
-            artifact = open_checkpoint(out) if results else None
-            for outcome in engine.run(lambda path: self._finished(path, artifact, results)):
-                for name, result in self._place(outcome, destinations).items():
-                    record(name, result)
-        finally:
-            torch.set_num_threads(before)
+        learned = scratch / _LEARNED
+        with torch_threads():
+            if not learned.exists():
+                chain = self._run_blocks(out, scratch, destinations, results, record, tick)
+                if self._tunes:
+                    self._tune(open_checkpoint(out), chain, results, learned, lambda done: tick(_BLOCKS + _TUNE * done))
+        if self._tunes:
+            for name, result in self._place_tuned(open_checkpoint(out), learned, destinations, results).items():
+                record(name, result)
+
+    def _run_blocks(
+        self,
+        out: Path,
+        scratch: Path,
+        destinations: Mapping[str, Destination],
+        results: dict[str, LayerResult],
+        record: Callable[[str, LayerResult], None],
+        tick: Callable[[float], None],
+    ) -> Chain:
+        """Quantize and write block after block; returns what comes out of the last one."""
+        share = _BLOCKS if self._tunes else 1.0
+        engine = BlockEngine(
+            self.skeleton,
+            self.plan,
+            self._blocks,
+            self.data.batches,
+            scratch=scratch,
+            memory_limit=self._activations_limit(),
+            device=self.device,
+            seed=self.given.seed,
+            tick=lambda done: tick(share * done),
+        )
+        artifact = open_checkpoint(out) if results else None
+        for outcome in engine.run(lambda path: self._finished(path, artifact, results)):
+            for name, result in self._place(outcome, destinations).items():
+                record(name, result)
+        return engine.final["original" if self._tunes else "quantized"]
+
+    @property
+    def _tunes(self) -> bool:
+        return any(step.name == "tune" for step in self.plan.steps.final)
+
+    def _tune(
+        self,
+        artifact: Checkpoint,
+        teacher: Chain,
+        results: Mapping[str, LayerResult],
+        learned: Path,
+        report: Callable[[float], None],
+    ) -> None:
+        """Learn scales and norms of the written blocks, into a file of their own: what is written stays whole."""
+        from safetensors.torch import save_file
+
+        from quantcli.sequential.tuning import ModelTuning
+
+        outcomes = [self._finished(path, artifact, results) for each in self._blocks for path in each.blocks]
+        coded = {name: each.tensor for outcome in outcomes if outcome for name, each in outcome.coded.items()}
+        plain = {name: values for outcome in outcomes if outcome for name, values in outcome.plain.items()}
+        options = self.plan.steps.options("tune")
+        tuning = ModelTuning(self.skeleton, self.plan, self._blocks, coded, plain, options)
+        tuned = tuning.run(self.data.batches, teacher, self.given.seed, report)
+        self.skeleton.drop()
+        learned.parent.mkdir(parents=True, exist_ok=True)
+        partial = learned.with_suffix(".partial")
+        save_file({name: each.contiguous() for name, each in (tuned.scales | tuned.norms).items()}, partial)
+        partial.replace(learned)
+
+    def _place_tuned(
+        self,
+        artifact: Checkpoint,
+        learned: Path,
+        destinations: Mapping[str, Destination],
+        results: Mapping[str, LayerResult],
+    ) -> dict[str, LayerResult]:
+        from safetensors.torch import load_file
+
+        placed = {}
+        for name, values in load_file(learned).items():
+            layer = self._by_name[name]
+            if not layer.is_coded:
+                placed[name] = place_values(layer, values, destinations)
+                continue
+            tensor = replace(read_codes(layer, self.plan, artifact), scale=values)
+            # Where scales moved between layers, the weight that the codes stand for is none of the checkpoint's.
+            result = placed[name] = replace(results[name], signal=0.0, noise=0.0)
+            if not self.plan.steps.transforms:
+                weight = self.checkpoint.load(name).float().reshape(layer.matrix_shape)
+                result.signal, result.noise = error_powers(in_groups(weight, tensor.number_format), tensor)
+            place_scales(layer, tensor, self.plan, destinations, result)
+        return placed
 
     def _place(self, outcome: BlockOutcome, destinations: Mapping[str, Destination]) -> dict[str, LayerResult]:
         placed = {}

@@ -66,7 +66,7 @@ class Capture:
         returned: list[Any] = []
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
-                stack.enter_context(_replaced(block, self._recorder(index, block.forward, log, returned)))
+                stack.enter_context(replaced_forward(block, self._recorder(index, block.forward, log, returned)))
             with suppress(_ReachedLast):
                 forward(self.model, batch)
         if [index for index, _, _ in log] != list(range(len(self.blocks))):
@@ -112,12 +112,13 @@ def replaying(blocks: Sequence[nn.Module], hidden: Tensor, returned: tuple[Any, 
     output = hidden if returned is None else (hidden, *returned)
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_replaced(block, lambda *_, **__: output))
+            stack.enter_context(replaced_forward(block, lambda *_, **__: output))
         yield
 
 
 @contextmanager
-def _replaced(block: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(block: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Meanwhile a module computes something else; its hooks stay."""
     # On the instance, so that attributes which models read off their layers stay there.
     block.forward = call
     try:
@@ -132,10 +133,9 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     Raises:
         InputError: the model fails on this batch.
     """
-    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     try:
         with torch.no_grad():
-            return model(**batch, **options)
+            return model(**batch, **without_cache(model))
     except (_ReachedLast, QuantcliError, MemoryError):
         raise
     except Exception as error:  # whatever the model's code raises
@@ -145,6 +145,24 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
             f"{type(model).__name__} cannot be run on the calibration data ({shapes}): {reason}.",
             hint="Look whether sequences are longer than the model takes (--seq-len), or an input is missing.",
         ) from error
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """Arguments that keep a Hugging Face model from building a key-value cache."""
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+
+
+def main_output(outputs: Any) -> tuple[Tensor, bool]:
+    """What a model returns first of all, ``[batch, ...]``, and whether these are logits over classes.
+
+    Raises:
+        InputError: it is no tensor.
+    """
+    logits = getattr(outputs, "logits", None)
+    first = outputs if isinstance(outputs, Tensor) else logits if logits is not None else outputs[0]
+    if not isinstance(first, Tensor):
+        raise InputError(f"The model returns {type(outputs).__name__}, which holds no tensor to learn from.")
+    return first, logits is not None
 
 
 def alike(one: Any, other: Any) -> bool:

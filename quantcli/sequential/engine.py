@@ -50,7 +50,7 @@ class BlockOutcome:
     plain: dict[str, Tensor] = field(default_factory=dict)
 
 
-class _Chain:
+class Chain:
     """Hidden states on their way through a list of blocks, and what else its blocks are called with."""
 
     def __init__(self, hidden: Activations) -> None:
@@ -68,16 +68,19 @@ class _Chain:
         self.returned.append(self.returned[-1] if known else captured.returned)
 
     @contextmanager
-    def replaying(self, modules: Sequence[nn.Module], batch: int) -> Iterator[None]:
-        """Let blocks that are finished return what they returned for a batch."""
-        with replaying(modules, self.hidden[batch], self.returned[batch]):
+    def replaying(self, modules: Sequence[nn.Module], batch: int, rows: slice | None = None) -> Iterator[None]:
+        """Let blocks that are finished return what they returned for a batch, or for some ``rows`` of it."""
+        hidden, returned = self.hidden[batch], self.returned[batch]
+        if rows is not None:
+            hidden, returned = hidden[rows], None if returned is None else ()
+        with replaying(modules, hidden, returned):
             yield
 
 
 class _Calls(Sequence[Call]):
     """Every batch's call of one block, made when it is asked for: hidden states may lie on disk."""
 
-    def __init__(self, chain: _Chain, block: int, device: torch.device) -> None:
+    def __init__(self, chain: Chain, block: int, device: torch.device) -> None:
         self._chain, self._block, self._device = chain, block, device
 
     def __len__(self) -> int:
@@ -124,7 +127,8 @@ class BlockEngine:
         self._by_name = {layer.info.name: layer for layer in plan.layers}
         self._keeps_original = "original" in plan.steps.needs
         self._transforms = Transforms(plan)
-        self.final: dict[str, Activations] = {}
+        #: What came out of the last list of blocks, ``original`` where the plan's steps need that.
+        self.final: dict[str, Chain] = {}
 
     def run(self, finished: Finished) -> Iterator[BlockOutcome]:
         """Quantize block after block; those already ``finished`` only run, so that the next sees what they return.
@@ -133,7 +137,7 @@ class BlockEngine:
         """
         total = sum(len(each.blocks) for each in self.lists)
         done = 0
-        before: dict[str, list[tuple[list[nn.Module], _Chain]]] = {}
+        before: dict[str, list[tuple[list[nn.Module], Chain]]] = {}
         for blocks in self.lists:
             modules = [self.skeleton.module.get_submodule(path) for path in blocks.blocks]
             names = ("quantized", "original") if self._keeps_original else ("quantized",)
@@ -149,19 +153,19 @@ class BlockEngine:
             for name, chain in chains.items():
                 chain.arguments.clear()
                 before.setdefault(name, []).append((modules, chain))
-        self.final = {name: found[-1][1].hidden for name, found in before.items()}
+        self.final = {name: found[-1][1] for name, found in before.items()}
 
     def _enter(
         self,
         blocks: BlockList,
         modules: list[nn.Module],
         names: Sequence[str],
-        before: Mapping[str, list[tuple[list[nn.Module], _Chain]]],
-    ) -> dict[str, _Chain]:
+        before: Mapping[str, list[tuple[list[nn.Module], Chain]]],
+    ) -> dict[str, Chain]:
         """Run what comes before a list of blocks, and keep what its blocks are called with."""
         everything = [path for each in self.lists for path in each.blocks]
         share = self._limit // len(names)
-        chains = {name: _Chain(Activations(self._scratch, f"{blocks.path}-{name}", share)) for name in names}
+        chains = {name: Chain(Activations(self._scratch, f"{blocks.path}-{name}", share)) for name in names}
         capture = Capture(self.skeleton.module, modules)
         with self.skeleton.loading_others(everything):
             self.skeleton.load(blocks.blocks[0])
@@ -178,7 +182,7 @@ class BlockEngine:
         return chains
 
     def _block(
-        self, index: int, path: str, chains: Mapping[str, _Chain], finished: BlockOutcome | None, report: Tick
+        self, index: int, path: str, chains: Mapping[str, Chain], finished: BlockOutcome | None, report: Tick
     ) -> BlockOutcome:
         block = self.skeleton.load(path).to(self.device)
         quantized, original = chains["quantized"], chains.get("original")
@@ -195,14 +199,15 @@ class BlockEngine:
                 values = outcome.plain[info.name]
             parameter = block.get_parameter(name.removeprefix(f"{path}."))
             parameter.data = values.reshape(parameter.shape).to(self.device)
-        with quantized_inputs(block, self._inside(path), outcome.coded):
+        tensors = {name: coded.tensor for name, coded in outcome.coded.items()}
+        with quantized_inputs(block, self._inside(path), tensors):
             self._advance(index, block, quantized, _part(report, _ROUNDED, 1.0))
         block.to("cpu")
         self.skeleton.drop(path)
         return outcome
 
     def _quantize(
-        self, index: int, path: str, block: nn.Module, chain: _Chain, original: _Chain | None, report: Tick
+        self, index: int, path: str, block: nn.Module, chain: Chain, original: Chain | None, report: Tick
     ) -> BlockOutcome:
         layers = self._inside(path)
         calls = _Calls(chain, index, self.device)
@@ -237,7 +242,7 @@ class BlockEngine:
         static = any(layer.scheme is not None and layer.scheme.is_static for layer in layers.values())
         return (self.plan.steps.needs | ({"absmax"} if static else set())) - {"original"}
 
-    def _advance(self, index: int, block: nn.Module, chain: _Chain, report: Tick | None = None) -> None:
+    def _advance(self, index: int, block: nn.Module, chain: Chain, report: Tick | None = None) -> None:
         """Run a block on every batch; its outputs take the place of its inputs."""
         with torch.no_grad():
             for number, call in enumerate(_counted(_Calls(chain, index, self.device), report)):

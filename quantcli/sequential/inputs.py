@@ -14,7 +14,7 @@ from quantcli.algorithms.smoothquant import fake_quantized_inputs
 from quantcli.errors import InputError
 from quantcli.numerics import choose_qparams
 from quantcli.plan import LayerPlan
-from quantcli.scheme import NumberFormat
+from quantcli.scheme import NumberFormat, QuantizedTensor
 from quantcli.sequential.observe import LinearStats
 from quantcli.sequential.rounding import Coded
 
@@ -42,15 +42,18 @@ def fix_input_scales(
 
 
 @contextmanager
-def quantized_inputs(block: nn.Module, layers: Mapping[str, LayerPlan], coded: Mapping[str, Coded]) -> Iterator[None]:
+def quantized_inputs(
+    block: nn.Module, layers: Mapping[str, LayerPlan], coded: Mapping[str, QuantizedTensor]
+) -> Iterator[None]:
     """Meanwhile the layers of a block quantize their inputs where their scheme says so.
 
     ``layers`` are named as in the block, ``coded`` holds their codes (and static scales of their inputs) by tensor.
+    The rounding has slope one for gradients (straight-through).
     """
     with ExitStack() as stack:
         for name, layer in layers.items():
             if layer.scheme is not None and layer.scheme.inputs is not None:
-                static = coded[layer.info.name].tensor.input_scale
+                static = coded[layer.info.name].input_scale
                 hook = partial(_quantize, layer.scheme.inputs, static)
                 stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
         yield
@@ -60,6 +63,10 @@ def _quantize(
     number_format: NumberFormat, static: Tensor | None, module: nn.Module, args: tuple[Any, ...]
 ) -> tuple[Tensor, ...]:
     inputs = args[0]
-    absmax = inputs.abs().amax() if static is None else static.to(inputs.device) * _REACH
-    rounded = fake_quantized_inputs(inputs.reshape(-1, inputs.shape[-1]), number_format, absmax)
-    return (rounded.reshape(inputs.shape), *args[1:])
+    with torch.no_grad():
+        absmax = inputs.abs().amax() if static is None else static.to(inputs.device) * _REACH
+        rounded = fake_quantized_inputs(inputs.reshape(-1, inputs.shape[-1]), number_format, absmax)
+        rounded = rounded.reshape(inputs.shape)
+    if inputs.requires_grad:
+        rounded = inputs + (rounded - inputs).detach()
+    return (rounded, *args[1:])

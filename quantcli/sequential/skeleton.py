@@ -33,7 +33,7 @@ class Skeleton:
     def load(self, path: str) -> nn.Module:
         """A submodule with its weights in float32."""
         for name, info in (self.parameters(path) | _inside(self._buffers, path)).items():
-            self._set(name, self.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape))
+            self.set(name, self.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape))
         return self.module.get_submodule(path)
 
     @contextmanager
@@ -61,9 +61,13 @@ class Skeleton:
         depth = 1 if isinstance(module, nn.MultiheadAttention) else 0
         for name, info in (self.parameters(path) | _inside(self._buffers, path)).items():
             if name.removeprefix(start).count(".") <= depth:
-                self._set(name, self.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape))
+                self.set(name, self.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape))
 
-    def _set(self, name: str, values: Tensor) -> None:
+    def info(self, parameter: str) -> TensorInfo:
+        """The tensor of the checkpoint that a parameter is, by the parameter's full name."""
+        return self._infos[parameter]
+
+    def set(self, name: str, values: Tensor) -> None:
         """Give a parameter its values, as float32."""
         owner, _, leaf = name.rpartition(".")
         module = self.module.get_submodule(owner)

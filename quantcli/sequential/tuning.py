@@ -1,0 +1,186 @@
+"""The whole model once its blocks are quantized: scales and norms learned from what the original model returns.
+
+In memory are a byte per quantized weight, all other weights in float32, and what one sample leaves in every layer for
+its gradient. The original model is not run again: its last hidden states are those that its blocks returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.algorithms import tune
+from quantcli.algorithms.tune import Factors, TunedLinear
+from quantcli.errors import InputError
+from quantcli.numerics import TORCH_DTYPES
+from quantcli.plan import LayerPlan, Plan
+from quantcli.scheme import QuantizedTensor
+from quantcli.sequential.capture import main_output, replaced_forward, without_cache
+from quantcli.sequential.engine import Chain
+from quantcli.sequential.inputs import quantized_inputs
+from quantcli.sequential.skeleton import Skeleton
+from quantcli.sequential.structure import BlockList
+from quantcli.steps import TuneOptions
+
+
+@dataclass
+class Tuned:
+    """What was learned, by the names of tensors: scales of quantized weights, and norms; and the loss of each step."""
+
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some samples of a batch: its number, and their rows in it."""
+
+    batch: int
+    rows: slice
+
+
+class ModelTuning:
+    """A quantized model in training."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        plan: Plan,
+        blocks: Sequence[BlockList],
+        coded: Mapping[str, QuantizedTensor],
+        plain: Mapping[str, Tensor],
+        options: TuneOptions,
+    ) -> None:
+        """Put the model together.
+
+        Args:
+            skeleton: the model; its weights are loaded here.
+            plan: dtypes of everything.
+            blocks: the model's blocks, one list of them.
+            coded: the blocks' quantized weights by the names of their tensors.
+            plain: the blocks' other parameters, float32.
+            options: what is learned, how long and how fast.
+
+        Raises:
+            InputError: the model has more than one list of blocks, or no quantized linear layer.
+        """
+        if len(blocks) != 1:
+            found = ", ".join(each.path for each in blocks)
+            raise InputError(
+                f"tune is for models with one list of blocks; this one has {len(blocks)}: {found}.",
+                hint="Leave tune out of the recipe's steps.",
+            )
+        self.skeleton, self.plan, self.options = skeleton, plan, options
+        self._modules = [skeleton.module.get_submodule(path) for path in blocks[0].blocks]
+        self._scale_dtype = TORCH_DTYPES[plan.scale_dtype]
+        self._layers = {layer.info.name: layer for layer in plan.layers}
+        self._linears: dict[str, TunedLinear] = {}
+        self._norms: dict[str, Factors] = {}
+        self._load(blocks[0], coded, plain)
+        self._tensors = coded
+
+    def _load(self, blocks: BlockList, coded: Mapping[str, QuantizedTensor], plain: Mapping[str, Tensor]) -> None:
+        for name, info in self.skeleton.parameters().items():
+            owner, _, leaf = name.rpartition(".")
+            inside = any(name.startswith(f"{path}.") for path in blocks.blocks)
+            if info.name in coded:
+                module = self.skeleton.module.get_submodule(owner)
+                if leaf == "weight" and isinstance(module, nn.Linear):
+                    self._linears[owner] = TunedLinear(coded[info.name], self._scale_dtype, None)
+            elif inside:
+                self.skeleton.set(name, plain[info.name])
+                if self.options.norms and self._layers[info.name].role == "norm":
+                    dtype = TORCH_DTYPES[self._layers[info.name].dtype]
+                    self._norms[name] = Factors(plain[info.name], dtype, scales=False)
+            else:
+                self.skeleton.set(name, self._as_stored(name))
+        for owner, linear in self._linears.items():
+            bias = self.skeleton.module.get_submodule(owner)._parameters.get("bias")
+            linear.bias = None if bias is None else bias.detach()
+
+    def _as_stored(self, name: str) -> Tensor:
+        """A parameter outside the blocks with the precision it will have."""
+        info = self.skeleton.info(name)
+        values = self.skeleton.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape)
+        layer = self._layers[info.name]
+        return values if layer.is_coded else values.to(TORCH_DTYPES[layer.dtype]).float()
+
+    def run(
+        self,
+        batches: Sequence[Mapping[str, Tensor]],
+        teacher: Chain,
+        seed: int,
+        report: Callable[[float], None],
+    ) -> Tuned:
+        """Learn.
+
+        Args:
+            batches: calibration inputs by name, the first axis samples.
+            teacher: what the original blocks returned for each batch.
+            seed: the order of the samples is drawn by it.
+            report: told the fraction that is done.
+
+        Raises:
+            InputError: a loss is not finite.
+        """
+        samples = list(self._samples(batches))
+        scales = [linear.scales for linear in self._linears.values()]
+        with self._trained():
+            losses = tune.run(
+                [*scales, *self._norms.values()],
+                lambda number: self._loss(samples[number], batches, teacher),
+                len(samples),
+                self.options,
+                seed,
+                report,
+            )
+        return self._result(losses)
+
+    def _samples(self, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[_Sample]:
+        for number, batch in enumerate(batches):
+            count = len(next(iter(batch.values())))
+            for start in range(0, count, self.options.batch_size):
+                yield _Sample(number, slice(start, min(start + self.options.batch_size, count)))
+
+    def _loss(self, sample: _Sample, batches: Sequence[Mapping[str, Tensor]], teacher: Chain) -> Tensor:
+        inputs = {name: values[sample.rows] for name, values in batches[sample.batch].items()}
+        with torch.no_grad(), teacher.replaying(self._modules, sample.batch, sample.rows):
+            wanted, classes = main_output(self._called(inputs, {}))
+        found, _ = main_output(self._called(inputs, {name: norm.values() for name, norm in self._norms.items()}))
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.shape == wanted.shape[:2]:
+            wanted, found = wanted[mask.bool()], found[mask.bool()]
+        return tune.divergence(wanted, found) if classes else tune.relative_error(wanted, found)
+
+    def _called(self, inputs: Mapping[str, Tensor], parameters: dict[str, Tensor]) -> Any:
+        module = self.skeleton.module
+        return torch.func.functional_call(module, parameters, kwargs={**inputs, **without_cache(module)})
+
+    @contextmanager
+    def _trained(self) -> Iterator[None]:
+        """Meanwhile linear layers compute from codes and learned scales, and quantize their inputs where planned."""
+        with ExitStack() as stack:
+            for owner, linear in self._linears.items():
+                stack.enter_context(replaced_forward(self.skeleton.module.get_submodule(owner), linear))
+            layers = {owner: self._planned(owner) for owner in self._linears}
+            stack.enter_context(quantized_inputs(self.skeleton.module, layers, self._tensors))
+            yield
+
+    def _planned(self, owner: str) -> LayerPlan:
+        return self._layers[self.skeleton.info(f"{owner}.weight").name]
+
+    def _result(self, losses: list[float]) -> Tuned:
+        tuned = Tuned(losses=losses)
+        with torch.no_grad():
+            for owner, linear in self._linears.items():
+                name = self._planned(owner).info.name
+                tuned.scales[name] = linear.scales.values()
+            for name, norm in self._norms.items():
+                tuned.norms[self.skeleton.info(name).name] = norm.values()
+        return tuned
