@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantcli.memory import release_freed
 from quantcli.numerics import TORCH_DTYPES, decoded
 from quantcli.plan import LayerPlan, Plan
 from quantcli.roles import module_of
@@ -179,6 +180,7 @@ class BlockEngine:
                                 stack.enter_context(finished.replaying(earlier, number))
                             captured = capture.run(batch)
                     chain.enter(number, captured)
+        release_freed()
         return chains
 
     def _block(
@@ -204,6 +206,7 @@ class BlockEngine:
             self._advance(index, block, quantized, _part(report, _ROUNDED, 1.0))
         block.to("cpu")
         self.skeleton.drop(path)
+        release_freed()
         return outcome
 
     def _quantize(

@@ -152,6 +152,7 @@ def _gptq(
         assert gram is not None
         matrix = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
         solved = gptq.run(matrix, number_format, dtype, hessian=gram, damping=damping)
+        stats[names[0]].gram = None  # all that it was for
         start = 0
         for name in names:
             rows = slice(start, start := start + len(weights[name]))

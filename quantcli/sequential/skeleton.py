@@ -7,12 +7,16 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quantcli import models
 from quantcli.checkpoints.folder import Checkpoint
 from quantcli.errors import InputError
 from quantcli.scheme import TensorInfo
+
+#: Elements of a tensor that are read at a time.
+_READ_ELEMENTS = 1 << 20
 
 
 class Skeleton:
@@ -33,7 +37,7 @@ class Skeleton:
     def load(self, path: str) -> nn.Module:
         """A submodule with its weights in float32."""
         for name, info in (self.parameters(path) | _inside(self._buffers, path)).items():
-            self.set(name, self.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape))
+            self.set(name, self._read(info))
         return self.module.get_submodule(path)
 
     @contextmanager
@@ -61,7 +65,18 @@ class Skeleton:
         depth = 1 if isinstance(module, nn.MultiheadAttention) else 0
         for name, info in (self.parameters(path) | _inside(self._buffers, path)).items():
             if name.removeprefix(start).count(".") <= depth:
-                self.set(name, self.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape))
+                self.set(name, self._read(info))
+
+    def _read(self, info: TensorInfo) -> Tensor:
+        """A whole tensor; one of floating point as float32, without a copy of it in its own dtype beside it."""
+        if not info.is_float:
+            return self.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape)
+        values = torch.empty(info.rows, info.columns)
+        step = max(1, _READ_ELEMENTS // max(1, info.columns))
+        for start in range(0, info.rows, step):
+            rows = values[start : start + step]
+            rows.copy_(self.checkpoint.read_rows(info, start, start + len(rows)).reshape(rows.shape))
+        return values.reshape(info.shape)
 
     def info(self, parameter: str) -> TensorInfo:
         """The tensor of the checkpoint that a parameter is, by the parameter's full name."""
