@@ -26,6 +26,8 @@ NEEDS = frozenset({"gram"})
 #: Columns whose updates are gathered before the rest of the weight sees them, in two levels: within the larger
 #: block, the rest of it sees those of a smaller one.
 BLOCK_COLUMNS, INNER_COLUMNS = 128, 16
+#: Columns of H that are summed up at a time.
+HESSIAN_COLUMNS = 192
 #: Rows worked on at a time: a small block of columns then fits a core's cache.
 CHUNK_ROWS = 4096
 #: Columns of a triangular matrix inverted at a time, and elements of a vector turned round at a time.
@@ -57,7 +59,11 @@ def supports(number_format: NumberFormat) -> str | None:
 def add_hessian(total: Tensor, inputs: Tensor) -> None:
     """Add the inputs' x x^T, summed over tokens, to ``total`` ``[columns, columns]``; inputs ``[..., columns]``."""
     tokens = inputs.reshape(-1, inputs.shape[-1]).to(total.dtype)
-    total.addmm_(tokens.T, tokens)
+    # What is above the diagonal is below it, too: nearly half of the work.
+    for start in range(0, len(total), HESSIAN_COLUMNS):
+        stop = start + HESSIAN_COLUMNS
+        total[start:, start:stop].addmm_(tokens[:, start:].T, tokens[:, start:stop])
+        total[start:stop, stop:] = total[stop:, start:stop].T
 
 
 def run(

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
+from quantcli.sequential.precision import products
 
 
 @dataclass
 class Call:
     """One batch of samples on its way through a block.
 
-    ``hidden``: the block's first argument, ``[batch, tokens, channels]``. ``args`` and ``kwargs``: all others, such
-    as masks and position embeddings, which are the same for every block of a model.
+    ``hidden``: the block's first argument, float32 ``[batch, tokens, channels]``. ``args`` and ``kwargs``: all others,
+    such as masks and position embeddings, which are the same for every block of a model.
     """
 
     hidden: Tensor
@@ -25,11 +26,12 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def run(self, block: Callable[..., Any]) -> Tensor:
-        """The block's hidden output, ``[batch, tokens, channels]``: what it returns, or that tuple's first element.
+        """The block's hidden output, float32 ``[batch, tokens, channels]``: what it returns, or that tuple's first.
 
         Raises InputError where that is no tensor.
         """
-        output = block(self.hidden, *self.args, **self.kwargs)
+        with products(self.hidden.device):
+            output = block(self.hidden, *self.args, **self.kwargs)
         if isinstance(output, tuple | list) and output:
             output = output[0]
         if not isinstance(output, Tensor):
@@ -37,7 +39,7 @@ class Call:
                 f"A block of this model ({type(block).__name__}) returns {type(output).__name__}, not a tensor.",
                 hint="Its layers cannot be quantized in sequence; use an algorithm without data, such as mse.",
             )
-        return output
+        return output.float()
 
     def to(self, device: torch.device) -> Call:
         """The same call with every tensor on a device."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.sequential.calls import Call
+from quantcli.sequential.precision import full_precision
 
 #: Largest relative difference that is taken for rounding; scaling by powers of two makes none in most kernels.
 _TOLERANCE = 1e-5
@@ -113,7 +114,7 @@ def find_folds(block: nn.Module, call: Call, linears: Collection[str]) -> list[F
     Raises:
         InputError: the block's output is no tensor.
     """
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         trial = _Trial(block, call)
         folds: list[Fold] = []
         taken: set[str] = set()

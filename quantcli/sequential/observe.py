@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -67,32 +68,57 @@ def observe(
     Raises:
         InputError: a layer's inputs are not finite, or two layers share their input in some calls only.
     """
-    gathering = _Gathering(frozenset(needs))
+    gathering = _Gathering(frozenset(needs), linears)
     handles = [block.get_submodule(name).register_forward_pre_hook(partial(gathering.take, name)) for name in linears]
     try:
         with torch.no_grad():
-            for call in calls:
-                call.run(block)
+            for number, call in enumerate(calls):
+                gathering.begin(first=number == 0)
+                with suppress(_SeenAll):
+                    call.run(block)
     finally:
         for handle in handles:
             handle.remove()
     return gathering.results(linears)
 
 
+class _SeenAll(Exception):
+    """The last layer has its input; what the block does with its output is not needed."""
+
+
 class _Gathering:
     """Which layer adds to which statistics: the one that is given a tensor first, on behalf of all others."""
 
-    def __init__(self, needs: frozenset[str]) -> None:
-        self.needs = needs
+    def __init__(self, needs: frozenset[str], linears: Collection[str]) -> None:
+        self.needs, self.linears = needs, linears
         self.owners: dict[str, str] = {}
         self.sums: dict[str, _Sums] = {}
         self.tokens: dict[str, int] = {}
         # Weak, so that a block's inputs do not all stay in memory until the call ends.
         self.latest: dict[str, weakref.ref[Tensor]] = {}
+        self.order: list[str] = []
+        self.first = True
+
+    def begin(self, *, first: bool) -> None:
+        """A call begins."""
+        self.first = first
 
     def take(self, name: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:
         """The hook before a layer."""
         inputs: Tensor = arguments[0]
+        with torch.autocast(inputs.device.type, enabled=False):
+            self._add(name, inputs)
+        if self.first:
+            self.order.append(name)
+        elif name == self.order[-1] and self.every_call_is_alike:
+            raise _SeenAll
+
+    @cached_property
+    def every_call_is_alike(self) -> bool:
+        """Whether the first call reached every layer just once: then so do the others, in the same order."""
+        return sorted(self.order) == sorted(self.linears)
+
+    def _add(self, name: str, inputs: Tensor) -> None:
         if name not in self.owners:
             first = (owner for owner, sums in self.sums.items() if sums.updates == 1)
             self.owners[name] = next((owner for owner in first if self.latest[owner]() is inputs), name)
