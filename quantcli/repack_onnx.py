@@ -18,6 +18,7 @@ from quantcli.recipe import Recipe
 from quantcli.repack import refuse_wishes
 from quantcli.roles import classify
 from quantcli.scheme import Granularity, QuantizedTensor, Scheme
+from quantcli.units import listed
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -68,7 +69,7 @@ class GivenCodes:
                 _refuse(name, "its export holds other values, or no plain product with them")
         warnings = counted(node.note for node in nodes)
         if lacking:
-            warnings.append(f"{len(lacking)} quantized weights are no part of the export: {', '.join(lacking[:3])}.")
+            warnings.append(f"Quantized, but no part of the export: {listed(lacking)}.")
         found = GraphPlan(tuple(nodes), self.coded.scheme, self.recipe, tuple(warnings))
         require_work(found, file)
         return found

@@ -94,6 +94,7 @@ def codes_of(folder: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         if name.endswith(".weight_packed"):
             stem = name.removesuffix("_packed")
             shape, scales = tensors[f"{stem}_shape"].tolist(), tensors[f"{stem}_scale"].float()
+            scales = scales if scales.ndim == 2 else scales.reshape(1, 1)
             bits = 32 * tensors[name].shape[1] // shape[1]
             half, zeros = float(1 << (bits - 1)), torch.zeros_like(scales)
             if f"{stem}_zero_point" in tensors:

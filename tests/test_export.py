@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import save_file
 
 from quantcli import export, traceable
 from quantcli.errors import InputError, MissingExtraError
@@ -267,10 +268,11 @@ def test_sqnr_of_outputs(expected: list[float], got: list[float], decibels: floa
     assert export._sqnr_db(np.array(expected), np.array(got)) == pytest.approx(decibels)
 
 
-def test_a_quantized_folder_is_refused(models: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
-    with pytest.raises(InputError, match="is quantized already"):
-        export_to_onnx(tmp_path, tmp_path)
+def test_a_folder_quantized_in_a_way_that_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    save_file({"a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="is quantized as fp8, which quantcli does not read"):
+        export_to_onnx(tmp_path, tmp_path / "out")
 
 
 def test_a_missing_exporter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
