@@ -13,20 +13,23 @@ from quantcli import leaks
 from quantcli.artifact import Destination
 from quantcli.calibration import Calibration
 from quantcli.checkpoints.folder import Checkpoint, open_checkpoint
-from quantcli.errors import InputError
+from quantcli.errors import InputError, UsageError
 from quantcli.numerics import error_powers, in_groups
 from quantcli.parallel import torch_threads
 from quantcli.placing import place_codes, place_scales, place_values, read_codes
 from quantcli.plan import LayerPlan, Plan, resolve
 from quantcli.sequential.batches import CalibrationBatches, load_batches
+from quantcli.sequential.demand import foresee
 from quantcli.sequential.engine import BlockEngine, BlockOutcome, Chain, linear_layers
 from quantcli.sequential.rounding import Coded
 from quantcli.sequential.skeleton import open_skeleton
 from quantcli.sequential.structure import find_blocks
 from quantcli.streaming import LayerResult
+from quantcli.units import format_bytes
 
-#: Of the memory that is free, what hidden states may take before they go to disk.
-_ACTIVATIONS_SHARE = 4
+_DEVICES = ("cpu", "cuda")
+#: Of the memory that the heaviest block leaves, one part in so many is for hidden states; others go to disk.
+_HIDDEN_SHARE = 2
 #: Of the time a tuned model takes, roughly what its blocks take and what tuning does.
 _BLOCKS, _TUNE = 0.4, 0.6
 #: What tuning has learned, until it is in the output; where it exists the blocks are all done.
@@ -39,27 +42,56 @@ class CalibratedWork:
     ``plan`` is the one it was given, without what only the blocks' layers can have.
 
     Raises (when made):
-        InputError: the model cannot be run, its blocks are not found, or the data does not suit it.
+        UsageError: a recipe's list of blocks is none, or the memory allowed is too little for a block.
+        InputError: the model cannot be run, its blocks are not found, the data does not suit it, or the machine has too
+            little memory for a block.
         MissingExtraError: transformers is not installed.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, plan: Plan, given: Calibration, *, device: str, memory_limit: int | None
     ) -> None:
-        if device != "cpu" and not torch.cuda.is_available():
-            raise InputError(f"--device {device}: torch {torch.__version__} sees no such device.", "Leave it out.")
+        if device not in _DEVICES:
+            raise UsageError(f"--device {device} is none of {', '.join(_DEVICES)}.")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"--device cuda: torch {torch.__version__} sees no such device.", "Leave it out.")
         self.checkpoint, self.plan, self.given, self.device = checkpoint, plan, given, device
         self.skeleton = open_skeleton(checkpoint)
         folder = checkpoint.folder
         assert folder is not None
         self.data: CalibrationBatches = load_batches(self.skeleton.module, folder, given)
-        self._memory_limit = memory_limit
         self._blocks = find_blocks(self.skeleton.module, linear_layers(self.skeleton, plan), plan.recipe.blocks)
         unseen = {layer.info.name for layer in plan.quantized if layer.scheme and layer.scheme.is_static} - self.names()
         if unseen:
             leave = dict.fromkeys(unseen, "outside the blocks, where the range of inputs is not observed")
             self.plan = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave)
         self._by_name: dict[str, LayerPlan] = {layer.info.name: layer for layer in self.plan.layers}
+        self._hidden_bytes = self._spare_memory(memory_limit) // _HIDDEN_SHARE
+
+    def _spare_memory(self, limit: int | None) -> int:
+        """Bytes that the heaviest block leaves.
+
+        Raises:
+            UsageError: it does not fit into ``limit``, bytes that this process must not exceed.
+            InputError: it does not fit into the memory that is free.
+        """
+        import psutil
+
+        demand = foresee(self.skeleton, self.plan, self._blocks, self.data.batches)
+        taken, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+        if limit is not None and taken + demand.nbytes > limit:
+            raise UsageError(
+                f"--max-memory {format_bytes(limit)} is too little: with {demand.block}, its Hessians and what goes "
+                f"through it, {format_bytes(taken + demand.nbytes)} are needed.",
+                hint="Raise the limit, or use an algorithm without data, such as mse.",
+            )
+        if demand.nbytes > free:
+            raise InputError(
+                f"{demand.block}, its Hessians and what goes through it need {format_bytes(demand.nbytes)} of memory, "
+                f"and {format_bytes(free)} are free.",
+                hint="Free some, or use an algorithm without data, such as mse.",
+            )
+        return (free if limit is None else min(free, limit - taken)) - demand.nbytes
 
     def names(self) -> set[str]:
         """Tensors that belong to blocks."""
@@ -125,7 +157,7 @@ class CalibratedWork:
             self._blocks,
             self.data.batches,
             scratch=scratch,
-            memory_limit=self._activations_limit(),
+            memory_limit=self._hidden_bytes,
             device=self.device,
             seed=self.given.seed,
             tick=lambda done: tick(share * done),
@@ -214,9 +246,3 @@ class CalibratedWork:
             else:
                 outcome.plain[name] = artifact.load(name).float()
         return outcome
-
-    def _activations_limit(self) -> int:
-        import psutil
-
-        available = psutil.virtual_memory().available
-        return min(available, self._memory_limit or available) // _ACTIVATIONS_SHARE
