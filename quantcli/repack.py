@@ -17,7 +17,7 @@ from quantcli import plugins
 from quantcli.artifact import Destination
 from quantcli.checkpoints.folder import Checkpoint
 from quantcli.coded import CodedCheckpoint, CodedWeight, DecodedCheckpoint, open_coded
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import UsageError
 from quantcli.parallel import in_parallel
 from quantcli.plan import LayerPlan, Plan, refuse_quantized
 from quantcli.plugins import CodedFormat
@@ -149,7 +149,7 @@ class _Planner:
         weights = self.coded.weights
         for check in (self._scheme, self._role, self._shape):
             self._refuse({name: check(weight) for name, weight in weights.items()})
-        schemes = {name: self._adapted(weight.scheme) for name, weight in weights.items()}
+        schemes = {name: weight.scheme for name, weight in weights.items()}
         reason = self.form.together(schemes.values())
         if reason:
             raise UsageError(f"One {self.form.NAME} model cannot hold what this one does: {reason}.")
@@ -166,10 +166,6 @@ class _Planner:
             parse_steps([]),
             scale_dtype,
         )
-
-    def _adapted(self, scheme: Scheme) -> Scheme:
-        raised = not (scheme.weights.symmetric or self.form.STORAGE.lowest_zero_point)
-        return replace(scheme, weights=replace(scheme.weights, raised=raised))
 
     def _refuse(self, reasons: Mapping[str, str | None]) -> None:
         named = {name: reason for name, reason in reasons.items() if reason}
@@ -221,8 +217,6 @@ class _Planner:
         if scheme is None:
             return LayerPlan(info, role, info.dtype, reason="not quantized before either")
         weight = self.coded.weights[info.name]
-        if weight.transposed:
-            raise InputError(f"{info.name} is stored transposed, which only bitsandbytes can hold.")
         return LayerPlan(
             replace(info, nbytes=weight.nbytes),
             role,

@@ -120,6 +120,17 @@ def test_a_single_file(artifact: Artifacts, tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(part, theirs[name]) for name, part in ours.items())
 
 
+def test_a_torch_file_with_a_tied_head_stores_it_once(artifact: Artifacts, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(artifact("int4", "tied"), source)
+    tensors = tensors_of(source)
+    (source / "model.safetensors").unlink()
+    torch.save(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, source / "pytorch_model.bin")
+    convert(source, tmp_path / "gptq", format="gptq")
+    assert "lm_head.weight" not in tensors_of(tmp_path / "gptq")
+    require_equal_codes(artifact("int4", "tied"), tmp_path / "gptq")
+
+
 def test_shards(artifact: Artifacts, tmp_path: Path) -> None:
     convert(
         artifact("int4"), tmp_path / "gptq", recipe=validate({"format": "gptq", "max_shard_size": "60KB"}, "recipe")

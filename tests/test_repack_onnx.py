@@ -21,6 +21,8 @@ from quantcli.checkpoints.folder import open_checkpoint
 from quantcli.coded import open_coded
 from quantcli.errors import InputError, QuantcliError, UsageError, VerificationError
 from quantcli.graph.model import open_onnx
+from quantcli.graph.prepare import prepare
+from quantcli.graph.save import save_graph
 from quantcli.graph.transform import transform
 from quantcli.recipe import Recipe, validate
 from quantcli.repack_onnx import GivenCodes
@@ -169,6 +171,22 @@ def test_other_names_and_other_constants(tmp_path: Path) -> None:
     transform(model, plan, None, given=codes)
     require_codes(model.graph.node("renamed/product"), *codes_of(folder)["second"])
     np.testing.assert_array_equal(stored(model.graph.node("other/product"), 1), other.T)
+
+
+def test_what_follows_a_product_is_not_folded_into_its_matrix(tmp_path: Path) -> None:
+    folder = layers(tmp_path / "layers", {"scheme": groups("int4", 32)}, 64)
+    model = graph(values_of(folder), gemm=True)
+    factor = ir.Value(name="factor", const_value=ir.tensor(np.array(0.3, np.float32)))
+    model.graph.register_initializer(factor)
+    scaled = ir.node("Mul", [model.graph.outputs[0], factor], name="scaled")
+    scaled.outputs[0].name, scaled.outputs[0].type = "scaled", ir.TensorType(ir.DataType.FLOAT)
+    model.graph.append(scaled)
+    model.graph.outputs[0] = scaled.outputs[0]
+    save_graph(model, tmp_path / "model.onnx")
+    codes, prepared = given(folder), prepare(open_onnx(tmp_path / "model.onnx"), fold=False)
+    assert [node.mode for node in codes.plan(prepared, tmp_path).nodes] == ["weights", "weights"]
+    with pytest.raises(UsageError, match="its export holds other values"):
+        given(folder).plan(prepare(open_onnx(tmp_path / "model.onnx")), tmp_path)
 
 
 def test_a_weight_that_is_not_exported_is_told(tmp_path: Path) -> None:
