@@ -75,12 +75,14 @@ class _CodedProduct(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def forward(ctx: Any, inputs: Tensor, scale: Tensor, tensor: QuantizedTensor) -> Tensor:
         ctx.save_for_backward(inputs, scale)
         ctx.tensor = tensor
         return inputs @ _weight(tensor, scale).T
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
         inputs, scale = ctx.saved_tensors
@@ -88,7 +90,7 @@ class _CodedProduct(torch.autograd.Function):
         by_scale = None
         if ctx.needs_input_grad[1]:
             rows = gradient.reshape(-1, gradient.shape[-1])
-            by_weight = rows.T @ inputs.reshape(-1, inputs.shape[-1])
+            by_weight = (rows.T @ inputs.reshape(-1, inputs.shape[-1])).float()
             steps = _weight(ctx.tensor, torch.ones_like(scale))
             number_format = ctx.tensor.number_format
             by_scale = in_groups(by_weight.mul_(steps), number_format).sum(-1)
@@ -102,12 +104,13 @@ def _weight(tensor: QuantizedTensor, scale: Tensor) -> Tensor:
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """Mean Kullback-Leibler divergence in nats of logits ``[..., classes]``, a scalar."""
-    ours, theirs = teacher.log_softmax(-1), student.log_softmax(-1)
+    ours, theirs = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
     return torch.nn.functional.kl_div(theirs, ours, reduction="none", log_target=True).sum(-1).mean()
 
 
 def relative_error(teacher: Tensor, student: Tensor) -> Tensor:
     """Squared error of ``[..., channels]`` relative to the teacher's power, a scalar: for outputs without classes."""
+    teacher, student = teacher.float(), student.float()
     return (teacher - student).square().sum() / teacher.square().sum()
 
 

@@ -23,6 +23,7 @@ from quantcli.scheme import QuantizedTensor
 from quantcli.sequential.capture import main_output, replaced_forward, without_cache
 from quantcli.sequential.engine import Chain
 from quantcli.sequential.inputs import quantized_inputs
+from quantcli.sequential.precision import products
 from quantcli.sequential.skeleton import Skeleton
 from quantcli.sequential.structure import BlockList
 from quantcli.steps import TuneOptions
@@ -160,7 +161,8 @@ class ModelTuning:
 
     def _called(self, inputs: Mapping[str, Tensor], parameters: dict[str, Tensor]) -> Any:
         module = self.skeleton.module
-        return torch.func.functional_call(module, parameters, kwargs={**inputs, **without_cache(module)})
+        with products(torch.device("cpu")):
+            return torch.func.functional_call(module, parameters, kwargs={**inputs, **without_cache(module)})
 
     @contextmanager
     def _trained(self) -> Iterator[None]:
