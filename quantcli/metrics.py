@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import exp, sqrt
+from math import exp, inf, sqrt
 from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
 
 from quantcli.numerics import decibels
+
+#: What is said of a divergence of up to so many nats, see `verdict`.
+VERDICTS = (
+    (0.002, "no visible loss, like Q8_0"),
+    (0.01, "very small loss, like Q6_K"),
+    (0.04, "small loss, like Q4_K_M"),
+    (0.1, "noticeable loss, like Q4_0"),
+    (inf, "large loss: check outputs"),
+)
 
 #: Rows of logits turned into probabilities at a time.
 _ROWS = 128
@@ -70,10 +79,15 @@ class Divergence:
         self._kl.add(kl / len(reference))
         self._agreement.add(agreement / len(reference))
 
+    @property
+    def kl_nats(self) -> float:
+        """Mean divergence of the samples."""
+        return self._kl.mean
+
     def metrics(self, agreement: str) -> dict[str, float | None]:
         """Means and standard errors; ``agreement`` names the second metric."""
         return {
-            "kl_nats": self._kl.mean,
+            "kl_nats": self.kl_nats,
             "kl_nats_se": self._kl.standard_error,
             agreement: self._agreement.mean,
             f"{agreement}_se": self._agreement.standard_error,
@@ -84,6 +98,15 @@ def kl_nats(reference: Tensor, candidate: Tensor) -> Tensor:
     """KL(reference || candidate) in nats of two sets of logits ``[rows, classes]``: ``[rows]``, never negative."""
     ours, theirs = reference.log_softmax(-1), candidate.log_softmax(-1)
     return (ours.exp() * (ours - theirs)).sum(-1).clamp(min=0)
+
+
+def verdict(kl_nats: float) -> str:
+    """What a mean KL divergence of next-token distributions means, in words.
+
+    The bands hold the figures that llama.cpp publishes of its formats on Llama-3-8B (tools/perplexity/README.md, "LLaMA
+    3 8b Scoreboard", mean over wikitext-2): Q8_0 0.0014, Q6_K 0.0055, Q4_K_M 0.031, Q4_0 0.072.
+    """
+    return next((words for most, words in VERDICTS if kl_nats <= most), VERDICTS[-1][1])
 
 
 class Fidelity:

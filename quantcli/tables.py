@@ -182,6 +182,10 @@ def eval_tables(report: Report) -> list[Table]:
     right = _SIZES | {_label(name) for name in present}
     task = str(report.details["task"])
     tables = [Table(f"{task if ':' in task else task.capitalize()}{folder}", columns, rows, right, note)]
+    verdicts = [(names[each.path], each.details["verdict"]) for each in report.models if "verdict" in each.details]
+    if verdicts:
+        origin = "By KL divergence. Q8_0, Q6_K, Q4_K_M and Q4_0 are llama.cpp's formats, measured on Llama-3-8B."
+        tables.append(Table("Verdict", ("Model", "Verdict"), verdicts, note=origin))
     for path in dict.fromkeys(row.model for row in report.layers):
         part = [row for row in report.layers if row.model == path]
         lines = [(row.name, row.scheme or "", *_layer_sizes(row), decibel_text(row.sqnr_db)) for row in part]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.functions import load_function
-from quantcli.metrics import Divergence, Fidelity, Mean, Perplexity, cosine
+from quantcli.metrics import Divergence, Fidelity, Mean, Perplexity, cosine, verdict
 from quantcli.runners import Arrays, floats, paired
 
 TASKS = ("auto", "classification", "language-modeling", "embedding", "fidelity")
@@ -121,8 +121,8 @@ class LanguageModeling:
         return own | self._divergence.metrics("top1_agreement") if self._compared else own
 
     def details(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
+        """For a candidate a verdict on its divergence, in words."""
+        return {"verdict": verdict(self._divergence.kl_nats)} if self._compared else {}
 
 
 class Embedding:

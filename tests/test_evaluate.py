@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, Llam
 import quantcli
 from quantcli.cli import main
 from quantcli.errors import InputError, UsageError
-from quantcli.metrics import Divergence, Fidelity, Mean, Perplexity, cosine, kl_nats
+from quantcli.metrics import Divergence, Fidelity, Mean, Perplexity, cosine, kl_nats, verdict
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -153,6 +153,40 @@ def test_gates_decide_the_exit_status(
     assert row == {"require": "perplexity_drop >= 1000", "model": str(int4), "value": drop, "passed": False}
     assert "<failure" in junit.read_text()
     assert "| perplexity_drop >= 1000 |" in markdown.read_text()
+
+
+#: Mean KL divergence of llama.cpp's formats of Llama-3-8B, as its "LLaMA 3 8b Scoreboard" has them.
+PUBLISHED = {"q8_0": 0.001355, "q6_K": 0.005452, "q4_K_M": 0.031273, "q4_0": 0.071940}
+
+
+def test_a_verdict_is_that_of_the_published_format_in_its_band() -> None:
+    for name, kl in PUBLISHED.items():
+        assert verdict(kl).lower().endswith(f"like {name}".lower())
+    edges = {
+        "no visible loss": (0.0, 0.002), "very small loss": (0.00201, 0.01), "small loss": (0.0101, 0.04),
+        "noticeable loss": (0.0401, 0.1), "large loss": (0.1001, 50.0, math.inf, math.nan),
+    }  # fmt: skip
+    assert {word: [verdict(kl).startswith(word) for kl in ends] for word, ends in edges.items()} == {
+        word: [True] * len(ends) for word, ends in edges.items()
+    }
+
+
+def test_candidates_get_a_verdict_in_every_report(
+    llama: Path, int4: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["eval", str(llama), str(int4), str(llama), "--data", str(text), "--samples", "3", "--seq-len", "16"]
+    assert main([*base, "--json", "--markdown", str(tmp_path / "report.md")]) == 0
+    reference, candidate, same = json.loads(capsys.readouterr().out)["models"]
+    assert "verdict" not in reference
+    assert candidate["verdict"] == verdict(candidate["metrics"]["kl_nats"]) != "no visible loss, like Q8_0"
+    assert same["verdict"] == "no visible loss, like Q8_0"
+    rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.endswith("like Q8_0 |")]
+    assert len(rows) == 1 and rows[0].count("|") == 3
+    assert main([*base, "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    assert candidate["verdict"] in shown and "measured on Llama-3-8B" in " ".join(shown.split())
+    assert main([*base, "--task", "fidelity", "--json"]) == 0
+    assert not any("verdict" in model for model in json.loads(capsys.readouterr().out)["models"])
 
 
 @pytest.mark.parametrize("expression", ["kl_nats", "kl_nats => 3", "banana < 1", "top5 < 1", "kl_nats < 1.2.3"])
