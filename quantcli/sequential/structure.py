@@ -66,8 +66,9 @@ def _block_list(path: str, module: nn.Module) -> BlockList:
 
 
 def _named(model: nn.Module, globs: Sequence[str]) -> list[BlockList]:
-    known = {path: each for path, each in model.named_modules() if isinstance(each, (nn.ModuleList, nn.Sequential))}
-    found = []
+    lists = (pair for pair in model.named_modules() if isinstance(pair[1], (nn.ModuleList, nn.Sequential)))
+    known = {path: each for path, each in lists if path and len(each)}
+    found: list[BlockList] = []
     for glob in globs:
         matching = [_block_list(path, each) for path, each in known.items() if fnmatchcase(path, glob)]
         if not matching:
@@ -76,4 +77,8 @@ def _named(model: nn.Module, globs: Sequence[str]) -> list[BlockList]:
                 f"This model's lists are {', '.join(known)}." if known else "This model has none.",
             )
         found += matching
+    for each in found:
+        inside = [other.path for other in found if f"{other.path}.".startswith(f"{each.path}.")]
+        if len(inside) > 1:
+            raise UsageError(f"The recipe's blocks: {' and '.join(inside)} are the same list, or one holds the other.")
     return found
