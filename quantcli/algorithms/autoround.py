@@ -12,8 +12,10 @@ out, since they follow from the weight's gradient alone and need no graph of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -30,10 +32,15 @@ SCALE_RANGE = (0.5, 1.5)
 
 
 class Call(Protocol):
-    """One batch of a block's inputs."""
+    """One batch of a block's inputs; ``hidden`` is ``[samples, ...]``."""
+
+    hidden: Tensor
 
     def run(self, block: nn.Module) -> Tensor:
         """The block's hidden output."""
+
+    def rows(self, chosen: Sequence[int]) -> Call:
+        """The call with some of its samples."""
 
 
 class Targets(Protocol):
@@ -44,9 +51,10 @@ class Targets(Protocol):
 
 
 class Options(Protocol):
-    """How long is learned, and how fast at first (1 / ``iterations`` where ``learning_rate`` is None)."""
+    """How long is learned, on how many samples at a time, and how fast at first (by default 1 / ``iterations``)."""
 
     iterations: int
+    batch_size: int
     learning_rate: float | None
 
 
@@ -154,34 +162,51 @@ def run(
         targets: what the original block returned for each of them.
         scale_dtype: what scales are rounded to.
         options: iterations and learning rate.
-        seed: the order of the batches is drawn by it.
+        seed: batches are drawn by it.
         report: told the fraction that is done.
     """
     weights = {name: _weight(block, name) for name in formats}
     originals = {name: weight.data for name, weight in weights.items()}
     learned = {name: Rounding.start(originals[name], form, scale_dtype) for name, form in formats.items()}
     rate = options.learning_rate or 1.0 / options.iterations
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
+    batches = _drawn(calls, options.batch_size, seed)
     for weight in weights.values():
         weight.requires_grad_(True)
     for iteration in range(options.iterations):
-        order = order or torch.randperm(len(calls), generator=generator).tolist()
-        batch = order.pop()
         for name, rounding in learned.items():
             weights[name].data = rounding.weight().reshape(originals[name].shape)
-        with torch.enable_grad():
-            output = calls[batch].run(block)
-            loss = torch.nn.functional.mse_loss(output, targets[batch].to(output.device))
-            gradients = torch.autograd.grad(loss, list(weights.values()))
+        for weight in weights.values():
+            weight.grad = None
+        for number, rows in next(batches).items():
+            call, wanted = calls[number].rows(rows), targets[number][rows]
+            with torch.enable_grad():
+                output = call.run(block)
+                torch.nn.functional.mse_loss(output, wanted.to(output.device), reduction="sum").backward()  # type: ignore[no-untyped-call]
         left = 1 - iteration / options.iterations
-        for rounding, gradient in zip(learned.values(), gradients, strict=True):
-            rounding.learn(gradient, rate * left)
+        for name, rounding in learned.items():
+            gradient = weights[name].grad
+            if gradient is not None:
+                rounding.learn(gradient, rate * left)
         report((iteration + 1) / options.iterations)
     for name, weight in weights.items():
         weight.requires_grad_(False)
-        weight.data = originals[name]
+        weight.data, weight.grad = originals[name], None
     return {name: rounding.tensor(originals[name].shape) for name, rounding in learned.items()}
+
+
+def _drawn(calls: Sequence[Call], batch_size: int, seed: int) -> Iterator[dict[int, list[int]]]:
+    """Batches of samples without end, each sample once before any comes again: rows by the number of their call."""
+    samples = [(number, row) for number in range(len(calls)) for row in range(len(calls[number].hidden))]
+    generator = torch.Generator().manual_seed(seed)
+    left: list[int] = []
+    while True:
+        while len(left) < batch_size:
+            left = torch.randperm(len(samples), generator=generator).tolist() + left
+        chosen, left = sorted(left[-batch_size:]), left[:-batch_size]
+        yield {
+            number: [row for _, row in rows]
+            for number, rows in groupby(map(samples.__getitem__, chosen), itemgetter(0))
+        }
 
 
 def _weight(block: nn.Module, name: str) -> nn.Parameter:

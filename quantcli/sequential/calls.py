@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,16 +42,29 @@ class Call:
             )
         return output.float()
 
+    def rows(self, chosen: Sequence[int]) -> Call:
+        """The same call with some of its samples."""
+        return Call(self.hidden[chosen], self._of(self.args, chosen), self._of(self.kwargs, chosen))
+
+    def _of(self, value: Any, chosen: Sequence[int]) -> Any:
+        """What belongs to some samples: rows of tensors that have one for each, such as a mask; the rest is shared."""
+        own = isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(self.hidden)
+        return value[chosen] if own else _mapped(value, partial(self._of, chosen=chosen))
+
     def to(self, device: torch.device) -> Call:
         """The same call with every tensor on a device."""
         if device.type == "cpu":
             return self
-        return Call(_moved(self.hidden, device), _moved(self.args, device), _moved(self.kwargs, device))
+        move = partial(_moved, device=device)
+        return Call(move(self.hidden), _mapped(self.args, move), _mapped(self.kwargs, move))
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
+    return value.to(device) if isinstance(value, Tensor) else _mapped(value, partial(_moved, device=device))
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A tuple, list or dict of changed members; anything else as it is."""
     if isinstance(value, tuple | list):
-        return type(value)(_moved(each, device) for each in value)
-    return {key: _moved(each, device) for key, each in value.items()} if isinstance(value, dict) else value
+        return type(value)(change(each) for each in value)
+    return {key: change(each) for key, each in value.items()} if isinstance(value, dict) else value
