@@ -52,6 +52,14 @@ pytestmark = pytest.mark.usefixtures("no_runtime_check")
 # What is written loads, and computes what its codes say.
 
 
+def tolerance(scheme: str) -> float:
+    """What outputs may differ by, in relation to their spread, where they are computed in another order."""
+    if scheme == "int8-dynamic":
+        return 0.02  # the rounding of inputs
+    # bitsandbytes multiplies in bfloat16 where the processor can; all else is the same sums.
+    return (0.05 if torch.cpu.get_capabilities().get("avx512_bf16") else 0.02) if scheme.startswith("nf4") else 0.0
+
+
 @pytest.mark.parametrize("scheme", CHECKPOINT_SCHEMES)
 @pytest.mark.parametrize("model", ["llama", "bert"])
 def test_every_preset_loads_and_computes_what_its_codes_say(
@@ -62,9 +70,7 @@ def test_every_preset_loads_and_computes_what_its_codes_say(
     if scheme == "int8-dynamic":
         wanted = quantize_inputs(wanted, tmp_path / "out")
     got = logits(loaded(tmp_path / "out", model))
-    # bitsandbytes and the rounding of inputs work in another order; all else is the same sums.
-    exact = scheme not in ("nf4", "nf4-double", "int8-dynamic")
-    torch.testing.assert_close(got, logits(wanted), rtol=0, atol=0 if exact else 0.02 * float(got.std()))
+    torch.testing.assert_close(got, logits(wanted), rtol=0, atol=tolerance(scheme) * float(got.std()))
     original = logits(loaded(models / model, model))
     error = float((got - original).norm() / original.norm())
     assert 0 < error < {"fp16": 0.002, "bf16": 0.01, "int8": 0.02, "int8-dynamic": 0.04}.get(scheme, 0.3)
@@ -75,7 +81,7 @@ def test_tied_and_transposed_weights_load(models: Path, tmp_path: Path, model: s
     convert(models / model, tmp_path / "out", scheme=scheme)
     got = logits(loaded(tmp_path / "out", model))
     wanted = logits(reference(tmp_path / "out", model, tmp_path / "plain"))
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0.02 * float(got.std()))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=max(0.02, tolerance(scheme)) * float(got.std()))
     original = logits(loaded(models / model, model))
     assert float((got - original).norm() / original.norm()) < 0.3
 

@@ -14,7 +14,7 @@ from quantcli.conversion_rows import plan_rows
 from quantcli.errors import InputError, UsageError
 from quantcli.plan import LayerPlan, Plan, left_linear_modules, resolve
 from quantcli.recipe import Recipe, validate
-from quantcli.scheme import DTYPE_BYTES, TensorInfo
+from quantcli.scheme import DTYPE_BYTES, NumberFormat, TensorInfo
 
 LINEAR = {"blk.0.up.weight": (256, 128), "blk.0.up.bias": (256,), "blk.0.down.weight": (128, 256)}
 WARNING_OF_EXPERTS = "1 expert weights, 94% of the model, are left unquantized: compressed-tensors cannot carry fused"
@@ -361,6 +361,17 @@ def test_every_preset_makes_every_model_smaller(models: Path, model: str, scheme
     assert all((row.scheme is None) == (row.reason is not None) for row in rows)
 
 
-def test_fixed_ranges_of_activations_need_onnx(models: Path) -> None:
-    with pytest.raises(UsageError, match="Use --format onnx"):
-        plan_rows(open_checkpoint(models / "llama"), Recipe(scheme="int8-static"))
+def test_fixed_ranges_of_activations_are_symmetric_in_a_checkpoint_and_need_data(models: Path) -> None:
+    checkpoint = open_checkpoint(models / "llama")
+    plan, _, _ = plan_rows(checkpoint, Recipe(scheme="int8-static"))
+    assert {layer.scheme.inputs for layer in plan.quantized if layer.scheme} == {NumberFormat("int8")}
+    rules = [{"match": "*.q_proj", "scheme": "int8-static"}]
+    for recipe in (Recipe(scheme="int8-static"), validate({"scheme": "int8", "rules": rules}, "")):
+        with pytest.raises(UsageError, match="int8-static needs calibration data"):
+            resolve(recipe, checkpoint.infos(), checkpoint.config)
+    with pytest.raises(UsageError, match="gptq keeps inputs as they are"):
+        plan_rows(checkpoint, Recipe(scheme="int8-static", format="gptq"))
+    asymmetric = {"dtype": "int8", "symmetric": False}
+    spelled = {"scheme": {"weights": {"dtype": "int8", "granularity": "channel"}, "inputs": asymmetric}}
+    with pytest.raises(UsageError, match="symmetric inputs only"):
+        plan_rows(checkpoint, validate(spelled, ""))

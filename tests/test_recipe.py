@@ -108,7 +108,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(data: dict[str, Any]
 
 
 def test_an_unknown_key_that_is_near_nothing_lists_the_known_ones() -> None:
-    assert "Known: scheme, algorithm, format" in refusal({"zzz": 1})
+    assert "Known: scheme, algorithm, steps, blocks, format" in refusal({"zzz": 1})
 
 
 @pytest.mark.parametrize(
