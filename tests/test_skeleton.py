@@ -13,6 +13,7 @@ from artifacts import tensors_of
 from blocks import LISTS, network
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from quantcli.checkpoints.folder import Checkpoint, open_checkpoint
@@ -97,7 +98,7 @@ def test_other_names(
 
 def test_a_rename_that_leads_nowhere_is_not_made(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = [WeightRenaming("model.norm", "norm"), WeightRenaming("q_proj", "query")]
-    monkeypatch.setattr("transformers.conversion_mapping.get_model_conversion_mapping", lambda _: rules)
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: rules)
     found = skeleton_of(models / "llama").parameters()
     assert all(name == info.name for name, info in found.items()) and len(found) == 21
 
