@@ -123,8 +123,8 @@ def refuse_quantized(infos: Iterable[TensorInfo], config: Mapping[str, Any] | No
     if found:
         raise InputError(
             f"The model is already quantized ({found}).",
-            "Convert the original weights instead. Of these, --format changes the container, --scheme bf16 the codes "
-            "back to values.",
+            "Convert the original weights instead. As it is, --format alone changes its container, and --scheme bf16 "
+            "turns its codes into values.",
         )
 
 

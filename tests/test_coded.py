@@ -242,6 +242,26 @@ def test_one_scale_for_all_may_be_a_scalar(artifact: Artifacts, tmp_path: Path) 
     assert torch.equal(view(folder).load(NAME), view(artifact("int8 per tensor")).load(NAME))
 
 
+def test_fixed_ranges_of_inputs_belong_to_the_weight(artifact: Artifacts, tmp_path: Path) -> None:
+    def static(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("weight_scale")]:
+            tensors[name.replace("weight_scale", "input_scale")] = torch.ones(1)
+            tensors[name.replace("weight_scale", "input_zero_point")] = torch.zeros(1, dtype=torch.int8)
+
+    fixed = {"num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": False}
+    folder = changed(artifact("int8-dynamic"), tmp_path / "static", static, in_group(input_activations=fixed))
+    coded = open_coded(open_checkpoint(folder))
+    inputs = coded.weights[NAME].scheme.inputs
+    assert inputs is not None and not inputs.dynamic and not inputs.symmetric and inputs.granularity.kind == "tensor"
+    assert {name: part.tolist() for name, part in values(DecodedCheckpoint(coded)).items()} == {
+        name: part.tolist() for name, part in values(view(artifact("int8-dynamic"))).items()
+    }
+    del (damaged := tensors_of(folder))[f"{STEM}input_scale"]
+    save_file(damaged, folder / "model.safetensors")
+    with pytest.raises(InputError, match="input_scale is missing"):
+        open_coded(open_checkpoint(folder))
+
+
 def test_zero_points_decide_what_is_symmetric(artifact: Artifacts) -> None:
     for kind in ("int4", "gptq", "awq"):
         for name, symmetric in ((kind, True), (f"{kind} asymmetric", False)):

@@ -266,7 +266,7 @@ def test_a_zero_point_of_zero_fits_awq(artifact: Artifacts, tmp_path: Path) -> N
     [
         ({"scheme": "int8"}, InputError, r"already quantized \(gptq\). Convert the original weights instead"),
         ({"scheme": "int4", "format": "awq"}, InputError, "already quantized"),
-        ({}, InputError, "already quantized .* --format changes the container, --scheme bf16"),
+        ({}, InputError, "already quantized .* --format alone changes its container, and --scheme bf16 turns"),
         ({"format": "awq", "group_size": 64}, UsageError, "'group_size' would quantize it anew"),
         ({"format": "awq", "algorithm": "rtn"}, UsageError, "'algorithm' would"),
         ({"format": "awq", "rest": "fp16"}, UsageError, "'rest' would"),
@@ -349,7 +349,7 @@ def test_values_too_large_for_fp16(tmp_path: Path) -> None:
     convert(tmp_path / "int4.safetensors", tmp_path / "bf16.safetensors", scheme="bf16")
 
 
-def test_memory_limits_count_what_is_decoded(artifact: Artifacts, tmp_path: Path) -> None:
+def test_memory_limits_apply(artifact: Artifacts, tmp_path: Path) -> None:
     for wish in ({"format": "gptq"}, {"scheme": "bf16"}):
         with pytest.raises(UsageError, match="--max-memory 300 MB is too little"):
             convert(artifact("int4"), tmp_path / "out", max_memory=300_000_000, **wish)
