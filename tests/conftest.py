@@ -64,6 +64,19 @@ def artifact(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact
     return Artifacts(models, tmp_path_factory.mktemp("artifacts"))
 
 
+@pytest.fixture(autouse=True)
+def float32_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are calibrated in float32, as on processors without bfloat16 products, so that figures are exact."""
+    if "bfloat16_products" not in request.fixturenames:
+        monkeypatch.setattr("quantcli.sequential.precision.has_bfloat16", lambda _: False)
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are calibrated with bfloat16 products, however slow they are here."""
+    monkeypatch.setattr("quantcli.sequential.precision.has_bfloat16", lambda _: True)
+
+
 @pytest.fixture
 def no_runtime_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the child process in which transformers loads the artifact: it takes seconds."""
