@@ -81,9 +81,10 @@ def test_a_part_is_loaded_and_dropped(models: Path) -> None:
         ("bert", r"LayerNorm\.weight$", "LayerNorm.gamma", {}),
         ("bert", r"LayerNorm\.bias$", "LayerNorm.beta", {}),
         ("tied", r"^model\.", "", {}),
+        ("vit", r"^vit\.", "", {}),
         ("llama", r"$", "", {"architectures": ["LlamaModel"]}),
     ],
-    ids=["with prefix", "gamma", "beta", "without prefix", "base of a headed one"],
+    ids=["with prefix", "gamma", "beta", "without prefix", "old names without prefix", "base of a headed one"],
 )
 def test_other_names(
     models: Path, tmp_path: Path, name: str, pattern: str, replacement: str, config: dict[str, object]

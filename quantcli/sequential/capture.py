@@ -18,7 +18,7 @@ _HIDDEN = "hidden_states"
 
 
 class _ReachedLast(Exception):
-    """All blocks of the list were reached; the rest of the model need not run."""
+    """All blocks of the list were reached, or not the first one first; the rest of the model need not run."""
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Capture:
             log.append((index, args, kwargs))
             if index == 0:
                 returned.append(_hidden_of(args, kwargs) if self._only_hidden else original(*args, **kwargs))
-            if index == len(self.blocks) - 1:
+            if index == len(self.blocks) - 1 or not returned:
                 raise _ReachedLast
             return returned[0]
 
