@@ -95,10 +95,10 @@ def perplexity(model: Path, ids: Tensor) -> float:
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     total = 0.0
     with torch.inference_mode():
-        for row in ids:
-            logits = network(row[None], use_cache=False).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(logits, row[1:]).item()
-    return math.exp(total / len(ids))
+        for rows in torch.split(ids, 4):
+            logits = network(rows, use_cache=False).logits[:, :-1].flatten(0, 1)
+            total += torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum").item()
+    return math.exp(total / ids[:, 1:].numel())
 
 
 def convert(model: Path, output: Path, *flags: object) -> peers.Cost:
@@ -132,7 +132,7 @@ def smollm2(folder: Path) -> None:
     """Every chain and every peer, one after the other; then the limits."""
     model = subject(folder)
     calibration, others = texts(folder)
-    evaluated = {name: windows(model, text, 40) for name, text in others.items()}
+    evaluated = {name: windows(model, text, 40 if name == "prose" else 16) for name, text in others.items()}
     given = ["--data", calibration, "--samples", SEQUENCES, "--seq-len", TOKENS]
     ids = calibration_ids(model, calibration, folder)
     made: dict[str, tuple[Path, peers.Cost]] = {"fp32": (model, peers.Cost(0, 0, 0))}
