@@ -177,7 +177,7 @@ class _Sums:
             self.gram = torch.zeros(columns, columns, device=device)
         self.absmax = torch.zeros(columns, device=device)
         self.sum_abs = torch.zeros(columns, dtype=torch.float64, device=device)
-        self.sample = rows[:0]
+        self.sample = rows.new_empty(0, columns)  # no view, which would keep a whole batch in memory
         self.keys = torch.zeros(0, dtype=torch.float64, device=device)
 
     def _keep(self, rows: Tensor) -> None:
