@@ -35,7 +35,7 @@ class Activations:
             path.unlink(missing_ok=True)
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(values.contiguous().numpy().tobytes())
+        path.write_bytes(values.numpy().tobytes())
         self._spilled[index] = path, values.shape
 
     @property
