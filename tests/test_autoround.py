@@ -126,6 +126,16 @@ def test_a_step_follows_the_straight_through_gradient(form: NumberFormat) -> Non
     assert bool((offset != 0).any()) and bool((factor != 1).any())
 
 
+@pytest.mark.parametrize(("sign", "limit"), [(1, SCALE_RANGE[0]), (-1, SCALE_RANGE[1])])
+def test_scales_and_offsets_keep_within_their_limits(sign: int, limit: float) -> None:
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(4))
+    rounding = Rounding.start(weight, INT4, torch.float32)
+    for _ in range(80):
+        rounding.learn(sign * weight, 0.01)
+    assert torch.equal(rounding.factor, torch.full_like(rounding.factor, limit))
+    assert float(rounding.offset.abs().max()) == 0.5
+
+
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_codes_decode_to_the_weight_that_was_learned(form: NumberFormat, dtype: torch.dtype) -> None:
