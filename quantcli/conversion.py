@@ -171,6 +171,7 @@ class Conversion:
         from quantcli.streaming import LayerJob
 
         jobs = []
+        algorithms = {layer.info.name: layer.algorithm for layer in self.plan.layers}
         for layer in self.plan.layers:
             size = 0 if layer.info.name in counted else layer.info.nbytes
             if layer.dropped or layer.info.name in self.results:
@@ -181,7 +182,9 @@ class Conversion:
         def convert_slab(job: LayerJob, index: int) -> None:
             result = job.run_slab(index)
             if result is not None:
-                result.algorithm = job.layer.algorithm or ""
+                result.algorithm, planned = job.layer.algorithm or "", algorithms[job.layer.info.name] or ""
+                if result.algorithm != planned:
+                    result.note = f"outside the blocks: {result.algorithm} in place of {planned}"
                 record(job.layer.info.name, result)
             if job.layer.info.name not in counted:
                 tracker.add(job.slab_nbytes(index))

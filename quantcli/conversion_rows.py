@@ -46,7 +46,7 @@ def conversion_report(
         str(target), "candidate", plan.format, plan.scheme, None, layout.nbytes, metrics, {"algorithm": plan.algorithm}
     )
     notes = Counter(result.note for result in results.values() if result.note)
-    odd = [f"{count} layers: {note}." for note, count in notes.most_common(3)]
+    odd = [f"{count} layer{'s' * (count > 1)}: {note}." for note, count in notes.most_common(3)]
     warnings = [*checkpoint.warnings, *plan.warnings, *odd]
     return Report("convert", [source, artifact], rows, [], warnings, details)
 

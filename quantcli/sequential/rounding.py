@@ -78,7 +78,7 @@ def round_block(
             tensors = autoround.run(block, formats, calls, targets, dtype, options, seed, report)
             coded |= {name: Coded(tensor, algorithm) for name, tensor in tensors.items()}
         else:
-            coded |= {name: _plain(weights[name].cpu(), layer, dtype, "it saw no token") for name, layer in own.items()}
+            coded |= {name: _plain(weights[name].cpu(), layer, dtype, "no token seen") for name, layer in own.items()}
     for name, layer in layers.items():
         own_powers = error_powers(in_groups(weights[name].cpu(), _format(layer)), coded[name].tensor)
         coded[name].signal, coded[name].noise = own_powers
@@ -88,7 +88,7 @@ def round_block(
 def round_unobserved(weight: Tensor, layer: LayerPlan, plan: Plan) -> Coded:
     """Codes of a weight, float32 as it is stored, whose inputs are not known: it is in no linear layer of torch's."""
     matrix = weight.T if layer.transposed else weight.reshape(layer.matrix_shape)
-    coded = _plain(matrix, layer, TORCH_DTYPES[plan.scale_dtype], "its inputs cannot be observed")
+    coded = _plain(matrix, layer, TORCH_DTYPES[plan.scale_dtype], "inputs not observed")
     coded.signal, coded.noise = error_powers(in_groups(matrix, _format(layer)), coded.tensor)
     return coded
 
@@ -165,8 +165,8 @@ def _outcome(solved: gptq.Solved, rows: slice, shape: tuple[int, ...], damping: 
     tensor = _rows_of(solved.tensor, rows, shape)
     if solved.damping is None:
         fallback = default_rounding(tensor.number_format)
-        return Coded(tensor, fallback, note=f"it has a singular Hessian: {fallback} in place of gptq")
-    note = f"damping {solved.damping:g}: its Hessian is nearly singular" if solved.damping > damping else None
+        return Coded(tensor, fallback, note=f"singular Hessian: {fallback} in place of gptq")
+    note = f"damping {solved.damping:g} for a Hessian that is nearly singular" if solved.damping > damping else None
     return Coded(tensor, "gptq", note=note)
 
 
