@@ -21,8 +21,8 @@ from quantcli.plan import LayerPlan, Plan, resolve
 from quantcli.sequential.batches import CalibrationBatches, load_batches
 from quantcli.sequential.demand import foresee
 from quantcli.sequential.engine import BlockEngine, BlockOutcome, Chain, linear_layers
+from quantcli.sequential.model import hugging_face, plain_module
 from quantcli.sequential.rounding import Coded
-from quantcli.sequential.skeleton import open_skeleton
 from quantcli.sequential.structure import find_blocks
 from quantcli.streaming import LayerResult
 from quantcli.units import format_bytes
@@ -49,21 +49,33 @@ class CalibratedWork:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, given: Calibration, *, device: str, memory_limit: int | None
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        given: Calibration,
+        *,
+        function: str | None = None,
+        device: str,
+        memory_limit: int | None,
     ) -> None:
+        """Get ready. The checkpoint is a Hugging Face folder, or holds the weights of the module of ``function``."""
         if device not in _DEVICES:
             raise UsageError(f"--device {device} is none of {', '.join(_DEVICES)}.")
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError(f"--device cuda: torch {torch.__version__} sees no such device.", "Leave it out.")
         self.checkpoint, self.plan, self.given, self.device = checkpoint, plan, given, device
-        self.skeleton = open_skeleton(checkpoint)
-        folder = checkpoint.folder
-        assert folder is not None
-        self.data: CalibrationBatches = load_batches(self.skeleton.module, folder, given)
-        self._blocks = find_blocks(self.skeleton.module, linear_layers(self.skeleton, plan), plan.recipe.blocks)
-        unseen = {layer.info.name for layer in plan.quantized if layer.scheme and layer.scheme.is_static} - self.names()
+        model = plain_module(function, checkpoint) if function else hugging_face(checkpoint)
+        self._function, self.skeleton = function, model.skeleton
+        self.data: CalibrationBatches = load_batches(model, given)
+        linear = linear_layers(self.skeleton, plan)
+        self._blocks = find_blocks(self.skeleton.module, linear, plan.recipe.blocks)
+        model.require_own_weights(self._blocks, {layer.info.name for layer in plan.layers if layer.is_coded})
+        inside = self.names()
+        seen = {layer.info.name for layer in linear.values()} & inside
+        unseen = {layer.info.name for layer in plan.quantized if layer.scheme and layer.scheme.is_static} - seen
         if unseen:
-            leave = dict.fromkeys(unseen, "outside the blocks, where the range of inputs is not observed")
+            places = {name: "in no layer of its own" if name in inside else "outside the blocks" for name in unseen}
+            leave = {name: f"{place}, where the range of inputs is not observed" for name, place in places.items()}
             self.plan = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave)
         self._by_name: dict[str, LayerPlan] = {layer.info.name: layer for layer in self.plan.layers}
         self._hidden_bytes = self._spare_memory(memory_limit) // _HIDDEN_SHARE
@@ -99,8 +111,9 @@ class CalibratedWork:
         return {info.name for path in paths for info in self.skeleton.parameters(path).values()}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What of the data decides the output."""
-        return {"data_sha256": self.data.samples.sha256, "seed": self.given.seed, "device": self.device}
+        """What of the data, and of how it goes through the model, decides the output."""
+        function = {"function": self._function} if self._function else {}
+        return {"data_sha256": self.data.samples.sha256, "seed": self.given.seed, "device": self.device} | function
 
     def manifest(self) -> dict[str, Any]:
         """Entries of the manifest that tell of the data: hashes and counts, no path and no text."""

@@ -13,7 +13,7 @@ from quantcli.coded import DecodedCheckpoint
 from quantcli.conversion import Conversion, Work, worker_count
 from quantcli.conversion_rows import conversion_report
 from quantcli.errors import UsageError
-from quantcli.functions import is_function
+from quantcli.functions import is_function, load_function
 from quantcli.graph.model import is_onnx
 from quantcli.memory import peak_rss_bytes
 from quantcli.parallel import at_most
@@ -81,7 +81,7 @@ def convert(
         seed: what images are chosen by.
         tokenizer: a folder with the tokenizer, where the model has none.
         preprocess: a file that says how images become inputs.
-        weights: a state dict for a model that is a function.
+        weights: a state dict for a model that is a function; what is quantized where the output is a checkpoint.
         device: where the block at hand runs: ``cpu`` or ``cuda``.
         dry_run: plan and report only.
         force: replace an existing output.
@@ -96,7 +96,7 @@ def convert(
         VerificationError: what was written does not decode to what was meant.
     """
     started = time.monotonic()
-    source, place = Path(model), Path(output)
+    place = Path(output)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
     wishes = base.with_flags(
         scheme=scheme,
@@ -116,7 +116,7 @@ def convert(
         tokenizer=_path(tokenizer),
         preprocess=_path(preprocess),
     )
-    if goes_to_onnx(model, wishes.format):
+    if goes_to_onnx(model, place, wishes.format):
         from quantcli.convert_onnx import convert_onnx
 
         if device != "cpu":
@@ -132,6 +132,7 @@ def convert(
             "Statistics of `calibrate` are for ONNX: a checkpoint's layers are calibrated one block after the other.",
             hint="Give the data itself with --data, or use --format onnx.",
         )
+    source, function = _weights_of(str(model), weights)
     checkpoint, carrier = open_checkpoint(source), None
     if is_quantized(checkpoint) and dequantizes(wishes):
         checkpoint = decoded_view(checkpoint)
@@ -146,7 +147,7 @@ def convert(
     if data is not None:
         from quantcli.calibrated import CalibratedWork
 
-        work = CalibratedWork(checkpoint, plan, given, device=device, memory_limit=max_memory)
+        work = CalibratedWork(checkpoint, plan, given, function=function, device=device, memory_limit=max_memory)
         # What calibration leaves out may matter to the target.
         plan = for_target(work.plan)
     layout = plan_layout(plan, checkpoint, place)
@@ -171,10 +172,30 @@ def convert(
     return conversion_report(checkpoint, place, plan, layout, conversion.results, conversion.sha256, details)
 
 
-def goes_to_onnx(model: str | Path, format: str | None) -> bool:
-    """Whether a conversion ends in ONNX: the model is ONNX, is code rather than weights, or the user says so."""
+def goes_to_onnx(model: str | Path, output: Path, format: str | None) -> bool:
+    """Whether a conversion ends in ONNX: the model is ONNX, is code rather than weights, or the user says so.
+
+    The weights of a function's module stay a checkpoint where format or output are those of one.
+    """
     path = Path(model)
-    return format == "onnx" or is_onnx(path) or path.suffix == ".pt2" or is_function(str(model))
+    if is_function(str(model)):
+        return format == "onnx" or (format is None and output.suffix != ".safetensors")
+    return format == "onnx" or is_onnx(path) or path.suffix == ".pt2"
+
+
+def _weights_of(model: str, weights: str | Path | None) -> tuple[Path, str | None]:
+    """What becomes another checkpoint, and the function whose module has these weights, if the model is one."""
+    if not is_function(model):
+        if weights is not None:
+            raise UsageError(f"--weights is for a model that is a function, and {model} has its own.")
+        return Path(model), None
+    if weights is None:
+        raise UsageError(
+            f"{model} is code, and what becomes a checkpoint is a file of weights.",
+            hint="Name the state dict of its module with --weights FILE, or use --format onnx.",
+        )
+    load_function(model)
+    return Path(weights), model
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -161,6 +162,13 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     """One forward pass; the first one of a compressed-tensors model unpacks its weights."""
     with quiet():
         return model(**inputs, return_dict=True)
+
+
+def arguments(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Inputs as a module's forward takes them: by position where it allows no names, else by name."""
+    taken = inspect.signature(module.forward).parameters.values()
+    first = [each.name for each in taken if each.kind is each.POSITIONAL_ONLY and each.name in inputs]
+    return tuple(inputs[name] for name in first), {name: inputs[name] for name in inputs if name not in first}
 
 
 def _require(package: str, extra: str, purpose: str) -> None:

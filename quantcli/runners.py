@@ -22,6 +22,8 @@ Arrays = dict[str, np.ndarray]
 
 #: Token inputs that follow from the token ids where data does not bring them.
 _DERIVED = ("attention_mask", "token_type_ids", "position_ids")
+#: What the forward of a plain module calls token ids where it does not say ``_ids``.
+_INTEGERS = ("ids", "idx", "tokens")
 
 
 class Runner(Protocol):
@@ -70,7 +72,10 @@ class TorchRunner:
         fitting = fit(feeds, self.inputs, self.name)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fitting.items()}
         with _running(self.name, fitting):
-            return _named(models.run(self.module, tensors) if self.hugging_face else self.module(**tensors), self.name)
+            if self.hugging_face:
+                return _named(models.run(self.module, tensors), self.name)
+            args, kwargs = models.arguments(self.module, tensors)
+            return _named(self.module(*args, **kwargs), self.name)
 
 
 class ProgramRunner:
@@ -151,7 +156,7 @@ def open_runner(
         return _hugging_face(path, causal, headed, decoded)
     _set_torch_threads(threads)
     module = load_module(str(model), weights)
-    return TorchRunner(module, _signature(module, str(model)), str(model))
+    return TorchRunner(module, signature_ports(module, str(model)), str(model))
 
 
 def load_module(spec: str, weights: Path | None = None) -> nn.Module:
@@ -307,7 +312,7 @@ def _hugging_face(path: Path, causal: bool | None, headed: bool, decoded: bool) 
     return TorchRunner(module, fitting, str(path), hugging_face=True)
 
 
-def _signature(module: nn.Module, name: str) -> tuple[Port, ...]:
+def signature_ports(module: nn.Module, name: str) -> tuple[Port, ...]:
     """Inputs of a module, as the signature of its forward tells: names, and a dtype guessed from them."""
     needed = []
     for parameter in inspect.signature(module.forward).parameters.values():
@@ -317,9 +322,8 @@ def _signature(module: nn.Module, name: str) -> tuple[Port, ...]:
             needed.append(parameter.name)
     if not needed:
         raise InputError(f"{name}: the module's forward names no input.", "Give it named parameters.")
-    return tuple(
-        Port(each, np.dtype(np.int64 if each.endswith(("_ids", "_mask")) else np.float32), None) for each in needed
-    )
+    integers = [each for each in needed if each.endswith(("_ids", "_mask")) or each in _INTEGERS]
+    return tuple(Port(each, np.dtype(np.int64 if each in integers else np.float32), None) for each in needed)
 
 
 def _program_port(node: Any) -> Port:

@@ -1,11 +1,9 @@
-"""Calibration data as batches of a Hugging Face model's inputs."""
+"""Calibration data as batches of a model's inputs."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,9 +11,8 @@ from torch import Tensor, nn
 
 from quantcli import models
 from quantcli.calibration import Calibration
-from quantcli.graph.model import Port
-from quantcli.runners import hugging_face_ports
 from quantcli.samples import Samples, load_samples
+from quantcli.sequential.model import SequentialModel
 
 #: Sequences and records used where nothing is said: what the field calibrates on, as far as a CPU goes.
 DEFAULT_SEQUENCES, DEFAULT_RECORDS = 64, 256
@@ -38,7 +35,7 @@ class CalibrationBatches:
         return sum(batch["input_ids"].numel() for batch in self.batches)
 
 
-def load_batches(model: nn.Module, folder: Path, given: Calibration) -> CalibrationBatches:
+def load_batches(model: SequentialModel, given: Calibration) -> CalibrationBatches:
     """Read the data that ``given`` names.
 
     Raises:
@@ -47,11 +44,13 @@ def load_batches(model: nn.Module, folder: Path, given: Calibration) -> Calibrat
         UsageError: a wish that does not go with this data.
     """
     assert given.data is not None
-    causal = models.is_causal(folder)
+    folders = (model.folder, given.tokenizer)
+    config = next((each for each in folders if each and (each / "config.json").is_file()), None)
+    causal = config is not None and models.is_causal(config)
     samples = load_samples(
         given.data,
-        _ports(model, folder),
-        folder=folder,
+        model.ports,
+        folder=model.folder,
         tokenizer=given.tokenizer,
         preprocess=given.preprocess,
         samples=given.samples or (DEFAULT_SEQUENCES if causal else DEFAULT_RECORDS),
@@ -59,22 +58,9 @@ def load_batches(model: nn.Module, folder: Path, given: Calibration) -> Calibrat
         seed=given.seed,
     )
     inputs = sorted((sample.inputs for sample in samples), key=_shapes)
-    models.require_vocabulary(model, [each["input_ids"] for each in inputs if "input_ids" in each], given.data)
+    module = model.skeleton.module
+    models.require_vocabulary(module, [each["input_ids"] for each in inputs if "input_ids" in each], given.data)
     return CalibrationBatches([_tensors(model, group) for group in _groups(inputs)], samples)
-
-
-def _ports(model: nn.Module, folder: Path) -> tuple[Port, ...]:
-    """What a model is given: its main input, what goes with it, and a decoder's tokens."""
-    taken = inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", "input_ids")
-    if main in ("input_ids", "pixel_values"):
-        found = [port for port in hugging_face_ports(folder, vision=main == "pixel_values") if port.name in taken]
-    else:
-        found = [Port(main, np.dtype(np.float32), None)]
-    if "decoder_input_ids" in taken:
-        # By default an encoder-decoder's decoder reads the encoder's text.
-        found.append(Port("decoder_input_ids", np.dtype(np.int64), ("batch", "length"), optional=main == "input_ids"))
-    return tuple(found)
 
 
 def _shapes(inputs: Mapping[str, np.ndarray]) -> list[tuple[str, tuple[int, ...]]]:
@@ -95,13 +81,13 @@ def _groups(inputs: list[dict[str, np.ndarray]]) -> Iterator[list[dict[str, np.n
         yield group
 
 
-def _tensors(model: nn.Module, group: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+def _tensors(model: SequentialModel, group: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     batch = {name: torch.from_numpy(np.concatenate([sample[name] for sample in group])) for name in group[0]}
     mask = batch.get("attention_mask")
     # Without padding a mask says nothing, and attention is quicker without one.
-    if mask is not None and bool(mask.all()):
+    if mask is not None and bool(mask.all()) and not model.requires("attention_mask"):
         del batch["attention_mask"]
-    return batch | _decoder_inputs(model, batch)
+    return batch | _decoder_inputs(model.skeleton.module, batch)
 
 
 def _decoder_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

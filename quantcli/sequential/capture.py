@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantcli import models
 from quantcli.errors import InputError, QuantcliError
 from quantcli.sequential.calls import Call
 
@@ -76,19 +78,20 @@ class Capture:
                 hint="Name its list of blocks in a recipe, as in blocks: [model.layers].",
             )
         calls = [(args, kwargs) for _, args, kwargs in log]
-        hidden, output = _hidden_of(*calls[0]), returned[0]
+        hidden, output = _hidden_of(calls[0][0]), returned[0]
         self._require_alike(hidden, output)
         self._only_hidden = isinstance(output, Tensor)
         more = tuple(output[1:]) if isinstance(output, tuple) else None
-        return Captured(hidden, [_without_hidden(*each) for each in calls], more)
+        return Captured(hidden, [Arguments(args[1:], kwargs) for args, kwargs in calls], more)
 
     def _recorder(
         self, index: int, original: Callable[..., Any], log: list[Any], returned: list[Any]
     ) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = _hidden_first(original, args, kwargs)
             log.append((index, args, kwargs))
             if index == 0:
-                returned.append(_hidden_of(args, kwargs) if self._only_hidden else original(*args, **kwargs))
+                returned.append(_hidden_of(args) if self._only_hidden else original(*args, **kwargs))
             if index == len(self.blocks) - 1 or not returned:
                 raise _ReachedLast
             return returned[0]
@@ -135,7 +138,8 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     """
     try:
         with torch.no_grad():
-            return model(**batch, **without_cache(model))
+            args, kwargs = models.arguments(model, batch)
+            return model(*args, **kwargs, **without_cache(model))
     except (_ReachedLast, QuantcliError, MemoryError):
         raise
     except Exception as error:  # whatever the model's code raises
@@ -159,7 +163,9 @@ def main_output(outputs: Any) -> tuple[Tensor, bool]:
         InputError: it is no tensor.
     """
     logits = getattr(outputs, "logits", None)
-    first = outputs if isinstance(outputs, Tensor) else logits if logits is not None else outputs[0]
+    several = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
+    first = several[0] if isinstance(several, list | tuple) and several else outputs
+    first = first if logits is None else logits
     if not isinstance(first, Tensor):
         raise InputError(f"The model returns {type(outputs).__name__}, which holds no tensor to learn from.")
     return first, logits is not None
@@ -178,14 +184,21 @@ def alike(one: Any, other: Any) -> bool:
     return one is other or bool(one == other)
 
 
-def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    hidden = args[0] if args else kwargs.get(_HIDDEN)
+def _hidden_first(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with the hidden states by position, whatever name they are passed by."""
+    if args:
+        return args, kwargs
+    name = _HIDDEN if _HIDDEN in kwargs else next(iter(inspect.signature(call).parameters), "")
+    left = {key: value for key, value in kwargs.items() if key != name}
+    return ((kwargs[name],) if name in kwargs else ()), left
+
+
+def _hidden_of(args: tuple[Any, ...]) -> Tensor:
+    hidden = args[0] if args else None
     if not isinstance(hidden, Tensor):
         raise InputError(
             "The model's blocks are not called with hidden states.", "Use an algorithm without data, such as mse."
         )
     return hidden
-
-
-def _without_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    return Arguments(args[1:], {name: value for name, value in kwargs.items() if name != _HIDDEN})

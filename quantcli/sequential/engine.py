@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from quantcli.errors import InputError
 from quantcli.memory import release_freed
 from quantcli.numerics import TORCH_DTYPES, decoded
 from quantcli.plan import LayerPlan, Plan
@@ -179,9 +181,20 @@ class BlockEngine:
                             for earlier, finished in before.get(name, ()):
                                 stack.enter_context(finished.replaying(earlier, number))
                             captured = capture.run(batch)
+                    self._require_samples_first(captured.hidden, batch)
                     chain.enter(number, captured)
         release_freed()
         return chains
+
+    def _require_samples_first(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Raise InputError where single samples are to be drawn from hidden states whose first axis is another."""
+        samples = len(next(iter(batch.values())))
+        if self._keeps_original and len(hidden) != samples:
+            raise InputError(
+                f"The blocks are given hidden states of shape {list(hidden.shape)} for {samples} samples, and "
+                f"{self.plan.steps} learns from single samples: their axis must be the first.",
+                hint="In torch's own layers that is batch_first=True; or use gptq or awq, which look at all together.",
+            )
 
     def _block(
         self, index: int, path: str, chains: Mapping[str, Chain], finished: BlockOutcome | None, report: Tick
@@ -271,7 +284,9 @@ def linear_layers(skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:
     found = {}
     for parameter, info in skeleton.parameters().items():
         path = module_of(parameter)
-        linear = isinstance(skeleton.module.get_submodule(path), nn.Linear)
+        module = skeleton.module.get_submodule(path)
+        # torch's attention reads the weight of such a layer without calling it.
+        linear = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
         if linear and info.name in coded and parameter.endswith(".weight"):
             found[path] = coded[info.name]
     return found

@@ -11,7 +11,7 @@ source is divided and these layers are multiplied, they are all that ever sees t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -126,6 +126,32 @@ def find_folds(block: nn.Module, call: Call, linears: Collection[str]) -> list[F
     return folds
 
 
+def holds(block: nn.Module, call: Call, folds: Sequence[Fold]) -> bool:
+    """Whether folds that were found in another block, built of the same modules, are folds of this one as well.
+
+    What a block is built of does not tell what its code does with it.
+
+    Raises:
+        InputError: the block's output is no tensor.
+    """
+    kept = {name: values.detach().clone() for name, values in block.named_parameters()}
+    with torch.no_grad(), full_precision():
+        expected = call.run(block)
+        for fold in folds:
+            apply_fold(block, fold, _trial_scale(fold.channels, expected.device))
+        found = call.run(block)
+        for name, values in block.named_parameters():
+            values.copy_(kept[name])
+    return _same(expected, found)
+
+
+def _trial_scale(channels: int, device: torch.device) -> Tensor:
+    """Powers of two, ``[channels]``."""
+    generator = torch.Generator().manual_seed(channels)
+    picked = torch.randint(len(_EXPONENTS), (channels,), generator=generator)
+    return torch.exp2(torch.tensor(_EXPONENTS)[picked].float()).to(device)
+
+
 @dataclass
 class _Record:
     """What a module was given and the width of what it gave back (None: no tensor), for each of its calls."""
@@ -191,9 +217,7 @@ class _Trial:
     def fold(self, source: str) -> Fold | None:
         """The fold that starts at a module, or None where it has no readers that can all take the scale."""
         channels = self._width(source)
-        generator = torch.Generator().manual_seed(channels)
-        picked = torch.randint(len(_EXPONENTS), (channels,), generator=generator)
-        scale = torch.exp2(torch.tensor(_EXPONENTS)[picked].float()).to(self.output.device)
+        scale = _trial_scale(channels, self.output.device)
         followed = self._followed(source, scale)
         mappings = set(followed.values())
         if len(mappings) != 1 or self.shared.intersection(followed):

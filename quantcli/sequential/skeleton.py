@@ -29,6 +29,7 @@ class Skeleton:
         """Match parameters with tensors. Raises InputError where a parameter is not in the checkpoint."""
         self.module, self.checkpoint = module, checkpoint
         self._infos, self._buffers = _match(module, checkpoint.infos())
+        self.shared = _shared(module)
 
     def parameters(self, path: str = "") -> dict[str, TensorInfo]:
         """The tensor of the checkpoint that each parameter of a submodule is, by the parameter's full name."""
@@ -115,9 +116,10 @@ def open_skeleton(checkpoint: Checkpoint) -> Skeleton:
     if checkpoint.folder is None:
         raise InputError(
             f"{checkpoint.path} is a bare file, which cannot be run, and calibration has to run the model.",
-            hint="Name the Hugging Face folder around it, or use an algorithm without data, such as mse.",
+            hint="Name the Hugging Face folder around it, or package.module:function with --weights, or use an "
+            "algorithm without data, such as mse.",
         )
-    with _parameters_on_meta():
+    with parameters_on_meta():
         module = models.build_model(models.require_folder(checkpoint.folder))
     tie = getattr(module, "tie_weights", None)
     if callable(tie):
@@ -126,13 +128,14 @@ def open_skeleton(checkpoint: Checkpoint) -> Skeleton:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Modules built meanwhile have no memory for their parameters, and real buffers."""
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
-        if parameter is not None:
+        # One that is there already is tied to another module's.
+        if parameter is not None and not parameter.is_meta:
             module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
@@ -160,6 +163,14 @@ def _match(module: nn.Module, infos: Collection[TensorInfo]) -> tuple[dict[str, 
             found[name] = info
     _require(module, missing, [name for name, known in names.items() if known is None])
     return found, {name: by_name[name] for name, _ in module.named_buffers() if name in by_name}
+
+
+def _shared(module: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one, as often as there are such."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [found for found in names.values() if len(found) > 1]
 
 
 def _require(module: nn.Module, missing: Collection[str], merged: Sequence[str]) -> None:

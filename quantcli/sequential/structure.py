@@ -46,8 +46,8 @@ def find_blocks(model: nn.Module, layers: Collection[str], named: Sequence[str] 
 def _found(model: nn.Module, layers: Collection[str]) -> list[BlockList]:
     lists: list[BlockList] = []
     for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer.path}.") for outer in lists)
-        if not inside and _is_list_of_blocks(module) and any(layer.startswith(f"{path}.") for layer in layers):
+        inside = any(path.startswith(_prefix(outer.path)) for outer in lists)
+        if not inside and _is_list_of_blocks(module) and any(layer.startswith(_prefix(path)) for layer in layers):
             lists.append(_block_list(path, module))
     return lists
 
@@ -62,7 +62,12 @@ def _is_list_of_blocks(module: nn.Module) -> bool:
 
 
 def _block_list(path: str, module: nn.Module) -> BlockList:
-    return BlockList(path, tuple(f"{path}.{name}" for name, _ in module.named_children()))
+    return BlockList(path, tuple(f"{_prefix(path)}{name}" for name, _ in module.named_children()))
+
+
+def _prefix(path: str) -> str:
+    """How the names of what is in a module begin; the model itself has no name."""
+    return f"{path}." if path else ""
 
 
 def _named(model: nn.Module, globs: Sequence[str]) -> list[BlockList]:

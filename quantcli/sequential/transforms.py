@@ -12,7 +12,7 @@ from quantcli.numerics import TORCH_DTYPES
 from quantcli.plan import LayerPlan, Plan
 from quantcli.scheme import Scheme
 from quantcli.sequential.calls import Call
-from quantcli.sequential.folds import Fold, apply_fold, find_folds, matrix
+from quantcli.sequential.folds import Fold, apply_fold, find_folds, holds, matrix
 from quantcli.sequential.observe import LinearStats
 
 
@@ -35,16 +35,18 @@ class Transforms:
             call: one batch of its inputs.
             stats: what was observed of the layers' inputs.
         """
+        folds = self._folds(block, layers, call)
         for name in self.names:
-            for fold in self._folds(block, layers, call):
+            for fold in folds:
                 self._fold(name, block, fold, layers, stats)
 
     def _folds(self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call) -> list[Fold]:
-        # A trial runs the block some twenty times, and blocks that are built alike are folded alike.
+        # A trial runs the block some twenty times, and blocks that are built alike mostly are folded alike.
         key = f"{block} {sorted(layers)}"
-        if key not in self._known:
-            self._known[key] = find_folds(block, call, layers)
-        return self._known[key]
+        known = self._known.get(key)
+        if known is None or not holds(block, call, known):
+            known = self._known[key] = find_folds(block, call, layers)
+        return known
 
     def _fold(
         self,

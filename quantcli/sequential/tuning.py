@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantcli import models
 from quantcli.algorithms import tune
 from quantcli.algorithms.tune import Factors, TunedLinear
 from quantcli.errors import InputError
@@ -162,7 +163,8 @@ class ModelTuning:
     def _called(self, inputs: Mapping[str, Tensor], parameters: dict[str, Tensor]) -> Any:
         module = self.skeleton.module
         with products(torch.device("cpu")):
-            return torch.func.functional_call(module, parameters, kwargs={**inputs, **without_cache(module)})
+            args, kwargs = models.arguments(module, inputs)
+            return torch.func.functional_call(module, parameters, args, {**kwargs, **without_cache(module)})
 
     @contextmanager
     def _trained(self) -> Iterator[None]:
