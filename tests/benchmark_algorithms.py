@@ -54,10 +54,9 @@ BEST = "autoround + tune"
 
 @dataclass
 class Result:
-    """A quantized model, what making it took, and perplexity by text."""
+    """What making a model took, and its perplexity by text."""
 
-    folder: Path
-    cost: peers.Cost
+    cost: peers.Cost | None
     perplexity: dict[str, float]
 
 
@@ -129,48 +128,51 @@ def calibration_ids(model: Path, text: Path, folder: Path) -> Path:
     return path
 
 
+def _made(model: Path, calibration: Path, folder: Path) -> Iterator[tuple[str, Path, peers.Cost | None]]:
+    """Name, folder and cost of every quantized model, made when it is asked for."""
+    given = ["--data", calibration, "--samples", SEQUENCES, "--seq-len", TOKENS]
+    ids = calibration_ids(model, calibration, folder)
+    rtn = ["--scheme", "int4", "--group-size", GROUP_SIZE, "--algorithm", "rtn"]
+    yield "fp32", model, None
+    yield "rtn", folder / "rtn", convert(model, folder / "rtn", *rtn)
+    options = {"group_size": GROUP_SIZE}
+    yield "llm-compressor", *peers.quantized("llm-compressor", model, ids, CACHE, options, threads=THREADS)
+    for name, steps in CHAINS.items():
+        file, output = folder / f"{name}.yaml", folder / name
+        file.write_text(f"scheme: int4\ngroup_size: {GROUP_SIZE}\nsteps: {steps}\n", encoding="utf-8")
+        yield name, output, convert(model, output, "--recipe", file, *given)
+    options |= {"iterations": ITERATIONS, "batch_size": 4}
+    yield "AutoRound", *peers.quantized("auto-round", model, ids, CACHE, options, threads=THREADS)
+
+
 def smollm2(folder: Path) -> None:
     """Every chain and every peer, one after the other; then the limits."""
     model = subject(folder)
     calibration, others = texts(folder)
     evaluated = {name: windows(model, text, 40 if name == "prose" else 16) for name, text in others.items()}
-    given = ["--data", calibration, "--samples", SEQUENCES, "--seq-len", TOKENS]
-    ids = calibration_ids(model, calibration, folder)
-    made: dict[str, tuple[Path, peers.Cost]] = {"fp32": (model, peers.Cost(0, 0, 0))}
-    rtn = ["--scheme", "int4", "--group-size", GROUP_SIZE, "--algorithm", "rtn"]
-    made["rtn"] = folder / "rtn", convert(model, folder / "rtn", *rtn)
-    options = {"group_size": GROUP_SIZE}
-    made["llm-compressor"] = peers.quantized("llm-compressor", model, ids, CACHE, options, threads=THREADS)
-    options |= {"iterations": ITERATIONS, "batch_size": 4}
-    made["auto-round"] = peers.quantized("auto-round", model, ids, CACHE, options, threads=THREADS)
-    for name, steps in CHAINS.items():
-        file, output = folder / f"{name}.yaml", folder / name
-        file.write_text(f"scheme: int4\ngroup_size: {GROUP_SIZE}\nsteps: {steps}\n", encoding="utf-8")
-        made[name] = output, convert(model, output, "--recipe", file, *given)
-    results: dict[str, Result] = {}
-    print(f"{'SmolLM2-135M, W4 g64':24}" + "".join(f"{name:>16}" for name in evaluated) + "   cost")
-    for name, (path, cost) in made.items():
-        found = {text: perplexity(path, rows) for text, rows in evaluated.items()}
-        results[name] = Result(path, cost, found)
-        base = results["fp32"].perplexity
-        cells = (f"{value:8.3f} ({value / base[text]:.3f})" for text, value in found.items())
-        print(f"{name:24}" + "".join(f"{cell:>16}" for cell in cells) + (f"   {cost}" if cost.wall_seconds else ""))
-    _limits(results)
+    found: dict[str, Result] = {}
+    print(f"{'SmolLM2-135M, W4 g64':22}" + "".join(f"{name:>18}" for name in evaluated))
+    for name, path, cost in _made(model, calibration, folder):
+        values = {text: perplexity(path, rows) for text, rows in evaluated.items()}
+        found[name] = Result(cost, values)
+        cells = (f"{value:.3f} ({value / found['fp32'].perplexity[text]:.3f})" for text, value in values.items())
+        print(f"{name:22}" + "".join(f"{cell:>18}" for cell in cells) + f"   {cost or ''}", flush=True)
+    _limits(found)
 
 
-def _limits(results: dict[str, Result]) -> None:
-    base, theirs, rounder = results["fp32"].perplexity, results["llm-compressor"], results["auto-round"]
-    ratio = results["gptq"].perplexity["prose"] / base["prose"]
+def _limits(found: dict[str, Result]) -> None:
+    base, theirs, rounder = found["fp32"].perplexity, found["llm-compressor"], found["AutoRound"]
+    ratio = found["gptq"].perplexity["prose"] / base["prose"]
     line("gptq: perplexity over fp32", f"{ratio:.3f}", "at most 33.51 / 27.11", ratio <= 33.51 / 27.11)
-    times = [("gptq", "half of llm-compressor", theirs, 0.5)]
-    times += [(name, "AutoRound", rounder, 1.0) for name in ("autoround", BEST)]
-    for name, whose, peer, limit in times:
+    pairs = [("gptq", "llm-compressor", theirs, 0.5)]
+    pairs += [(name, "AutoRound", rounder, 1.0) for name in ("autoround", BEST)]
+    for name, whose, peer, limit in pairs:
         for kind in ("wall", "cpu"):
-            own = getattr(results[name].cost, f"{kind}_seconds") / getattr(peer.cost, f"{kind}_seconds")
+            own = getattr(found[name].cost, f"{kind}_seconds") / getattr(peer.cost, f"{kind}_seconds")
             line(f"{name}: {kind} time over {whose}'s", f"{own:.2f}", f"at most {limit}", own <= limit)
     for name in ("autoround", BEST):
         for text in base:
-            own, other = results[name].perplexity[text], rounder.perplexity[text]
+            own, other = found[name].perplexity[text], rounder.perplexity[text]
             line(f"{name}: perplexity, {text}", f"{own:.3f}", f"AutoRound {other:.3f}", own <= other)
 
 
