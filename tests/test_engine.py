@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from artifacts import contents, tensors_of
-from blocks import LISTS, network, recorded, token_file
+from blocks import LISTS, hidden, network, recorded, token_file
 from test_evaluate import save_tokenizer
 from torch import Tensor, nn
 
@@ -34,6 +34,11 @@ pytestmark = pytest.mark.usefixtures("no_runtime_check", "one_thread", "small_ba
 
 GROUP = 16
 INT4 = NumberFormat("int4", Granularity("group", GROUP))
+ALGORITHMS = [
+    {"algorithm": "gptq"},
+    {"recipe": Recipe(scheme="int4", group_size=GROUP, steps=[{"autoround": {"iterations": 3}}]), "algorithm": None},
+    {"recipe": Recipe(scheme="int4", group_size=GROUP, steps=["awq", "gptq"]), "algorithm": None},
+]
 
 
 @pytest.fixture
@@ -65,6 +70,9 @@ def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "t5": tf.T5ForConditionalGeneration(tf.T5Config(**t5, decoder_start_token_id=0)),
     }
     for name, model in built.items():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases, which start as ones and zeros
+                parameter.data += 0.1 * torch.randn_like(parameter)
         model.save_pretrained(root / name)
         save_tokenizer(root / name)
     return root
@@ -157,13 +165,29 @@ def test_equals_a_naive_gptq_that_sees_quantized_blocks(lively: Path, tmp_path: 
     assert min(others[key] for key in affected) > 0.02
 
 
-# Equal work gives equal bytes.
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_blocks_learn_from_what_the_original_returns(
+    lively: Path, tmp_path: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets: list[Tensor] = []
+    original = engine.round_block
 
-ALGORITHMS = [
-    {"algorithm": "gptq"},
-    {"recipe": Recipe(scheme="int4", group_size=GROUP, steps=[{"autoround": {"iterations": 3}}]), "algorithm": None},
-    {"recipe": Recipe(scheme="int4", group_size=GROUP, steps=["awq", "gptq"]), "algorithm": None},
-]
+    def round_block(block: nn.Module, layers: Any, calls: Any, wanted: Any, *others: Any) -> Any:
+        targets.append(torch.cat([wanted[number] for number in range(len(calls))]))
+        return original(block, layers, calls, wanted, *others)
+
+    monkeypatch.setattr(engine, "round_block", round_block)
+    quantize(lively / name, tmp_path / "out", data, **ALGORITHMS[1])
+    model = network(lively / name)
+    blocks = [block for path in LISTS[name] for block in model.get_submodule(path).children()]
+    with recorded(blocks) as calls, torch.no_grad():
+        model(**model_inputs(model, data))
+    assert len(targets) == len(calls)
+    for target, (_, _, output) in zip(targets, calls, strict=True):
+        torch.testing.assert_close(target, hidden(output), rtol=0, atol=1e-4)
+
+
+# Equal work gives equal bytes.
 
 
 @pytest.mark.parametrize("options", ALGORITHMS, ids=["gptq", "autoround", "awq and gptq"])
