@@ -82,11 +82,15 @@ def codes_of_transposed(tensors: dict[str, Tensor], stem: str, method: str) -> t
 
 def codes_of(folder: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Unsigned codes ``[O, I]``, zero points and scales ``[O, I / g]`` of an artifact's int4 and int8, by module."""
+    return codes_in(tensors_of(folder), config_of(folder)["quantization_config"]["quant_method"])
+
+
+def codes_in(tensors: dict[str, Tensor], method: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The same of tensors whose format is known."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    tensors, found = tensors_of(folder), {}
-    method = config_of(folder)["quantization_config"]["quant_method"]
-    for name in tensors:
+    found = {}
+    for name, packed in tensors.items():
         if name.endswith(".qweight"):
             parts = codes_of_transposed(tensors, name.removesuffix("qweight"), method)
             codes, zeros, scales = (part.T.contiguous() for part in parts)
@@ -95,13 +99,26 @@ def codes_of(folder: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
             stem = name.removesuffix("_packed")
             shape, scales = tensors[f"{stem}_shape"].tolist(), tensors[f"{stem}_scale"].float()
             scales = scales if scales.ndim == 2 else scales.reshape(1, 1)
-            bits = 32 * tensors[name].shape[1] // shape[1]
+            bits = 32 * packed.shape[1] // shape[1]
             half, zeros = float(1 << (bits - 1)), torch.zeros_like(scales)
             if f"{stem}_zero_point" in tensors:
                 zeros = unpack_from_int32(tensors[f"{stem}_zero_point"], bits, scales.shape, packed_dim=0).float()
-            codes = unpack_from_int32(tensors[name], bits, shape).float()
+            codes = unpack_from_int32(packed, bits, shape).float()
             found[stem.removesuffix(".weight")] = codes + half, zeros + half, scales
     return found
+
+
+def decoded_file(file: Path, method: str) -> dict[str, Tensor]:
+    """Every weight of a bare file, which no configuration describes; not of bitsandbytes."""
+    tensors = load_file(file)
+    stored = re.compile(r"weight_(packed|shape|scale|zero_point)|qweight|qzeros|scales|g_idx")
+    plain = {name: part for name, part in tensors.items() if not stored.fullmatch(name.rpartition(".")[2])}
+    for name in plain.keys() & {key.removesuffix("_scale") for key in tensors if key.endswith("_scale")}:
+        plain[name] = plain[name] * tensors[f"{name}_scale"].float()
+    for module, (codes, zeros, scales) in codes_in(tensors, method).items():
+        size = codes.shape[1] // scales.shape[1]
+        plain[f"{module}.weight"] = (codes - zeros.repeat_interleave(size, 1)) * scales.repeat_interleave(size, 1)
+    return plain
 
 
 def decode_bitsandbytes(layer: dict[str, Tensor], module: str, config: dict[str, Any]) -> Tensor:

@@ -37,9 +37,15 @@ class Skeleton:
 
     def load(self, path: str) -> nn.Module:
         """A submodule with its weights in float32."""
-        for name, info in (self.parameters(path) | _inside(self._buffers, path)).items():
+        for name, info in self.parameters(path).items():
             self.set(name, self._read(info))
+        self.load_buffers(path)
         return self.module.get_submodule(path)
+
+    def load_buffers(self, path: str = "") -> None:
+        """Give the buffers of a submodule that are stored, such as running means, their values."""
+        for name, info in _inside(self._buffers, path).items():
+            self.set(name, self._read(info))
 
     @contextmanager
     def loading_others(self, paths: Collection[str]) -> Iterator[None]:

@@ -88,6 +88,7 @@ class ModelTuning:
         self._tensors = coded
 
     def _load(self, blocks: BlockList, coded: Mapping[str, QuantizedTensor], plain: Mapping[str, Tensor]) -> None:
+        self.skeleton.load_buffers()
         for name, info in self.skeleton.parameters().items():
             owner, _, leaf = name.rpartition(".")
             inside = any(name.startswith(f"{path}.") for path in blocks.blocks)
