@@ -39,7 +39,7 @@ _LEARNED = "tuned.safetensors"
 class CalibratedWork:
     """Quantizes the blocks of a model with the data at hand.
 
-    ``plan`` is the one it was given, without what only the blocks' layers can have.
+    ``plan`` is the one it was given, without what only the blocks' layers can have, and with warnings of the data.
 
     Raises (when made):
         UsageError: a recipe's list of blocks is none, or the memory allowed is too little for a block.
@@ -77,6 +77,7 @@ class CalibratedWork:
             places = {name: "in no layer of its own" if name in inside else "outside the blocks" for name in unseen}
             leave = {name: f"{place}, where the range of inputs is not observed" for name, place in places.items()}
             self.plan = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave)
+        self.plan = replace(self.plan, warnings=(*self.plan.warnings, *self.data.samples.warnings))
         self._by_name: dict[str, LayerPlan] = {layer.info.name: layer for layer in self.plan.layers}
         self._hidden_bytes = self._spare_memory(memory_limit) // _HIDDEN_SHARE
 

@@ -179,12 +179,12 @@ def _require(package: str, extra: str, purpose: str) -> None:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model folder. Raises InputError where there is none."""
+    """The tokenizer of a folder, a model's or its own. Raises InputError where there is none."""
     transformers = _transformers()
+    if not path.is_dir():
+        raise InputError(f"{path} is no folder, so it has no tokenizer.", "Name one with --tokenizer FOLDER.")
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            require_folder(path), local_files_only=True, trust_remote_code=False
-        )
+        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"{path} has no usable tokenizer: {reason}", "Name one with --tokenizer FOLDER.") from error
