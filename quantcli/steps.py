@@ -111,7 +111,8 @@ def chain(recipe: Recipe, scheme: Scheme, *, data: bool | None) -> Steps:
         raise UsageError(f"{who} needs calibration data.", "Name some with --data; nothing is fetched or made up.")
     if data and not steps.needs and not static:
         who = f"{steps} uses" if given else f"The scheme {scheme} uses"
-        raise UsageError(f"{who} no calibration data.", "Leave --data out, or choose --algorithm gptq.")
+        other = "" if scheme.weights.dtype not in ("int4", "int8") else ", or choose --algorithm gptq"
+        raise UsageError(f"{who} no calibration data.", f"Leave --data out{other}.")
     return steps
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Width where there is no terminal to ask: wide enough that logs do not wrap tables.
 _LOG_WIDTH = 200
+#: Time whose speed tells how much is left. Parts of a block differ, and the blocks of a large model take minutes.
+_PACE_SECONDS = 600.0
 
 
 class Ui:
@@ -80,7 +82,8 @@ class Ui:
 
         amount: Any = {"bytes": DownloadColumn, "samples": MofNCompleteColumn, "percent": TaskProgressColumn}[unit]()
         columns = (TextColumn(label), BarColumn(), amount, TimeRemainingColumn(compact=True), TextColumn("left"))
-        with Progress(*columns, console=self._console(sys.stderr), transient=True) as bar:
+        console = self._console(sys.stderr)
+        with Progress(*columns, console=console, transient=True, speed_estimate_period=_PACE_SECONDS) as bar:
             task = bar.add_task(label, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 

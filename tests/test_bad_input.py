@@ -300,8 +300,12 @@ def test_a_file_that_may_not_grow(tmp_path: Path, refused: Run, output: str) -> 
     ("options", "status", "said"),
     [
         (["--scheme", "int5"], 2, "unknown scheme 'int5'"),
-        (["--format", "gguf"], 2, "Unknown format 'gguf'. Known: compressed-tensors, bitsandbytes, safetensors."),
-        (["--algorithm", "awq"], 2, "Unknown algorithm 'awq'"),
+        (
+            ["--format", "gguf"],
+            2,
+            "Unknown format 'gguf'. Known: compressed-tensors, gptq, awq, bitsandbytes, safetensors.",
+        ),
+        (["--algorithm", "quip"], 2, "Unknown algorithm 'quip'"),
         (["--rest", "fp8"], 2, "rest: "),
         (["--group-size", "100"], 2, "The group size 100 does not divide the columns of 1 layers: up."),
         (["--skip", "down"], 2, "'down' matches no layer."),
