@@ -371,6 +371,22 @@ def test_threads_are_those_asked_for(lively: Path, tmp_path: Path, data: Path, m
     assert contents(tmp_path / "out2").keys() == contents(tmp_path / "outNone").keys()
 
 
+def test_layers_of_one_input_with_different_schemes(lively: Path, tmp_path: Path, data: Path) -> None:
+    """Query, key and value share a Hessian, which serves them one after the other where their grids differ."""
+    names = ["q_proj", "k_proj", "v_proj"]
+    one_scale = {"weights": {"dtype": "int8", "granularity": "tensor"}}
+    rules = [
+        {"match": f"*.{names[0]}", "scheme": "int8"},
+        {"match": [f"*.{each}" for each in names[1:]], "scheme": one_scale},
+    ]
+    recipe = Recipe.model_validate({"scheme": "int4", "algorithm": "gptq", "rules": rules})
+    quantize(lively / "llama", tmp_path / "out", data, recipe=recipe, scheme=None, algorithm=None)
+    layers = manifest_of(tmp_path / "out")["layers"]
+    found = {name: layers[f"model.layers.0.self_attn.{name}.weight"] for name in names}
+    assert all(each["algorithm"] == "gptq" and each["sqnr_db"] > 30 for each in found.values())
+    assert [each["scheme"] for each in found.values()] == ["int8, channel", "int8, tensor", "int8, tensor"]
+
+
 def test_images(models: Path, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).standard_normal((5, 3, 32, 32)).astype(np.float32)
     np.savez(tmp_path / "pixels.npz", pixel_values=pixels)

@@ -209,7 +209,6 @@ class BlockEngine:
         for name, info in self.skeleton.parameters(path).items():
             if info.name in outcome.coded:
                 values = decoded(outcome.coded[info.name].tensor)
-                values = values.T if self._by_name[info.name].transposed else values
             else:
                 values = outcome.plain[info.name]
             parameter = block.get_parameter(name.removeprefix(f"{path}."))

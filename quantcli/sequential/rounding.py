@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ def round_block(
 
 def round_unobserved(weight: Tensor, layer: LayerPlan, plan: Plan) -> Coded:
     """Codes of a weight, float32 as it is stored, whose inputs are not known: it is in no linear layer of torch's."""
-    matrix = weight.T if layer.transposed else weight.reshape(layer.matrix_shape)
+    matrix = weight.reshape(layer.matrix_shape)
     coded = _plain(matrix, layer, TORCH_DTYPES[plan.scale_dtype], "inputs not observed")
     coded.signal, coded.noise = error_powers(in_groups(matrix, _format(layer)), coded.tensor)
     return coded
@@ -140,19 +141,22 @@ def _gptq(
     report: Callable[[float], None],
 ) -> dict[str, Coded]:
     """Layers that share an input share a Hessian, and are solved as one matrix: rows do not depend on each other."""
-    groups: dict[tuple[int, NumberFormat], list[str]] = {}
+    groups: dict[tuple[int, str, NumberFormat], list[str]] = {}
     for name, layer in layers.items():
-        alone = id(layer) if _format(layer).granularity.kind == "tensor" else 0
-        groups.setdefault((id(stats[name].gram) ^ alone, _format(layer)), []).append(name)
+        alone = name if _format(layer).granularity.kind == "tensor" else ""
+        groups.setdefault((id(stats[name].gram), alone, _format(layer)), []).append(name)
     coded: dict[str, Coded] = {}
     # What a weight takes grows with its size times its columns.
     total = sum(weights[name].numel() * weights[name].shape[1] for name in layers)
-    for (_, number_format), names in groups.items():
+    left = Counter(id(stats[names[0]].gram) for names in groups.values())
+    for (number, _, number_format), names in groups.items():
         gram = stats[names[0]].gram
         assert gram is not None
         matrix = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
         solved = gptq.run(matrix, number_format, dtype, hessian=gram, damping=damping)
-        stats[names[0]].gram = None  # all that it was for
+        left[number] -= 1
+        if not left[number]:
+            stats[names[0]].gram = None  # no layer needs it any more
         start = 0
         for name in names:
             rows = slice(start, start := start + len(weights[name]))
