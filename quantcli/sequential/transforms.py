@@ -43,10 +43,11 @@ class Transforms:
     def _folds(self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call) -> list[Fold]:
         # A trial runs the block some twenty times, and blocks that are built alike mostly are folded alike.
         key = f"{block} {sorted(layers)}"
-        known = self._known.get(key)
-        if known is None or not holds(block, call, known):
-            known = self._known[key] = find_folds(block, call, layers)
-        return known
+        if key not in self._known:
+            self._known[key] = find_folds(block, call, layers)
+        elif not holds(block, call, self._known[key]):
+            return find_folds(block, call, layers)
+        return self._known[key]
 
     def _fold(
         self,
