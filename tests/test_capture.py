@@ -144,9 +144,31 @@ class Chain(nn.Module):
 @pytest.mark.parametrize("route", [[0, 1], [1, 0, 2], [0, 0, 2], [0, 0, 1, 2], [0, 2]])
 def test_blocks_that_are_no_chain_are_refused(route: list[int]) -> None:
     model = Chain(route)
-    with pytest.raises(InputError, match=r"does not call the 3 blocks .* one after the other: it called .*blocks: \["):
+    hint = r"such as mse" if len(set(route)) < len(route) else r"blocks: \["
+    with pytest.raises(InputError, match=rf"\(3\) are not called .* each once: it calls .*{hint}"):
         Capture(model, list(model.layers)).run({"values": torch.zeros(2, 4)})
     assert all("forward" not in vars(block) for block in model.layers)
+
+
+class Tail(Chain):
+    """What comes after the blocks fails."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        super().forward(values)
+        raise RuntimeError("not loaded")
+
+
+def test_one_block_that_is_called_again() -> None:
+    again = Chain([0, 0])
+    again.layers = nn.ModuleList([nn.Linear(4, 4)])
+    with pytest.raises(InputError, match=r"\(1\) are not called .* it calls 0, 0\. Use an algorithm without data"):
+        Capture(again, list(again.layers)).run({"values": torch.zeros(2, 4)})
+    once = Tail([0])
+    once.layers = nn.ModuleList([nn.Linear(4, 4)])
+    capture = Capture(once, list(once.layers))
+    for number in range(2):
+        found = capture.run({"values": torch.full((2, 4), float(number))})
+        assert float(found.hidden.mean()) == number and len(found.arguments) == 1
 
 
 def test_blocks_that_change_the_shape_are_refused() -> None:

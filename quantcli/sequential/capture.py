@@ -54,6 +54,8 @@ class Capture:
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self.model, self.blocks = model, blocks
         self._only_hidden = False
+        # A block that is the only one might be called again (ALBERT): once the model runs on, to see.
+        self._runs_on = len(blocks) == 1
 
     def run(self, batch: Mapping[str, Tensor]) -> Captured:
         """What the model does with its blocks for one batch.
@@ -70,13 +72,13 @@ class Capture:
             for index, block in enumerate(self.blocks):
                 stack.enter_context(replaced_forward(block, self._recorder(index, block.forward, log, returned)))
             with suppress(_ReachedLast):
-                forward(self.model, batch)
-        if [index for index, _, _ in log] != list(range(len(self.blocks))):
-            raise InputError(
-                f"The model does not call the {len(self.blocks)} blocks that were found in it one after the other: "
-                f"it called {', '.join(str(index) for index, _, _ in log[:4]) or 'none'}{', ...' * (len(log) > 4)}.",
-                hint="Name its list of blocks in a recipe, as in blocks: [model.layers].",
-            )
+                try:
+                    forward(self.model, batch)
+                except InputError:
+                    if len(log) < len(self.blocks):
+                        raise  # else it was what comes after the blocks
+        self._require_chain([index for index, _, _ in log])
+        self._runs_on = False
         calls = [(args, kwargs) for _, args, kwargs in log]
         hidden, output = _hidden_of(calls[0][0]), returned[0]
         self._require_alike(hidden, output)
@@ -92,11 +94,25 @@ class Capture:
             log.append((index, args, kwargs))
             if index == 0:
                 returned.append(_hidden_of(args) if self._only_hidden else original(*args, **kwargs))
-            if index == len(self.blocks) - 1 or not returned:
+            reached = index == len(self.blocks) - 1 and not (self._runs_on and len(log) == 1)
+            if reached or not returned:
                 raise _ReachedLast
             return returned[0]
 
         return record
+
+    def _require_chain(self, called: list[int]) -> None:
+        """Raise InputError where the blocks were not called one after the other, each once."""
+        if called == list(range(len(self.blocks))):
+            return
+        order = f"{', '.join(map(str, called[:4])) or 'none'}{', ...' * (len(called) > 4)}"
+        raise InputError(
+            f"The blocks found in this model ({len(self.blocks)}) are not called one after the other, each once: "
+            f"it calls {order}.",
+            hint="Use an algorithm without data, such as mse."
+            if len(set(called)) < len(called)
+            else "Name its list of blocks in a recipe, as in blocks: [model.layers].",
+        )
 
     def _require_alike(self, hidden: Tensor, output: Any) -> None:
         """Raise InputError where the first block changes the shape, so that the others saw something else."""
