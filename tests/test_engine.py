@@ -265,6 +265,21 @@ def test_an_interrupted_run_continues(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "wanted"]
 
 
+def test_an_interrupted_run_leaves_no_hidden_states(
+    lively: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / ".out.partial" / "scratch"
+    monkeypatch.setattr(calibrated.CalibratedWork, "_spare_memory", lambda *_: 0)
+    seen: list[int] = []
+    original = engine.round_block
+    monkeypatch.setattr(engine, "round_block", lambda *args: seen.append(len([*scratch.iterdir()])) or original(*args))
+    interrupted(monkeypatch, "_place", 1)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(lively / "t5", tmp_path / "out", data)
+    assert seen[0] > 0 and not [*scratch.iterdir()]
+    assert (tmp_path / ".out.partial" / "journal.jsonl").exists()
+
+
 def test_another_recipe_or_other_data_does_not_continue(
     lively: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ class BlockEngine:
         self.skeleton, self.plan, self.batches = skeleton, plan, batches
         self.device, self.seed, self.tick = torch.device(device), seed, tick or (lambda _: None)
         self._scratch, self._limit = scratch, memory_limit
+        self._hidden: list[Activations] = []
         self.layers, self.lists = linear_layers(skeleton, plan), lists
         self._by_name = {layer.info.name: layer for layer in plan.layers}
         self._keeps_original = "original" in plan.steps.needs
@@ -138,6 +139,15 @@ class BlockEngine:
 
         Yields the outcome of each block that was not finished, once the block after it may begin.
         """
+        try:
+            yield from self._run(finished)
+        except BaseException:
+            # What is interrupted goes on from whole blocks; hidden states would only take room on disk.
+            for each in self._hidden:
+                each.clear()
+            raise
+
+    def _run(self, finished: Finished) -> Iterator[BlockOutcome]:
         total = sum(len(each.blocks) for each in self.lists)
         done = 0
         before: dict[str, list[tuple[list[nn.Module], Chain]]] = {}
@@ -157,6 +167,9 @@ class BlockEngine:
                 chain.arguments.clear()
                 before.setdefault(name, []).append((modules, chain))
         self.final = {name: found[-1][1] for name, found in before.items()}
+        for each in self._hidden:
+            if all(each is not chain.hidden for chain in self.final.values()):
+                each.clear()
 
     def _enter(
         self,
@@ -169,6 +182,7 @@ class BlockEngine:
         everything = [path for each in self.lists for path in each.blocks]
         share = self._limit // len(names)
         chains = {name: Chain(Activations(self._scratch, f"{blocks.path}-{name}", share)) for name in names}
+        self._hidden += [chain.hidden for chain in chains.values()]
         capture = Capture(self.skeleton.module, modules)
         with self.skeleton.loading_others(everything):
             self.skeleton.load(blocks.blocks[0])
