@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from quantcli.checkpoints.folder import Checkpoint, open_checkpoint
 from quantcli.errors import InputError, UsageError
 from quantcli.numerics import error_powers, in_groups
 from quantcli.parallel import torch_threads
-from quantcli.placing import place_codes, place_scales, place_values, read_codes
+from quantcli.placing import Output, place_codes, place_scales, place_values, read_codes
 from quantcli.plan import LayerPlan, Plan, resolve
 from quantcli.sequential.batches import CalibrationBatches, load_batches
 from quantcli.sequential.demand import foresee
@@ -125,44 +125,18 @@ class CalibratedWork:
         fingerprint = leaks.fingerprint(sample.inputs for sample in samples)
         return {"calibration": counts} | ({leaks.MANIFEST_KEY: fingerprint} if fingerprint else {})
 
-    def run(
-        self,
-        out: Path,
-        scratch: Path,
-        destinations: Mapping[str, Destination],
-        results: dict[str, LayerResult],
-        record: Callable[[str, LayerResult], None],
-        tick: Callable[[float], None],
-    ) -> None:
-        """Quantize and write every block that is not in ``results`` yet.
-
-        Args:
-            out: the folder of the output's files, which exist at their full size.
-            scratch: a folder for what does not fit into memory.
-            destinations: where each tensor goes.
-            results: of tensors that are done.
-            record: called with each tensor that is done, once all of its block is written.
-            tick: told the fraction that is done.
-        """
-        learned = scratch / _LEARNED
+    def run(self, output: Output) -> None:
+        """Quantize and write every block whose tensors are not in the output's results yet, then tune."""
+        learned = output.scratch / _LEARNED
         with torch_threads():
             if not learned.exists():
-                chain = self._run_blocks(out, scratch, destinations, results, record, tick)
+                chain = self._run_blocks(output)
                 if self._tunes:
-                    self._tune(open_checkpoint(out), chain, results, learned, lambda done: tick(_BLOCKS + _TUNE * done))
+                    self._tune(output, chain, learned)
         if self._tunes:
-            for name, result in self._place_tuned(open_checkpoint(out), learned, destinations, results).items():
-                record(name, result)
+            self._place_tuned(output, learned)
 
-    def _run_blocks(
-        self,
-        out: Path,
-        scratch: Path,
-        destinations: Mapping[str, Destination],
-        results: dict[str, LayerResult],
-        record: Callable[[str, LayerResult], None],
-        tick: Callable[[float], None],
-    ) -> Chain:
+    def _run_blocks(self, output: Output) -> Chain:
         """Quantize and write block after block; returns what comes out of the last one."""
         share = _BLOCKS if self._tunes else 1.0
         engine = BlockEngine(
@@ -170,70 +144,58 @@ class CalibratedWork:
             self.plan,
             self._blocks,
             self.data.batches,
-            scratch=scratch,
+            scratch=output.scratch,
             memory_limit=self._hidden_bytes,
             device=self.device,
             seed=self.given.seed,
-            tick=lambda done: tick(share * done),
+            tick=lambda done: output.tick(share * done),
         )
-        artifact = open_checkpoint(out) if results else None
-        for outcome in engine.run(lambda path: self._finished(path, artifact, results)):
-            for name, result in self._place(outcome, destinations).items():
-                record(name, result)
+        artifact = open_checkpoint(output.folder) if output.results else None
+        for outcome in engine.run(lambda path: self._finished(path, artifact, output.results)):
+            for name, result in self._place(outcome, output.destinations).items():
+                output.record(name, result)
         return engine.final["original" if self._tunes else "quantized"]
 
     @property
     def _tunes(self) -> bool:
         return any(step.name == "tune" for step in self.plan.steps.final)
 
-    def _tune(
-        self,
-        artifact: Checkpoint,
-        teacher: Chain,
-        results: Mapping[str, LayerResult],
-        learned: Path,
-        report: Callable[[float], None],
-    ) -> None:
+    def _tune(self, output: Output, teacher: Chain, learned: Path) -> None:
         """Learn scales and norms of the written blocks, into a file of their own: what is written stays whole."""
         from safetensors.torch import save_file
 
         from quantcli.sequential.tuning import ModelTuning
 
-        outcomes = [self._finished(path, artifact, results) for each in self._blocks for path in each.blocks]
+        artifact = open_checkpoint(output.folder)
+        outcomes = [self._finished(path, artifact, output.results) for each in self._blocks for path in each.blocks]
         coded = {name: each.tensor for outcome in outcomes if outcome for name, each in outcome.coded.items()}
         plain = {name: values for outcome in outcomes if outcome for name, values in outcome.plain.items()}
         options = self.plan.steps.options("tune")
         tuning = ModelTuning(self.skeleton, self.plan, self._blocks, coded, plain, options)
-        tuned = tuning.run(self.data.batches, teacher, self.given.seed, report)
+        seed = self.given.seed
+        tuned = tuning.run(self.data.batches, teacher, seed, lambda done: output.tick(_BLOCKS + _TUNE * done))
         self.skeleton.drop()
-        learned.parent.mkdir(parents=True, exist_ok=True)
-        partial = learned.with_suffix(".partial")
-        save_file({name: each.contiguous() for name, each in (tuned.scales | tuned.norms).items()}, partial)
-        partial.replace(learned)
+        output.scratch.mkdir(parents=True, exist_ok=True)
+        unfinished = learned.with_suffix(".partial")
+        save_file({name: each.contiguous() for name, each in (tuned.scales | tuned.norms).items()}, unfinished)
+        unfinished.replace(learned)
 
-    def _place_tuned(
-        self,
-        artifact: Checkpoint,
-        learned: Path,
-        destinations: Mapping[str, Destination],
-        results: Mapping[str, LayerResult],
-    ) -> dict[str, LayerResult]:
+    def _place_tuned(self, output: Output, learned: Path) -> None:
         from safetensors.torch import load_file
 
-        placed = {}
+        artifact = open_checkpoint(output.folder)
         for name, values in load_file(learned).items():
             layer = self._by_name[name]
             if not layer.is_coded:
-                placed[name] = place_values(layer, values, destinations)
+                output.record(name, place_values(layer, values, output.destinations))
                 continue
             tensor = replace(read_codes(layer, self.plan, artifact), scale=values)
             # Where scales moved between layers, the weight that the codes stand for is none of the checkpoint's.
-            result = placed[name] = replace(results[name], signal=0.0, noise=0.0)
+            result = replace(output.results[name], signal=0.0, noise=0.0)
             if not self.plan.steps.transforms:
                 weight = self.checkpoint.load(name).float().reshape(layer.matrix_shape)
                 result.signal, result.noise = error_powers(in_groups(weight, tensor.number_format), tensor)
-            place_scales(layer, tensor, self.plan, destinations, result)
-        return placed
+            output.record(name, place_scales(layer, tensor, self.plan, output.destinations, result))
 
     def _place(self, outcome: BlockOutcome, destinations: Mapping[str, Destination]) -> dict[str, LayerResult]:
         placed = {}

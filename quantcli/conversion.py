@@ -25,6 +25,7 @@ from quantcli.units import format_bytes
 from quantcli.version import __version__
 
 if TYPE_CHECKING:
+    from quantcli.placing import Output
     from quantcli.streaming import LayerJob, LayerResult
 
 #: What torch itself and the interpreter take before the first tensor.
@@ -48,25 +49,8 @@ class Work(Protocol):
     def manifest(self) -> dict[str, Any]:
         """Entries of the manifest."""
 
-    def run(
-        self,
-        out: Path,
-        scratch: Path,
-        destinations: Mapping[str, Destination],
-        results: dict[str, LayerResult],
-        record: Callable[[str, LayerResult], None],
-        tick: Callable[[float], None],
-    ) -> None:
-        """Write every tensor that is not in ``results`` yet.
-
-        Args:
-            out: the folder of the output's files, which exist at their full size.
-            scratch: a folder for what does not fit into memory.
-            destinations: where each tensor goes.
-            results: of tensors that are done.
-            record: called with each tensor that is done.
-            tick: told the fraction that is done.
-        """
+    def run(self, output: Output) -> None:
+        """Write every tensor that is not in the output's results yet."""
 
 
 class Conversion:
@@ -142,6 +126,7 @@ class Conversion:
         self, staging: Staging, destinations: Mapping[str, Destination], done: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Write every tensor: those that are worked out by themselves first, then all others."""
+        from quantcli.placing import Output
         from quantcli.streaming import LayerResult
 
         self.results = {name: LayerResult.from_json(record) for name, record in done.items()}
@@ -157,7 +142,8 @@ class Conversion:
 
         if self.work:
             tick = Fractions(tracker, _CALIBRATED_WEIGHT * calibrated)
-            self.work.run(staging.out, staging.root / "scratch", destinations, self.results, record, tick)
+            scratch = staging.root / "scratch"
+            self.work.run(Output(staging.out, scratch, destinations, self.results, record, tick))
         self._stream(destinations, record, tracker, inside)
 
     def _stream(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +19,23 @@ from quantcli.plan import LayerPlan, Plan
 from quantcli.roles import module_of
 from quantcli.scheme import INPUT_SCALE, QuantizedTensor
 from quantcli.streaming import LayerResult, others_checksum, scales_checksum, slabs
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output under way, for what works its tensors out by itself.
+
+    ``folder``: its files, which exist at their full size. ``scratch``: a folder for what does not fit into memory.
+    ``destinations``: where each tensor goes. ``results``: of tensors that are done. ``record`` is called with each
+    tensor that is done, once all that belongs to it is written; ``tick`` with the fraction that is done.
+    """
+
+    folder: Path
+    scratch: Path
+    destinations: Mapping[str, Destination]
+    results: Mapping[str, LayerResult]
+    record: Callable[[str, LayerResult], None]
+    tick: Callable[[float], None]
 
 
 def place_codes(

@@ -6,15 +6,13 @@ exactly is refused before work starts, by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli import plugins
-from quantcli.artifact import Destination
 from quantcli.checkpoints.folder import Checkpoint
 from quantcli.coded import CodedCheckpoint, CodedWeight, DecodedCheckpoint, open_coded
 from quantcli.errors import UsageError
@@ -27,7 +25,9 @@ from quantcli.scheme import Scheme, TensorInfo
 from quantcli.steps import parse_steps
 
 if TYPE_CHECKING:
-    from quantcli.streaming import LayerResult
+    from quantcli.placing import Output
+
+    pass
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -80,35 +80,18 @@ class Carrier:
         """Nothing: where the codes come from is recorded for every quantized source."""
         return {}
 
-    def run(
-        self,
-        out: Path,
-        scratch: Path,
-        destinations: Mapping[str, Destination],
-        results: Mapping[str, LayerResult],
-        record: Callable[[str, LayerResult], None],
-        tick: Callable[[float], None],
-    ) -> None:
-        """Carry every layer over that is not in ``results`` yet.
-
-        Args:
-            out: not used.
-            scratch: not used.
-            destinations: where each tensor goes.
-            results: of tensors that are done.
-            record: called with each tensor that is done.
-            tick: told the fraction that is done.
-        """
+    def run(self, output: Output) -> None:
+        """Carry every layer over that is not in the output's results yet."""
         from quantcli.placing import place_codes
 
-        layers = [layer for layer in self.plan.layers if layer.is_coded and layer.info.name not in results]
+        layers = [layer for layer in self.plan.layers if layer.is_coded and layer.info.name not in output.results]
         done = count(1)
 
         def carry(layer: LayerPlan) -> None:
-            result = place_codes(layer, self.coded.tensor(layer.info.name), self.plan, destinations)
+            result = place_codes(layer, self.coded.tensor(layer.info.name), self.plan, output.destinations)
             result.algorithm = layer.algorithm or ""
-            record(layer.info.name, result)
-            tick(next(done) / len(layers))
+            output.record(layer.info.name, result)
+            output.tick(next(done) / len(layers))
 
         in_parallel((partial(carry, layer) for layer in layers), self.workers)
 
