@@ -79,14 +79,13 @@ _SCRIPTS = {"llm-compressor": _LLM_COMPRESSOR, "auto-round": _AUTO_ROUND}
 
 @dataclass(frozen=True)
 class Cost:
-    """What a program took: seconds by the clock, seconds of all cores together, and its peak memory."""
+    """What a program took: seconds by the clock, and seconds of all cores together."""
 
     wall_seconds: float
     cpu_seconds: float
-    peak_rss_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.wall_seconds:.0f} s, {self.cpu_seconds:.0f} CPU-s, {self.peak_rss_bytes / 1e6:.0f} MB"
+        return f"{self.wall_seconds:.0f} s, {self.cpu_seconds:.0f} CPU-s"
 
 
 def measured(command: Sequence[object], log: Path, *, threads: int) -> Cost:
@@ -110,8 +109,7 @@ def measured(command: Sequence[object], log: Path, *, threads: int) -> Cost:
     if child.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         raise RuntimeError(f"{command[0]} ended with status {child.returncode}; the end of {log}:\n{tail}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Cost(time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+    return Cost(time.monotonic() - start, usage.ru_utime + usage.ru_stime)
 
 
 def environment(name: str, cache: Path) -> Path:
