@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from graphs import model, node, normal, prepared
 
+from quantcli.checkpoints import open_checkpoint
 from quantcli.graph.plan import GraphPlan, resolve_graph
+from quantcli.plan import resolve
 from quantcli.recipe import build_scheme, load_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -75,3 +77,17 @@ def test_the_encoder_recipe_looks_tables_up_in_four_bits() -> None:
     assert [(each.mode, each.label) for each in plan.nodes] == [("weights", "int4"), ("dynamic", "int8-dynamic")]
     assert plan.nodes[0].scheme is not None
     assert plan.nodes[0].scheme.weights.granularity.size == 32
+
+
+@pytest.mark.parametrize(
+    ("recipe", "algorithm", "scheme"),
+    [
+        ("llm-int4-tuned", "gptq + tune", "int4, group 64"),
+        ("llm-w8a8", "smoothquant + rtn", "int8, channel | inputs int8, token, dynamic"),
+    ],
+)
+def test_recipes_for_language_models_chain_algorithms(models: Path, recipe: str, algorithm: str, scheme: str) -> None:
+    checkpoint = open_checkpoint(models / "llama")
+    plan = resolve(load_recipe(CONFIGS / f"{recipe}.yaml"), checkpoint.infos(), checkpoint.config, data=True)
+    assert plan.algorithm == algorithm
+    assert {str(layer.scheme) for layer in plan.quantized} == {scheme} and len(plan.quantized) == 14
