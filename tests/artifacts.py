@@ -15,8 +15,13 @@ from quantcli.scheme import PRESETS
 
 CLASSES = {"bert": "AutoModel"}
 
-#: The presets that a checkpoint can be written in: fixed ranges of activations are ONNX's so far.
+#: The presets that a checkpoint can be written in without data.
 CHECKPOINT_SCHEMES = [name for name in PRESETS if name != "int8-static"]
+
+
+def bitsandbytes_rounds() -> bool:
+    """Whether bitsandbytes multiplies by NF4 weights in bfloat16 here: it does on processors that can."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from artifacts import decoded
+from artifacts import bitsandbytes_rounds, decoded
 
 import quantcli
 from examples import models as packaged
@@ -78,5 +78,6 @@ def test_loads_and_computes_what_the_codes_say(original: Path, scheme: str, tmp_
         assert similarity > 0.99
     else:
         noise = (values - expected).square().sum() / expected.square().sum()
-        # Equal weights; what is left is how each runtime orders its 16-bit sums.
-        assert noise < 1e-4, f"{10 * noise.log10():.1f} dB"
+        # Equal weights; what is left is how each runtime orders its 16-bit sums, or rounds what it multiplies.
+        limit = 1e-3 if scheme.startswith("nf4") and bitsandbytes_rounds() else 1e-4
+        assert noise < limit, f"{10 * noise.log10():.1f} dB"
