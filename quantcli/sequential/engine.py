@@ -243,6 +243,7 @@ class BlockEngine:
         targets = original.hidden if original else None
         observed = _counted(calls, _part(report, 0.0, _OBSERVED))
         stats = observe(block, observed, layers, self._needs(layers))
+        release_freed()
         if self._transforms.names:
             self._transforms.apply(block, layers, calls[0], stats)
         rounded = _part(report, _OBSERVED, _ROUNDED)
