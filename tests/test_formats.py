@@ -177,8 +177,11 @@ def test_bitsandbytes_reads_the_same(scheme: Scheme, shape: tuple[int, int], dty
     state = bnb.QuantState.from_dict(stored, torch.device("cpu"))
     assert (state.nested, state.dtype) == (scheme.weights.double_quantized, TORCH_DTYPES[dtype])
     wanted = dequantized(tensor).to(TORCH_DTYPES[dtype])
+    # A row for each block: with AVX-512, bitsandbytes 0.50 reads its own files wrongly where blocks span rows.
+    state.shape = torch.Size((tensor.codes.numel() // state.blocksize, state.blocksize))
+    found = bnb.dequantize_4bit(packed, state).reshape(shape)
     # One ulp: which kernel rounds depends on the processor.
-    torch.testing.assert_close(bnb.dequantize_4bit(packed, state), wanted, rtol=torch.finfo(wanted.dtype).eps, atol=0)
+    torch.testing.assert_close(found, wanted, rtol=torch.finfo(wanted.dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("scheme", [BLOCKS[1], NESTED[1]], ids=str)
@@ -432,7 +435,7 @@ REFUSED: list[tuple[Format, Scheme, str]] = [
     (compressed_tensors, Scheme(NumberFormat("int8", symmetric=False)), "zero points per channel or group"),
     (compressed_tensors, Scheme(replace(INT8, dynamic=True)), "not int8, channel, dynamic"),
     (compressed_tensors, Scheme(replace(INT4, double_quantized=True)), "double-quantized"),
-    (compressed_tensors, Scheme(INT8, replace(DYNAMIC, dynamic=False)), "ranges found at inference"),
+    (compressed_tensors, Scheme(INT8, replace(DYNAMIC, dynamic=False)), "one fixed scale per tensor"),
     (compressed_tensors, Scheme(INT8, replace(DYNAMIC, granularity=TENSOR)), "per token"),
     (compressed_tensors, Scheme(INT8, replace(DYNAMIC, dtype="int4")), "inputs as int8"),
     (compressed_tensors, Scheme(INT8, replace(DYNAMIC, symmetric=False)), "symmetric inputs only"),

@@ -29,7 +29,8 @@ _GOLDEN = 0.6180339887498949
 class LinearStats:
     """The inputs of a linear layer, or of several that are given the same.
 
-    ``tokens``: how many were seen. The others are None where they were not asked for, or where no token was seen:
+    ``tokens``: how many were seen, or some of them where nothing else was asked for. The others are None where they
+    were not asked for, or where no token was seen:
 
     - ``gram``: float32 ``[columns, columns]``, the sum of x x^T.
     - ``absmax``: float32 ``[columns]``, the largest magnitude of each channel. ``mean_abs``: the mean magnitude.
@@ -76,6 +77,8 @@ def observe(
                 gathering.begin(first=number == 0)
                 with suppress(_SeenAll):
                     call.run(block)
+                if not gathering.needs and len(gathering.tokens) == len(linears):
+                    break  # all that was asked for is whether every layer sees a token
     finally:
         for handle in handles:
             handle.remove()
