@@ -181,8 +181,7 @@ def test_batches_are_let_go(block: Block, needs: Collection[str]) -> None:
             assert not any(each() for each in given[:-1])
 
     observe(block, stream(), LINEARS, needs)
-    # Where nothing is asked for, one call tells that every layer sees tokens.
-    assert len(given) == (4 if needs else 1)
+    assert len(given) == 4
 
 
 def test_division_by_a_scale() -> None:
@@ -196,3 +195,13 @@ def test_division_by_a_scale() -> None:
     torch.testing.assert_close(stats.absmax, divided.abs().amax(0).float())
     torch.testing.assert_close(stats.sample, divided[:3].float())
     assert stats.mean_abs is None
+
+
+@pytest.mark.parametrize(("linears", "runs"), [(("q", "k", "out"), 1), (("q", "never"), 4)])
+def test_where_nothing_is_asked_for_one_call_tells_that_every_layer_sees_tokens(
+    block: Block, linears: tuple[str, ...], runs: int
+) -> None:
+    given = iter(calls(4))
+    stats = observe(block, given, linears, ())
+    assert len(list(given)) == 4 - runs
+    assert [bool(stats[name].tokens) for name in linears] == [name != "never" for name in linears]
