@@ -43,14 +43,14 @@ THREADS, GROUP_SIZE, SEQUENCES, TOKENS, ITERATIONS = 2, 64, 64, 512, 60
 #: Share of the prose that is calibrated on: just enough for all sequences.
 CALIBRATION_SHARE = 0.575
 
-#: Chains of algorithms, as the steps of a recipe; the last is the best that fits into AutoRound's time.
+#: Chains of algorithms, as the steps of a recipe, and the best that fits into AutoRound's time.
 CHAINS = {
     "gptq": "[gptq]",
     "gptq + tune": "[gptq, tune]",
     "autoround": f"[autoround: {{iterations: {ITERATIONS}}}]",
     "autoround + tune": f"[autoround: {{iterations: {ITERATIONS}}}, tune]",
 }
-BEST = "autoround + tune"
+BEST = "gptq + tune"
 
 
 @dataclass
