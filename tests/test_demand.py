@@ -42,19 +42,19 @@ def test_hessians_and_the_copy_of_the_largest(models: Path) -> None:
     grams = [columns**2 for _, columns in SHAPES]
     outputs = sorted((rows for rows, _ in SHAPES), reverse=True)
     expected = 2 * BLOCK + sum(grams) + 192**2 + sum(outputs[:4]) * TOKENS
-    assert foreseen(models / "llama", ["gptq"]) == Demand("model.layers.0", 4 * expected)
+    assert foreseen(models / "llama", ["gptq"]) == Demand("model.layers.0", round(4.4 * expected))
 
 
 def test_what_learns_holds_more(models: Path) -> None:
     expected = 6 * BLOCK + sum(rows for rows, _ in SHAPES) * TOKENS
-    assert foreseen(models / "llama", ["autoround"]) == Demand("model.layers.0", 4 * expected)
+    assert foreseen(models / "llama", ["autoround"]) == Demand("model.layers.0", round(4.4 * expected))
 
 
 def test_a_large_embedding(tmp_path: Path) -> None:
     sizes = {"vocab_size": 50_000, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path)
     block, held = 7 * 32 * 32 + 2 * 32, 4 * 32 * TOKENS
-    assert foreseen(tmp_path, ["gptq"]).nbytes == 4 * (block + 50_000 * 32 + held)
+    assert foreseen(tmp_path, ["gptq"]).nbytes == round(4.4 * (block + 50_000 * 32 + held))
 
 
 def test_the_heaviest_block_counts(models: Path) -> None:

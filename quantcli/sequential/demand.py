@@ -13,7 +13,8 @@ from quantcli.sequential.batches import BATCH_TOKENS
 from quantcli.sequential.skeleton import Skeleton
 from quantcli.sequential.structure import BlockList
 
-_FLOAT_BYTES = 4
+#: Of a float32, and a tenth for what the C library holds back of freed memory.
+_FLOAT_BYTES = 4.4
 #: Copies of a block's weights: those that run, and new ones with their codes; where rounding is learned, the
 #: original, the offsets, the gradients and what the optimizer makes of them as well.
 _COPIES, _COPIES_LEARNED = 2, 6
@@ -56,7 +57,7 @@ def _block(path: str, parameters: Mapping[str, TensorInfo], plan: Plan, tokens: 
     held = sum(outputs if learned else outputs[:_OUTPUTS_HELD]) * tokens
     # One Hessian is factored at a time, in a copy.
     quantized = (_COPIES_LEARNED if learned else _COPIES) * size + sum(grams) + max(grams, default=0) + held
-    return Demand(path, _FLOAT_BYTES * max(quantized, size + around + held))
+    return Demand(path, round(_FLOAT_BYTES * max(quantized, size + around + held)))
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> int:
