@@ -32,11 +32,10 @@ from quantcli.steps import TuneOptions
 
 @dataclass
 class Tuned:
-    """What was learned, by the names of tensors: scales of quantized weights, and norms; and the loss of each step."""
+    """What was learned, by the names of tensors: scales of quantized weights, and norms."""
 
     scales: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class ModelTuning:
         samples = list(self._samples(batches))
         scales = [linear.scales for linear in self._linears.values()]
         with self._trained():
-            losses = tune.run(
+            tune.run(
                 [*scales, *self._norms.values()],
                 lambda number: self._loss(samples[number], batches, teacher),
                 len(samples),
@@ -143,7 +142,7 @@ class ModelTuning:
                 seed,
                 report,
             )
-        return self._result(losses)
+        return self._result()
 
     def _samples(self, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[_Sample]:
         for number, batch in enumerate(batches):
@@ -180,8 +179,8 @@ class ModelTuning:
     def _planned(self, owner: str) -> LayerPlan:
         return self._layers[self.skeleton.info(f"{owner}.weight").name]
 
-    def _result(self, losses: list[float]) -> Tuned:
-        tuned = Tuned(losses=losses)
+    def _result(self) -> Tuned:
+        tuned = Tuned()
         with torch.no_grad():
             for owner, linear in self._linears.items():
                 name = self._planned(owner).info.name
