@@ -63,6 +63,7 @@ def inspect(
     layers: options.ListLayers = False,
     json: options.AsJson = False,
     markdown: options.Markdown = None,
+    html: options.Html = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -72,7 +73,7 @@ def inspect(
     from quantcli.tables import inspect_tables
 
     report = run(model, scheme or ())
-    _finish(ui, report, inspect_tables(report, layers=layers), markdown)
+    _finish(ui, report, inspect_tables(report, layers=layers), markdown, html)
     if not scheme and report.models[0].details["parameters"] is not None:
         ui.talk("Next: quantcli inspect MODEL --scheme int4 shows what a scheme would save.")
 
@@ -94,6 +95,7 @@ def calibrate(
     force: options.Force = False,
     json: options.AsJson = False,
     markdown: options.Markdown = None,
+    html: options.Html = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -120,7 +122,7 @@ def calibrate(
             force=force,
             progress=progress,
         )
-    _finish(ui, report, calibrate_tables(report), markdown)
+    _finish(ui, report, calibrate_tables(report), markdown, html)
     ui.talk(f"Next: quantcli convert {model} -o OUT --scheme int8-static --calibration {output}")
 
 
@@ -152,6 +154,7 @@ def convert(
     force: options.Force = False,
     json: options.AsJson = False,
     markdown: options.Markdown = None,
+    html: options.Html = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -188,7 +191,7 @@ def convert(
             force=force,
             progress=progress,
         )
-    _finish(ui, report, convert_tables(report), markdown)
+    _finish(ui, report, convert_tables(report), markdown, html)
     if not dry_run and (model.is_dir() or model.suffix == ".onnx"):
         ui.talk(f"Next: quantcli eval {model} {output} --data {data or 'DATA'} measures what it cost.")
 
@@ -209,6 +212,7 @@ def evaluate(
     require: options.Require = None,
     json: options.AsJson = False,
     markdown: options.Markdown = None,
+    html: options.Html = None,
     junit: options.Junit = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -235,7 +239,7 @@ def evaluate(
             require=require or (),
             progress=progress,
         )
-    _finish(ui, report, eval_tables(report), markdown, junit)
+    _finish(ui, report, eval_tables(report), markdown, html, junit)
 
 
 @app.command()
@@ -254,6 +258,7 @@ def bench(
     require: options.Require = None,
     json: options.AsJson = False,
     markdown: options.Markdown = None,
+    html: options.Html = None,
     junit: options.Junit = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -278,7 +283,7 @@ def bench(
             require=require or (),
             progress=progress,
         )
-    _finish(ui, report, bench_tables(report), markdown, junit)
+    _finish(ui, report, bench_tables(report), markdown, html, junit)
 
 
 def _ui(context: typer.Context, json: bool, quiet: bool, debug: bool) -> Ui:
@@ -295,11 +300,22 @@ def _bytes(text: str | None, flag: str) -> int | None:
         raise UsageError(f"{flag}: {error}.") from error
 
 
-def _finish(ui: Ui, report: Report, tables: Sequence[Table], markdown: Path | None, junit: Path | None = None) -> None:
+def _finish(
+    ui: Ui,
+    report: Report,
+    tables: Sequence[Table],
+    markdown: Path | None,
+    html: Path | None,
+    junit: Path | None = None,
+) -> None:
     """Show and write a report; a failed gate ends the command with status 1."""
     ui.show(report, tables)
     try:
         write_markdown(tables, report, markdown)
+        if html is not None:
+            from quantcli.html import write_html
+
+            write_html(tables, report, html)
         if junit is not None:
             write_junit(report, junit)
     except OSError as error:

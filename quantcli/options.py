@@ -143,6 +143,10 @@ Require = Annotated[
 Markdown = Annotated[
     Optional[Path], typer.Option("--markdown", metavar="FILE", help="Also write the report as Markdown.")
 ]
+Html = Annotated[
+    Optional[Path],
+    typer.Option("--html", metavar="FILE", help="Also write the report as one HTML page, with the curve of training."),
+]
 Junit = Annotated[Optional[Path], typer.Option("--junit", metavar="FILE", help="Also write the gates as JUnit XML.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, hints or warnings on stderr.")]

@@ -11,6 +11,8 @@ from typing import Any
 from quantcli.report import LayerRow, ModelRow, Report, Table
 from quantcli.units import format_bytes, format_seconds
 
+#: What `training_table` calls the models of `Report.details["training"]`.
+_TRAINED = {"original": "original", "ptq": "PTQ", "qat": "QAT"}
 _SIZES = frozenset({"Before", "After", "Size", "SQNR", "Ratio", "Tensors", "Value"})
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=[./])")
 _ANY_NUMBER = re.compile(r"\d+")
@@ -64,7 +66,40 @@ def convert_tables(report: Report) -> list[Table]:
     )
     runtime = report.details.get("verified", {}).get("runtime", {})
     proof = [_kernel_table(runtime)] if runtime.get("integer_kernels") or runtime.get("float_kernels") else []
-    return [layers, *([kept] if left else []), *proof, _totals(report, source, artifact)]
+    training = training_table(report)
+    shown = [layers, *([kept] if left else []), *proof, *([training] if training else [])]
+    return [*shown, _totals(report, source, artifact)]
+
+
+def training_table(report: Report) -> Table | None:
+    """The model before quantization, after it, and after training, side by side; None where nothing was trained."""
+    training: Mapping[str, Any] | None = report.details.get("training")
+    if training is None:
+        return None
+    models: Mapping[str, Mapping[str, float | None]] = training["models"]
+    known = dict.fromkeys([*_METRICS, *(name for metrics in models.values() for name in metrics)])
+    present = [
+        name
+        for name in known
+        if _is_shown(name) and name != "loss" and any(metrics.get(name) is not None for metrics in models.values())
+    ]
+    rows = [
+        (_TRAINED[name], _decimal(models[name].get("loss")), *(metric_text(models[name], each) for each in present))
+        for name in _TRAINED
+        if name in models
+    ]
+    columns = ("Model", "Held-out loss", *map(metric_label, present))
+    epochs = f"{round(training['epochs'], 2):,g}"
+    end = "stopped early" if training["stopped"] == "early" else "ran to its end"
+    note = (
+        f"{training['steps']:,} steps, {epochs} {'epoch' if epochs == '1' else 'epochs'}; {end}, best at step "
+        f"{training['best_step']:,}. Loss: {training['loss']}. PTQ: quantized, before training; QAT: after it."
+    )
+    return Table("Quantization-aware training", columns, rows, frozenset(columns[1:]), note)
+
+
+def _decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
@@ -167,11 +202,11 @@ def eval_tables(report: Report) -> list[Table]:
     """Models side by side; then layers, worst first; then gates."""
     known = dict.fromkeys([*_METRICS, *(name for model in report.models for name in model.metrics)])
     present = [name for name in known if _is_shown(name) and any(name in model.metrics for model in report.models)]
-    columns = ("Model", "Scheme", "Size", "Ratio", *(_label(name) for name in present))
+    columns = ("Model", "Scheme", "Size", "Ratio", *(metric_label(name) for name in present))
     names, folder = short_names(report.models)
     rows = []
     for model in report.models:
-        cells = [_metric(model, name) for name in present]
+        cells = [metric_text(model.metrics, name) for name in present]
         rows.append(
             (
                 names[model.path], scheme_text(model, report), _size_text(model.size_bytes),
@@ -179,7 +214,7 @@ def eval_tables(report: Report) -> list[Table]:
             )
         )  # fmt: skip
     note = f"{report.details['samples']} samples of {report.details['data']}; +- is one standard error"
-    right = _SIZES | {_label(name) for name in present}
+    right = _SIZES | {metric_label(name) for name in present}
     task = str(report.details["task"])
     tables = [Table(f"{task if ':' in task else task.capitalize()}{folder}", columns, rows, right, note)]
     verdicts = [(names[each.path], each.details["verdict"]) for each in report.models if "verdict" in each.details]
@@ -220,20 +255,27 @@ def _is_shown(name: str) -> bool:
     return not name.endswith("_se") and not name.startswith("size_")
 
 
-def _label(name: str) -> str:
+def metric_label(name: str) -> str:
+    """What people call a metric."""
     return _METRICS[name][0] if name in _METRICS else name
+
+
+def is_fraction(name: str) -> bool:
+    """Whether people read a metric in percent."""
+    return name in _METRICS and _METRICS[name][1].endswith("%}")
 
 
 def _size_text(size: int | None) -> str:
     return "-" if size is None else format_bytes(size)
 
 
-def _metric(model: ModelRow, name: str) -> str:
-    value = model.metrics.get(name)
+def metric_text(metrics: Mapping[str, float | None], name: str) -> str:
+    """A metric with its standard error, where that is known; a dash where there is none."""
+    value = metrics.get(name)
     if value is None:
         return "-"
     form = _METRICS[name][1] if name in _METRICS else "{:.5g}"
-    error = model.metrics.get(f"{name}_se")
+    error = metrics.get(f"{name}_se")
     return form.format(value) if error is None else f"{form.format(value)} +- {form.format(error)}"
 
 

@@ -34,8 +34,8 @@ TIERS = (
     ("coded", "statistics_file"),
     ("statistics",),
     ("gates", "images", "models", "recipe", "tables"),
-    ("steps",),
-    ("layerwise", "plan", "tables_bench", "tables_onnx"),
+    ("plots", "steps"),
+    ("html", "layerwise", "plan", "tables_bench", "tables_onnx"),
     ("graph",),
     ("arrays", "artifact", "fused", "runtime_check", "sessions"),
     ("sources", "targets"),
@@ -57,10 +57,13 @@ TIERS = (
 TIER = {name: number for number, names in enumerate(TIERS) for name in names}
 PLUGIN_FOLDERS = ("algorithms", "checkpoints", "formats")
 
-HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "numpy", "compressed_tensors", "bitsandbytes", "pyarrow"}
+HEAVY = {
+    "torch", "transformers", "onnx", "onnxruntime", "numpy", "compressed_tensors", "bitsandbytes", "pyarrow",
+    "matplotlib",
+}  # fmt: skip
 
 #: The options of the command line's contract, and those that every command has.
-COMMON = {"--json", "--markdown", "--quiet", "--debug", "--help"}
+COMMON = {"--json", "--markdown", "--html", "--quiet", "--debug", "--help"}
 CONTRACT = {
     "calibrate": {
         "--data", "--output", "--method", "--samples", "--batch-size", "--seq-len", "--seed", "--tokenizer",
@@ -120,7 +123,8 @@ def test_plugins_know_only_the_common_nouns(folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "importers"), [("typer", {"cli.py", "options.py"}), ("rich", {"ui.py"}), ("click", set())]
+    ("library", "importers"),
+    [("typer", {"cli.py", "options.py"}), ("rich", {"ui.py"}), ("matplotlib", {"plots.py"}), ("click", set())],
 )
 def test_sole_importers(library: str, importers: set[str]) -> None:
     found = {module for module in MODULES if any(name.split(".")[0] == library for name in imports(module))}
