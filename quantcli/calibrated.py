@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from quantcli import leaks
 from quantcli.artifact import Destination
@@ -18,20 +18,25 @@ from quantcli.numerics import error_powers, in_groups
 from quantcli.parallel import torch_threads
 from quantcli.placing import Output, place_codes, place_scales, place_values, read_codes
 from quantcli.plan import LayerPlan, Plan, resolve
+from quantcli.scheme import QuantizedTensor
 from quantcli.sequential.batches import CalibrationBatches, load_batches
 from quantcli.sequential.demand import foresee
 from quantcli.sequential.engine import BlockEngine, BlockOutcome, Chain, linear_layers
 from quantcli.sequential.model import hugging_face, plain_module
+from quantcli.sequential.precision import check_device
 from quantcli.sequential.rounding import Coded
 from quantcli.sequential.structure import find_blocks
 from quantcli.streaming import LayerResult
+from quantcli.training import History
+from quantcli.training_checkpoint import load_trained, save_trained, train_checkpoint
 from quantcli.units import format_bytes
 
-_DEVICES = ("cpu", "cuda")
 #: Of the memory that the heaviest block leaves, one part in so many is for hidden states; others go to disk.
 _HIDDEN_SHARE = 2
 #: Of the time a tuned model takes, roughly what its blocks take and what tuning does.
 _BLOCKS, _TUNE = 0.4, 0.6
+#: Of the time a trained model takes, roughly what training does.
+_TRAINING = 0.7
 #: What tuning has learned, until it is in the output; where it exists the blocks are all done.
 _LEARNED = "tuned.safetensors"
 
@@ -59,14 +64,12 @@ class CalibratedWork:
         memory_limit: int | None,
     ) -> None:
         """Get ready. The checkpoint is a Hugging Face folder, or holds the weights of the module of ``function``."""
-        if device not in _DEVICES:
-            raise UsageError(f"--device {device} is none of {', '.join(_DEVICES)}.")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise InputError(f"--device cuda: torch {torch.__version__} sees no such device.", "Leave it out.")
+        check_device(device)
         self.checkpoint, self.plan, self.given, self.device = checkpoint, plan, given, device
         model = plain_module(function, checkpoint) if function else hugging_face(checkpoint)
-        self._function, self.skeleton = function, model.skeleton
-        self.data: CalibrationBatches = load_batches(model, given)
+        self._function, self._model, self.skeleton = function, model, model.skeleton
+        self.history: History | None = None
+        self.data: CalibrationBatches = load_batches(model, given, trains=self._trains)
         linear = linear_layers(self.skeleton, plan)
         self._blocks = find_blocks(self.skeleton.module, linear, plan.recipe.blocks)
         model.require_own_weights(self._blocks, {layer.info.name for layer in plan.layers if layer.is_coded})
@@ -123,6 +126,8 @@ class CalibratedWork:
         if self.data.tokens is not None:
             counts["tokens"] = self.data.tokens
         fingerprint = leaks.fingerprint(sample.inputs for sample in samples)
+        if self.history is not None:
+            counts["training"] = {key: getattr(self.history, key) for key in ("loss", "steps", "best_step", "stopped")}
         return {"calibration": counts} | ({leaks.MANIFEST_KEY: fingerprint} if fingerprint else {})
 
     def run(self, output: Output) -> None:
@@ -133,12 +138,16 @@ class CalibratedWork:
                 chain = self._run_blocks(output)
                 if self._tunes:
                     self._tune(output, chain, learned)
+                elif self._trains:
+                    self._train(output, learned)
         if self._tunes:
             self._place_tuned(output, learned)
+        elif self._trains:
+            self._place_trained(output, learned)
 
     def _run_blocks(self, output: Output) -> Chain:
         """Quantize and write block after block; returns what comes out of the last one."""
-        share = _BLOCKS if self._tunes else 1.0
+        share = _BLOCKS if self._tunes else 1 - _TRAINING if self._trains else 1.0
         engine = BlockEngine(
             self.skeleton,
             self.plan,
@@ -160,16 +169,56 @@ class CalibratedWork:
     def _tunes(self) -> bool:
         return any(step.name == "tune" for step in self.plan.steps.final)
 
+    @property
+    def _trains(self) -> bool:
+        return any(step.name == "qat" for step in self.plan.steps.final)
+
+    def _written(self, output: Output) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+        """What was written of the blocks: codes, and other parameters in float32, by the names of tensors."""
+        artifact = open_checkpoint(output.folder)
+        outcomes = [self._finished(path, artifact, output.results) for each in self._blocks for path in each.blocks]
+        coded = {name: each.tensor for outcome in outcomes if outcome for name, each in outcome.coded.items()}
+        return coded, {name: values for outcome in outcomes if outcome for name, values in outcome.plain.items()}
+
+    def _train(self, output: Output, learned: Path) -> None:
+        """Train what was written, into a file of its own: what is written stays whole."""
+        again = plain_module(self._function, self.checkpoint) if self._function else hugging_face(self.checkpoint)
+        trained, history = train_checkpoint(
+            self._model,
+            again,
+            self.plan,
+            self._blocks,
+            self._written(output),
+            self.data.samples,
+            seed=self.given.seed,
+            device=self.device,
+            checkpoint=output.scratch / "training.pt",
+            tick=lambda done: output.tick(1 - _TRAINING + _TRAINING * done),
+            say=output.say,
+        )
+        self.skeleton.drop()
+        save_trained(learned, trained, history)
+
+    def _place_trained(self, output: Output, learned: Path) -> None:
+        trained, self.history = load_trained(learned, self._by_name)
+        for name, values in trained.plain.items():
+            output.record(name, place_values(self._by_name[name], values, output.destinations))
+        for name, tensor in trained.coded.items():
+            layer = self._by_name[name]
+            result = place_codes(layer, tensor, self.plan, output.destinations)
+            result.algorithm, result.note = f"{output.results[name].algorithm} + qat", output.results[name].note
+            if not self.plan.steps.transforms:
+                weight = self.checkpoint.load(name).float().reshape(layer.matrix_shape)
+                result.signal, result.noise = error_powers(in_groups(weight, tensor.number_format), tensor)
+            output.record(name, result)
+
     def _tune(self, output: Output, teacher: Chain, learned: Path) -> None:
         """Learn scales and norms of the written blocks, into a file of their own: what is written stays whole."""
         from safetensors.torch import save_file
 
         from quantcli.sequential.tuning import ModelTuning
 
-        artifact = open_checkpoint(output.folder)
-        outcomes = [self._finished(path, artifact, output.results) for each in self._blocks for path in each.blocks]
-        coded = {name: each.tensor for outcome in outcomes if outcome for name, each in outcome.coded.items()}
-        plain = {name: values for outcome in outcomes if outcome for name, values in outcome.plain.items()}
+        coded, plain = self._written(output)
         options = self.plan.steps.options("tune")
         tuning = ModelTuning(self.skeleton, self.plan, self._blocks, coded, plain, options)
         seed = self.given.seed

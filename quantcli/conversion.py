@@ -18,7 +18,7 @@ from quantcli.errors import UsageError
 from quantcli.leaks import MANIFEST_KEY
 from quantcli.parallel import Background, in_parallel, usable_cores
 from quantcli.plan import LayerPlan, Plan
-from quantcli.progress import Fractions, Progress, Tracker
+from quantcli.progress import Fractions, Progress, Tracker, say
 from quantcli.staging import Staging
 from quantcli.steps import default_rounding
 from quantcli.units import format_bytes
@@ -27,6 +27,7 @@ from quantcli.version import __version__
 if TYPE_CHECKING:
     from quantcli.placing import Output
     from quantcli.streaming import LayerJob, LayerResult
+    from quantcli.training import History
 
 #: What torch itself and the interpreter take before the first tensor.
 BASE_MEMORY_BYTES = 300 << 20
@@ -38,7 +39,12 @@ _OF_WEIGHTS = ("config.json", "quantcli.json", "quantize_config.json", "quant_co
 
 
 class Work(Protocol):
-    """The part of a conversion that works its tensors out by itself, before all others are streamed."""
+    """The part of a conversion that works its tensors out by itself, before all others are streamed.
+
+    ``history``: of training, where there was some.
+    """
+
+    history: History | None
 
     def names(self) -> set[str]:
         """The tensors it writes."""
@@ -111,7 +117,9 @@ class Conversion:
                 check.stop()
         manifest = self._manifest({**verified, "runtime": runtime})
         self.layout.write_manifest(staging.out, manifest)
-        return {"verified": manifest["verified"], "threads": self.workers}
+        history = self.work.history if self.work else None
+        trained = {"training": history.to_json()} if history else {}
+        return {"verified": manifest["verified"], "threads": self.workers, **trained}
 
     def _verify(self, artifact: Path) -> dict[str, Any]:
         from quantcli.verify import Verifier
@@ -143,7 +151,17 @@ class Conversion:
         if self.work:
             tick = Fractions(tracker, _CALIBRATED_WEIGHT * calibrated)
             scratch = staging.root / "scratch"
-            self.work.run(Output(staging.out, scratch, destinations, self.results, record, tick))
+            self.work.run(
+                Output(
+                    staging.out,
+                    scratch,
+                    destinations,
+                    self.results,
+                    record,
+                    tick,
+                    lambda text: say(self.progress, text),
+                )
+            )
         self._stream(destinations, record, tracker, inside)
 
     def _stream(

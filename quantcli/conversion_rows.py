@@ -47,7 +47,7 @@ def conversion_report(
     )
     notes = Counter(result.note for result in results.values() if result.note)
     odd = [f"{count} layer{'s' * (count > 1)}: {note}." for note, count in notes.most_common(3)]
-    warnings = [*checkpoint.warnings, *plan.warnings, *odd]
+    warnings = [*checkpoint.warnings, *plan.warnings, *odd, *details.get("training", {}).get("warnings", [])]
     return Report("convert", [source, artifact], rows, [], warnings, details)
 
 

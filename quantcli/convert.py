@@ -15,6 +15,7 @@ from quantcli.conversion_rows import conversion_report
 from quantcli.errors import UsageError
 from quantcli.functions import is_function, load_function
 from quantcli.graph.model import is_onnx
+from quantcli.graph.plan import training_step
 from quantcli.memory import peak_rss_bytes
 from quantcli.parallel import at_most
 from quantcli.plan import resolve
@@ -118,14 +119,24 @@ def convert(
     )
     if goes_to_onnx(model, place, wishes.format):
         from quantcli.convert_onnx import convert_onnx
+        from quantcli.sequential.precision import check_device
 
-        if device != "cpu":
+        check_device(device)
+        if device != "cpu" and not training_step(wishes):
             raise UsageError(f"--device {device} does not apply to ONNX, which is calibrated on the CPU.")
         if max_memory is not None:
             raise UsageError("--max-memory does not apply to ONNX, whose graph is worked on as a whole.")
         with at_most(threads):
             return convert_onnx(
-                model, place, wishes, given, weights=_path(weights), dry_run=dry_run, force=force, progress=progress
+                model,
+                place,
+                wishes,
+                given,
+                weights=_path(weights),
+                device=device,
+                dry_run=dry_run,
+                force=force,
+                progress=progress,
             )
     if calibration:
         raise UsageError(

@@ -20,7 +20,7 @@ from quantcli.errors import InputError, UsageError, VerificationError
 from quantcli.functions import is_function
 from quantcli.graph.model import MANIFEST_KEY, OnnxModel, constants, onnx_file, open_onnx
 from quantcli.graph.placement import place
-from quantcli.graph.plan import GraphPlan, counted, require_work, resolve_graph
+from quantcli.graph.plan import GraphPlan, counted, require_work, resolve_graph, training_step
 from quantcli.graph.prepare import prepare, upgrade
 from quantcli.graph.save import add_metadata, checksums, save_graph
 from quantcli.graph.targets import require_version
@@ -64,6 +64,7 @@ def convert_onnx(
     calibration: Calibration,
     *,
     weights: Path | None = None,
+    device: str = "cpu",
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -82,25 +83,22 @@ def convert_onnx(
     runtime, version = recipe.runtime
     if runtime not in (None, "onnxruntime"):
         raise UsageError(f"{runtime} does not load ONNX.", "Use --target onnxruntime, or another format.")
-    source = Path(model)
-    if not is_function(str(model)):
-        if not source.exists():
-            raise InputError(f"{source} does not exist.")
-        check_target(output, source if source.is_dir() else onnx_file(source), force=force or dry_run)
-    elif output.exists() and not (force or dry_run):
-        raise UsageError(f"The output {output} exists.", "Use --force to replace it.")
+    _check_places(str(model), output, force=force or dry_run)
+    trains = training_step(recipe) is not None
     with open_staging(output) as staging:
-        staging.begin_anew()
+        if not trains:
+            staging.begin_anew()
         try:
-            conversion = _Conversion(str(model), output, recipe, calibration, weights, version, progress)
-            report = conversion.run(staging, dry_run=dry_run)
+            conversion = _Conversion(str(model), output, recipe, calibration, weights, version, device, progress)
+            report = conversion.run(staging, dry_run=dry_run, force=force)
             if conversion.single_file and not (force or dry_run):
                 _refuse_to_overwrite(staging.out, output)
         except OSError as error:
             raise explain(error, output) from error
         except UsageError:
-            # Nothing here can be continued later.
-            staging.discard()
+            # Nothing here can be continued later, unless something was being trained.
+            if not trains:
+                staging.discard()
             raise
         if dry_run:
             staging.discard()
@@ -109,6 +107,17 @@ def convert_onnx(
     if not dry_run:
         report.details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
     return report
+
+
+def _check_places(model: str, output: Path, *, force: bool) -> None:
+    """Raise InputError where there is no model, UsageError where the output may not be written."""
+    source = Path(model)
+    if not is_function(model):
+        if not source.exists():
+            raise InputError(f"{source} does not exist.")
+        check_target(output, source if source.is_dir() else onnx_file(source), force=force)
+    elif output.exists() and not force:
+        raise UsageError(f"The output {output} exists.", "Use --force to replace it.")
 
 
 def _refuse_to_overwrite(built: Path, output: Path) -> None:
@@ -142,10 +151,12 @@ class _Conversion:
         calibration: Calibration,
         weights: Path | None,
         version: str | None,
+        device: str,
         progress: Progress | None,
     ) -> None:
         self.output, self.recipe, self.calibration = output, recipe, calibration
-        self.version, self.progress = version, progress
+        self.version, self.device, self.progress = version, device, progress
+        self.training: dict[str, Any] | None = None
         self.warnings: list[str] = []
         self.comparison: Comparison | None = None
         self.origin: dict[str, Any] | None = None
@@ -162,7 +173,7 @@ class _Conversion:
         self.origin = DecodedCheckpoint(coded).origin() | {"sha256": checkpoint.sha256()}
         return None if dequantizes(self.recipe) else GivenCodes(checkpoint, coded, self.recipe)
 
-    def run(self, staging: Staging, *, dry_run: bool) -> Report:
+    def run(self, staging: Staging, *, dry_run: bool, force: bool = False) -> Report:
         """Do everything inside the staging folder."""
         original = self._open(staging.root)
         graph, plan = self._planned(original)
@@ -170,7 +181,8 @@ class _Conversion:
             layers = [LayerOutcome(node, node.estimated_bytes, None) for node in plan.nodes]
             size = original.size_bytes - plan.saved_bytes
             return self._report(original, plan, layers, size, {"dry_run": True, "estimated": True}, {})
-        samples = self._samples(original)
+        everything = self._samples(original)
+        samples = everything.spread(DEFAULT_SAMPLES) if everything is not None and self.trains else everything
         statistics = self._statistics(original, graph, plan, samples)
         if statistics is not None:
             plan = without_outliers(plan, statistics)
@@ -180,11 +192,13 @@ class _Conversion:
             hessians = collect_hessians(graph, plan, samples, staging.root / "hessians", progress=self.progress)
             plan = without_inputs(plan, hessians)
         placement = place(graph, (node.node for node in plan.of_mode("static")))
-        if statistics is not None:
-            self.warnings += statistics.warnings({value.name or "" for value in placement.values})
+        self.warnings += statistics.warnings({value.name or "" for value in placement.values}) if statistics else []
         before = sum(tensor.nbytes for tensor in constants(graph))
+        unquantized = graph.clone() if self.trains else None
         with torch_threads():
             outcomes = transform(graph, plan, statistics, placement, hessians, self.codes)
+        if unquantized is not None:
+            outcomes = self._train(staging, original, unquantized, graph, everything, outcomes, force=force)
         plan = replace(plan, nodes=tuple(outcome.plan for outcome in outcomes))
         self.warnings += [*plan.warnings, *counted(outcome.warning for outcome in outcomes)]
         require_space(self.output, sum(tensor.nbytes for tensor in constants(graph)))
@@ -202,16 +216,16 @@ class _Conversion:
             recommended, said = recommend(self.recipe, original, statistics, hessians, outputs, kept_db, staging.root)
             self.warnings += said
         manifest = self._manifest(original, plan, outcomes, verified)
-        fingerprint = statistics.provenance.fingerprint if statistics else None
-        if hessians is not None and samples is not None and fingerprint is None:
-            fingerprint = leaks.fingerprint(sample.inputs for sample in samples)
-        if fingerprint:
-            manifest[leaks.MANIFEST_KEY] = fingerprint
+        seen = statistics.provenance.fingerprint if statistics else None
+        if everything is not None and (self.trains or (hessians is not None and seen is None)):
+            seen = leaks.fingerprint(sample.inputs for sample in everything)
+        manifest |= {leaks.MANIFEST_KEY: seen} if seen else {}
         add_metadata(target, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
         self._check_size(original, files, before)
         self._copy_companions(original, staging.out)
         size = sum(file.stat().st_size for file in files)
         details = {"verified": verified, "recommended": recommended}
+        details |= {"training": self.training} if self.training else {}
         return self._report(original, plan, outcomes, size, details, self._metrics())
 
     def _open(self, folder: Path) -> OnnxModel:
@@ -255,7 +269,7 @@ class _Conversion:
             folder=self.subject.folder,
             tokenizer=self.calibration.tokenizer,
             preprocess=self.calibration.preprocess,
-            samples=self.calibration.samples or DEFAULT_SAMPLES,
+            samples=self.calibration.samples or (None if self.trains else DEFAULT_SAMPLES),
             seq_len=self.calibration.seq_len,
             seed=self.calibration.seed,
         )
@@ -280,6 +294,45 @@ class _Conversion:
         return collect(
             graph, samples, observed, model_sha256=sha256, seed=self.calibration.seed, progress=self.progress
         )
+
+    @property
+    def trains(self) -> bool:
+        """Whether the recipe trains what was quantized."""
+        return training_step(self.recipe) is not None
+
+    def _train(
+        self,
+        staging: Staging,
+        original: OnnxModel,
+        unquantized: ir.Model,
+        graph: ir.Model,
+        samples: Samples | None,
+        outcomes: Sequence[LayerOutcome],
+        *,
+        force: bool,
+    ) -> list[LayerOutcome]:
+        """Train the quantized graph, going on where the same command was interrupted."""
+        from quantcli.training_onnx import fingerprint, train_layers
+
+        step = training_step(self.recipe)
+        assert step is not None
+        if samples is None:
+            raise UsageError("qat learns from data.", "Name some with --data; nothing is fetched or made up.")
+        staging.begin(fingerprint(self.recipe, original, samples, self.calibration, self.device), force=force)
+        trained, history = train_layers(
+            unquantized,
+            graph,
+            outcomes,
+            samples,
+            step.options,
+            seed=self.calibration.seed,
+            device=self.device,
+            checkpoint=staging.checkpoint,
+            progress=self.progress,
+        )
+        self.training = history.to_json()
+        self.warnings += history.warnings
+        return trained
 
     def _compare(self, outputs: OutputComparison, target: Path) -> dict[str, Any]:
         self.comparison = found = outputs.against(target)

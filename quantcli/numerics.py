@@ -8,6 +8,7 @@
   it; that matters in a convolution, whose channels have few weights and inputs of one sign.
 - Asymmetric: the range is widened to hold zero, and zero is exactly representable.
 - Raised: an asymmetric range is widened until it holds a step below zero, so that no zero point is the lowest code.
+- Signed: a symmetric scale may be negative, which turns the codes round: -8 then stands for a positive value.
 - A scale is rounded to the dtype it will be stored in *before* codes are chosen.
 
 Weights are float32 matrices ``[rows, columns]``. All functions are pure.
@@ -82,13 +83,14 @@ def in_groups(weight: Tensor, number_format: NumberFormat) -> Tensor:
 
 
 def stored_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Round scales to their storage dtype, and up from zero, which cannot divide.
+    """Round scales to their storage dtype, and away from zero, which cannot divide; the sign is kept.
 
     Subnormal fp16 is kept: rows of small weights need it, and it is an ordinary number in float32.
     """
     info = torch.finfo(scale_dtype)
     smallest = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
-    return scale.to(scale_dtype).float().clamp_(min=smallest)
+    stored = scale.to(scale_dtype).float()
+    return stored.abs().clamp_(min=smallest).copysign_(stored)
 
 
 def choose_qparams(
@@ -96,7 +98,8 @@ def choose_qparams(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point that cover a range, float32, one entry per group.
 
-    A symmetric format covers ``-high..high`` and takes no ``low``; an asymmetric one ``low..high``.
+    A symmetric format covers ``-high..high`` and takes no ``low``; an asymmetric one ``low..high``. Where ``high``
+    of a symmetric format is negative, so is the scale.
     Returns ``(scale, zero_point)`` shaped like ``high``; the zero point is int8, or None when symmetric.
     """
     qmin, qmax = code_range(number_format)

@@ -27,7 +27,8 @@ class Output:
 
     ``folder``: its files, which exist at their full size. ``scratch``: a folder for what does not fit into memory.
     ``destinations``: where each tensor goes. ``results``: of tensors that are done. ``record`` is called with each
-    tensor that is done, once all that belongs to it is written; ``tick`` with the fraction that is done.
+    tensor that is done, once all that belongs to it is written; ``tick`` with the fraction that is done, and
+    ``say`` with words of how it goes.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Output:
     results: Mapping[str, LayerResult]
     record: Callable[[str, LayerResult], None]
     tick: Callable[[float], None]
+    say: Callable[[str], None] = lambda _: None
 
 
 def place_codes(

@@ -25,6 +25,7 @@ ALGORITHMS = {
     "smoothquant": "quantcli.algorithms.smoothquant",
     "autoround": "quantcli.algorithms.autoround",
     "tune": "quantcli.algorithms.tune",
+    "qat": "quantcli.algorithms.qat",
 }
 
 FORMATS = {

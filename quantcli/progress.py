@@ -8,6 +8,13 @@ from collections.abc import Callable
 Progress = Callable[[int, int], None]
 
 
+def say(progress: Progress | None, text: str) -> None:
+    """Tell how it goes, in words, where whoever follows can show them."""
+    speak = getattr(progress, "say", None)
+    if speak is not None:
+        speak(text)
+
+
 class Tracker:
     """Counts what is done, from any thread, and passes the sum on."""
 

@@ -26,6 +26,7 @@ from quantcli.steps import parse_steps
 
 if TYPE_CHECKING:
     from quantcli.placing import Output
+    from quantcli.training import History
 
     pass
 
@@ -55,6 +56,8 @@ class Carrier:
 
     #: Threads to work on.
     workers = 1
+    #: Codes are carried over, and not trained.
+    history: History | None = None
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, *, data: bool = False) -> None:
         """Check and plan; ``data`` says whether calibration data is given.

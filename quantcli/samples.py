@@ -16,7 +16,7 @@ from quantcli.errors import InputError, UsageError
 from quantcli.functions import is_function
 from quantcli.graph.model import Port
 from quantcli.images import IMAGE_SUFFIXES, load_preprocess
-from quantcli.sources import ArraySource, FunctionSource, ImageSource, Sample, Source
+from quantcli.sources import ArraySource, FunctionSource, ImageSource, Sample, Source, evenly
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +51,12 @@ class Samples:
 
     def __iter__(self) -> Iterator[Sample]:
         return self._data.iterate(self._chosen)
+
+    def spread(self, most: int) -> Samples:
+        """At most so many of the samples, evenly spread, as many as the model takes at a time or a multiple of that."""
+        found = Samples(self.source, self._data, [self._chosen[index] for index in evenly(len(self), most)])
+        found.warnings = []
+        return found
 
     @property
     def labels(self) -> bool:

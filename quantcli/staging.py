@@ -44,6 +44,8 @@ class Staging:
         self.root = partial_folder(target)
         self.out = self.root / "out"
         self._journal_path = self.root / "journal.jsonl"
+        #: What a training that is interrupted continues from.
+        self.checkpoint = self.root / "training.pt"
         self._journal: IO[str] | None = None
 
     def begin(self, fingerprint: str, *, force: bool) -> dict[str, dict[str, Any]]:
@@ -63,6 +65,7 @@ class Staging:
         if not records:
             shutil.rmtree(self.out, ignore_errors=True)
             self._journal_path.unlink(missing_ok=True)
+            self.checkpoint.unlink(missing_ok=True)
         self.out.mkdir(parents=True, exist_ok=True)
         self._journal = self._journal_path.open("a", encoding="utf-8")
         if not records:

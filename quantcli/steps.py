@@ -1,16 +1,17 @@
 """The chain of algorithms that a recipe asks for, and what each can be told.
 
 A chain is any number of transforms, which move difficulty between layers without changing what the model
-computes; then one rounding algorithm, which chooses codes; then `tune`, which learns scales.
+computes; then one rounding algorithm, which chooses codes; then `tune`, which learns scales, or `qat`, which learns
+everything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quantcli import plugins
 from quantcli.errors import UsageError
@@ -19,7 +20,7 @@ from quantcli.scheme import NumberFormat, Scheme
 
 TRANSFORMS = ("smoothquant", "awq")
 ROUNDINGS = ("rtn", "mse", "gptq", "awq", "autoround")
-FINAL = ("tune",)
+FINAL = ("tune", "qat")
 
 
 class _Options(BaseModel):
@@ -56,7 +57,54 @@ class TuneOptions(_Options):
     norms: bool = True
 
 
-OPTIONS: dict[str, type[_Options]] = {"gptq": GptqOptions, "autoround": AutoroundOptions, "tune": TuneOptions}
+class QatOptions(_Options):
+    """How a quantized model is trained. What is None depends on the kind of model (see `quantcli.training`).
+
+    - ``epochs`` over the data, or ``steps`` of the optimizer; ``batch_size`` samples at a time, ``accumulate`` batches
+      in a step.
+    - ``learning_rate``: of weights, in steps of their grid; ``scale_learning_rate``: of scales, biases and norms,
+      relative to their size. Both rise over the share ``warm_up`` of all steps, and fall to zero in a cosine.
+    - ``distillation`` and ``labels``: what the original model's outputs and the labels count for in the loss; or
+      ``loss``, ``package.module:function`` of one's own in their place.
+    - ``held_out``: the share of the data that is not trained on. The state that did best on it every
+      ``evaluate_every`` steps is the one that is kept; with ``patience`` training stops after so many evaluations
+      without a better one.
+    - ``norms``: whether norms (and biases) are learned, too. ``mixed_precision``: bfloat16 products where the
+      processor has them.
+    """
+
+    epochs: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: float | None = Field(default=None, gt=0)
+    scale_learning_rate: float | None = Field(default=None, gt=0)
+    warm_up: float = Field(default=0.1, ge=0, le=1)
+    distillation: float = Field(default=1.0, ge=0)
+    labels: float = Field(default=1.0, ge=0)
+    loss: str | None = None
+    held_out: float | None = Field(default=None, ge=0, le=0.5)
+    evaluate_every: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    norms: bool = True
+    mixed_precision: bool = True
+
+    @model_validator(mode="after")
+    def _one_length(self) -> QatOptions:
+        if self.epochs and self.steps:
+            raise ValueError("epochs and steps both say how long; keep one of them")
+        if not self.distillation and not self.labels and not self.loss:
+            raise ValueError("distillation and labels are both 0: nothing would be learned")
+        return self
+
+
+OPTIONS: dict[str, type[_Options]] = {
+    "gptq": GptqOptions,
+    "autoround": AutoroundOptions,
+    "tune": TuneOptions,
+    "qat": QatOptions,
+}
 
 
 @dataclass(frozen=True)
@@ -134,10 +182,15 @@ def parse_steps(given: Sequence[str | Mapping[str, Any]]) -> Steps:
             f"steps: {' + '.join(names)}: {roundings[0].name} and {roundings[1].name} both choose codes.",
             hint="Keep one of them.",
         )
+    if len(final) > 1:
+        raise UsageError(
+            f"steps: {' + '.join(names)}: qat learns scales, too.", hint=f"Keep one of {' and '.join(FINAL)}."
+        )
     if steps != [*transforms, *roundings, *final]:
         raise UsageError(
             f"steps: {' + '.join(names)}: this order makes no sense.",
-            hint=f"{', '.join(TRANSFORMS)} come first, then one of {', '.join(ROUNDINGS)}, and tune last.",
+            hint=f"{', '.join(TRANSFORMS)} come first, then one of {', '.join(ROUNDINGS)}, then one of "
+            f"{', '.join(FINAL)}.",
         )
     rounding = roundings[0] if roundings else None
     if rounding is None and names[-1:] == ["awq"]:

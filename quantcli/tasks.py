@@ -190,7 +190,7 @@ class FidelityTask:
             if not ours.size:
                 continue
             self._fidelity.setdefault(name, Fidelity()).add(torch.from_numpy(ours), torch.from_numpy(theirs))
-            if _is_classes(name, ours):
+            if is_classes(name, ours):
                 probable = is_distribution(ours)
                 scores = (_logits(each, probable=probable) for each in (ours, theirs))
                 self._divergence.setdefault(name, Divergence()).add(*scores)
@@ -275,7 +275,8 @@ def class_scores(outputs: Arrays, name: str) -> np.ndarray:
     )
 
 
-def _is_classes(name: str, values: np.ndarray) -> bool:
+def is_classes(name: str, values: np.ndarray) -> bool:
+    """Whether an output ``[samples, ..., classes]`` holds scores of classes, by its name and its values."""
     if values.ndim < 2 or values.shape[-1] < 2:
         return False
     if name == "logits" or is_distribution(values):

@@ -81,11 +81,12 @@ class Ui:
         )
 
         amount: Any = {"bytes": DownloadColumn, "samples": MofNCompleteColumn, "percent": TaskProgressColumn}[unit]()
-        columns = (TextColumn(label), BarColumn(), amount, TimeRemainingColumn(compact=True), TextColumn("left"))
+        left = (TimeRemainingColumn(compact=True), TextColumn("left"))
+        columns = (TextColumn("{task.description}"), BarColumn(), amount, *left)
         console = self._console(sys.stderr)
         with Progress(*columns, console=console, transient=True, speed_estimate_period=_PACE_SECONDS) as bar:
             task = bar.add_task(label, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            yield _Shown(bar, task, label)
 
     @staticmethod
     def _console(stream: Any) -> Console:
@@ -93,6 +94,20 @@ class Ui:
 
         width = None if stream.isatty() else int(os.environ.get("COLUMNS", _LOG_WIDTH))
         return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+
+
+class _Shown:
+    """Progress as a bar, and in words before it."""
+
+    def __init__(self, bar: Any, task: Any, label: str) -> None:
+        self._bar, self._task, self._label = bar, task, label
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+
+    def say(self, text: str) -> None:
+        """How it goes."""
+        self._bar.update(self._task, description=f"{self._label} ({text})")
 
 
 def _print_table(console: Console, table: Table) -> None:

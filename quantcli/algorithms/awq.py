@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from quantcli.algorithms import rtn
-from quantcli.algorithms.mse import RANGE_FRACTIONS, rounding_error
+from quantcli.algorithms.mse import RANGE_FRACTIONS, group_range, rounding_error
 from quantcli.numerics import choose_qparams, in_groups, quantize
 from quantcli.scheme import NumberFormat, QuantizedTensor
 
@@ -77,7 +76,7 @@ def choose_scale(
 def _change(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> Tensor:
     """What rounding to nearest adds to a matrix."""
     groups = in_groups(weight, number_format)
-    low, high = rtn.group_range(groups, number_format)
+    low, high = group_range(groups, number_format)
     scale, zero_point = choose_qparams(low, high, number_format, scale_dtype)
     return rounding_error(groups, scale, zero_point, number_format, torch.empty_like(groups)).reshape(weight.shape)
 
@@ -120,7 +119,7 @@ def _clipped(
 
     ``groups`` is ``[groups, rows, size]`` here, and ``blocks`` ``[groups, size, size]``: one product for all.
     """
-    low, high = rtn.group_range(groups, number_format)
+    low, high = group_range(groups, number_format)
     best = torch.full_like(high, torch.inf)
     scale, zero_point = choose_qparams(low, high, number_format, scale_dtype)
     change, product = torch.empty_like(groups), torch.empty_like(groups)

@@ -7,6 +7,10 @@ unclipped range is on the grid, so the error is never above `rtn`'s.
 p is 3. The squared error, p = 2, which gave the method its name, clips large weights too eagerly: on
 SmolLM2-135M (int4, groups of 64) perplexity went from 21.4 with `rtn` to 21.9, and with p = 3 to 20.1; on
 all-MiniLM-L6-v2 the cosine of the embeddings went from 0.939 to 0.954, and with p = 3 to 0.950.
+
+-8..7 reaches one step further down than up. So the scale of a group of four-bit codes takes the sign that turns the
+longer side to the weight of the largest magnitude, as in llama.cpp's Q4_0 and in AutoRound: on SmolLM2-135M that
+saves 12% of the squared error. It changes no kernel, since a group's scale only multiplies.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.algorithms.rtn import group_range
+from quantcli.algorithms import rtn
 from quantcli.numerics import choose_qparams, code_range, in_groups, quantize
 from quantcli.scheme import NumberFormat, QuantizedTensor
 
@@ -30,6 +34,15 @@ RANGE_FRACTIONS = (1.0, *(1.06 - 0.03 * i for i in range(20)))
 def supports(number_format: NumberFormat) -> str | None:
     """NF4 has no range to clip: its outermost codes are the absmax itself."""
     return "nf4 takes its block's absmax as it is; use rtn" if number_format.dtype == "nf4" else None
+
+
+def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor | None, Tensor]:
+    """As `rtn.group_range`, but in groups of four bits a symmetric range has a sign: minus the largest weight's."""
+    low, high = rtn.group_range(groups, number_format)
+    if low is not None or number_format.bits != 4 or number_format.granularity.kind != "group":
+        return low, high
+    smallest, largest = torch.aminmax(groups, dim=-1)
+    return None, torch.where(largest > -smallest, -high, high)
 
 
 def run(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:

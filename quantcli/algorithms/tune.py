@@ -54,6 +54,10 @@ class Factors:
             stored = stored_scale(exact, self._dtype) if self._scales else exact.to(self._dtype).float()
         return exact + (stored - exact).detach()
 
+    def to(self, device: torch.device) -> Factors:
+        """The same on another device; before training only."""
+        return Factors(self._start.to(device), self._dtype, scales=self._scales)
+
 
 class TunedLinear:
     """A linear layer of fixed codes and learned scales."""

@@ -166,6 +166,14 @@ def _unsigned(codes: Tensor, bits: int) -> np.ndarray:
     return packed[:, : -(-codes.shape[1] // 2)]
 
 
+def unpack_codes(stored: np.ndarray, bits: int) -> Tensor:
+    """Inverse of `_unsigned` for rows of whole bytes: uint8 ``[rows, bytes]`` as int8 codes ``[rows, columns]``."""
+    if bits == 8:
+        return torch.from_numpy((stored ^ np.uint8(128)).view(np.int8))
+    nibbles = np.stack([stored & 15, stored >> 4], axis=-1).reshape(len(stored), -1)
+    return torch.from_numpy(nibbles.astype(np.int8) - np.int8(8))
+
+
 def _finite(operand: Operand, start: int, stop: int) -> Tensor:
     slab = operand.slab(start, stop)
     if not np.isfinite(slab).all():

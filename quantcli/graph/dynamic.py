@@ -7,13 +7,14 @@ times as long as its float convolution (PP-OCRv4's recognizer: 224 ms in place o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quantcli.graph.compensation import Hessian
 from quantcli.graph.values import add_initializer, drop_unused, input_of
-from quantcli.graph.weights import IntegerWeight, channel_axis, integer_weight
+from quantcli.graph.weights import ORIGIN, IntegerWeight, channel_axis, integer_weight
 from quantcli.scheme import NumberFormat
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class DynamicQuantizer:
 
     def _transposed(self, codes: ir.Value) -> ir.Value:
         assert codes.const_value is not None and codes.name is not None
-        values = np.ascontiguousarray(codes.const_value.numpy().T)
+        values, origin = np.ascontiguousarray(codes.const_value.numpy().T), codes.meta[ORIGIN]
         del self.graph.initializers[codes.name]
-        return add_initializer(self.graph, codes.name, values)
+        turned = add_initializer(self.graph, codes.name, values)
+        turned.meta[ORIGIN] = replace(origin, turned=not origin.turned)
+        return turned

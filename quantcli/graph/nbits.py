@@ -9,7 +9,7 @@ The operators are documented in onnxruntime's docs/ContribOperators.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from quantcli.graph.blocks import SMALLEST_BLOCK, block_size, pack_codes, pack_n
 from quantcli.graph.compensation import Hessian
 from quantcli.graph.operands import Operand, operand_of, readers, remove_unread
 from quantcli.graph.values import add_initializer, free_name, input_of, integer, real
+from quantcli.graph.weights import ORIGIN, Origin
 from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor, Scheme
 
 if TYPE_CHECKING:
@@ -212,9 +213,14 @@ def _make_form(
     assert graph is not None
     name = free_name(graph, f"{operand.value.name}_{weights.dtype}")
     scales = {"scales": packed.scales} | ({} if packed.zero_points is None else {"zero_points": packed.zero_points})
+    coded = add_initializer(graph, name, codes.reshape(shape))
+    if operator == "MatMulNBits":
+        in_blocks = replace(weights, granularity=Granularity("group", block))
+        axis, matrix = int(operand.transposed), (operand.rows, operand.columns)
+        coded.meta[ORIGIN] = Origin(operand.value.name or "", in_blocks, axis, matrix, factor=operand.factor)
     return _Form(
         block,
-        add_initializer(graph, name, codes.reshape(shape)),
+        coded,
         [add_initializer(graph, free_name(graph, f"{name}_{key}"), array) for key, array in scales.items()],
         numerics.decibels(packed.signal, packed.noise),
         codes.nbytes + sum(array.nbytes for array in scales.values()),

@@ -313,13 +313,19 @@ class _Planner:
 def _rounding_step(recipe: Recipe) -> Step | None:
     """The one algorithm that a recipe asks for, or None. Raises UsageError where it is not for ONNX."""
     named = recipe.steps or ([] if recipe.algorithm == "auto" else [recipe.algorithm])
-    steps = parse_steps(named).all
-    for name in [*(step.name for step in steps), *(rule.algorithm for rule in recipe.rules if rule.algorithm)]:
+    steps = parse_steps(named)
+    rules = (rule.algorithm for rule in recipe.rules if rule.algorithm)
+    for name in [*(step.name for step in steps.all if step.name != "qat"), *rules]:
         if name in plugins.ALGORITHMS and name not in (*ONNX_ALGORITHMS, "auto"):
-            raise UsageError(
-                f"The algorithm {name} does not work on ONNX graphs.", f"Choose among {', '.join(ONNX_ALGORITHMS)}."
-            )
-    return steps[0] if steps else None
+            known = ", ".join((*ONNX_ALGORITHMS, "qat"))
+            raise UsageError(f"The algorithm {name} does not work on ONNX graphs.", f"Choose among {known}.")
+    return steps.rounding
+
+
+def training_step(recipe: Recipe) -> Step | None:
+    """The step of a recipe that trains, or None."""
+    named = recipe.steps or ([] if recipe.algorithm == "auto" else [recipe.algorithm])
+    return next((step for step in parse_steps(named).final if step.name == "qat"), None)
 
 
 def _is_tied(value: ir.Value) -> bool:

@@ -22,6 +22,41 @@ if TYPE_CHECKING:
 #: Two neighbouring codes may sum to this: 255 * 128 is below 2 ** 15.
 _EXACT_PAIR_SUM = 128
 
+#: Key of the `meta` of codes under which is kept what they are the codes of.
+ORIGIN = "quantcli.origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What some codes in a graph were made from: the weight called ``name``, whose dimension ``axis`` is its channels.
+
+    What was quantized is ``factor`` times the weight. ``number_format`` is that of the codes; ``pairs`` tells how a
+    kernel that cannot multiply all of them exactly takes them: as a ``matrix``, as a ``filter``, or None if it can.
+    ``shape`` is that of the weight with its channels in front; the codes of a matrix can be ``turned``.
+    """
+
+    name: str
+    number_format: NumberFormat
+    axis: int
+    shape: tuple[int, ...]
+    pairs: str | None = None
+    factor: float = 1.0
+    turned: bool = False
+
+    @property
+    def codes_axis(self) -> int:
+        """The dimension of the codes that is the channels."""
+        return 1 - self.axis if self.turned else self.axis
+
+    def restricted(self, codes: Tensor) -> Tensor:
+        """Codes, int8 of any shape, that such a kernel multiplies exactly."""
+        import torch
+
+        if self.pairs is None:
+            return codes
+        within = _within_pairs(self.pairs, codes.cpu().numpy().reshape(self.shape))
+        return torch.from_numpy(within).reshape(codes.shape).to(codes.device)
+
 
 @dataclass(frozen=True)
 class IntegerWeight:
@@ -99,6 +134,7 @@ def integer_weight(
     number_format = replace(number_format, narrow=True)
     start = default_rounding(number_format) if hessian else algorithm
     found = plugins.rounding(start).run(matrix, number_format, torch.float32)
+    kind = _pairing(node, rows) if exact else None
     needed = exact_scale(node, rows) if exact else np.zeros(rows.shape[0], dtype=np.float32)
     floor = torch.from_numpy(needed).reshape(-1, 1)
     if smallest_scale is not None:
@@ -114,8 +150,8 @@ def integer_weight(
     if hessian is not None:
         chosen = compensate(matrix, found, torch.float32, hessian)
         found, algorithm, note = chosen.tensor, chosen.algorithm, chosen.note
-        if exact:
-            codes = _within_pairs(node, _numpy(found.codes).reshape(rows.shape))
+        if kind is not None:
+            codes = _within_pairs(kind, _numpy(found.codes).reshape(rows.shape))
             found.codes = torch.from_numpy(codes.reshape(matrix.shape))
     sqnr_db = decibels(*error_powers(in_groups(matrix, number_format), found))
     codes = np.moveaxis(_numpy(found.codes).reshape(rows.shape), 0, axis)
@@ -126,8 +162,10 @@ def integer_weight(
     def register(part: str, values: np.ndarray) -> ir.Value:
         return add_initializer(graph, free_name(graph, f"{value.name}_{part}"), values)
 
+    coded = register("quantized", np.ascontiguousarray(codes))
+    coded.meta[ORIGIN] = Origin(value.name or "", number_format, axis, tuple(rows.shape), kind)
     return IntegerWeight(
-        register("quantized", np.ascontiguousarray(codes)),
+        coded,
         register("scale", stored),
         # Zeros, and yet they must be there: without them the runtime does not fuse Gemm.
         register("zero_point", np.zeros(stored.shape, dtype=np.int8)),
@@ -148,21 +186,27 @@ def exact_scale(node: ir.Node, rows: np.ndarray) -> np.ndarray:
     Pairs are neighbours in the order of the matrix product; a depthwise convolution is none.
     """
     most = np.zeros(rows.shape[0], dtype=np.float32)
-    pairs = _pairs(node, rows)
-    if pairs is None:
+    kind = _pairing(node, rows)
+    if kind is None:
         return most
+    pairs = _pairs(kind, rows)
     for sign in (1, -1):
         most = np.maximum(most, np.maximum(sign * pairs, 0).sum(-1).max(-1, initial=0))
     # Rounding may add half a code to each of the two.
     return (most / (_EXACT_PAIR_SUM - 1)).astype(np.float32)
 
 
-def _pairs(node: ir.Node, rows: np.ndarray) -> np.ndarray | None:
-    """Weights ``[channels, inputs, ...]`` as a kernel pairs them, ``[channels, pairs, 2]``; None where it does not."""
-    if node.op_type == "Conv":
-        # One channel in and one out in each group; one channel in alone is a matrix product like others.
-        if rows.shape[1] == 1 and integer(node, "group", 1) == rows.shape[0]:
-            return None
+def _pairing(node: ir.Node, rows: np.ndarray) -> str | None:
+    """How a kernel pairs weights ``[channels, inputs, ...]``: see `Origin`."""
+    if node.op_type != "Conv":
+        return "matrix"
+    # One channel in and one out in each group; one channel in alone is a matrix product like others.
+    return None if rows.shape[1] == 1 and integer(node, "group", 1) == rows.shape[0] else "filter"
+
+
+def _pairs(kind: str, rows: np.ndarray) -> np.ndarray:
+    """Weights ``[channels, inputs, ...]`` as a kernel pairs them, ``[channels, pairs, 2]``."""
+    if kind == "filter":
         # The runtime's kernels run over kernel positions, and at each over the input channels.
         rows = np.moveaxis(rows, 1, -1)
     matrix = rows.reshape(rows.shape[0], -1)
@@ -171,23 +215,20 @@ def _pairs(node: ir.Node, rows: np.ndarray) -> np.ndarray | None:
     return matrix.reshape(matrix.shape[0], -1, 2)
 
 
-def _within_pairs(node: ir.Node, codes: np.ndarray) -> np.ndarray:
+def _within_pairs(kind: str, codes: np.ndarray) -> np.ndarray:
     """Codes, int8 ``[channels, inputs, ...]``, with the larger of a pair drawn in where their sum is not exact.
 
     `exact_scale` sees to that for rounded weights; compensation moves a few codes further.
     """
-    pairs = _pairs(node, codes)
-    if pairs is None:
-        return codes
-    wide = pairs.astype(np.int16)
+    wide = _pairs(kind, codes).astype(np.int16)
     same_sign = (wide[..., 0] > 0) == (wide[..., 1] > 0)
     excess = np.where(same_sign, np.maximum(np.abs(wide.sum(-1)) - _EXACT_PAIR_SUM, 0), 0)
     larger = np.abs(wide).argmax(-1)[..., None]
     drawn_in = np.take_along_axis(wide, larger, -1)
     np.put_along_axis(wide, larger, drawn_in - np.sign(drawn_in) * excess[..., None], -1)
-    moved = np.moveaxis(codes, 1, -1) if node.op_type == "Conv" else codes
+    moved = np.moveaxis(codes, 1, -1) if kind == "filter" else codes
     flat = wide.reshape(len(codes), -1)[:, : moved[0].size].astype(np.int8).reshape(moved.shape)
-    return np.ascontiguousarray(np.moveaxis(flat, -1, 1) if node.op_type == "Conv" else flat)
+    return np.ascontiguousarray(np.moveaxis(flat, -1, 1) if kind == "filter" else flat)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -35,8 +35,8 @@ class CalibrationBatches:
         return sum(batch["input_ids"].numel() for batch in self.batches)
 
 
-def load_batches(model: SequentialModel, given: Calibration) -> CalibrationBatches:
-    """Read the data that ``given`` names.
+def load_batches(model: SequentialModel, given: Calibration, *, trains: bool = False) -> CalibrationBatches:
+    """Read the data that ``given`` names; if it is trained on, ``samples`` are all of it, and batches a few of these.
 
     Raises:
         InputError: it is missing or unsuitable, such as text shorter than one sequence, or token ids that the model
@@ -47,17 +47,19 @@ def load_batches(model: SequentialModel, given: Calibration) -> CalibrationBatch
     folders = (model.folder, given.tokenizer)
     config = next((each for each in folders if each and (each / "config.json").is_file()), None)
     causal = config is not None and models.is_causal(config)
+    most = DEFAULT_SEQUENCES if causal else DEFAULT_RECORDS
     samples = load_samples(
         given.data,
         model.ports,
         folder=model.folder,
         tokenizer=given.tokenizer,
         preprocess=given.preprocess,
-        samples=given.samples or (DEFAULT_SEQUENCES if causal else DEFAULT_RECORDS),
+        samples=given.samples or (None if trains else most),
         seq_len=given.seq_len,
         seed=given.seed,
     )
-    inputs = sorted((sample.inputs for sample in samples), key=_shapes)
+    calibrated = samples.spread(most) if trains else samples
+    inputs = sorted((sample.inputs for sample in calibrated), key=_shapes)
     module = model.skeleton.module
     models.require_vocabulary(module, [each["input_ids"] for each in inputs if "input_ids" in each], given.data)
     return CalibrationBatches([_tensors(model, group) for group in _groups(inputs)], samples)
@@ -83,6 +85,12 @@ def _groups(inputs: list[dict[str, np.ndarray]]) -> Iterator[list[dict[str, np.n
 
 def _tensors(model: SequentialModel, group: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     batch = {name: torch.from_numpy(np.concatenate([sample[name] for sample in group])) for name in group[0]}
+    return completed(model, batch)
+
+
+def completed(model: SequentialModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch as the model is best given it: without a mask that says nothing, with what a decoder reads."""
+    batch = dict(batch)
     mask = batch.get("attention_mask")
     # Without padding a mask says nothing, and attention is quicker without one.
     if mask is not None and bool(mask.all()) and not model.requires("attention_mask"):

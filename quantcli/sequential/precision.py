@@ -13,7 +13,19 @@ from contextvars import ContextVar
 
 import torch
 
+from quantcli.errors import InputError, UsageError
+
+_DEVICES = ("cpu", "cuda")
+
 _exact: ContextVar[bool] = ContextVar("_exact", default=False)
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError for a device that there is no such thing as, InputError for one that this machine lacks."""
+    if device not in _DEVICES:
+        raise UsageError(f"--device {device} is none of {', '.join(_DEVICES)}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device cuda: torch {torch.__version__} sees no such device.", "Leave it out.")
 
 
 def has_bfloat16(device: torch.device) -> bool:

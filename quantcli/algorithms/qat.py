@@ -1,0 +1,230 @@
+"""qat: let weights, scales and what surrounds them learn to live with the grid they are stored on.
+
+Quantization-aware training (Jacob et al., arXiv:1712.05877) with learned step sizes (LSQ: Esser et al.,
+arXiv:1902.08153). Forward, everything that will be quantized is rounded by `quantcli.numerics` as it will be stored;
+backward, rounding counts as having slope one, and none where a value is cut off (straight-through). A scale has the
+slope that follows from that.
+
+A weight is learned in units of its own first scale, so that a learning rate means the same for all: steps of the
+grid. It starts in the cell of the code that was chosen for it before: training goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.algorithms.tune import FACTOR_RANGE, Factors
+from quantcli.numerics import choose_qparams, dequantize, in_groups, quantize
+from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor
+
+NEEDS = frozenset({"training"})
+
+#: How far from the middle of its code's cell a weight may start: its edges are half a step away.
+_INSIDE = 0.49
+#: Values that are all smaller than this move as if they had this size.
+_SMALLEST_MOVE = 1e-2
+
+Restriction = Callable[[Tensor], Tensor]
+
+
+def supports(number_format: NumberFormat) -> str | None:
+    """Integer codes: a step size is what is learned."""
+    return "qat learns the steps of an even grid, which nf4 is not" if number_format.dtype == "nf4" else None
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Values, shaped as by `numerics.in_groups`, rounded to a grid, with gradients for both values and scales.
+
+    ``values * unit`` is what is rounded, ``scale`` ``[groups]`` and ``zero_point`` are the grid. ``restrict`` may
+    change codes that the runtime could not multiply exactly.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        scale: Tensor,
+        unit: Tensor | None,
+        zero_point: Tensor | None,
+        number_format: NumberFormat,
+        restrict: Restriction | None,
+    ) -> Tensor:
+        """Rounded values, float32 like ``values``."""
+        step = scale if unit is None else scale / unit
+        codes = quantize(values, step, zero_point, number_format)
+        if restrict is not None:
+            codes = restrict(codes)
+        ctx.save_for_backward(values, scale, codes)
+        ctx.unit, ctx.zero_point, ctx.number_format = unit, zero_point, number_format
+        return dequantize(codes, scale, zero_point, number_format)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        """LSQ, equations 3 and 5: by the value 1 or 0, by the scale ``round(v/s) - v/s``, or the code where cut off."""
+        (gradient,) = gradients
+        values, scale, codes = ctx.saved_tensors
+        unit, by_values, by_scale = ctx.unit, None, None
+        exact = values / (scale if unit is None else scale / unit).unsqueeze(-1)
+        steps = codes.float() if ctx.zero_point is None else codes - ctx.zero_point.float().unsqueeze(-1)
+        inside = (exact - steps).abs_() <= 0.5
+        if ctx.needs_input_grad[1]:
+            by_scale = (steps.sub_(exact.mul_(inside)).mul_(gradient)).sum(-1)
+        if ctx.needs_input_grad[0]:
+            by_values = gradient * inside
+            if unit is not None:
+                by_values.mul_(unit.unsqueeze(-1))
+        return by_values, by_scale, None, None, None, None
+
+
+def fake_quantize(
+    values: Tensor,
+    scale: Tensor,
+    number_format: NumberFormat,
+    *,
+    unit: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    restrict: Restriction | None = None,
+) -> Tensor:
+    """See `FakeQuantize`."""
+    found: Tensor = FakeQuantize.apply(values, scale, unit, zero_point, number_format, restrict)  # type: ignore[no-untyped-call]
+    return found
+
+
+class LearnedWeight:
+    """A weight and its scales in training; its codes are what `tensor` says, and `values` is what these stand for."""
+
+    def __init__(
+        self,
+        start: QuantizedTensor,
+        original: Tensor | None,
+        scale_dtype: torch.dtype,
+        restrict: Restriction | None = None,
+    ) -> None:
+        """Begin at codes that were chosen already.
+
+        Args:
+            start: codes, scales and zero points; the latter stay.
+            original: the weight before it was quantized, float32 ``[rows, columns]``, where it is known: a weight
+                then starts as near to its own value as its code allows.
+            scale_dtype: what scales are stored in.
+            restrict: what changes codes that the runtime could not multiply exactly.
+        """
+        self._start, self._restrict = start, restrict
+        self.number_format = start.number_format
+        steps = in_groups(start.codes, self.number_format).float()
+        if start.zero_point is not None:
+            steps -= start.zero_point.float().unsqueeze(-1)
+        units = steps
+        if original is not None:
+            exact = in_groups(original.float(), self.number_format) / start.scale.unsqueeze(-1)
+            units = steps + (exact - steps).clamp_(-_INSIDE, _INSIDE)
+        #: The weight in units of its first scale, shaped as by `in_groups`.
+        self.units = units.contiguous().requires_grad_(True)
+        self.scales = Factors(start.scale, scale_dtype, scales=True)
+
+    def values(self) -> Tensor:
+        """The weight as it would be stored now, float32 ``[rows, columns]``, with gradients."""
+        start = self._start
+        rounded = fake_quantize(
+            self.units,
+            self.scales.values(),
+            self.number_format,
+            unit=start.scale,
+            zero_point=start.zero_point,
+            restrict=self._restrict,
+        )
+        return rounded.reshape(start.codes.shape)
+
+    @torch.no_grad()
+    def tensor(self) -> QuantizedTensor:
+        """Codes and scales as they are now."""
+        start, scale = self._start, self.scales.values()
+        codes = quantize(self.units, scale / start.scale, start.zero_point, self.number_format)
+        if self._restrict is not None:
+            codes = self._restrict(codes)
+        codes, scale = codes.reshape(start.codes.shape).cpu(), scale.cpu()
+        zero_point = None if start.zero_point is None else start.zero_point.cpu()
+        return QuantizedTensor(codes, scale, zero_point, start.shape, self.number_format)
+
+    def to(self, device: torch.device) -> LearnedWeight:
+        """The same on another device; before training only."""
+        moved = LearnedWeight.__new__(LearnedWeight)
+        vars(moved).update(vars(self))
+        moved._start = _moved(self._start, device)
+        moved.units = self.units.detach().to(device).requires_grad_(True)
+        moved.scales = self.scales.to(device)
+        return moved
+
+
+def _moved(tensor: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    zero_point = None if tensor.zero_point is None else tensor.zero_point.to(device)
+    return QuantizedTensor(
+        tensor.codes.to(device), tensor.scale.to(device), zero_point, tensor.shape, tensor.number_format
+    )
+
+
+class LearnedRange:
+    """A range of activations that is fixed at inference: its scale is learned, its zero point stays."""
+
+    def __init__(
+        self, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat, scale_dtype: torch.dtype
+    ) -> None:
+        """``scale`` and ``zero_point`` are scalars; the format is per tensor."""
+        self._zero_point = None if zero_point is None else zero_point.reshape(1, 1)
+        self.number_format = number_format
+        self.scale = Factors(scale.reshape(1, 1), scale_dtype, scales=True)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Values of any shape, rounded."""
+        flat = values.float().reshape(1, 1, -1)
+        scale = self.scale.values()
+        return fake_quantize(flat, scale, self.number_format, zero_point=self._zero_point).reshape(values.shape)
+
+
+def dynamic_range(values: Tensor, number_format: NumberFormat) -> Tensor:
+    """Activations ``[..., channels]`` rounded as at inference, in ranges that are found there; slope one.
+
+    Symmetric with a scale per token, or asymmetric over the whole tensor, as ONNX's DynamicQuantizeLinear has it.
+    """
+    with torch.no_grad():
+        if number_format.granularity.kind == "token":
+            per_row = NumberFormat(number_format.dtype, Granularity("channel"), number_format.symmetric)
+            groups = in_groups(values.float().reshape(-1, values.shape[-1]), per_row)
+        else:
+            groups = values.float().reshape(1, 1, -1)
+        low, high = torch.aminmax(groups, dim=-1)
+        if number_format.symmetric:
+            scale, zero_point = choose_qparams(None, torch.maximum(high, -low), number_format)
+        else:
+            scale, zero_point = choose_qparams(low, high, number_format)
+        codes = quantize(groups, scale, zero_point, number_format)
+        rounded = dequantize(codes, scale, zero_point, number_format).reshape(values.shape)
+    return values + (rounded - values).detach()
+
+
+class LearnedValues:
+    """Values that are not quantized and learn, such as biases and norms: rounded to the dtype they are stored in."""
+
+    def __init__(self, start: Tensor, dtype: torch.dtype) -> None:
+        self._start, self._dtype = start.float(), dtype
+        self._unit = start.float().square().mean().sqrt().clamp(min=_SMALLEST_MOVE)
+        #: Change in units of the values' own size.
+        self.change = torch.zeros_like(self._start, requires_grad=True)
+
+    def values(self) -> Tensor:
+        """The values as they would be stored now, float32, with gradients."""
+        exact = self._start + self._unit * self.change
+        return exact + (exact.to(self._dtype).float() - exact).detach()
+
+    def to(self, device: torch.device) -> LearnedValues:
+        """The same on another device; before training only."""
+        return LearnedValues(self._start.to(device), self._dtype)
+
+
+def clamp_factors(factor: Tensor) -> None:
+    """Keep a learned factor of a scale from running away."""
+    factor.clamp_(*FACTOR_RANGE)

@@ -1,0 +1,133 @@
+"""Training on samples of any kind: they are held in memory, and what the loss is of follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.objective import Batch, Objective
+from quantcli.parallel import torch_threads
+from quantcli.samples import Sample, Samples
+from quantcli.steps import QatOptions
+from quantcli.tasks import is_classes
+from quantcli.training import Defaults, History, Trainee, Training
+from quantcli.units import format_bytes
+
+#: Of the memory that is free, one part in so many may be training data.
+_MEMORY_SHARE = 3
+
+
+class TrainingData:
+    """All samples, as they are asked for by number. ``labelled``: every one has a label."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        device: torch.device,
+        further: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Read the samples.
+
+        Args:
+            samples: where they are from.
+            device: where batches go.
+            further: makes a model's inputs of a batch, where it wants others than the samples hold.
+
+        Raises:
+            InputError: there are none, or more than fit into memory.
+        """
+        self.samples, self.device, self._further = samples, device, further
+        self._samples = list(_within_memory(samples))
+        if len(self._samples) < len(samples):
+            raise InputError(
+                f"{samples.source} gave {len(self._samples)} of {len(samples)} samples the second time.",
+                "A function must yield the same samples each time it is called.",
+            )
+        self.labelled = all(sample.label is not None for sample in self._samples)
+        self.fixed_batch = samples.fixed_batch
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
+        """These samples, those of one shape together, each batch in ascending order."""
+        groups: dict[object, list[int]] = {}
+        for number in sorted(numbers):
+            groups.setdefault(_shapes(self._samples[number].inputs), []).append(number)
+        for group in groups.values():
+            size = self.fixed_batch or len(group)
+            for start in range(0, len(group), size):
+                yield self._batch(group[start : start + size])
+
+    def _batch(self, numbers: list[int]) -> Batch:
+        chosen = [self._samples[number] for number in numbers]
+        inputs = {
+            name: torch.from_numpy(np.concatenate([sample.inputs[name] for sample in chosen])).to(self.device)
+            for name in chosen[0].inputs
+        }
+        if self._further is not None:
+            inputs = self._further(inputs)
+        labels = torch.tensor([sample.label for sample in chosen]).to(self.device) if self.labelled else None
+        return Batch(numbers, inputs, labels)
+
+
+def train(
+    trainee: Trainee,
+    data: TrainingData,
+    options: QatOptions,
+    defaults: Defaults,
+    *,
+    seed: int,
+    checkpoint: Path,
+    tick: Callable[[float], None],
+    say: Callable[[str], None],
+) -> History:
+    """Train on samples; see `quantcli.training.Training`.
+
+    Raises:
+        InputError: the model returns nothing that a loss can be taken of, the data does not suit it, or the loss is
+            not finite from the start.
+        UsageError: the recipe asks for labels that are not there.
+    """
+    scores = _scores(trainee, data)
+    objective = Objective(options, labelled=data.labelled, scores=scores)
+    with torch_threads():
+        training = Training(
+            trainee, data, objective, options, defaults, seed=seed, checkpoint=checkpoint, tick=tick, say=say
+        )
+        return training.run()
+
+
+def _scores(trainee: Trainee, data: TrainingData) -> str | None:
+    """The output that holds scores of classes, or None."""
+    batch = next(data.batches(range(min(len(data), data.fixed_batch or 2))))
+    with torch.no_grad():
+        outputs = trainee.teacher(batch.inputs)
+    if not outputs:
+        raise InputError("The model has no output of floating point, and so no loss can be taken of it.")
+    named = sorted(outputs, key=lambda name: name != "logits")
+    return next((name for name in named if is_classes(name, outputs[name].cpu().numpy())), None)
+
+
+def _shapes(inputs: Mapping[str, np.ndarray]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, array.shape) for name, array in inputs.items())
+
+
+def _within_memory(samples: Samples) -> Iterator[Sample]:
+    room = psutil.virtual_memory().available // _MEMORY_SHARE
+    taken = 0
+    for number, sample in enumerate(samples, 1):
+        taken += sum(array.nbytes for array in sample.inputs.values())
+        if taken > room:
+            raise InputError(
+                f"{samples.source}: {number} of {len(samples)} samples take {format_bytes(taken)}, more than training "
+                "may use of this machine's memory.",
+                f"Use fewer: --samples {number - 1}.",
+            )
+        yield sample
