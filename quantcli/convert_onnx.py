@@ -19,6 +19,7 @@ from quantcli.collect import collect
 from quantcli.errors import InputError, UsageError, VerificationError
 from quantcli.functions import is_function
 from quantcli.graph.model import MANIFEST_KEY, OnnxModel, constants, onnx_file, open_onnx
+from quantcli.graph.narrow import store_in_four_bits
 from quantcli.graph.placement import place
 from quantcli.graph.plan import GraphPlan, counted, require_work, resolve_graph, training_step
 from quantcli.graph.prepare import prepare, upgrade
@@ -199,6 +200,7 @@ class _Conversion:
             outcomes = transform(graph, plan, statistics, placement, hessians, self.codes)
         if unquantized is not None:
             outcomes = self._train(staging, original, unquantized, graph, everything, outcomes, force=force)
+        store_in_four_bits(graph)
         plan = replace(plan, nodes=tuple(outcome.plan for outcome in outcomes))
         self.warnings += [*plan.warnings, *counted(outcome.warning for outcome in outcomes)]
         require_space(self.output, sum(tensor.nbytes for tensor in constants(graph)))

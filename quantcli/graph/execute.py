@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -90,19 +89,7 @@ class TorchGraph:
             return self._constant(value) if found is None else found
 
         for step in self._steps:
-            node, name = step.node, step.node.outputs[0].name or ""
-            inputs = _Inputs(node.inputs, read)
-            if name in replaced:
-                outputs: Outputs = replaced[name](inputs)
-            elif step.function is None:
-                raise no_torch_form(node)
-            else:
-                outputs = step.function(node, *_on_one_device(node, inputs))
-            for value, output in zip_longest(node.outputs, [outputs] if isinstance(outputs, Tensor) else outputs):
-                if output is not None:
-                    held[value] = output
-                elif value.uses() or value.is_graph_output():
-                    raise no_torch_form(node, f"its output {value.name}")
+            held |= _computed(step, read, replaced)
             for value in step.last_read:
                 held.pop(value, None)
         return {name: read(value) for name, value in self._outputs.items()}
@@ -112,9 +99,11 @@ class TorchGraph:
             values = array(value)
             if values is None:
                 raise InputError(f"The model's input {value.name} is missing.")
-            tensor = to_torch(values)
-            near = tensor.is_floating_point() and value in self._computed_with
-            self._constants[value] = tensor.to(self.device) if near else tensor
+            # The first run may be one for which torch prepares nothing that gradients need; others follow.
+            with torch.inference_mode(False):
+                tensor = to_torch(values)
+                near = tensor.is_floating_point() and value in self._computed_with
+                self._constants[value] = tensor.to(self.device) if near else tensor
         return self._constants[value]
 
 
@@ -155,6 +144,28 @@ def _steps(graph: ir.Graph) -> list[_Step]:
         )
         for node in graph
     ]
+
+
+def _computed(
+    step: _Step, read: Callable[[ir.Value], Tensor], replaced: Mapping[str, Replacement]
+) -> dict[ir.Value, Tensor]:
+    """Outputs of a node. A function of its own, so that nothing else holds them."""
+    node, name = step.node, step.node.outputs[0].name or ""
+    inputs = _Inputs(node.inputs, read)
+    if name in replaced:
+        outputs: Outputs = replaced[name](inputs)
+    elif step.function is None:
+        raise no_torch_form(node)
+    else:
+        try:
+            outputs = step.function(node, *_on_one_device(node, inputs))
+        except NotImplementedError as error:
+            raise no_torch_form(node, f"such inputs: {error}") from error
+    found = dict(zip(node.outputs, [outputs] if isinstance(outputs, Tensor) else outputs, strict=False))
+    for value in node.outputs[len(found) :]:
+        if value.uses() or value.is_graph_output():
+            raise no_torch_form(node, f"its output {value.name}")
+    return found
 
 
 def _read_as_numbers(node: ir.Node) -> tuple[int, ...]:

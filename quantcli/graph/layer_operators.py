@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from dataclasses import dataclass
 from math import ceil, floor, inf, sqrt
-from operator import mul
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,48 +95,58 @@ def _gemm(node: ir.Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tenso
 # Pools
 
 
-def _windows(node: ir.Node, x: Tensor) -> tuple[list[int], list[int], list[int], list[tuple[int, int]], list[int]]:
-    """Kernel, strides, dilations, padding, and the number of windows along each spatial dimension."""
-    kernel = integers(node, "kernel_shape") or []
+@dataclass(frozen=True)
+class _Windows:
+    """What a pool runs over: lists by spatial dimension.
+
+    ``padding`` is what the node asks for, ``filled`` what makes room for ``counts`` windows.
+    """
+
+    kernel: list[int]
+    strides: list[int]
+    dilations: list[int]
+    padding: list[tuple[int, int]]
+    filled: list[tuple[int, int]]
+    counts: list[int]
+
+
+def _windows(node: ir.Node, x: Tensor) -> _Windows:
+    kernel, sizes = integers(node, "kernel_shape") or [], x.shape[2:]
     strides, dilations = (integers(node, name) or [1] * len(kernel) for name in ("strides", "dilations"))
     spans = _spans(kernel, dilations)
-    padding = _padding(node, x.shape[2:], spans, strides)
+    padding = _padding(node, sizes, spans, strides)
     rounding = ceil if integer(node, "ceil_mode", 0) else floor
-    counts = []
-    for size, span, stride, (before, after) in zip(x.shape[2:], spans, strides, padding, strict=True):
+    filled, counts = [], []
+    for size, span, stride, (before, after) in zip(sizes, spans, strides, padding, strict=True):
         count = rounding((size + before + after - span) / stride) + 1
-        # A window that would start behind the input and its padding in front is none.
-        counts.append(count - 1 if (count - 1) * stride >= size + before else count)
-    filled = [
-        (before, max((count - 1) * stride + span - size - before, 0))
-        for size, span, stride, (before, _), count in zip(x.shape[2:], spans, strides, padding, counts, strict=True)
-    ]
-    return kernel, strides, dilations, filled, counts
+        # A window that would start behind the input and the padding before it is none.
+        count -= (count - 1) * stride >= size + before
+        counts.append(count)
+        filled.append((before, max((count - 1) * stride + span - size - before, 0)))
+    return _Windows(kernel, strides, dilations, padding, filled, counts)
 
 
 def _max_pool(node: ir.Node, x: Tensor) -> Tensor:
-    kernel, strides, dilations, filled, _ = _windows(node, x)
+    windows = _windows(node, x)
     lowest = -inf if x.is_floating_point() else torch.iinfo(x.dtype).min
-    pool = _of_rank(node, kernel, functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)
-    return pool(_padded(x, filled, lowest), kernel, strides, 0, dilations)
+    pool = _of_rank(node, windows.kernel, functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)
+    return pool(_padded(x, windows.filled, lowest), windows.kernel, windows.strides, 0, windows.dilations)
 
 
 def _average_pool(node: ir.Node, x: Tensor) -> Tensor:
-    kernel, strides, dilations, filled, counts = _windows(node, x)
-    if any(dilation != 1 for dilation in dilations):
+    windows = _windows(node, x)
+    if max(windows.dilations) > 1:
         raise no_torch_form(node, "dilations")
-    pool = _of_rank(node, kernel, functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)
-    y = pool(_padded(x, filled), kernel, strides)
-    after = [side for _, side in _padding(node, x.shape[2:], kernel, strides)]
-    with_padding = integer(node, "count_include_pad", 0)
-    shares = []
-    for axis, (size, stride, (before, _)) in enumerate(zip(kernel, strides, filled, strict=True)):
-        places = torch.arange(counts[axis])[:, None] * stride + torch.arange(size) - before
-        low, high = (-before, x.shape[2 + axis] + after[axis]) if with_padding else (0, x.shape[2 + axis])
-        share = size / ((places >= low) & (places < high)).sum(1)
-        shares.append(share.reshape(-1, *[1] * (len(kernel) - 1 - axis)))
-    share = reduce(mul, shares)
-    return y if bool((share == 1).all()) else y * share.to(y)
+    pool = _of_rank(node, windows.kernel, functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)
+    y = pool(_padded(x, windows.filled), windows.kernel, windows.strides)
+    for axis, size in enumerate(windows.kernel):
+        (before, after), length = windows.padding[axis], x.shape[2 + axis]
+        low, high = (-before, length + after) if integer(node, "count_include_pad", 0) else (0, length)
+        starts = torch.arange(windows.counts[axis]) * windows.strides[axis] - before
+        counted = (starts + size).clamp(max=high) - starts.clamp(min=low)
+        if bool((counted < size).any()):
+            y = y * (size / counted).to(y).reshape(-1, *[1] * (len(windows.kernel) - 1 - axis))
+    return y
 
 
 def _of_rank(node: ir.Node, kernel: Sequence[int], *functions: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -178,7 +187,10 @@ def _instance_norm(node: ir.Node, x: Tensor, scale: Tensor, bias: Tensor) -> Ten
 def _batch_norm(node: ir.Node, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     if integer(node, "training_mode", 0):
         raise no_torch_form(node, "training_mode")
-    return functional.batch_norm(x, mean, variance, scale, bias, eps=real(node, "epsilon", 1e-5))
+    # Written out, as torch takes mean and variance for constants.
+    factor = scale * (variance + real(node, "epsilon", 1e-5)).rsqrt()
+    shape = (-1, *[1] * (x.ndim - 2))
+    return x * factor.reshape(shape) + (bias - mean * factor).reshape(shape)
 
 
 def _lp_norm(node: ir.Node, x: Tensor) -> Tensor:
@@ -216,7 +228,8 @@ def _resize(
             after = [floor(size * factors[0] + 0.5) for size in before]
     elif scales is not None:
         factors = scales.tolist()
-        after = [floor(size * factor) for size, factor in zip(before, factors, strict=True)]
+        # The product is rounded to float32 before its fraction is cut off.
+        after = (torch.tensor(before) * scales.cpu()).int().tolist()
     else:
         raise no_torch_form(node, "neither scales nor sizes")
     for axis, size, factor in zip(axes, after, factors, strict=True):

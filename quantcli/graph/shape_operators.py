@@ -166,23 +166,18 @@ def _scatter_nd(node: ir.Node, x: Tensor, indices: Tensor, updates: Tensor) -> T
     rows = sum(_counted(each, n) * stride for each, n, stride in zip(indices.unbind(-1), sizes, strides, strict=True))
     assert isinstance(rows, Tensor)
     flat, news = x.reshape(prod(sizes), -1), updates.reshape(rows.numel(), -1)
-    if mode == "none":
-        found = flat.index_copy(0, rows.reshape(-1), news)
-    elif mode == "add":
-        found = flat.index_add(0, rows.reshape(-1), news)
-    else:
-        found = flat.index_reduce(0, rows.reshape(-1), news, _REDUCTIONS[mode])
-    return found.reshape(x.shape)
+    return _scattered(flat, 0, rows.reshape(-1, 1).expand_as(news), news, mode).reshape(x.shape)
 
 
 def _scatter_elements(node: ir.Node, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
-    axis, mode = integer(node, "axis", 0), text(node, "reduction", "none")
-    places = _counted(indices, x.shape[axis])
-    return (
-        x.scatter(axis, places, updates)
-        if mode == "none"
-        else x.scatter_reduce(axis, places, updates, _REDUCTIONS[mode])
-    )
+    axis = integer(node, "axis", 0)
+    return _scattered(x, axis, _counted(indices, x.shape[axis]), updates, text(node, "reduction", "none"))
+
+
+def _scattered(x: Tensor, axis: int, places: Tensor, updates: Tensor, mode: str) -> Tensor:
+    if mode == "none":
+        return x.scatter(axis, places, updates)
+    return x.scatter_reduce(axis, places, updates, _REDUCTIONS[mode])
 
 
 def _one_hot(node: ir.Node, indices: Tensor, depth: Tensor, values: Tensor) -> Tensor:

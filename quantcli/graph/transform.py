@@ -11,6 +11,7 @@ from quantcli.graph.cast import cast_weights
 from quantcli.graph.compensation import Hessian
 from quantcli.graph.correction import correct_bias, output_shift
 from quantcli.graph.dynamic import DynamicQuantizer
+from quantcli.graph.narrow import NARROW_OPSET
 from quantcli.graph.placement import Placement, needs_quantized_output, place, tail
 from quantcli.graph.plan import GraphPlan, NodePlan, counted
 from quantcli.graph.prepare import QDQ_OPSET
@@ -77,6 +78,8 @@ def needed_opset(plan: GraphPlan) -> int:
     """The operator set that a plan's nodes are written in."""
     integer = plan.of_mode("static", "dynamic") or any(node.role == "conv" for node in plan.of_mode("weights"))
     bf16 = any(node.scheme and node.scheme.weights.dtype == "bf16" for node in plan.of_mode("cast"))
+    if any(node.scheme and node.scheme.weights.bits == 4 for node in plan.of_mode("static", "dynamic")):
+        return NARROW_OPSET
     return QDQ_OPSET if integer or bf16 else 0
 
 

@@ -77,6 +77,7 @@ class IntegerWeight:
     narrowed: int
     algorithm: str
     note: str | None
+    bits: int = 8
 
     @property
     def channels(self) -> int:
@@ -88,7 +89,9 @@ class IntegerWeight:
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         values = (self.codes, self.scale, self.zero_point)
-        return sum(value.const_value.nbytes for value in values if value.const_value is not None)
+        nbytes = sum(value.const_value.nbytes for value in values if value.const_value is not None)
+        # Four-bit codes are bytes only until the graph is written, see `quantcli.graph.narrow`.
+        return nbytes if self.bits == 8 else nbytes - self.codes.const_value.nbytes // 2  # type: ignore[union-attr]
 
 
 def channel_axis(node: ir.Node) -> int:
@@ -175,6 +178,7 @@ def integer_weight(
         narrowed,
         algorithm,
         note,
+        number_format.bits,
     )
 
 

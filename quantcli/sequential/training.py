@@ -54,6 +54,16 @@ class _Linear:
         return torch.nn.functional.linear(values, self.weight.values(), bias)
 
 
+def _move(module: nn.Module, device: torch.device) -> None:
+    """Move what has memory; weights that are learned have none in their modules."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                part._parameters[name] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
+        for name, values in part._buffers.items():
+            part._buffers[name] = None if values is None else values.to(device)
+
+
 def _learned(inputs: Callable[[Tensor], Tensor] | None) -> LearnedRange | None:
     """What is learned of a layer's inputs."""
     return inputs if isinstance(inputs, LearnedRange) else None
@@ -108,7 +118,7 @@ class CheckpointTraining:
             raise InputError("No linear layer of the blocks is quantized, so that qat has nothing to train.")
         original.load("")
         for module in (skeleton.module, original.module):
-            module.to(device).requires_grad_(False)
+            _move(module, device)
 
     def _require_memory(self, coded: Mapping[str, QuantizedTensor]) -> None:
         learned = sum(tensor.codes.numel() for tensor in coded.values())
