@@ -198,16 +198,13 @@ class _Conversion:
         unquantized = graph.clone() if self.trains else None
         with torch_threads():
             outcomes = transform(graph, plan, statistics, placement, hessians, self.codes)
-        if unquantized is not None:
+        if unquantized is not None and everything is not None:
             outcomes = self._train(staging, original, unquantized, graph, everything, outcomes, force=force)
         store_in_four_bits(graph)
         plan = replace(plan, nodes=tuple(outcome.plan for outcome in outcomes))
         self.warnings += [*plan.warnings, *counted(outcome.warning for outcome in outcomes)]
-        require_space(self.output, sum(tensor.nbytes for tensor in constants(graph)))
         target = staging.out / (self.single_file or _FILE_IN_FOLDER)
-        # What an earlier conversion, a cast, wrote of itself.
-        graph.metadata_props.pop(MANIFEST_KEY, None)
-        files = save_graph(graph, target)
+        files = self._save(graph, target)
         verified = {**_read_back(graph, target), "runtime": prove(target).to_json()}
         recommended = None
         if samples is not None:
@@ -229,6 +226,12 @@ class _Conversion:
         details = {"verified": verified, "recommended": recommended}
         details |= {"training": self.training} if self.training else {}
         return self._report(original, plan, outcomes, size, details, self._metrics())
+
+    def _save(self, graph: ir.Model, target: Path) -> list[Path]:
+        require_space(self.output, sum(tensor.nbytes for tensor in constants(graph)))
+        # What an earlier conversion, a cast, wrote of itself.
+        graph.metadata_props.pop(MANIFEST_KEY, None)
+        return save_graph(graph, target)
 
     def _open(self, folder: Path) -> OnnxModel:
         if self.subject.onnx is not None:
@@ -255,6 +258,8 @@ class _Conversion:
                 f"{plan.scheme} needs the ranges of activations.",
                 "Give --data DATA to take them now, or --calibration STATS from quantcli calibrate.",
             )
+        if self.trains and not self.calibration.data:
+            raise UsageError("qat learns from data.", "Name some with --data; nothing is fetched or made up.")
         if plan.needs_inputs and not self.calibration.data:
             why = "STATS hold the ranges of activations alone." if self.calibration.stats else None
             raise UsageError("gptq needs calibration data: give --data.", why)
@@ -308,7 +313,7 @@ class _Conversion:
         original: OnnxModel,
         unquantized: ir.Model,
         graph: ir.Model,
-        samples: Samples | None,
+        samples: Samples,
         outcomes: Sequence[LayerOutcome],
         *,
         force: bool,
@@ -318,8 +323,6 @@ class _Conversion:
 
         step = training_step(self.recipe)
         assert step is not None
-        if samples is None:
-            raise UsageError("qat learns from data.", "Name some with --data; nothing is fetched or made up.")
         staging.begin(fingerprint(self.recipe, original, samples, self.calibration, self.device), force=force)
         trained, history = train_layers(
             unquantized,
