@@ -121,9 +121,9 @@ def convert(
         from quantcli.convert_onnx import convert_onnx
         from quantcli.sequential.precision import check_device
 
-        check_device(device)
         if device != "cpu" and not training_step(wishes):
             raise UsageError(f"--device {device} does not apply to ONNX, which is calibrated on the CPU.")
+        check_device(device)
         if max_memory is not None:
             raise UsageError("--max-memory does not apply to ONNX, whose graph is worked on as a whole.")
         with at_most(threads):

@@ -44,6 +44,12 @@ def group_errors(weight: Tensor, tensor: QuantizedTensor) -> np.ndarray:
     return (restored - numerics.in_groups(weight, tensor.number_format).double()).abs().pow(3).sum(-1).numpy()
 
 
+def sign_of_scale(values: np.ndarray, number_format: NumberFormat) -> int:
+    """Groups of four bits reach one step further down than up: there goes the weight of the largest magnitude."""
+    signed = number_format.symmetric and number_format.bits == 4 and number_format.granularity.kind == "group"
+    return -1 if signed and values.max() > -values.min() else 1
+
+
 def least_error(values: np.ndarray, number_format: NumberFormat, scale_dtype: torch.dtype) -> float:
     """The least cubed error of any range on the grid, in float64."""
     steps, lowest = 2**number_format.bits - 1, -(2 ** (number_format.bits - 1))
@@ -51,7 +57,7 @@ def least_error(values: np.ndarray, number_format: NumberFormat, scale_dtype: to
     for fraction in mse.RANGE_FRACTIONS:
         low, high = min(0.0, values.min()) * fraction, max(0.0, values.max()) * fraction
         if number_format.symmetric:
-            high = np.abs(values).max() * fraction
+            high = np.abs(values).max() * fraction * sign_of_scale(values, number_format)
             low = -high
         scale = torch.tensor((high - low) / steps).to(scale_dtype).item()
         zero = 0 if number_format.symmetric else np.clip(np.round(lowest - low / scale), lowest, lowest + steps)
@@ -98,6 +104,29 @@ def test_mse_is_never_worse_than_rtn(number_format: NumberFormat, scale_dtype: t
     searched = group_errors(weight, mse.run(weight, number_format, scale_dtype))
     assert (searched <= nearest * (1 + 1e-6)).all()
     assert number_format.bits == 8 or searched.sum() < 0.95 * nearest.sum()
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_groups_of_four_bits_take_the_sign_that_the_largest_weight_gains_by(scale_dtype: torch.dtype) -> None:
+    weight, number_format = heavy_tailed(), FORMATS[0]
+    tensor = mse.run(weight, number_format, scale_dtype)
+    groups = numerics.in_groups(weight, number_format).numpy()
+    signs = [sign_of_scale(groups[index], number_format) for index in np.ndindex(groups.shape[:-1])]
+    assert tensor.scale.sign().flatten().tolist() == signs
+    assert 10 < signs.count(-1) < len(signs) - 10
+    # The other sign, on the same grid, does worse in most groups and in all of them together.
+    mirrored = mse.run(-weight, number_format, scale_dtype)
+    assert torch.equal(mirrored.scale, -tensor.scale) and torch.equal(mirrored.codes, tensor.codes)
+    unsigned = [least_error(groups[i], NumberFormat("int4"), scale_dtype) for i in np.ndindex(groups.shape[:-1])]
+    assert group_errors(weight, tensor).sum() < 0.9 * sum(unsigned)
+
+
+@pytest.mark.parametrize("number_format", [form for form in FORMATS[1:] if form.symmetric], ids=str)
+def test_other_scales_are_positive(number_format: NumberFormat) -> None:
+    for module in (rtn, mse):
+        assert bool((module.run(heavy_tailed(), number_format, torch.float32).scale > 0).all())
+    narrow = NumberFormat("int4", CHANNEL, narrow=True)
+    assert bool((mse.run(heavy_tailed(), narrow, torch.float32).scale > 0).all())
 
 
 @pytest.mark.parametrize("module", [rtn, mse])

@@ -35,7 +35,7 @@ TIERS = (
     ("statistics",),
     ("gates", "images", "models", "recipe", "tables"),
     ("plots", "steps"),
-    ("html", "layerwise", "plan", "tables_bench", "tables_onnx"),
+    ("html", "layerwise", "objective", "plan", "tables_bench", "tables_onnx"),
     ("graph", "training"),
     ("arrays", "artifact", "fused", "runtime_check", "sessions"),
     ("sources", "targets"),

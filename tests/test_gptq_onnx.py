@@ -239,7 +239,7 @@ def test_what_cannot_be_is_refused(home: Path, capsys: pytest.CaptureFixture[str
     data = ["--data", str(home / "ids.npz")]
     assert "nf4 is not" in refused("--scheme", "nf4", "--algorithm", "gptq", *data)
     said = refused("--scheme", "int4", "--algorithm", "awq", *data)
-    assert "The algorithm awq does not work on ONNX graphs. Choose among rtn, mse, gptq." in said
+    assert "The algorithm awq does not work on ONNX graphs. Choose among rtn, mse, gptq, qat." in said
     assert "--device cuda does not apply to ONNX" in refused(*gptq, *data, "--device", "cuda")
 
 
