@@ -176,6 +176,6 @@ def _on_one_device(node: ir.Node, inputs: Sequence[Tensor | None]) -> list[Tenso
     """A node's inputs beside each other, but for those that its operator reads as numbers."""
     tensors = list(inputs)
     apart = _read_as_numbers(node)
-    found = (tensor.device for i, tensor in enumerate(tensors) if tensor is not None and i not in apart)
+    found = (tensor.device for tensor in tensors if tensor is not None)
     device = next((device for device in found if device != CPU), CPU)
     return [tensor if tensor is None or i in apart else tensor.to(device) for i, tensor in enumerate(tensors)]
