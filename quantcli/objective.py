@@ -76,22 +76,27 @@ class Objective:
             parts.append(self.distillation * torch.stack(distances).mean())
         if self.labels and batch.labels is not None and self.scores:
             scores = found[self.scores].float()
-            labels = self._checked(batch, scores.shape[-1])
+            labels = self._checked(batch, scores)
             parts.append(self.labels * torch.nn.functional.nll_loss(log_scores(scores), labels))
         return torch.stack(parts).sum()
 
     def _distance(self, name: str, wanted: Tensor, found: Tensor, batch: Batch) -> Tensor:
         mask = batch.inputs.get("attention_mask")
-        if mask is not None and mask.shape == wanted.shape[:2]:
+        if mask is not None and wanted.ndim > 2 and mask.shape == wanted.shape[:2]:
             wanted, found = wanted[mask.bool()], found[mask.bool()]
         if name == self.scores:
             return divergence(log_scores(wanted.float()), log_scores(found.float()))
         return relative_error(wanted, found)
 
-    @staticmethod
-    def _checked(batch: Batch, classes: int) -> Tensor:
-        """The labels. Raises InputError where one is none of the model's classes."""
+    def _checked(self, batch: Batch, scores: Tensor) -> Tensor:
+        """The labels. Raises InputError where one is none of the model's classes, or there is not one for each row."""
         assert batch.labels is not None
+        if scores.ndim != 2:
+            raise InputError(
+                f"The data has one label per sample, and the output {self.scores} has scores {list(scores.shape)}.",
+                "Set labels: 0 in the recipe to learn from the original's outputs alone.",
+            )
+        classes = scores.shape[-1]
         wrong = (batch.labels < 0) | (batch.labels >= classes)
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
@@ -122,6 +127,7 @@ class Tally:
 
     def __init__(self, objective: Objective) -> None:
         self._objective, self._loss, self._right, self._count, self._places = objective, 0.0, 0, 0, 0
+        self._labelled = False
 
     def add(self, found: Outputs, wanted: Outputs | None, batch: Batch) -> None:
         """Count a batch."""
@@ -131,7 +137,8 @@ class Tally:
         if objective.scores is None:
             return
         best = found[objective.scores].argmax(-1)
-        right = batch.labels if batch.labels is not None and best.ndim == 1 else None
+        self._labelled = bool(objective.labels) and best.ndim == 1
+        right = batch.labels if self._labelled else None
         if right is None and wanted:
             right = wanted[objective.scores].argmax(-1)
         if right is not None:
@@ -147,7 +154,7 @@ class Tally:
             return {"loss": None}
         found: dict[str, float | None] = {"loss": self._loss / self._count}
         if self._places:
-            name = "top1" if self._objective.labels else "top1_agreement"
+            name = "top1" if self._labelled else "top1_agreement"
             found[name] = self._right / self._places
         return found
 

@@ -143,7 +143,7 @@ class Training:
         self.history = History(objective.describe())
         self._best, self._best_loss, self._since_best = self._copies(), inf, 0
         self._taught: dict[int, Outputs] = {}
-        self._taught_bytes = 0
+        self._taught_bytes, self._full = 0, False
         self._saved = time.monotonic()
 
     def _split(self, share: float) -> tuple[list[int], list[int]]:
@@ -221,7 +221,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         numbers = self._numbers(step)
         total = 0.0
-        for batch in self.data.batches(numbers):
+        for batch in self._batches(numbers):
             share = len(batch) / len(numbers)
             taught = self._teach(batch)
             with torch.enable_grad():
@@ -259,8 +259,13 @@ class Training:
         order = torch.randperm(len(self.kept), generator=generator).tolist()
         return [self.kept[index] for index in order[place * each : (place + 1) * each]]
 
+    def _batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
+        """Samples, so many at a time as are held in memory at once."""
+        for start in range(0, len(numbers), self.batch_size):
+            yield from self.data.batches(numbers[start : start + self.batch_size])
+
     def _teach(self, batch: Batch) -> Outputs:
-        """The original model's outputs, kept sample by sample where there is room."""
+        """The original model's outputs, kept sample by sample until there is no room."""
         known = [self._taught.get(number) for number in batch.numbers]
         if all(each is not None for each in known):
             return {name: torch.stack([each[name] for each in known if each]) for name in known[0] or {}}
@@ -270,9 +275,12 @@ class Training:
             for row, number in enumerate(batch.numbers):
                 own = {name: values[row].clone() for name, values in taught.items()}
                 nbytes = sum(values.nbytes for values in own.values())
-                if number not in self._taught and self._taught_bytes + nbytes <= _KEPT_OUTPUT_BYTES:
+                self._full = self._full or self._taught_bytes + nbytes > _KEPT_OUTPUT_BYTES
+                if number not in self._taught and not self._full:
                     self._taught[number] = own
                     self._taught_bytes += nbytes
+        else:
+            self._full = True
         return taught
 
     def _judged(self, step: int) -> dict[str, float | None]:
@@ -291,9 +299,8 @@ class Training:
         """Mean loss and other metrics over the held-out samples; nothing where there are none."""
         tally = self.objective.tally()
         with torch.no_grad():
-            for start in range(0, len(self.held_out), self.batch_size):
-                for batch in self.data.batches(self.held_out[start : start + self.batch_size]):
-                    tally.add(model(batch.inputs), self._teach(batch), batch)
+            for batch in self._batches(self.held_out):
+                tally.add(model(batch.inputs), self._teach(batch), batch)
         return tally.metrics()
 
     def _log(self, step: int, loss: float | None, held_out: Mapping[str, float | None] | None) -> None:
@@ -344,4 +351,13 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]
         self.history = History(**state["history"])
+        self._teach_again(int(state["step"]))
         return int(state["step"])
+
+    def _teach_again(self, done: int) -> None:
+        """Keep what a run that went on would have kept: the last bits of an output depend on its batch."""
+        for numbers in (self.held_out, *map(self._numbers, range(1, done + 1))):
+            for batch in self._batches(numbers):
+                if self._full:
+                    return
+                self._teach(batch)

@@ -120,7 +120,8 @@ class Rounding:
         the scale a rounded value then has the slope ``steps - weight / scale``, and a cut one its code.
         """
         scale = self.scale
-        gradient = gradient.reshape(self.original.shape)
+        # Offset and factor count in multiples of the scale, which may be negative.
+        gradient = gradient.reshape(self.original.shape) * self.base.sign()
         steps = self.steps(scale)
         inside = (steps >= self._low) & (steps <= self._high)
         slope = steps.clamp_(self._low, self._high).addcdiv_(self.original * inside, scale, value=-1)

@@ -171,17 +171,27 @@ class LearnedRange:
     """A range of activations that is fixed at inference: its scale is learned, its zero point stays."""
 
     def __init__(
-        self, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat, scale_dtype: torch.dtype
+        self,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        number_format: NumberFormat,
+        scale_dtype: torch.dtype,
+        largest_scale: float | None = None,
     ) -> None:
         """``scale`` and ``zero_point`` are scalars; the format is per tensor."""
         self._zero_point = None if zero_point is None else zero_point.reshape(1, 1)
-        self.number_format = number_format
+        self.number_format, self._largest = number_format, largest_scale
         self.scale = Factors(scale.reshape(1, 1), scale_dtype, scales=True)
+
+    def values(self) -> Tensor:
+        """The scale as it would be stored now, ``[1, 1]``; a limit counts as having slope one."""
+        scale = self.scale.values()
+        return scale if self._largest is None else scale + (scale.clamp(max=self._largest) - scale).detach()
 
     def __call__(self, values: Tensor) -> Tensor:
         """Values of any shape, rounded."""
         flat = values.float().reshape(1, 1, -1)
-        scale = self.scale.values()
+        scale = self.values()
         return fake_quantize(flat, scale, self.number_format, zero_point=self._zero_point).reshape(values.shape)
 
 

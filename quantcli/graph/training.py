@@ -38,7 +38,7 @@ _LEARNED_INPUTS = {
 _PRODUCTS = ("MatMul", "MatMulNBits", "Gemm", "Conv", "Mul")
 #: Activations between quantized nodes: uint8, as codes from -128.
 _ACTIVATION = NumberFormat("int8", symmetric=False)
-_CODE_SHIFT = 128
+_CODES, _CODE_SHIFT = 256, 128
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,10 @@ class GraphTraining:
             assert scale is not None and zero_point is not None
             shifted = torch.tensor(int(zero_point) - _CODE_SHIFT, dtype=torch.int8, device=self.device)
             start = torch.tensor(float(scale), device=self.device)
-            self._ranges[key] = LearnedRange(start, shifted, _ACTIVATION, torch.float32)
+            levels = _CODES - 1 - int(zero_point)
+            limit = _upper_bound(node.inputs[0])
+            largest = None if limit is None or not levels else float(np.float32(limit) / np.float32(levels))
+            self._ranges[key] = LearnedRange(start, shifted, _ACTIVATION, torch.float32, largest)
         return self._ranges[key]
 
     def _dequantized(self, node: ir.Node) -> Replacement:
@@ -276,7 +279,7 @@ class GraphTraining:
                 *error_powers(in_groups(weight.original, tensor.number_format), tensor)
             )
         for name, learned in self._ranges.items():
-            _set(self.model.graph.initializers[name], learned.scale.values().reshape(()).cpu().numpy())
+            _set(self.model.graph.initializers[name], learned.values().reshape(()).cpu().numpy())
         for bias in self._biases.values():
             _, codes, scale = _rounded_bias(bias)
             _set(bias.codes, codes.cpu().numpy())
@@ -291,7 +294,7 @@ def _rounded_bias(bias: _Bias) -> tuple[Tensor, Tensor, Tensor]:
     exact = bias.learned.values()
     with torch.no_grad():
         weight = bias.weight.learned.scales.values().reshape(-1)
-        scale = (bias.inputs.scale.values().reshape(()) * weight).expand(exact.shape).contiguous()
+        scale = (bias.inputs.values().reshape(()) * weight).expand(exact.shape).contiguous()
         codes = (exact.double() / scale.double()).round().clamp(-(2.0**31), 2.0**31 - 1)
         rounded = (codes * scale.double()).float()
     return exact + (rounded - exact).detach(), codes.to(torch.int32), scale
@@ -342,6 +345,13 @@ def _set(value: ir.Value, values: np.ndarray) -> None:
     assert before is not None
     stored = np.ascontiguousarray(values).astype(before.dtype.numpy()).reshape(before.shape.numpy())
     value.const_value = ir.tensor(stored, name=value.name)
+
+
+def _upper_bound(value: ir.Value | None) -> float | None:
+    """Where a Clip cuts a value: codes beyond that would keep the Clip from being absorbed into the kernel before it."""
+    node = value.producer() if value is not None else None
+    most = array(input_of(node, 2)) if node is not None and is_standard(node, "Clip") else None
+    return None if most is None else float(most)
 
 
 def _reader(value: ir.Value, operator: str) -> ir.Node:

@@ -219,7 +219,7 @@ class CheckpointTraining:
         for owner, linear in self._linears.items():
             tensor = linear.weight.tensor()
             if (inputs := _learned(linear.inputs)) is not None:
-                tensor = replace(tensor, input_scale=inputs.scale.values().reshape(()).cpu())
+                tensor = replace(tensor, input_scale=inputs.values().reshape(()).cpu())
             trained.coded[self.skeleton.info(f"{owner}.weight").name] = tensor
         for name, values in self._values.items():
             trained.plain[self.skeleton.info(name).name] = values.values().cpu()
