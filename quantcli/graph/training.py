@@ -348,7 +348,7 @@ def _set(value: ir.Value, values: np.ndarray) -> None:
 
 
 def _upper_bound(value: ir.Value | None) -> float | None:
-    """Where a Clip cuts a value: codes beyond that would keep the Clip from being absorbed into the kernel before it."""
+    """Where a Clip cuts a value: with codes beyond that it would not be absorbed into the kernel before it."""
     node = value.producer() if value is not None else None
     most = array(input_of(node, 2)) if node is not None and is_standard(node, "Clip") else None
     return None if most is None else float(most)
