@@ -186,8 +186,8 @@ class Training:
         Raises:
             InputError: labels are out of range, or the loss is not finite before anything was learned.
         """
-        history = self.history
         done = self._resume()
+        history = self.history
         if not done:
             history.models["original"] = self._evaluated(self.trainee.teacher)
             history.models["ptq"] = self._judged(0)
