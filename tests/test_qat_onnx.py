@@ -1,0 +1,260 @@
+"""Graphs in training: what is trained is what onnxruntime computes of the file, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from small_nets import CLASSES, SHAPES
+
+from quantcli import convert, training, training_onnx
+from quantcli.export import export_to_onnx
+from quantcli.graph.training import GraphTraining
+from quantcli.recipe import Recipe, validate
+from quantcli.report import Report
+from quantcli.sessions import Session
+from quantcli.training import History
+from quantcli.training_data import TrainingData
+
+W4A8 = {
+    "weights": {"dtype": "int4", "granularity": "channel"},
+    "inputs": {"dtype": "int8", "symmetric": False},
+}
+PER_TENSOR = {"weights": {"dtype": "int8"}, "inputs": {"dtype": "int8", "symmetric": False}}
+DYNAMIC4 = {
+    "weights": {"dtype": "int4", "granularity": "channel"},
+    "inputs": {"dtype": "int8", "symmetric": False, "dynamic": True},
+}
+SCHEMES: dict[str, Any] = {
+    "static": "int8-static", "W4A8": W4A8, "per tensor": PER_TENSOR, "dynamic": "int8-dynamic",
+    "dynamic int4": DYNAMIC4, "int4": "int4", "int8": "int8",
+    "int4 asymmetric": {"weights": {"dtype": "int4", "granularity": "group", "group_size": 32, "symmetric": False}},
+}  # fmt: skip
+#: Which of these are tried on which model: convolutions have no dynamic form.
+CASES = [("cnn", each) for each in ("static", "W4A8", "per tensor", "int8", "int4")]
+CASES += [("encoder", each) for each in SCHEMES]
+QAT = {"epochs": 2, "batch_size": 16}
+
+
+def recipe(scheme: str, *before: str, **options: Any) -> Recipe:
+    return validate({"scheme": SCHEMES[scheme], "steps": [*before, {"qat": QAT | options}]}, "test")
+
+
+def inputs_of(name: str, count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, *SHAPES[name])).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models as ONNX, and data for them; to be left as they are."""
+    folder = tmp_path_factory.mktemp("nets")
+    for name in SHAPES:
+        export_to_onnx(f"small_nets:{name}", folder / name).path.rename(folder / f"{name}.onnx")
+        (port,) = Session(folder / f"{name}.onnx").inputs
+        labels = np.arange(96) % CLASSES
+        np.savez(folder / f"{name}.npz", **{port.name: inputs_of(name, 96), "labels": labels})
+        np.savez(folder / f"{name}-plain.npz", **{port.name: inputs_of(name, 96)})
+    return folder
+
+
+def converted(home: Path, out: Path, name: str, scheme: str, *, labels: bool = False, **options: Any) -> Report:
+    """Train a model; small products on several threads wait for each other most of the time."""
+    data = home / (f"{name}.npz" if labels else f"{name}-plain.npz")
+    return convert(home / f"{name}.onnx", out, recipe=recipe(scheme, **options), data=data, threads=1)
+
+
+@dataclass
+class Seen:
+    """The trainee of a conversion, and what it computed before and when it had moved."""
+
+    trainee: GraphTraining | None = None
+    before: np.ndarray | None = None
+    after: np.ndarray | None = None
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Seen]]:
+    """In place of training, move all that is learned at random, so far as is said."""
+
+    def install(size: float) -> Seen:
+        seen = Seen()
+
+        def move(trainee: GraphTraining, data: TrainingData, *_: object, **__: object) -> History:
+            seen.trainee = trainee
+            inputs = next(data.batches(range(32))).inputs
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                (seen.before,) = (values.numpy() for values in trainee.student(inputs).values())
+                for kind, share in ((trainee.weights(), 1.0), (trainee.factors(), 0.1), (trainee.values(), 0.3)):
+                    for each in kind:
+                        each.add_(torch.randn(each.shape, generator=generator).clamp(-2, 2), alpha=size * share)
+                (seen.after,) = (values.numpy() for values in trainee.student(inputs).values())
+            return History("moved")
+
+        monkeypatch.setattr(training_onnx, "train", move)
+        return seen
+
+    yield install
+
+
+def float_products(path: Path) -> bytes:
+    """The artifact, its n-bit products computed in float32: what its codes and scales stand for."""
+    proto = onnx.load(path)
+    for each in proto.graph.node:
+        for attribute in each.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    return proto.SerializeToString()  # type: ignore[no-any-return]
+
+
+def decibels(wanted: np.ndarray, found: np.ndarray) -> float:
+    noise = np.square(wanted.astype(np.float64) - found).sum()
+    return float(10 * np.log10(np.square(wanted.astype(np.float64)).sum() / max(noise, 1e-300)))
+
+
+def agreement(home: Path, name: str, out: Path, found: np.ndarray | None) -> tuple[float, float]:
+    """How near in dB onnxruntime comes to what was trained: as the graph is written, and by its own kernels."""
+    assert found is not None
+    model = float_products(out)
+    session = Session(model, threads=1, optimize=False)
+    fed = {session.inputs[0].name: inputs_of(name, 96)[:32]}
+    written, fused = (next(iter(each.run(fed).values())) for each in (session, Session(model, threads=1)))
+    return decibels(found, written), decibels(found, fused)
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0], ids=["as it begins", "moved"])
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_what_is_trained_is_what_the_runtime_computes(
+    home: Path, tmp_path: Path, moved: Callable[[float], Seen], name: str, scheme: str, size: float
+) -> None:
+    seen, out = moved(size), tmp_path / "out.onnx"
+    converted(home, out, name, scheme)
+    assert seen.before is not None and seen.after is not None
+    written, fused = agreement(home, name, out, seen.after)
+    # A value next to the middle of two codes of an activation may tip; codes of weights may not.
+    quantizes = any(part in scheme for part in ("static", "A8", "tensor", "dynamic"))
+    assert written > (45 if quantizes else 100), written
+    assert fused > (40 if quantizes else 90), fused
+    if size:
+        assert decibels(seen.before, seen.after) < 20
+    else:
+        assert np.array_equal(seen.before, seen.after)
+
+
+def stored_codes(path: Path, name: str) -> np.ndarray:
+    """Codes of a file, as they lie in it."""
+    (tensor,) = (each for each in onnx.load(path).graph.initializer if each.name == name)
+    return numpy_helper.to_array(tensor)
+
+
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_trained_codes_are_those_of_the_file(
+    home: Path, tmp_path: Path, moved: Callable[[float], Seen], name: str, scheme: str
+) -> None:
+    seen, out = moved(1.0), tmp_path / "out.onnx"
+    report = converted(home, out, name, scheme)
+    assert seen.trainee is not None
+    weights = list(seen.trainee._weights.values())
+    assert len(weights) == 5
+    for weight in weights:
+        tensor, origin = weight.learned.tensor(), weight.origin
+        codes, found = tensor.codes.numpy(), stored_codes(out, weight.codes.name or "")
+        if weight.nbits:
+            bits = tensor.number_format.bits
+            flat = found.reshape(len(codes), -1)
+            unpacked = np.stack([flat & 15, flat >> 4], -1).reshape(len(codes), -1) if bits == 4 else flat
+            assert np.array_equal(unpacked.astype(int) - (1 << (bits - 1)), codes)
+        else:
+            axis = 1 - origin.axis if origin.turned else origin.axis
+            assert np.array_equal(np.moveaxis(found.astype(int), axis, 0).reshape(codes.shape), codes)
+        scales = stored_codes(out, weight.scale.name or "")
+        assert np.array_equal(scales.reshape(tensor.scale.shape), tensor.scale.numpy())
+    rows = {row.name: row for row in report.layers}
+    for weight in weights:
+        exact, restored = weight.original.double(), weight.learned.values().detach().double()
+        expected = 10 * torch.log10(exact.square().sum() / (exact - restored).square().sum())
+        assert rows[weight.origin.name].sqnr_db == pytest.approx(float(expected), abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["cnn", "encoder"])
+def test_four_bit_codes_of_integer_layers_take_four_bits_and_run_on_their_kernels(
+    home: Path, tmp_path: Path, moved: Callable[[float], Seen], name: str
+) -> None:
+    moved(1.0)
+    for scheme in ("static", "W4A8"):
+        report = converted(home, tmp_path / scheme, name, scheme)
+        kernels = report.details["verified"]["runtime"]
+        wanted = {"QLinearConv": 4, "QGemm": 1} if name == "cnn" else {"MatMulIntegerToFloat": 4, "QGemm": 1}
+        assert {key: kernels["integer_kernels"].get(key) for key in wanted} == wanted, kernels
+        assert kernels["float_kernels"] == {}
+    kinds = [
+        {each.name: each.data_type for each in onnx.load(tmp_path / scheme / "model.onnx").graph.initializer}
+        for scheme in ("static", "W4A8")
+    ]
+    narrow = {key for key, kind in kinds[1].items() if kind == TensorProto.INT4}
+    assert len(narrow) == 5 and {kinds[0][key] for key in narrow} == {TensorProto.INT8}
+
+
+@pytest.mark.parametrize("scheme", ["static", "W4A8", "per tensor", "int8"])
+def test_biases_are_those_that_were_trained(
+    home: Path, tmp_path: Path, moved: Callable[[float], Seen], scheme: str
+) -> None:
+    seen, out = moved(1.0), tmp_path / "out.onnx"
+    converted(home, out, "cnn", scheme)
+    trainee = seen.trainee
+    assert trainee is not None
+    if scheme != "int8":
+        assert len(trainee._biases) == 5
+    for bias in trainee._biases.values():
+        codes, scale = (stored_codes(out, each.name or "").astype(np.float64) for each in (bias.codes, bias.scale))
+        wanted = bias.learned.values().detach().double().numpy()
+        product = bias.inputs.scale.values().double() * bias.weight.learned.scales.values().double().reshape(-1)
+        np.testing.assert_allclose(scale, np.broadcast_to(product.detach().numpy().reshape(-1), scale.shape), rtol=1e-6)
+        assert (np.abs(codes * scale - wanted) <= 0.5001 * scale).all()
+    for key, values in trainee._values.items():
+        assert np.array_equal(stored_codes(out, key), values.values().detach().numpy())
+    assert len(trainee._biases) + len(trainee._values) == 5
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("cnn", "W4A8"), ("encoder", "int4"), ("encoder", "dynamic int4")])
+def test_training_brings_outputs_nearer_and_equal_runs_are_equal(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, scheme: str
+) -> None:
+    report = converted(home, tmp_path / "first.onnx", name, scheme, epochs=4)
+    models = report.details["training"]["models"]
+    assert models["qat"]["loss"] < 0.9 * models["ptq"]["loss"]
+    assert models["original"]["loss"] == pytest.approx(0, abs=1e-6)
+    assert report.details["training"]["best_step"] > 0
+    converted(home, tmp_path / "second.onnx", name, scheme, epochs=4)
+    assert (tmp_path / "first.onnx").read_bytes() == (tmp_path / "second.onnx").read_bytes()
+    # And so is one that was interrupted, twice.
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    for stop in (7, 15):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training.Training, "_log", interrupting(stop))
+            converted(home, tmp_path / "third.onnx", name, scheme, epochs=4)
+        assert (tmp_path / ".third.onnx.partial" / "training.pt").exists()
+        assert not (tmp_path / "third.onnx").exists()
+    again = converted(home, tmp_path / "third.onnx", name, scheme, epochs=4)
+    assert (tmp_path / "first.onnx").read_bytes() == (tmp_path / "third.onnx").read_bytes()
+    assert again.details["training"] == report.details["training"]
+    assert not (tmp_path / ".third.onnx.partial").exists()
+
+
+def interrupting(stop: int) -> Callable[..., None]:
+    """Logs a step as it is done, but for one in which the user presses a key."""
+    original = training.Training._log
+
+    def log(self: training.Training, step: int, *rest: Any) -> None:
+        if step == stop:
+            raise KeyboardInterrupt
+        original(self, step, *rest)
+
+    return log
