@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _TEXT_KEYS = ("text", "sentence", "content")
+_LABEL_KEYS = ("label", "labels")
 
 
 def load_texts(path: Path, *, lines: bool) -> list[str]:
@@ -25,35 +26,57 @@ def load_texts(path: Path, *, lines: bool) -> list[str]:
     Raises:
         InputError: the file is missing, of another kind, empty, or not what its suffix says.
     """
+    return load_labelled_texts(path, lines=lines)[0]
+
+
+def load_labelled_texts(path: Path, *, lines: bool) -> tuple[list[str], list[int] | None]:
+    """Texts as by `load_texts`, and the whole number in each record's field ``label`` (or ``labels``), if there is one.
+
+    Raises:
+        InputError: as `load_texts`, or some records have a label and others have none.
+    """
     if path.suffix not in TEXT_SUFFIXES:
         raise InputError(f"{path} is not text data.", f"DATA here is a file ending in {', '.join(TEXT_SUFFIXES)}.")
     try:
-        texts = _read(path, lines)
+        found = list(_read(path, lines))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
-    texts = [text for text in texts if text.strip()]
-    if not texts:
+    found = [(text, label) for text, label in found if text.strip()]
+    if not found:
         raise InputError(f"{path} holds no text.")
-    return texts
+    labels = [label for _, label in found if label is not None]
+    if labels and len(labels) < len(found):
+        raise InputError(
+            f"{path}: {len(labels)} of {len(found)} records have a label.", "Give all of them one, or none."
+        )
+    return [text for text, _ in found], labels or None
 
 
-def _read(path: Path, lines: bool) -> list[str]:
+def _read(path: Path, lines: bool) -> Iterator[tuple[str, int | None]]:
+    """Texts and labels, one after the other."""
     if path.suffix == ".txt":
         text = path.read_text(encoding="utf-8")
-        return text.splitlines() if lines else [text]
+        yield from ((part, None) for part in (text.splitlines() if lines else [text]))
+        return
     if path.suffix == ".parquet":
-        return list(_parquet_texts(path))
-    texts = []
+        yield from _parquet_texts(path)
+        return
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:
-            texts.append(_text_of(json.loads(line), f"{path}, line {number}"))
+            record = json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}, line {number} is not JSON: {error}.") from error
-    return texts
+        yield _text_of(record, f"{path}, line {number}"), _label_of(record)
+
+
+def _label_of(record: Any) -> int | None:
+    """The class of a record; None where it has none, such as where it is a name."""
+    label = next((record[key] for key in _LABEL_KEYS if key in record), None) if isinstance(record, dict) else None
+    return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
 def _text_of(record: Any, where: str) -> str:
@@ -70,7 +93,7 @@ def _text_of(record: Any, where: str) -> str:
     raise InputError(f"{where} is neither a text nor a record.")
 
 
-def _parquet_texts(path: Path) -> Iterator[str]:
+def _parquet_texts(path: Path) -> Iterator[tuple[str, int | None]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -82,8 +105,12 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         chosen = next((key for key in _TEXT_KEYS if key in names), names[0] if len(names) == 1 else None)
         if chosen is None:
             raise InputError(f"{path} has no column {' or '.join(_TEXT_KEYS)}; it has {', '.join(names) or 'no text'}.")
-        for batch in file.iter_batches(columns=[chosen]):
-            yield from (value for value in batch.column(0).to_pylist() if value)
+        whole = {field.name for field in file.schema_arrow if pyarrow.types.is_integer(field.type)}
+        label = next((key for key in _LABEL_KEYS if key in whole), None)
+        for batch in file.iter_batches(columns=[chosen, *([label] if label else [])]):
+            for row in batch.to_pylist():
+                if row[chosen]:
+                    yield row[chosen], row[label] if label else None
     except pyarrow.ArrowException as error:
         raise InputError(f"{path} is not a readable parquet file: {error}.") from error
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli import models
 from quantcli.arrays import converted, layouts
-from quantcli.data import load_texts, token_windows
+from quantcli.data import load_labelled_texts, token_windows
 from quantcli.errors import InputError, UsageError
 from quantcli.graph.model import Port
 from quantcli.sources import Sample, evenly, fixed_batch_of, hash_samples
@@ -22,9 +22,10 @@ DEFAULT_LENGTH = 512
 
 
 class TextSource:
-    """Samples of a text file, one per line or record; or with ``windows`` sequences of equal length."""
+    """Samples of a text file, one per line or record; or with ``windows`` sequences of equal length.
 
-    labels = False
+    Records may have labels, which windows over many of them have not.
+    """
 
     def __init__(
         self,
@@ -53,7 +54,9 @@ class TextSource:
         self._length = seq_len or self._fixed or min(DEFAULT_LENGTH, longest)
         if self._fixed and self._length != self._fixed:
             raise UsageError(f"--seq-len {seq_len}: the model takes sequences of {self._fixed} tokens.")
-        texts = load_texts(path, lines=not causal)
+        texts, self._labels = load_labelled_texts(path, lines=not causal)
+        self._labels = None if causal else self._labels
+        self.labels = self._labels is not None
         self._tokenizer = models.load_tokenizer(place)
         self._windows: np.ndarray | None = None
         if causal:
@@ -73,7 +76,8 @@ class TextSource:
             arrays = self._arrays(index)
             where = f"Sample {index} of {self._path}"
             ports = (port for port in self._ports if port.name in arrays)
-            yield Sample({port.name: converted(arrays[port.name], port, where) for port in ports})
+            inputs = {port.name: converted(arrays[port.name], port, where) for port in ports}
+            yield Sample(inputs, self._labels[index] if self._labels else None)
 
     def digest(self, chosen: Sequence[int]) -> str:
         """Hash of the token ids."""
