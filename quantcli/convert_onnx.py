@@ -98,13 +98,13 @@ def convert_onnx(
             raise explain(error, output) from error
         except UsageError:
             # Nothing here can be continued later, unless something was being trained.
-            if not trains:
+            if not staging.checkpoint.exists():
                 staging.discard()
             raise
-        if dry_run:
-            staging.discard()
-        else:
+        if not dry_run:
             staging.publish(single_file=conversion.single_file)
+        elif not staging.checkpoint.exists():
+            staging.discard()
     if not dry_run:
         report.details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
     return report

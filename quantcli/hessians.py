@@ -96,7 +96,8 @@ def collect_hessians(
         InputError: the graph cannot be run on the samples, or the disk has no room for the sums.
     """
     wanted = list(dict.fromkeys(_of_value(node.input) for node in plan.nodes if node.input))
-    folder.mkdir()
+    # One that was interrupted may have left it.
+    folder.mkdir(exist_ok=True)
     require_space(folder, sum(each.gram_bytes for each in wanted))
     runs = TappedRuns(graph, folder)
     nbytes = runs.sizes(list(dict.fromkeys(each.value for each in wanted)), next(batches(samples, 1))[0])

@@ -119,14 +119,17 @@ def decibels(wanted: np.ndarray, found: np.ndarray) -> float:
     return float(10 * np.log10(np.square(wanted.astype(np.float64)).sum() / max(noise, 1e-300)))
 
 
-def agreement(home: Path, name: str, out: Path, found: np.ndarray | None) -> tuple[float, float]:
-    """How near in dB onnxruntime comes to what was trained: as the graph is written, and by its own kernels."""
+def agreement(home: Path, name: str, out: Path, found: np.ndarray | None) -> list[float]:
+    """How near in dB onnxruntime comes to what was trained, sample by sample; by the graph as written, or its kernels.
+
+    The lower of the two; in ascending order.
+    """
     assert found is not None
     model = float_products(out)
     session = Session(model, threads=1, optimize=False)
-    fed = {session.inputs[0].name: inputs_of(name, 96)[:32]}
-    written, fused = (next(iter(each.run(fed).values())) for each in (session, Session(model, threads=1)))
-    return decibels(found, written), decibels(found, fused)
+    fed = {session.inputs[0].name: inputs_of(name, 96)[: len(found)]}
+    outputs = [next(iter(each.run(fed).values())) for each in (session, Session(model, threads=1))]
+    return sorted(min(decibels(row, each[number]) for each in outputs) for number, row in enumerate(found))
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0], ids=["as it begins", "moved"])
@@ -137,11 +140,10 @@ def test_what_is_trained_is_what_the_runtime_computes(
     seen, out = moved(size), tmp_path / "out.onnx"
     converted(home, out, name, scheme)
     assert seen.before is not None and seen.after is not None
-    written, fused = agreement(home, name, out, seen.after)
-    # A value next to the middle of two codes of an activation may tip; codes of weights may not.
+    near = agreement(home, name, out, seen.after)
+    # A value next to the middle of two codes of an activation may tip, in a sample or two; codes of weights may not.
     quantizes = any(part in scheme for part in ("static", "A8", "tensor", "dynamic"))
-    assert written > (45 if quantizes else 100), written
-    assert fused > (40 if quantizes else 90), fused
+    assert near[3 if quantizes else 0] > 100 and near[0] > 35, near
     if size:
         assert decibels(seen.before, seen.after) < 20
     else:
