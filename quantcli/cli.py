@@ -163,6 +163,8 @@ def convert(
     from quantcli.convert import convert as run
     from quantcli.tables import convert_tables
 
+    if html is not None:
+        _require_curve(recipe, algorithm)
     limit = _bytes(max_memory, "--max-memory")
     with ui.progress("Converting", unit="percent" if data else "bytes") as progress:
         report = run(
@@ -298,6 +300,17 @@ def _bytes(text: str | None, flag: str) -> int | None:
         return None if text is None else parse_bytes(text)
     except ValueError as error:
         raise UsageError(f"{flag}: {error}.") from error
+
+
+def _require_curve(recipe: Path | None, algorithm: str | None) -> None:
+    """Raise MissingExtraError now, not after hours of training, where its curve could not be drawn."""
+    from quantcli.plots import require_matplotlib
+    from quantcli.recipe import Recipe, load_recipe
+    from quantcli.steps import training_step
+
+    wishes = load_recipe(recipe) if recipe else Recipe()
+    if training_step(wishes.with_flags(algorithm=algorithm)):
+        require_matplotlib()
 
 
 def _finish(

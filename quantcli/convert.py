@@ -15,7 +15,6 @@ from quantcli.conversion_rows import conversion_report
 from quantcli.errors import UsageError
 from quantcli.functions import is_function, load_function
 from quantcli.graph.model import is_onnx
-from quantcli.graph.plan import training_step
 from quantcli.memory import peak_rss_bytes
 from quantcli.parallel import at_most
 from quantcli.plan import resolve
@@ -24,6 +23,7 @@ from quantcli.recipe import Recipe, load_recipe
 from quantcli.repack import Carrier, decoded_view, dequantizes, is_quantized
 from quantcli.report import Report
 from quantcli.staging import check_target, explain, open_staging, require_space
+from quantcli.steps import training_step
 from quantcli.targets import for_target
 
 

@@ -21,7 +21,7 @@ from quantcli.functions import is_function
 from quantcli.graph.model import MANIFEST_KEY, OnnxModel, constants, onnx_file, open_onnx
 from quantcli.graph.narrow import store_in_four_bits
 from quantcli.graph.placement import place
-from quantcli.graph.plan import GraphPlan, counted, require_work, resolve_graph, training_step
+from quantcli.graph.plan import GraphPlan, counted, require_work, resolve_graph
 from quantcli.graph.prepare import prepare, upgrade
 from quantcli.graph.save import add_metadata, checksums, save_graph
 from quantcli.graph.targets import require_version
@@ -39,6 +39,7 @@ from quantcli.repack_onnx import GivenCodes
 from quantcli.report import ModelRow, Report
 from quantcli.staging import Staging, check_target, explain, open_staging, require_space
 from quantcli.statistics import CalibrationStats
+from quantcli.steps import training_step
 from quantcli.subject import open_subject
 from quantcli.units import format_bytes
 from quantcli.version import __version__

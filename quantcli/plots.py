@@ -54,6 +54,15 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+def require_matplotlib() -> None:
+    """Raise MissingExtraError where matplotlib is not installed."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "report", "--html with a training curve") from error
+    del mpl
+
+
 def training_svg(training: Mapping[str, Any]) -> str | None:
     """The curve of ``Report.details["training"]`` as an SVG document, the same for the same curve; None without one.
 
@@ -62,10 +71,9 @@ def training_svg(training: Mapping[str, Any]) -> str | None:
     """
     if not any(_points(training["curve"], name)[0] for name in ("loss", "held_out_loss")):
         return None
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "report", "--html with a training curve") from error
+    require_matplotlib()
+    import matplotlib as mpl
+
     with mpl.rc_context():
         mpl.rcdefaults()  # a matplotlibrc of the user's is for the user's plots
         mpl.rcParams.update(_STYLE)

@@ -198,6 +198,12 @@ def parse_steps(given: Sequence[str | Mapping[str, Any]]) -> Steps:
     return Steps(transforms, rounding, final)
 
 
+def training_step(recipe: Recipe) -> Step | None:
+    """The step of a recipe that trains, or None."""
+    named = recipe.steps or ([] if recipe.algorithm == "auto" else [recipe.algorithm])
+    return next((step for step in parse_steps(named).final if step.name == "qat"), None)
+
+
 def _step(given: str | Mapping[str, Any]) -> Step:
     name, options = (given, {}) if isinstance(given, str) else next(iter(given.items()))
     plugins.algorithm(name)

@@ -322,12 +322,6 @@ def _rounding_step(recipe: Recipe) -> Step | None:
     return steps.rounding
 
 
-def training_step(recipe: Recipe) -> Step | None:
-    """The step of a recipe that trains, or None."""
-    named = recipe.steps or ([] if recipe.algorithm == "auto" else [recipe.algorithm])
-    return next((step for step in parse_steps(named).final if step.name == "qat"), None)
-
-
 def _is_tied(value: ir.Value) -> bool:
     """Whether a table is looked up in, and is the matrix of a product as well.
 
