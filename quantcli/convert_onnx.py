@@ -16,14 +16,14 @@ from quantcli.calibration import Calibration
 from quantcli.checkpoints.folder import companions
 from quantcli.coded import DecodedCheckpoint, open_coded
 from quantcli.collect import collect
-from quantcli.errors import InputError, UsageError, VerificationError
+from quantcli.errors import InputError, UsageError
 from quantcli.functions import is_function
 from quantcli.graph.model import MANIFEST_KEY, OnnxModel, constants, onnx_file, open_onnx
 from quantcli.graph.narrow import store_in_four_bits
 from quantcli.graph.placement import place
 from quantcli.graph.plan import GraphPlan, counted, require_work, resolve_graph
 from quantcli.graph.prepare import prepare, upgrade
-from quantcli.graph.save import add_metadata, checksums, save_graph
+from quantcli.graph.save import add_metadata, read_back, save_graph
 from quantcli.graph.targets import require_version
 from quantcli.graph.transform import LayerOutcome, needed_opset, transform, without_inputs, without_outliers
 from quantcli.hessians import collect_hessians
@@ -130,18 +130,6 @@ def _refuse_to_overwrite(built: Path, output: Path) -> None:
             raise UsageError(f"The output {beside} exists.", "Use --force to replace it.")
 
 
-def _read_back(graph: ir.Model, target: Path) -> dict[str, Any]:
-    """Reopen what was written, and compare every tensor. Raises VerificationError."""
-    meant, found = checksums(graph), checksums(open_onnx(target).ir)
-    if meant != found:
-        wrong = sorted(name for name in meant.keys() | found.keys() if meant.get(name) != found.get(name))
-        raise VerificationError(
-            f"{wrong[0]} was read back otherwise than it was written.",
-            "The disk may be failing; if it happens again elsewhere, please report it.",
-        )
-    return {"tensors": len(found), "codes": "equal"}
-
-
 class _Conversion:
     """One run: the state its steps share."""
 
@@ -206,7 +194,7 @@ class _Conversion:
         self.warnings += [*plan.warnings, *counted(outcome.warning for outcome in outcomes)]
         target = staging.out / (self.single_file or _FILE_IN_FOLDER)
         files = self._save(graph, target)
-        verified = {**_read_back(graph, target), "runtime": prove(target).to_json()}
+        verified = {**read_back(graph, target), "runtime": prove(target).to_json()}
         recommended = None
         if samples is not None:
             outputs = OutputComparison(original.path, samples, _COMPARED_SAMPLES, staging.root)

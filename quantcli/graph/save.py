@@ -1,12 +1,13 @@
-"""Writing an ONNX file: one file where that is possible, weights in a second one where it is not."""
+"""Writing an ONNX file (one where that is possible, weights in a second one where it is not), and reading it back."""
 
 from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from quantcli.graph.model import constants
+from quantcli.errors import VerificationError
+from quantcli.graph.model import constants, open_onnx
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,3 +60,15 @@ def checksums(model: ir.Model) -> dict[str, int]:
                 head = f"{tensor.dtype.name} {tuple(tensor.shape.numpy())}"
                 found[name] = zlib.crc32(tensor.tobytes(), zlib.crc32(head.encode()))
     return found
+
+
+def read_back(graph: ir.Model, target: Path) -> dict[str, Any]:
+    """Reopen what was written, and compare every tensor. Raises VerificationError."""
+    meant, found = checksums(graph), checksums(open_onnx(target).ir)
+    if meant != found:
+        wrong = sorted(name for name in meant.keys() | found.keys() if meant.get(name) != found.get(name))
+        raise VerificationError(
+            f"{wrong[0]} was read back otherwise than it was written.",
+            "The disk may be failing; if it happens again elsewhere, please report it.",
+        )
+    return {"tensors": len(found), "codes": "equal"}
