@@ -23,6 +23,8 @@ from quantcli.steps import QatOptions
 
 #: Seconds between two checkpoints.
 CHECKPOINT_SECONDS = 30.0
+#: Where writing one takes long, so many times as long is waited until the next.
+_CHECKPOINT_SHARE = 20
 #: Points of the training curve between two evaluations are means of several steps; so many in all.
 _CURVE_POINTS = 200
 #: Outputs of the original model that are kept, in bytes; where there are more of them, it runs anew in every step.
@@ -142,9 +144,9 @@ class Training:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._share)
         self.history = History(objective.describe())
         self._best, self._best_loss, self._since_best = self._copies(), inf, 0
-        self._taught: dict[int, Outputs] = {}
+        self._taught: dict[tuple[int, str], Outputs] = {}
         self._taught_bytes, self._full = 0, False
-        self._saved = time.monotonic()
+        self._saved, self._pause = time.monotonic(), CHECKPOINT_SECONDS
 
     def _split(self, share: float) -> tuple[list[int], list[int]]:
         """Numbers of the samples that are trained on, and of those that are held out."""
@@ -210,7 +212,7 @@ class Training:
             if self.options.patience and self._since_best >= self.options.patience:
                 history.stopped = "early"
                 break
-            if time.monotonic() - self._saved > CHECKPOINT_SECONDS:
+            if time.monotonic() - self._saved > self._pause:
                 self._save(step)
         self._restore_best()
         history.models["qat"] = self._evaluated(self.trainee.student)
@@ -266,18 +268,21 @@ class Training:
 
     def _teach(self, batch: Batch) -> Outputs:
         """The original model's outputs, kept sample by sample until there is no room."""
-        known = [self._taught.get(number) for number in batch.numbers]
+        # Of a sequence that is padded otherwise the outputs have another shape.
+        shapes = str([tuple(values.shape[1:]) for values in batch.inputs.values()])
+        keys = [(number, shapes) for number in batch.numbers]
+        known = [self._taught.get(key) for key in keys]
         if all(each is not None for each in known):
             return {name: torch.stack([each[name] for each in known if each]) for name in known[0] or {}}
         with torch.no_grad():
             taught = {name: values.detach() for name, values in self.trainee.teacher(batch.inputs).items()}
         if all(values.ndim and len(values) == len(batch) for values in taught.values()):
-            for row, number in enumerate(batch.numbers):
+            for row, key in enumerate(keys):
                 own = {name: values[row].clone() for name, values in taught.items()}
                 nbytes = sum(values.nbytes for values in own.values())
                 self._full = self._full or self._taught_bytes + nbytes > _KEPT_OUTPUT_BYTES
-                if number not in self._taught and not self._full:
-                    self._taught[number] = own
+                if key not in self._taught and not self._full:
+                    self._taught[key] = own
                     self._taught_bytes += nbytes
         else:
             self._full = True
@@ -334,10 +339,11 @@ class Training:
             "history": asdict(self.history),
         }
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.checkpoint.with_suffix(".partial")
+        unfinished, started = self.checkpoint.with_suffix(".partial"), time.monotonic()
         torch.save(state, unfinished)
         unfinished.replace(self.checkpoint)
         self._saved = time.monotonic()
+        self._pause = max(CHECKPOINT_SECONDS, _CHECKPOINT_SHARE * (self._saved - started))
 
     def _resume(self) -> int:
         """Take up the checkpoint, if there is one; returns the step that it was written after."""

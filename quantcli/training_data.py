@@ -21,6 +21,8 @@ from quantcli.units import format_bytes
 
 #: Of the memory that is free, one part in so many may be training data.
 _MEMORY_SHARE = 3
+#: The input that tells a model what is padding.
+_MASK = "attention_mask"
 
 
 class TrainingData:
@@ -56,10 +58,14 @@ class TrainingData:
         return len(self._samples)
 
     def batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
-        """These samples, those of one shape together, each batch in ascending order."""
+        """These samples, those of one shape together, each batch in ascending order.
+
+        Sequences of several lengths are one shape where the model is told what is padding.
+        """
         groups: dict[object, list[int]] = {}
         for number in sorted(numbers):
-            groups.setdefault(_shapes(self._samples[number].inputs), []).append(number)
+            inputs = self._samples[number].inputs
+            groups.setdefault("padded" if _is_masked(inputs) else _shapes(inputs), []).append(number)
         for group in groups.values():
             size = self.fixed_batch or len(group)
             for start in range(0, len(group), size):
@@ -68,7 +74,7 @@ class TrainingData:
     def _batch(self, numbers: list[int]) -> Batch:
         chosen = [self._samples[number] for number in numbers]
         inputs = {
-            name: torch.from_numpy(np.concatenate([sample.inputs[name] for sample in chosen])).to(self.device)
+            name: torch.from_numpy(_joined([sample.inputs[name] for sample in chosen])).to(self.device)
             for name in chosen[0].inputs
         }
         if self._further is not None:
@@ -113,6 +119,21 @@ def _scores(trainee: Trainee, data: TrainingData) -> str | None:
         raise InputError("The model has no output of floating point, and so no loss can be taken of it.")
     named = sorted(outputs, key=lambda name: name != "logits")
     return next((name for name in named if is_classes(name, outputs[name].cpu().numpy())), None)
+
+
+def _is_masked(inputs: Mapping[str, np.ndarray]) -> bool:
+    """Whether a sample is a sequence of whole numbers with a mask."""
+    shapes = {array.shape for array in inputs.values()}
+    whole = all(array.dtype.kind in "iu" for array in inputs.values())
+    return _MASK in inputs and whole and len(shapes) == 1 and len(next(iter(shapes))) == 2
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Samples along the first axis, filled up with zeros, which a mask means as padding, along the second."""
+    if len({array.shape[1:] for array in arrays}) > 1:
+        longest = max(array.shape[1] for array in arrays)
+        arrays = [np.pad(array, ((0, 0), (0, longest - array.shape[1]))) for array in arrays]
+    return np.concatenate(arrays)
 
 
 def _shapes(inputs: Mapping[str, np.ndarray]) -> tuple[tuple[str, tuple[int, ...]], ...]:

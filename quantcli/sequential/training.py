@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import psutil
 import torch
@@ -39,6 +40,20 @@ class Trained:
 
     coded: dict[str, QuantizedTensor] = field(default_factory=dict)
     plain: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Rounded:
+    """A linear layer that stays as it is, and whose inputs are rounded."""
+
+    def __init__(self, inputs: Callable[[Tensor], Tensor], module: nn.Module) -> None:
+        self.inputs, self._module = inputs, module
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The layer's output for ``[..., columns]``."""
+        parameters = self._module._parameters
+        weight = parameters["weight"]
+        assert weight is not None
+        return torch.nn.functional.linear(self.inputs(inputs), weight, parameters.get("bias"))
 
 
 class _Linear:
@@ -105,6 +120,7 @@ class CheckpointTraining:
         self._norms, self._mixed = norms, mixed_precision
         self._layers: dict[str, LayerPlan] = {layer.info.name: layer for layer in plan.layers}
         self._linears: dict[str, _Linear] = {}
+        self._rounded: dict[str, _Rounded] = {}
         self._values: dict[str, LearnedValues] = {}
         self._require_memory(coded)
         self._inside = tuple(f"{path}." for each in blocks for path in each.blocks)
@@ -114,6 +130,7 @@ class CheckpointTraining:
                 self._load(name, coded, plain)
             else:
                 skeleton.set(name, self._as_stored(name))
+                self._round_inputs(name)
         if not self._linears:
             raise InputError("No linear layer of the blocks is quantized, so that qat has nothing to train.")
         original.load("")
@@ -176,6 +193,14 @@ class CheckpointTraining:
             return decoded(round_unobserved(values.float(), layer, self.plan).tensor).reshape(info.shape)
         return values.to(TORCH_DTYPES[layer.dtype]).float()
 
+    def _round_inputs(self, name: str) -> None:
+        """Round the inputs of a layer outside the blocks, in the ranges that are found at inference."""
+        owner, _, leaf = name.rpartition(".")
+        module, layer = self.skeleton.module.get_submodule(owner), self._layers[self.skeleton.info(name).name]
+        number_format = layer.scheme.inputs if layer.scheme else None
+        if number_format is not None and leaf == "weight" and isinstance(module, nn.Linear):
+            self._rounded[owner] = _Rounded(partial(dynamic_range, number_format=number_format), module)
+
     def weights(self) -> list[Tensor]:
         """Weights, in steps of their grids."""
         return [linear.weight.units for linear in self._linears.values()]
@@ -193,7 +218,7 @@ class CheckpointTraining:
         """The quantized model's output."""
         learned = {name: each.values() for name, each in self._values.items()}
         with ExitStack() as stack:
-            for owner, linear in self._linears.items():
+            for owner, linear in (*self._linears.items(), *self._rounded.items()):
                 stack.enter_context(replaced_forward(self.skeleton.module.get_submodule(owner), linear))
             return self._called(self.skeleton.module, learned, inputs)
 
