@@ -206,7 +206,9 @@ class CalibratedWork:
         for name, tensor in trained.coded.items():
             layer = self._by_name[name]
             result = place_codes(layer, tensor, self.plan, output.destinations)
-            result.algorithm, result.note = f"{output.results[name].algorithm} + qat", output.results[name].note
+            # Where an interrupted run placed it already, that is said already.
+            before = output.results[name]
+            result.algorithm, result.note = f"{before.algorithm.removesuffix(' + qat')} + qat", before.note
             if not self.plan.steps.transforms:
                 weight = self.checkpoint.load(name).float().reshape(layer.matrix_shape)
                 result.signal, result.noise = error_powers(in_groups(weight, tensor.number_format), tensor)

@@ -343,7 +343,7 @@ class Training:
         torch.save(state, unfinished)
         unfinished.replace(self.checkpoint)
         self._saved = time.monotonic()
-        self._pause = max(CHECKPOINT_SECONDS, _CHECKPOINT_SHARE * (self._saved - started))
+        self._pause = CHECKPOINT_SECONDS * max(1.0, _CHECKPOINT_SHARE * (self._saved - started) / CHECKPOINT_SECONDS)
 
     def _resume(self) -> int:
         """Take up the checkpoint, if there is one; returns the step that it was written after."""

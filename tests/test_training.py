@@ -263,7 +263,6 @@ def test_a_run_that_is_continued_does_what_it_would_have_done(
     whole = Run(tmp_path / "whole")
     expected = whole.run(**options)
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
-    monkeypatch.setattr(training, "_CHECKPOINT_SHARE", -1.0)
     interrupted(Run(tmp_path), stop, options)
     assert (tmp_path / "state.pt").exists() == (stop > 1) and not (tmp_path / "state.partial").exists()
     again = Run(tmp_path)
@@ -301,7 +300,6 @@ def test_lengths_that_differ_change_nothing_about_that(tmp_path: Path, monkeypat
     whole = Run(tmp_path / "whole", Wide(), Rows(ragged=True))
     expected = whole.run(epochs=3)
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
-    monkeypatch.setattr(training, "_CHECKPOINT_SHARE", -1.0)
     interrupted(Run(tmp_path, Wide(), Rows(ragged=True)), 14, {"epochs": 3})
     again = Run(tmp_path, Wide(), Rows(ragged=True))
     assert again.run(epochs=3) == expected

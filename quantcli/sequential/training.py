@@ -217,8 +217,9 @@ class CheckpointTraining:
     def student(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The quantized model's output."""
         learned = {name: each.values() for name, each in self._values.items()}
+        layers: dict[str, _Linear | _Rounded] = {**self._linears, **self._rounded}
         with ExitStack() as stack:
-            for owner, linear in (*self._linears.items(), *self._rounded.items()):
+            for owner, linear in layers.items():
                 stack.enter_context(replaced_forward(self.skeleton.module.get_submodule(owner), linear))
             return self._called(self.skeleton.module, learned, inputs)
 
