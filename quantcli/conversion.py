@@ -150,11 +150,10 @@ class Conversion:
 
         if self.work:
             tick = Fractions(tracker, _CALIBRATED_WEIGHT * calibrated)
-            scratch = staging.root / "scratch"
             self.work.run(
                 Output(
                     staging.out,
-                    scratch,
+                    staging.scratch,
                     destinations,
                     self.results,
                     record,

@@ -65,8 +65,8 @@ def convert(
             and ``fp16``.
         format: on-disk format; by default the one that fits the scheme. Alone, it changes the container of a
             quantized checkpoint.
-        algorithm: ``auto``, ``rtn`` or ``mse``; with data also ``gptq``, ``awq``, ``smoothquant``, ``autoround``.
-            A recipe can chain them, and add ``tune``.
+        algorithm: ``auto``, ``rtn`` or ``mse``; with data also ``gptq``, ``awq``, ``smoothquant``, ``autoround``,
+            ``qat``. A recipe can chain them, and add ``tune``.
         recipe: a `Recipe`, or the path of a YAML file.
         group_size: values per scale, for schemes with groups.
         skip: globs of layers to leave as they are.
@@ -76,14 +76,15 @@ def convert(
         threads: worker threads; by default the number of usable cores.
         max_memory: bytes that must not be exceeded; fewer threads are used to stay below.
         calibration: statistics from `calibrate`, for static quantization to ONNX.
-        data: in place of these, what to take them from; of a checkpoint, what its blocks are calibrated on.
+        data: in place of these, what to take them from; of a checkpoint, what its blocks are calibrated on. With
+            ``qat``, what is learned from.
         samples: how many of the data at the most.
         seq_len: tokens per sample of text.
         seed: what images are chosen by.
         tokenizer: a folder with the tokenizer, where the model has none.
         preprocess: a file that says how images become inputs.
         weights: a state dict for a model that is a function; what is quantized where the output is a checkpoint.
-        device: where the block at hand runs: ``cpu`` or ``cuda``.
+        device: where the block at hand runs, and a model is trained: ``cpu`` or ``cuda``.
         dry_run: plan and report only.
         force: replace an existing output.
         progress: called with bytes (or samples) done and in all, from any thread.

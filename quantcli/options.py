@@ -101,7 +101,7 @@ Algorithm = Annotated[
     typer.Option(
         "--algorithm",
         metavar="A",
-        help="auto, rtn or mse; with --data also gptq, awq, autoround, smoothquant. A recipe chains them.",
+        help="auto, rtn or mse; with --data also gptq, awq, autoround, smoothquant, qat. A recipe chains them.",
     ),
 ]
 RecipeFile = Annotated[Optional[Path], typer.Option("--recipe", metavar="FILE", help="A YAML file of rules per layer.")]
@@ -121,7 +121,7 @@ Target = Annotated[
 ]
 
 # Limits.
-Device = Annotated[str, typer.Option("--device", metavar="D", help="Where blocks are calibrated: cpu or cuda.")]
+Device = Annotated[str, typer.Option("--device", metavar="D", help="Where models are calibrated and trained: cpu or cuda.")]
 Threads = Annotated[Optional[int], typer.Option("--threads", metavar="N", min=1, help="Worker threads.")]
 MaxMemory = Annotated[
     Optional[str], typer.Option("--max-memory", metavar="BYTES", help="Memory not to be exceeded, such as 700MB.")

@@ -44,6 +44,8 @@ class Staging:
         self.root = partial_folder(target)
         self.out = self.root / "out"
         self._journal_path = self.root / "journal.jsonl"
+        #: For what does not fit into memory, and what was learned.
+        self.scratch = self.root / "scratch"
         #: What a training that is interrupted continues from.
         self.checkpoint = self.root / "training.pt"
         self._journal: IO[str] | None = None
@@ -64,6 +66,7 @@ class Staging:
             records = []
         if not records:
             shutil.rmtree(self.out, ignore_errors=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
             self._journal_path.unlink(missing_ok=True)
             self.checkpoint.unlink(missing_ok=True)
         self.out.mkdir(parents=True, exist_ok=True)
