@@ -153,6 +153,9 @@ def chain(recipe: Recipe, scheme: Scheme, *, data: bool | None) -> Steps:
     if not given and data and not scheme.weights.is_cast:
         given = [*recommended(scheme)]
     steps = parse_steps(given)
+    if steps.final and not steps.rounding and not steps.transforms:
+        # What is learned last begins at the best that is known without learning.
+        steps = parse_steps([*recommended(scheme), *given])
     static = scheme.is_static
     if (steps.needs or static) and data is False:
         who = " and ".join(step.name for step in steps.all if plugins.algorithm(step.name).NEEDS) or "int8-static"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from small_nets import CLASSES, SHAPES
+from test_qat import pair_sum
 
 from quantcli import convert, training, training_onnx
 from quantcli.export import export_to_onnx
@@ -92,9 +93,11 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Seen]]:
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
                 (seen.before,) = (values.numpy() for values in trainee.student(inputs).values())
-                for kind, share in ((trainee.weights(), 1.0), (trainee.factors(), 0.1), (trainee.values(), 0.3)):
+                small = min(size, 1.0)
+                kinds = (trainee.weights(), size), (trainee.factors(), 0.1 * small), (trainee.values(), 0.3 * small)
+                for kind, far in kinds:
                     for each in kind:
-                        each.add_(torch.randn(each.shape, generator=generator).clamp(-2, 2), alpha=size * share)
+                        each.add_(torch.randn(each.shape, generator=generator).clamp(-2, 2), alpha=far)
                 (seen.after,) = (values.numpy() for values in trainee.student(inputs).values())
             return History("moved")
 
@@ -183,6 +186,23 @@ def test_trained_codes_are_those_of_the_file(
         exact, restored = weight.original.double(), weight.learned.values().detach().double()
         expected = 10 * torch.log10(exact.square().sum() / (exact - restored).square().sum())
         assert rows[weight.origin.name].sqnr_db == pytest.approx(float(expected), abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("cnn", "static"), ("encoder", "static"), ("encoder", "dynamic")])
+def test_no_product_of_trained_codes_can_saturate(
+    home: Path, tmp_path: Path, moved: Callable[[float], Seen], name: str, scheme: str
+) -> None:
+    """On processors without VNNI; others would not show it."""
+    seen = moved(20.0)
+    converted(home, tmp_path / "out.onnx", name, scheme)
+    assert seen.trainee is not None
+    kinds = set()
+    for weight in seen.trainee._weights.values():
+        tensor, origin = weight.learned.tensor(), weight.origin
+        if origin.pairs is not None:
+            kinds.add(origin.pairs)
+            assert pair_sum(tensor, origin.pairs, origin.shape) <= 128
+    assert kinds == ({"filter", "matrix"} if name == "cnn" else {"matrix"})
 
 
 @pytest.mark.parametrize("name", ["cnn", "encoder"])
