@@ -1,4 +1,4 @@
-"""What training makes small, against its definition: outputs, labels, masks, a loss of the user's own; and the data."""
+"""What training makes small, against its definition: outputs, labels, masks, a loss of one's own; data and options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantcli.errors import InputError, UsageError
 from quantcli.graph.model import Port
 from quantcli.objective import Batch, Objective, log_scores
 from quantcli.samples import Samples, load_samples
-from quantcli.steps import QatOptions
+from quantcli.steps import QatOptions, parse_steps
 from quantcli.training import Defaults
 from quantcli.training_data import TrainingData, train
 
@@ -242,6 +242,9 @@ def dry():
 def ragged():
     for number in range(12):
         yield {"ids": np.full((1, 3 + number % 2), number)}
+def masked():
+    for sample in ragged():
+        yield sample | {"attention_mask": np.ones_like(sample["ids"])}
 """
 
 
@@ -266,6 +269,14 @@ def test_samples_of_one_shape_go_together(generators: None) -> None:
     found = list(data.batches(range(8)))
     assert [each.numbers for each in found] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert [each.inputs["ids"].shape for each in found] == [(4, 3), (4, 4)]
+
+
+def test_sequences_with_a_mask_are_padded_into_one_batch(generators: None) -> None:
+    ports = (*TOKENS, Port("attention_mask", INT64, ("n", "length")))
+    data = TrainingData(load_samples("own_samples:masked", ports, folder=None), torch.device("cpu"))
+    (found,) = data.batches([1, 2])
+    assert found.inputs["ids"].tolist() == [[1, 1, 1, 1], [2, 2, 2, 0]]
+    assert found.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
 def test_more_samples_than_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,3 +312,29 @@ def test_fewer_samples_evenly_spread(tmp_path: Path) -> None:
     assert [sample.label for sample in given.spread(99)] == list(range(10))
     fixed = samples(tmp_path, (Port("x", FLOAT, (4, 4)),), labels=range(10))
     assert len(fixed.spread(6)) == 4 and fixed.spread(6).fixed_batch == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"epoch": 3}, "unknown option 'epoch'"),
+        ({"optimizer": "lion"}, "optimizer"),
+        ({"epochs": 0}, "epochs"),
+        ({"epochs": 2, "steps": 5}, "epochs and steps both say how long"),
+        ({"distillation": 0, "labels": 0}, "nothing would be learned"),
+        ({"held_out": 0.9}, "held_out"),
+    ],
+)
+def test_options_that_cannot_be_meant(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match="steps: qat") as caught:
+        parse_steps(["gptq", {"qat": options}])
+    assert says in str(caught.value)
+    assert "epoch" not in options or "Did you mean 'epochs'?" in str(caught.value)
+
+
+def test_qat_is_the_last_step_and_no_other_learns_scales() -> None:
+    assert str(parse_steps(["gptq", "qat"])) == "gptq + qat"
+    with pytest.raises(UsageError, match="qat learns scales, too"):
+        parse_steps(["gptq", "tune", "qat"])
+    with pytest.raises(UsageError, match="this order makes no sense"):
+        parse_steps(["qat", "gptq"])

@@ -145,7 +145,7 @@ def test_trained_codes_and_scales_are_those_of_the_artifact(
 ) -> None:
     """Also where scales and norms are stored in bfloat16."""
     seen = moved(1.0)
-    out = make("out", recipe(scheme, *([QAT] if scheme.startswith("int8-") else []), rest="bf16"))
+    out = make("out", recipe(scheme, rest="bf16"))
     trainee = seen.trainee
     assert trainee is not None and len(trainee._linears) == 14
     weights, tensors, original = decoded(out), tensors_of(out), tensors_of(models / "llama")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from quantcli import training
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import InputError
 from quantcli.objective import Batch, Objective
-from quantcli.steps import QatOptions, parse_steps
+from quantcli.steps import QatOptions
 from quantcli.training import Defaults, History, Training
 
 CLASSES, WIDTH, COUNT = 5, 8, 40
@@ -351,29 +351,3 @@ def test_fewer_samples_than_a_batch(tmp_path: Path) -> None:
     run = Run(tmp_path, data=Rows(6))
     history = run.run(epochs=4, batch_size=64)
     assert history.steps == 4 and {len(numbers) for numbers in run.toy.seen} == {5}
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"epoch": 3}, "unknown option 'epoch'"),
-        ({"optimizer": "lion"}, "optimizer"),
-        ({"epochs": 0}, "epochs"),
-        ({"epochs": 2, "steps": 5}, "epochs and steps both say how long"),
-        ({"distillation": 0, "labels": 0}, "nothing would be learned"),
-        ({"held_out": 0.9}, "held_out"),
-    ],
-)
-def test_options_that_cannot_be_meant(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UsageError, match="steps: qat") as caught:
-        parse_steps(["gptq", {"qat": options}])
-    assert says in str(caught.value)
-    assert "epoch" not in options or "Did you mean 'epochs'?" in str(caught.value)
-
-
-def test_qat_is_the_last_step_and_no_other_learns_scales() -> None:
-    assert str(parse_steps(["gptq", "qat"])) == "gptq + qat"
-    with pytest.raises(UsageError, match="qat learns scales, too"):
-        parse_steps(["gptq", "tune", "qat"])
-    with pytest.raises(UsageError, match="this order makes no sense"):
-        parse_steps(["qat", "gptq"])
