@@ -121,7 +121,9 @@ Target = Annotated[
 ]
 
 # Limits.
-Device = Annotated[str, typer.Option("--device", metavar="D", help="Where models are calibrated and trained: cpu or cuda.")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="D", help="Where models are calibrated and trained: cpu or cuda.")
+]
 Threads = Annotated[Optional[int], typer.Option("--threads", metavar="N", min=1, help="Worker threads.")]
 MaxMemory = Annotated[
     Optional[str], typer.Option("--max-memory", metavar="BYTES", help="Memory not to be exceeded, such as 700MB.")

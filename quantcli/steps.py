@@ -196,7 +196,7 @@ def parse_steps(given: Sequence[str | Mapping[str, Any]]) -> Steps:
             f"{', '.join(FINAL)}.",
         )
     rounding = roundings[0] if roundings else None
-    if rounding is None and names[-1:] == ["awq"]:
+    if rounding is None and transforms and transforms[-1].name == "awq":
         rounding = transforms[-1]
     return Steps(transforms, rounding, final)
 

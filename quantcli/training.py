@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quantcli.algorithms.qat import clamp_factors
+from quantcli.algorithms.qat import NormalizedSGD, clamp_factors
 from quantcli.errors import InputError
 from quantcli.objective import Batch, Objective, Outputs
 from quantcli.steps import QatOptions
@@ -172,7 +172,7 @@ class Training:
         ]
         groups = [group for group in groups if group["params"]]
         if self.options.optimizer == "sgd":
-            return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+            return NormalizedSGD(groups, lr=rate)
         return torch.optim.Adam(groups, betas=(0.9, 0.99), foreach=False)
 
     def _share(self, step: int) -> float:

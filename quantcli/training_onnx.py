@@ -37,6 +37,7 @@ def fingerprint(recipe: Recipe, model: OnnxModel, samples: Samples, given: Calib
         "recipe": recipe.model_dump(),
         "model": model.sha256(),
         "data": samples.sha256,
+        "statistics": hashlib.sha256(given.stats.read_bytes()).hexdigest() if given.stats else None,
         "seed": given.seed,
         "device": device,
     }

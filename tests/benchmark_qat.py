@@ -87,7 +87,9 @@ def smollm2(folder: Path) -> None:
     for name, recipe in LANGUAGE.items():
         cost = algorithms.convert(model, folder / "out", "--recipe", CONFIGS / recipe, *given)
         found[name] = {text: algorithms.perplexity(folder / "out", ids) for text, ids in windows.items()}
-        print(f"{name:16} {', '.join(f'{text} {value:.3f}' for text, value in found[name].items())}   {cost}", flush=True)
+        print(
+            f"{name:16} {', '.join(f'{text} {value:.3f}' for text, value in found[name].items())}   {cost}", flush=True
+        )
     for text, best in found["gptq + tune"].items():
         own = found["gptq + qat"][text]
         line(f"gptq + qat: perplexity, {text}", f"{own:.3f}", f"below {best:.3f}, gptq + tune", own < best)

@@ -25,6 +25,8 @@ NEEDS = frozenset({"training"})
 
 #: How far from the middle of its code's cell a weight may start: its edges are half a step away.
 _INSIDE = 0.49
+#: Of a step's direction, what is kept for the next one.
+_MOMENTUM = 0.9
 #: Values that are all smaller than this move as if they had this size.
 _SMALLEST_MOVE = 1e-2
 
@@ -109,7 +111,7 @@ class LearnedWeight:
         Args:
             start: codes, scales and zero points; the latter stay.
             original: the weight before it was quantized, float32 ``[rows, columns]``, where it is known: a weight
-                then starts as near to its own value as its code allows.
+                then starts at its own value, if its code is that of it.
             scale_dtype: what scales are stored in.
             restrict: what changes codes that the runtime could not multiply exactly.
         """
@@ -120,8 +122,9 @@ class LearnedWeight:
             steps -= start.zero_point.float().unsqueeze(-1)
         units = steps
         if original is not None:
-            exact = in_groups(original.float(), self.number_format) / start.scale.unsqueeze(-1)
-            units = steps + (exact - steps).clamp_(-_INSIDE, _INSIDE)
+            left = in_groups(original.float(), self.number_format) / start.scale.unsqueeze(-1) - steps
+            # One that lies in another cell was moved on purpose, to make up for others' errors: it stays in the middle.
+            units = steps + left.masked_fill_(left.abs() > _INSIDE, 0.0)
         #: The weight in units of its first scale, shaped as by `in_groups`.
         self.units = units.contiguous().requires_grad_(True)
         self.scales = Factors(start.scale, scale_dtype, scales=True)
@@ -233,6 +236,31 @@ class LearnedValues:
     def to(self, device: torch.device) -> LearnedValues:
         """The same on another device; before training only."""
         return LearnedValues(self._start.to(device), self._dtype)
+
+
+class NormalizedSGD(torch.optim.Optimizer):
+    """Gradient descent with momentum, whose steps have the length ``lr`` in the root mean square over each tensor.
+
+    Adam moves all values alike, however small their gradients; here those move that matter. It holds half as much.
+    """
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step, for which every gradient is given."""
+        for group in self.param_groups:
+            for values in group["params"]:
+                if values.grad is None:
+                    continue
+                state = self.state[values]
+                size = float(values.grad.square().mean().sqrt())
+                if "direction" not in state:
+                    state["direction"] = torch.zeros_like(values)
+                direction = state["direction"].mul_(_MOMENTUM)
+                direction.add_(values.grad, alpha=(1 - _MOMENTUM) / max(size, 1e-30))
+                values.add_(direction, alpha=-group["lr"])
 
 
 def clamp_factors(factor: Tensor) -> None:
