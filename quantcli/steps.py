@@ -153,13 +153,16 @@ def chain(recipe: Recipe, scheme: Scheme, *, data: bool | None) -> Steps:
     if not given and data and not scheme.weights.is_cast:
         given = [*recommended(scheme)]
     steps = parse_steps(given)
+    if steps.needs and scheme.weights.is_cast:
+        raise UsageError(f"{scheme} only casts values, and {steps} is for codes.", "Leave the algorithm out.")
     if steps.final and not steps.rounding and not steps.transforms:
         # What is learned last begins at the best that is known without learning.
         steps = parse_steps([*recommended(scheme), *given])
     static = scheme.is_static
     if (steps.needs or static) and data is False:
-        who = " and ".join(step.name for step in steps.all if plugins.algorithm(step.name).NEEDS) or "int8-static"
-        raise UsageError(f"{who} needs calibration data.", "Name some with --data; nothing is fetched or made up.")
+        named = [step.name for step in steps.all if plugins.algorithm(step.name).NEEDS] or ["int8-static"]
+        who = f"{' and '.join(named)} {'need' if len(named) > 1 else 'needs'}"
+        raise UsageError(f"{who} calibration data.", "Name some with --data; nothing is fetched or made up.")
     if data and not steps.needs and not static:
         who = f"{steps} uses" if given else f"The scheme {scheme} uses"
         other = "" if scheme.weights.dtype not in ("int4", "int8") else ", or choose --algorithm gptq"

@@ -154,7 +154,7 @@ def test_a_unit_scales_what_is_rounded_and_its_gradient(number_format: NumberFor
 
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
-def test_training_starts_at_the_codes_and_at_the_weight_where_its_code_is_the_nearest(
+def test_training_starts_at_the_codes_and_towards_the_weight_where_its_code_is_the_nearest(
     number_format: NumberFormat, scale_dtype: torch.dtype
 ) -> None:
     weight, tensor = quantized(number_format, scale_dtype)
@@ -171,9 +171,12 @@ def test_training_starts_at_the_codes_and_at_the_weight_where_its_code_is_the_ne
     units = learned.units.detach()
     own = (exact - steps).abs() < 0.48
     assert 0.1 < float(own.float().mean()) < 1
-    torch.testing.assert_close(units[own], exact[own], rtol=1e-5, atol=1e-5)
-    # A weight that lies elsewhere starts within the cell of its code, and so not at its edge.
-    assert bool(((units - steps)[~own].abs() < 0.495).all())
+    halfway = steps + 0.5 * (exact - steps)
+    torch.testing.assert_close(units[own], halfway[own], rtol=1e-5, atol=1e-5)
+    # A weight that lies elsewhere was moved on purpose, and starts in the middle of its code's cell (or near its edge
+    # by a hair, and so is not told from those).
+    elsewhere = (exact - steps).abs() > 0.52
+    torch.testing.assert_close(units[elsewhere], steps[elsewhere], rtol=1e-5, atol=1e-5)
     # Where the weight is not known, it starts in the middle of its cells.
     alone = LearnedWeight(tensor, None, scale_dtype)
     torch.testing.assert_close(alone.units.detach(), steps, rtol=1e-5, atol=1e-5)

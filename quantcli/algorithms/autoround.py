@@ -5,8 +5,9 @@ A weight becomes ``scale * clamp(round(weight / scale + offset))`` with an offse
 half as much again or as little as its first choice. Both follow the sign of the gradient of the squared difference
 between what the block returns and what the original block returned, with a rate that falls to zero.
 
-Differences from the authors' code: scales start from the clip search rather than the full range, the last
-iteration's rounding is taken rather than the one with the best batch, and the gradients of rounding are written
+As in the authors' code scales start from the full range, the largest weight being the lowest code: from a clip search
+a model becomes as good on text like that which it is calibrated on, and worse on other text. Differences from it: the
+last iteration's rounding is taken rather than the one with the best batch, and the gradients of rounding are written
 out, since they follow from the weight's gradient alone and need no graph of their own.
 """
 
@@ -21,8 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quantcli.algorithms import mse, rtn
-from quantcli.numerics import code_range, in_groups, stored_scale
+from quantcli.algorithms import mse
+from quantcli.numerics import choose_qparams, code_range, in_groups, stored_scale
 from quantcli.scheme import NumberFormat, QuantizedTensor
 
 NEEDS = frozenset({"original"})
@@ -87,12 +88,15 @@ class Rounding:
 
     @classmethod
     def start(cls, weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> Rounding:
-        """Nearest rounding of ``weight``, float32 ``[rows, columns]``, on the best grid that is known without data."""
-        first = mse if number_format.bits == 4 else rtn
-        tensor = first.run(weight, number_format, scale_dtype)
-        zero_point = None if tensor.zero_point is None else tensor.zero_point.float().unsqueeze(-1)
+        """Nearest rounding of ``weight``, float32 ``[rows, columns]``, in its full range."""
         groups = in_groups(weight, number_format)
-        return cls(groups, number_format, scale_dtype, tensor.scale.unsqueeze(-1), zero_point)
+        low, high = mse.group_range(groups, number_format)
+        if mse.has_signed_scales(number_format):
+            qmin, qmax = code_range(number_format)
+            high = high * ((qmax - qmin) / (-2 * qmin))
+        scale, offset = choose_qparams(low, high, number_format, scale_dtype)
+        zero_point = None if offset is None else offset.float().unsqueeze(-1)
+        return cls(groups, number_format, scale_dtype, scale.unsqueeze(-1), zero_point)
 
     def _bounds(self) -> tuple[Any, Any]:
         """Smallest and largest multiple of the scale."""

@@ -36,10 +36,15 @@ def supports(number_format: NumberFormat) -> str | None:
     return "nf4 takes its block's absmax as it is; use rtn" if number_format.dtype == "nf4" else None
 
 
+def has_signed_scales(number_format: NumberFormat) -> bool:
+    """Whether the scales of a format may be negative: in symmetric groups of four bits."""
+    return number_format.symmetric and number_format.bits == 4 and number_format.granularity.kind == "group"
+
+
 def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor | None, Tensor]:
-    """As `rtn.group_range`, but in groups of four bits a symmetric range has a sign: minus the largest weight's."""
+    """As `rtn.group_range`, but where scales may be negative a range has a sign: minus the largest weight's."""
     low, high = rtn.group_range(groups, number_format)
-    if low is not None or number_format.bits != 4 or number_format.granularity.kind != "group":
+    if not has_signed_scales(number_format):
         return low, high
     smallest, largest = torch.aminmax(groups, dim=-1)
     return None, torch.where(largest > -smallest, -high, high)

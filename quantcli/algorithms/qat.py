@@ -23,8 +23,9 @@ from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor
 
 NEEDS = frozenset({"training"})
 
-#: How far from the middle of its code's cell a weight may start: its edges are half a step away.
-_INSIDE = 0.49
+#: A weight starts so far from the middle of its code's cell towards its own value. At its own value it could be next
+#: to the edge, and the noise of the first steps would change its code, and that of many others with it.
+_TOWARDS = 0.5
 #: Of a step's direction, what is kept for the next one.
 _MOMENTUM = 0.9
 #: Values that are all smaller than this move as if they had this size.
@@ -111,7 +112,7 @@ class LearnedWeight:
         Args:
             start: codes, scales and zero points; the latter stay.
             original: the weight before it was quantized, float32 ``[rows, columns]``, where it is known: a weight
-                then starts at its own value, if its code is that of it.
+                then starts nearer to its own value, if its code is that of it.
             scale_dtype: what scales are stored in.
             restrict: what changes codes that the runtime could not multiply exactly.
         """
@@ -124,7 +125,7 @@ class LearnedWeight:
         if original is not None:
             left = in_groups(original.float(), self.number_format) / start.scale.unsqueeze(-1) - steps
             # One that lies in another cell was moved on purpose, to make up for others' errors: it stays in the middle.
-            units = steps + left.masked_fill_(left.abs() > _INSIDE, 0.0)
+            units = steps + left.masked_fill_(left.abs() > 0.5, 0.0).mul_(_TOWARDS)
         #: The weight in units of its first scale, shaped as by `in_groups`.
         self.units = units.contiguous().requires_grad_(True)
         self.scales = Factors(start.scale, scale_dtype, scales=True)
