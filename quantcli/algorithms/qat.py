@@ -223,10 +223,12 @@ def dynamic_range(values: Tensor, number_format: NumberFormat) -> Tensor:
 class LearnedValues:
     """Values that are not quantized and learn, such as biases and norms: rounded to the dtype they are stored in."""
 
-    def __init__(self, start: Tensor, dtype: torch.dtype) -> None:
-        self._start, self._dtype = start.float(), dtype
-        self._unit = start.float().square().mean().sqrt().clamp(min=_SMALLEST_MOVE)
-        #: Change in units of the values' own size.
+    def __init__(self, start: Tensor, dtype: torch.dtype, *, factors: bool = False) -> None:
+        """``factors``: what values are multiplied by, which moves in proportion to each, as norms do."""
+        self._start, self._dtype, self._factors = start.float(), dtype, factors
+        rms = self._start.square().mean().sqrt()
+        self._unit = self._start.abs() if factors else rms.clamp(min=_SMALLEST_MOVE)
+        #: Change in units of the values' own size: of each, or their root mean square.
         self.change = torch.zeros_like(self._start, requires_grad=True)
 
     def values(self) -> Tensor:
@@ -236,7 +238,7 @@ class LearnedValues:
 
     def to(self, device: torch.device) -> LearnedValues:
         """The same on another device; before training only."""
-        return LearnedValues(self._start.to(device), self._dtype)
+        return LearnedValues(self._start.to(device), self._dtype, factors=self._factors)
 
 
 class NormalizedSGD(torch.optim.Optimizer):

@@ -264,7 +264,9 @@ class GraphTraining:
                 continue
             if tensor.shape.numpy()[0] > 1 and value.name not in self._values:
                 start = torch.from_numpy(np.array(tensor.numpy())).to(self.device)
-                self._values[_name(value)] = LearnedValues(start, torch.float32)
+                # What a norm multiplies by comes right before what it adds.
+                factors = index == 1 and not is_standard(node, "Add")
+                self._values[_name(value)] = LearnedValues(start, torch.float32, factors=factors)
 
     # What was learned.
 

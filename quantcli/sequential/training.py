@@ -163,7 +163,7 @@ class CheckpointTraining:
             self.skeleton.set(name, plain[info.name])
             if self._norms and (layer.role == "norm" or leaf == "bias"):
                 start = plain[info.name].to(self.device)
-                self._values[name] = LearnedValues(start, TORCH_DTYPES[layer.dtype])
+                self._values[name] = LearnedValues(start, TORCH_DTYPES[layer.dtype], factors=leaf != "bias")
 
     def _weight(self, name: str, tensor: QuantizedTensor) -> LearnedWeight:
         original = None
