@@ -6,7 +6,9 @@ backward, rounding counts as having slope one, and none where a value is cut off
 slope that follows from that.
 
 A weight is learned in units of its own first scale, so that a learning rate means the same for all: steps of the
-grid. It starts in the cell of the code that was chosen for it before: training goes on from there.
+grid. It starts in the middle of the cell of the code that was chosen for it before. Its own value, where it lay before
+it was quantized, can be next to the cell's edge, and then the noise of the first steps would change its code, and those
+of many others with it; from the middle only those change that are told so step after step.
 """
 
 from __future__ import annotations
@@ -23,9 +25,6 @@ from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor
 
 NEEDS = frozenset({"training"})
 
-#: A weight starts so far from the middle of its code's cell towards its own value. At its own value it could be next
-#: to the edge, and the noise of the first steps would change its code, and that of many others with it.
-_TOWARDS = 0.5
 #: Of a step's direction, what is kept for the next one.
 _MOMENTUM = 0.9
 #: Values that are all smaller than this move as if they had this size.
@@ -103,7 +102,6 @@ class LearnedWeight:
     def __init__(
         self,
         start: QuantizedTensor,
-        original: Tensor | None,
         scale_dtype: torch.dtype,
         restrict: Restriction | None = None,
     ) -> None:
@@ -111,8 +109,6 @@ class LearnedWeight:
 
         Args:
             start: codes, scales and zero points; the latter stay.
-            original: the weight before it was quantized, float32 ``[rows, columns]``, where it is known: a weight
-                then starts nearer to its own value, if its code is that of it.
             scale_dtype: what scales are stored in.
             restrict: what changes codes that the runtime could not multiply exactly.
         """
@@ -121,13 +117,8 @@ class LearnedWeight:
         steps = in_groups(start.codes, self.number_format).float()
         if start.zero_point is not None:
             steps -= start.zero_point.float().unsqueeze(-1)
-        units = steps
-        if original is not None:
-            left = in_groups(original.float(), self.number_format) / start.scale.unsqueeze(-1) - steps
-            # One that lies in another cell was moved on purpose, to make up for others' errors: it stays in the middle.
-            units = steps + left.masked_fill_(left.abs() > 0.5, 0.0).mul_(_TOWARDS)
         #: The weight in units of its first scale, shaped as by `in_groups`.
-        self.units = units.contiguous().requires_grad_(True)
+        self.units = steps.contiguous().requires_grad_(True)
         self.scales = Factors(start.scale, scale_dtype, scales=True)
 
     def values(self) -> Tensor:

@@ -187,7 +187,7 @@ class GraphTraining:
             padded = torch.nn.functional.pad(original, (0, size - original.shape[1]))
             dtype = torch.float16 if constant(scale).dtype.name == "FLOAT16" else torch.float32  # type: ignore[union-attr]
             restrict = origin.restricted if origin.pairs else None
-            learned = LearnedWeight(start, padded, dtype, restrict).to(self.device)
+            learned = LearnedWeight(start, dtype, restrict).to(self.device)
             self._weights[key] = _Weight(learned, codes, scale, origin, padded, nbits)
         return self._weights[key]
 

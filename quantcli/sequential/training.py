@@ -156,7 +156,8 @@ class CheckpointTraining:
         info, module = self.skeleton.info(name), self.skeleton.module.get_submodule(owner)
         layer = self._layers[info.name]
         if info.name in coded and leaf == "weight" and isinstance(module, nn.Linear):
-            self._linears[owner] = _Linear(self._weight(name, coded[info.name]), self._inputs(layer, coded), module)
+            weight = LearnedWeight(coded[info.name], TORCH_DTYPES[self.plan.scale_dtype])
+            self._linears[owner] = _Linear(weight.to(self.device), self._inputs(layer, coded), module)
         elif info.name in coded:
             self.skeleton.set(name, decoded(coded[info.name]).reshape(info.shape))
         else:
@@ -164,14 +165,6 @@ class CheckpointTraining:
             if self._norms and (layer.role == "norm" or leaf == "bias"):
                 start = plain[info.name].to(self.device)
                 self._values[name] = LearnedValues(start, TORCH_DTYPES[layer.dtype], factors=leaf != "bias")
-
-    def _weight(self, name: str, tensor: QuantizedTensor) -> LearnedWeight:
-        original = None
-        if not self.plan.steps.transforms:
-            # Where scales moved between layers, the checkpoint's weight is not what was quantized.
-            info = self.skeleton.info(name)
-            original = self.skeleton.checkpoint.read_rows(info, 0, info.rows).float().reshape(tensor.codes.shape)
-        return LearnedWeight(tensor, original, TORCH_DTYPES[self.plan.scale_dtype]).to(self.device)
 
     def _inputs(self, layer: LayerPlan, coded: Mapping[str, QuantizedTensor]) -> Callable[[Tensor], Tensor] | None:
         number_format = layer.scheme.inputs if layer.scheme else None
