@@ -24,7 +24,7 @@ from quantcli.training_data import TrainingData, train
 
 #: A language model learns from few, long samples, and forgets what it knew if it learns fast.
 LANGUAGE = Defaults(epochs=1, batch_size=1, learning_rate=2e-2, scale_learning_rate=1e-3, held_out=0.05)
-OTHERS = Defaults(epochs=3, batch_size=16, learning_rate=1e-2, scale_learning_rate=1e-3)
+OTHERS = Defaults(epochs=3, batch_size=16, learning_rate=2e-2, scale_learning_rate=1e-3)
 
 #: Parts of a quantized weight, as they are kept until they are in the output.
 _CODES, _SCALE, _ZERO_POINT, _INPUT_SCALE = "codes", "scale", "zero_point", "input_scale"

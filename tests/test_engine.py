@@ -143,7 +143,7 @@ def naive_gptq(
                 grid = mse.run(linear.weight.detach(), INT4, torch.bfloat16)
                 expected = oracles.gptq(linear.weight.detach(), seen[name], grid, 0.01)
                 step = grid.scale.repeat_interleave(GROUP, 1).double().numpy()
-                off[full] = float(np.mean(np.abs(artifact[full].double().numpy() - expected) > 0.5 * step))
+                off[full] = float(np.mean(np.abs(artifact[full].double().numpy() - expected) > 0.5 * np.abs(step)))
             if hand_on:
                 for name, parameter in block.named_parameters():
                     parameter.data = artifact[f"{path}.{number}.{name}"]

@@ -32,7 +32,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "int4": INT4, "int4 asymmetric": {"scheme": ASYMMETRIC}, "int8": {"scheme": "int8"},
     "int8-dynamic": {"scheme": "int8-dynamic"}, "int8-static": {"scheme": "int8-static"},
 }  # fmt: skip
-RATES = {"learning_rate": 5e-3, "scale_learning_rate": 1e-3}
+RATES = {"learning_rate": 3e-2, "scale_learning_rate": 1e-3}
 QAT: dict[str, Any] = {"qat": {"epochs": 4, "held_out": 0.2, "batch_size": 8, **RATES}}
 
 
