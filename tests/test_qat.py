@@ -136,20 +136,33 @@ def test_groups_have_scales_of_both_signs_and_the_gradients_follow() -> None:
 
 
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
-def test_a_unit_scales_what_is_rounded_and_its_gradient(number_format: NumberFormat) -> None:
+def test_what_is_in_steps_is_carried_by_its_scale(number_format: NumberFormat) -> None:
+    """Codes do not depend on the scale then, and so its slope is exactly theirs: finite differences in float64."""
     weight, tensor = quantized(number_format)
-    unit, weights = tensor.scale * 1.25, random(ROWS, COLUMNS, seed=5)
-    groups = numerics.in_groups(weight, number_format)
-    values = (groups / unit.unsqueeze(-1)).requires_grad_()
+    weights = numerics.in_groups(random(ROWS, COLUMNS, seed=5), number_format)
+    low, high = numerics.code_range(number_format)
+    zero = 0.0 if tensor.zero_point is None else tensor.zero_point.double().unsqueeze(-1)
+    # Some beyond the codes there are.
+    values = (1.3 * numerics.in_groups(weight, number_format) / tensor.scale.unsqueeze(-1)).requires_grad_()
     scale = tensor.scale.clone().requires_grad_()
-    rounded = fake_quantize(values, scale, number_format, unit=unit, zero_point=tensor.zero_point)
-    (rounded.reshape(weight.shape) * weights).sum().backward()  # type: ignore[no-untyped-call]
-    plain, plain_scale, wanted, _ = fake(tensor, weight)
-    (wanted.reshape(weight.shape) * weights).sum().backward()  # type: ignore[no-untyped-call]
-    assert values.grad is not None and plain.grad is not None
-    torch.testing.assert_close(rounded, wanted)
-    torch.testing.assert_close(values.grad, plain.grad * unit.unsqueeze(-1))
-    torch.testing.assert_close(scale.grad, plain_scale.grad, rtol=1e-3, atol=1e-3)
+    rounded = fake_quantize(values, scale, number_format, zero_point=tensor.zero_point, in_steps=True)
+    (rounded * weights).sum().backward()  # type: ignore[no-untyped-call]
+
+    def loss(scales: Tensor) -> Tensor:
+        steps = (values.detach().double().round() + zero).clamp(low, high) - zero
+        return (steps * scales.unsqueeze(-1) * weights.double()).sum(-1)
+
+    exact = tensor.scale.double()
+    torch.testing.assert_close((rounded * weights).sum(-1).double(), loss(exact), rtol=1e-4, atol=1e-4)
+    slope = (loss(exact * 1.001) - loss(exact * 0.999)) / (exact * 0.002)
+    assert scale.grad is not None and values.grad is not None
+    torch.testing.assert_close(scale.grad.double(), slope, rtol=1e-4, atol=1e-3)
+    codes = values.detach().double().round() + zero
+    inside = (codes >= low) & (codes <= high)
+    assert not bool(inside.all())
+    torch.testing.assert_close(
+        values.grad.double(), weights.double() * exact.unsqueeze(-1) * inside, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)

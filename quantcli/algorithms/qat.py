@@ -5,9 +5,9 @@ arXiv:1902.08153). Forward, everything that will be quantized is rounded by `qua
 backward, rounding counts as having slope one, and none where a value is cut off (straight-through). A scale has the
 slope that follows from that.
 
-A weight is learned in units of its own first scale, so that a learning rate means the same for all: steps of the
-grid. It starts in the middle of the cell of the code that was chosen for it before. Its own value, where it lay before
-it was quantized, can be next to the cell's edge, and then the noise of the first steps would change its code, and those
+A weight is learned in steps of its grid, so that a learning rate means the same for all, and a scale that learns takes
+its weights along. It starts in the middle of the cell of the code that was chosen for it before. Where it lay before
+it was quantized can be next to the cell's edge, and then the noise of the first steps would change its code, and those
 of many others with it; from the middle only those change that are told so step after step.
 """
 
@@ -41,8 +41,8 @@ def supports(number_format: NumberFormat) -> str | None:
 class FakeQuantize(torch.autograd.Function):
     """Values, shaped as by `numerics.in_groups`, rounded to a grid, with gradients for both values and scales.
 
-    ``values * unit`` is what is rounded, ``scale`` ``[groups]`` and ``zero_point`` are the grid. ``restrict`` may
-    change codes that the runtime could not multiply exactly.
+    ``scale`` ``[groups]`` and ``zero_point`` are the grid. Values are real ones, or with ``in_steps`` they are in steps
+    of the grid, whatever its scale. ``restrict`` may change codes that the runtime could not multiply exactly.
     """
 
     @staticmethod
@@ -50,35 +50,39 @@ class FakeQuantize(torch.autograd.Function):
         ctx: Any,
         values: Tensor,
         scale: Tensor,
-        unit: Tensor | None,
         zero_point: Tensor | None,
         number_format: NumberFormat,
+        in_steps: bool,
         restrict: Restriction | None,
     ) -> Tensor:
         """Rounded values, float32 like ``values``."""
-        step = scale if unit is None else scale / unit
+        step = torch.ones_like(scale) if in_steps else scale
         codes = quantize(values, step, zero_point, number_format)
         if restrict is not None:
             codes = restrict(codes)
         ctx.save_for_backward(values, scale, codes)
-        ctx.unit, ctx.zero_point, ctx.number_format = unit, zero_point, number_format
+        ctx.in_steps, ctx.zero_point, ctx.number_format = in_steps, zero_point, number_format
         return dequantize(codes, scale, zero_point, number_format)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        """LSQ, equations 3 and 5: by the value 1 or 0, by the scale ``round(v/s) - v/s``, or the code where cut off."""
+        """LSQ, equations 3 and 5: by the value 1 or 0, by the scale ``round(v/s) - v/s``, or the code where cut off.
+
+        What is in steps does not depend on the scale: then the code itself is the slope by it, everywhere.
+        """
         (gradient,) = gradients
         values, scale, codes = ctx.saved_tensors
-        unit, by_values, by_scale = ctx.unit, None, None
-        exact = values / (scale if unit is None else scale / unit).unsqueeze(-1)
+        by_values, by_scale = None, None
+        exact = values if ctx.in_steps else values / scale.unsqueeze(-1)
         steps = codes.float() if ctx.zero_point is None else codes - ctx.zero_point.float().unsqueeze(-1)
         inside = (exact - steps).abs_() <= 0.5
         if ctx.needs_input_grad[1]:
-            by_scale = (steps.sub_(exact.mul_(inside)).mul_(gradient)).sum(-1)
+            slope = steps if ctx.in_steps else steps.sub_(exact.mul_(inside))
+            by_scale = (slope * gradient).sum(-1)
         if ctx.needs_input_grad[0]:
             by_values = gradient * inside
-            if unit is not None:
-                by_values.mul_(unit.unsqueeze(-1))
+            if ctx.in_steps:
+                by_values.mul_(scale.unsqueeze(-1))
         return by_values, by_scale, None, None, None, None
 
 
@@ -87,12 +91,12 @@ def fake_quantize(
     scale: Tensor,
     number_format: NumberFormat,
     *,
-    unit: Tensor | None = None,
     zero_point: Tensor | None = None,
+    in_steps: bool = False,
     restrict: Restriction | None = None,
 ) -> Tensor:
     """See `FakeQuantize`."""
-    found: Tensor = FakeQuantize.apply(values, scale, unit, zero_point, number_format, restrict)  # type: ignore[no-untyped-call]
+    found: Tensor = FakeQuantize.apply(values, scale, zero_point, number_format, in_steps, restrict)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -117,7 +121,7 @@ class LearnedWeight:
         steps = in_groups(start.codes, self.number_format).float()
         if start.zero_point is not None:
             steps -= start.zero_point.float().unsqueeze(-1)
-        #: The weight in units of its first scale, shaped as by `in_groups`.
+        #: The weight in steps of its grid, shaped as by `in_groups`.
         self.units = steps.contiguous().requires_grad_(True)
         self.scales = Factors(start.scale, scale_dtype, scales=True)
 
@@ -128,8 +132,8 @@ class LearnedWeight:
             self.units,
             self.scales.values(),
             self.number_format,
-            unit=start.scale,
             zero_point=start.zero_point,
+            in_steps=True,
             restrict=self._restrict,
         )
         return rounded.reshape(start.codes.shape)
@@ -138,7 +142,7 @@ class LearnedWeight:
     def tensor(self) -> QuantizedTensor:
         """Codes and scales as they are now."""
         start, scale = self._start, self.scales.values()
-        codes = quantize(self.units, scale / start.scale, start.zero_point, self.number_format)
+        codes = quantize(self.units, torch.ones_like(scale), start.zero_point, self.number_format)
         if self._restrict is not None:
             codes = self._restrict(codes)
         codes, scale = codes.reshape(start.codes.shape).cpu(), scale.cpu()
