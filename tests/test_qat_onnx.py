@@ -255,7 +255,7 @@ def test_training_brings_outputs_nearer_and_equal_runs_are_equal(
 ) -> None:
     report = converted(home, tmp_path / "first.onnx", name, scheme, "rtn", **LEARNS)
     models = report.details["training"]["models"]
-    assert models["qat"]["loss"] < 0.9 * models["ptq"]["loss"]
+    assert models["qat"]["loss"] < 0.95 * models["ptq"]["loss"]
     assert models["original"]["loss"] == pytest.approx(0, abs=1e-6)
     assert report.details["training"]["best_step"] > 0
     converted(home, tmp_path / "second.onnx", name, scheme, "rtn", **LEARNS)
