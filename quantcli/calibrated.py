@@ -209,10 +209,18 @@ class CalibratedWork:
             # Where an interrupted run placed it already, that is said already.
             before = output.results[name]
             result.algorithm, result.note = f"{before.algorithm.removesuffix(' + qat')} + qat", before.note
-            if not self.plan.steps.transforms:
-                weight = self.checkpoint.load(name).float().reshape(layer.matrix_shape)
-                result.signal, result.noise = error_powers(in_groups(weight, tensor.number_format), tensor)
+            result.signal, result.noise = self._powers(layer, tensor)
             output.record(name, result)
+
+    def _powers(self, layer: LayerPlan, tensor: QuantizedTensor) -> tuple[float, float]:
+        """Sums of squares of a weight and of its error; zeros where scales moved between layers.
+
+        There the weight that the codes stand for is none of the checkpoint's.
+        """
+        if self.plan.steps.transforms:
+            return 0.0, 0.0
+        weight = self.checkpoint.load(layer.info.name).float().reshape(layer.matrix_shape)
+        return error_powers(in_groups(weight, tensor.number_format), tensor)
 
     def _tune(self, output: Output, teacher: Chain, learned: Path) -> None:
         """Learn scales and norms of the written blocks, into a file of their own: what is written stays whole."""
@@ -241,11 +249,8 @@ class CalibratedWork:
                 output.record(name, place_values(layer, values, output.destinations))
                 continue
             tensor = replace(read_codes(layer, self.plan, artifact), scale=values)
-            # Where scales moved between layers, the weight that the codes stand for is none of the checkpoint's.
-            result = replace(output.results[name], signal=0.0, noise=0.0)
-            if not self.plan.steps.transforms:
-                weight = self.checkpoint.load(name).float().reshape(layer.matrix_shape)
-                result.signal, result.noise = error_powers(in_groups(weight, tensor.number_format), tensor)
+            signal, noise = self._powers(layer, tensor)
+            result = replace(output.results[name], signal=signal, noise=noise)
             output.record(name, place_scales(layer, tensor, self.plan, output.destinations, result))
 
     def _place(self, outcome: BlockOutcome, destinations: Mapping[str, Destination]) -> dict[str, LayerResult]:

@@ -120,11 +120,13 @@ def convert(
     )
     if goes_to_onnx(model, place, wishes.format):
         from quantcli.convert_onnx import convert_onnx
-        from quantcli.sequential.precision import check_device
 
-        if device != "cpu" and not training_step(wishes):
-            raise UsageError(f"--device {device} does not apply to ONNX, which is calibrated on the CPU.")
-        check_device(device)
+        if device != "cpu":
+            from quantcli.sequential.precision import check_device
+
+            if not training_step(wishes):
+                raise UsageError(f"--device {device} does not apply to ONNX, which is calibrated on the CPU.")
+            check_device(device)
         if max_memory is not None:
             raise UsageError("--max-memory does not apply to ONNX, whose graph is worked on as a whole.")
         with at_most(threads):

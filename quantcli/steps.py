@@ -149,7 +149,7 @@ def chain(recipe: Recipe, scheme: Scheme, *, data: bool | None) -> Steps:
     Raises:
         UsageError: they need calibration data and there is none, or there is some and nothing uses it.
     """
-    given = recipe.steps or ([] if recipe.algorithm == "auto" else [recipe.algorithm])
+    given = named_steps(recipe)
     if not given and data and not scheme.weights.is_cast:
         given = [*recommended(scheme)]
     steps = parse_steps(given)
@@ -168,6 +168,11 @@ def chain(recipe: Recipe, scheme: Scheme, *, data: bool | None) -> Steps:
         other = "" if scheme.weights.dtype not in ("int4", "int8") else ", or choose --algorithm gptq"
         raise UsageError(f"{who} no calibration data.", f"Leave --data out{other}.")
     return steps
+
+
+def named_steps(recipe: Recipe) -> list[str | dict[str, dict[str, Any] | None]]:
+    """The algorithms that a recipe names; none where it leaves the choice."""
+    return recipe.steps or ([] if recipe.algorithm == "auto" else [recipe.algorithm])
 
 
 def parse_steps(given: Sequence[str | Mapping[str, Any]]) -> Steps:
@@ -206,8 +211,7 @@ def parse_steps(given: Sequence[str | Mapping[str, Any]]) -> Steps:
 
 def training_step(recipe: Recipe) -> Step | None:
     """The step of a recipe that trains, or None."""
-    named = recipe.steps or ([] if recipe.algorithm == "auto" else [recipe.algorithm])
-    return next((step for step in parse_steps(named).final if step.name == "qat"), None)
+    return next((step for step in parse_steps(named_steps(recipe)).final if step.name == "qat"), None)
 
 
 def _step(given: str | Mapping[str, Any]) -> Step:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import cos, inf, isfinite, pi
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from quantcli.algorithms.qat import NormalizedSGD, clamp_factors
+from quantcli.algorithms.qat import NormalizedSGD
+from quantcli.algorithms.tune import clamp_factors, rate_share
 from quantcli.errors import InputError
 from quantcli.objective import Batch, Objective, Outputs
 from quantcli.steps import QatOptions
@@ -141,7 +142,9 @@ class Training:
             options.learning_rate or defaults.learning_rate,
             options.scale_learning_rate or defaults.scale_learning_rate,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._share)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: rate_share(step, self.total, options.warm_up)
+        )
         self.history = History(objective.describe())
         self._best, self._best_loss, self._since_best = self._copies(), inf, 0
         self._taught: dict[tuple[int, str], Outputs] = {}
@@ -174,13 +177,6 @@ class Training:
         if self.options.optimizer == "sgd":
             return NormalizedSGD(groups, lr=rate)
         return torch.optim.Adam(groups, betas=(0.9, 0.99), foreach=False)
-
-    def _share(self, step: int) -> float:
-        """Share of the full learning rate in a step: up in a line, down in half a cosine."""
-        rise = max(1, round(self.options.warm_up * self.total))
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + cos(pi * min(1.0, (step - rise) / max(1, self.total - rise))))
 
     def run(self) -> History:
         """Train, and leave the trainee in its best state.

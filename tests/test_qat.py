@@ -18,7 +18,7 @@ from torch import Tensor
 from quantcli import numerics
 from quantcli.algorithms import mse, qat, rtn
 from quantcli.algorithms.qat import LearnedRange, LearnedValues, LearnedWeight, dynamic_range, fake_quantize
-from quantcli.algorithms.tune import FACTOR_RANGE
+from quantcli.algorithms.tune import FACTOR_RANGE, clamp_factors
 from quantcli.graph.weights import Origin
 from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor
 
@@ -189,7 +189,7 @@ def disturb(learned: LearnedWeight, seed: int) -> None:
         learned.units += 3 * random(*learned.units.shape, seed=seed)
         factor = learned.scales.factor
         factor *= torch.exp(0.4 * random(*factor.shape, seed=seed + 1))
-        qat.clamp_factors(factor)
+        clamp_factors(factor)
 
 
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
@@ -213,7 +213,7 @@ def test_values_are_always_what_codes_and_scales_stand_for(
 
 def test_factors_do_not_run_away() -> None:
     factor = torch.tensor([-3.0, 0.1, 1.0, 9.0])
-    qat.clamp_factors(factor)
+    clamp_factors(factor)
     assert factor.tolist() == [FACTOR_RANGE[0], FACTOR_RANGE[0], 1.0, FACTOR_RANGE[1]]
 
 

@@ -14,14 +14,16 @@ of many others with it; from the middle only those change that are told so step 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantcli.algorithms.tune import FACTOR_RANGE, Factors
-from quantcli.numerics import choose_qparams, dequantize, in_groups, quantize
-from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor
+from quantcli.algorithms import rtn
+from quantcli.algorithms.tune import Factors
+from quantcli.numerics import dequantize, in_groups, quantize
+from quantcli.scheme import Granularity, GranularityKind, NumberFormat, QuantizedTensor
 
 NEEDS = frozenset({"training"})
 
@@ -108,6 +110,7 @@ class LearnedWeight:
         start: QuantizedTensor,
         scale_dtype: torch.dtype,
         restrict: Restriction | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """Begin at codes that were chosen already.
 
@@ -115,7 +118,9 @@ class LearnedWeight:
             start: codes, scales and zero points; the latter stay.
             scale_dtype: what scales are stored in.
             restrict: what changes codes that the runtime could not multiply exactly.
+            device: where it is trained, by default where the codes are.
         """
+        start = _moved(start, device or start.codes.device)
         self._start, self._restrict = start, restrict
         self.number_format = start.number_format
         steps = in_groups(start.codes, self.number_format).float()
@@ -145,25 +150,13 @@ class LearnedWeight:
         codes = quantize(self.units, torch.ones_like(scale), start.zero_point, self.number_format)
         if self._restrict is not None:
             codes = self._restrict(codes)
-        codes, scale = codes.reshape(start.codes.shape).cpu(), scale.cpu()
-        zero_point = None if start.zero_point is None else start.zero_point.cpu()
-        return QuantizedTensor(codes, scale, zero_point, start.shape, self.number_format)
-
-    def to(self, device: torch.device) -> LearnedWeight:
-        """The same on another device; before training only."""
-        moved = LearnedWeight.__new__(LearnedWeight)
-        vars(moved).update(vars(self))
-        moved._start = _moved(self._start, device)
-        moved.units = self.units.detach().to(device).requires_grad_(True)
-        moved.scales = self.scales.to(device)
-        return moved
+        codes = codes.reshape(start.codes.shape)
+        return _moved(replace(start, codes=codes, scale=scale), torch.device("cpu"))
 
 
 def _moved(tensor: QuantizedTensor, device: torch.device) -> QuantizedTensor:
     zero_point = None if tensor.zero_point is None else tensor.zero_point.to(device)
-    return QuantizedTensor(
-        tensor.codes.to(device), tensor.scale.to(device), zero_point, tensor.shape, tensor.number_format
-    )
+    return replace(tensor, codes=tensor.codes.to(device), scale=tensor.scale.to(device), zero_point=zero_point)
 
 
 class LearnedRange:
@@ -199,19 +192,10 @@ def dynamic_range(values: Tensor, number_format: NumberFormat) -> Tensor:
 
     Symmetric with a scale per token, or asymmetric over the whole tensor, as ONNX's DynamicQuantizeLinear has it.
     """
+    kind: GranularityKind = "channel" if number_format.granularity.kind == "token" else "tensor"
+    found = NumberFormat(number_format.dtype, Granularity(kind), number_format.symmetric)
     with torch.no_grad():
-        if number_format.granularity.kind == "token":
-            per_row = NumberFormat(number_format.dtype, Granularity("channel"), number_format.symmetric)
-            groups = in_groups(values.float().reshape(-1, values.shape[-1]), per_row)
-        else:
-            groups = values.float().reshape(1, 1, -1)
-        low, high = torch.aminmax(groups, dim=-1)
-        if number_format.symmetric:
-            scale, zero_point = choose_qparams(None, torch.maximum(high, -low), number_format)
-        else:
-            scale, zero_point = choose_qparams(low, high, number_format)
-        codes = quantize(groups, scale, zero_point, number_format)
-        rounded = dequantize(codes, scale, zero_point, number_format).reshape(values.shape)
+        rounded = rtn.fake_quantized(values.float().reshape(-1, values.shape[-1]), found).reshape(values.shape)
     return values + (rounded - values).detach()
 
 
@@ -220,7 +204,7 @@ class LearnedValues:
 
     def __init__(self, start: Tensor, dtype: torch.dtype, *, factors: bool = False) -> None:
         """``factors``: what values are multiplied by, which moves in proportion to each, as norms do."""
-        self._start, self._dtype, self._factors = start.float(), dtype, factors
+        self._start, self._dtype = start.float(), dtype
         rms = self._start.square().mean().sqrt()
         self._unit = self._start.abs() if factors else rms.clamp(min=_SMALLEST_MOVE)
         #: Change in units of the values' own size: of each, or their root mean square.
@@ -230,10 +214,6 @@ class LearnedValues:
         """The values as they would be stored now, float32, with gradients."""
         exact = self._start + self._unit * self.change
         return exact + (exact.to(self._dtype).float() - exact).detach()
-
-    def to(self, device: torch.device) -> LearnedValues:
-        """The same on another device; before training only."""
-        return LearnedValues(self._start.to(device), self._dtype, factors=self._factors)
 
 
 class NormalizedSGD(torch.optim.Optimizer):
@@ -259,8 +239,3 @@ class NormalizedSGD(torch.optim.Optimizer):
                 direction = state["direction"].mul_(_MOMENTUM)
                 direction.add_(values.grad, alpha=(1 - _MOMENTUM) / max(size, 1e-30))
                 values.add_(direction, alpha=-group["lr"])
-
-
-def clamp_factors(factor: Tensor) -> None:
-    """Keep a learned factor of a scale from running away."""
-    factor.clamp_(*FACTOR_RANGE)

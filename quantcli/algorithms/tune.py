@@ -54,10 +54,6 @@ class Factors:
             stored = stored_scale(exact, self._dtype) if self._scales else exact.to(self._dtype).float()
         return exact + (stored - exact).detach()
 
-    def to(self, device: torch.device) -> Factors:
-        """The same on another device; before training only."""
-        return Factors(self._start.to(device), self._dtype, scales=self._scales)
-
 
 class TunedLinear:
     """A linear layer of fixed codes and learned scales."""
@@ -142,7 +138,7 @@ def run(
     factors = [each.factor for each in learned]
     optimizer = torch.optim.Adam(factors, lr=options.learning_rate, betas=(0.9, 0.99))
     total = options.epochs * samples
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, total))
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     for _ in range(options.epochs):
@@ -160,13 +156,18 @@ def run(
             schedule.step()
             with torch.no_grad():
                 for factor in factors:
-                    factor.clamp_(*FACTOR_RANGE)
+                    clamp_factors(factor)
             losses.append(found.item())
             report(len(losses) / total)
     return losses
 
 
-def _share(step: int, total: int) -> float:
-    """Share of the full learning rate in a step: up in a line, down in half a cosine."""
-    rise = max(1, round(WARM_UP * total))
+def clamp_factors(factor: Tensor) -> None:
+    """Keep a learned factor from running away."""
+    factor.clamp_(*FACTOR_RANGE)
+
+
+def rate_share(step: int, total: int, warm_up: float = WARM_UP) -> float:
+    """Share of the full learning rate in a step: up in a line over ``warm_up`` of all, down in half a cosine."""
+    rise = max(1, round(warm_up * total))
     return (step + 1) / rise if step < rise else 0.5 * (1 + cos(pi * (step - rise) / max(1, total - rise)))

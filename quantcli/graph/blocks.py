@@ -21,7 +21,7 @@ from quantcli import numerics, plugins
 from quantcli.errors import InputError
 from quantcli.graph.compensation import Compensated, Hessian, compensate
 from quantcli.graph.operands import Operand
-from quantcli.packing import pack_int4_low_nibble_first, pack_nibbles_high_first
+from quantcli.packing import pack_int4_low_nibble_first, pack_nibbles_high_first, unpack_int4_low_nibble_first
 from quantcli.parallel import in_parallel, usable_cores
 from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor
 from quantcli.steps import default_rounding
@@ -170,8 +170,7 @@ def unpack_codes(stored: np.ndarray, bits: int) -> Tensor:
     """Inverse of `_unsigned` for rows of whole bytes: uint8 ``[rows, bytes]`` as int8 codes ``[rows, columns]``."""
     if bits == 8:
         return torch.from_numpy((stored ^ np.uint8(128)).view(np.int8))
-    nibbles = np.stack([stored & 15, stored >> 4], axis=-1).reshape(len(stored), -1)
-    return torch.from_numpy(nibbles.astype(np.int8) - np.int8(8))
+    return unpack_int4_low_nibble_first(torch.from_numpy(stored.copy()), 2 * stored.shape[1])
 
 
 def _finite(operand: Operand, start: int, stop: int) -> Tensor:

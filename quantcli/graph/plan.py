@@ -17,7 +17,7 @@ from quantcli.graph.values import constant, input_of, integer, is_standard, real
 from quantcli.plan import matches
 from quantcli.recipe import Recipe, Rule, build_scheme
 from quantcli.scheme import DTYPE_OF_NUMBER, PRESETS, NumberFormat, Scheme, TensorInfo
-from quantcli.steps import GptqOptions, Step, default_rounding, parse_steps
+from quantcli.steps import GptqOptions, Step, default_rounding, named_steps, parse_steps
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -312,8 +312,7 @@ class _Planner:
 
 def _rounding_step(recipe: Recipe) -> Step | None:
     """The one algorithm that a recipe asks for, or None. Raises UsageError where it is not for ONNX."""
-    named = recipe.steps or ([] if recipe.algorithm == "auto" else [recipe.algorithm])
-    steps = parse_steps(named)
+    steps = parse_steps(named_steps(recipe))
     rules = (rule.algorithm for rule in recipe.rules if rule.algorithm)
     for name in [*(step.name for step in steps.all if step.name != "qat"), *rules]:
         if name in plugins.ALGORITHMS and name not in (*ONNX_ALGORITHMS, "auto"):

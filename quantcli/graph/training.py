@@ -49,7 +49,6 @@ class _Weight:
     codes: ir.Value
     scale: ir.Value
     origin: Origin
-    original: Tensor
     nbits: bool
 
 
@@ -181,22 +180,20 @@ class GraphTraining:
         if key not in self._weights:
             assert scale is not None
             origin: Origin = codes.meta[ORIGIN]
-            original = torch.from_numpy(self._original(origin))
             start = _from_nbits(codes, scale, zeros, origin) if nbits else _from_codes(codes, scale, origin)
-            size = start.codes.shape[1]
-            padded = torch.nn.functional.pad(original, (0, size - original.shape[1]))
             dtype = torch.float16 if constant(scale).dtype.name == "FLOAT16" else torch.float32  # type: ignore[union-attr]
             restrict = origin.restricted if origin.pairs else None
-            learned = LearnedWeight(start, dtype, restrict).to(self.device)
-            self._weights[key] = _Weight(learned, codes, scale, origin, padded, nbits)
+            learned = LearnedWeight(start, dtype, restrict, self.device)
+            self._weights[key] = _Weight(learned, codes, scale, origin, nbits)
         return self._weights[key]
 
-    def _original(self, origin: Origin) -> np.ndarray:
-        """The float weight, ``[channels, inputs]``."""
+    def _original(self, origin: Origin, columns: int) -> Tensor:
+        """The float weight, ``[channels, inputs]``, filled up with zeros to so many columns."""
         values = array(self._floats[origin.name])
         assert values is not None
         moved = np.moveaxis(values, origin.axis, 0).astype(np.float32) * np.float32(origin.factor)
-        return np.ascontiguousarray(moved).reshape(len(moved), -1)
+        matrix = torch.from_numpy(np.ascontiguousarray(moved).reshape(len(moved), -1))
+        return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[1]))
 
     def _bias_values(self, node: ir.Node, _: Sequence[Tensor | None]) -> list[Tensor]:
         """An integer bias, rounded in units of the scales as they are now."""
@@ -276,10 +273,9 @@ class GraphTraining:
         losses = {}
         for weight in self._weights.values():
             tensor = weight.learned.tensor()
+            original = self._original(weight.origin, tensor.codes.shape[1])
             _write_nbits(weight, tensor) if weight.nbits else _write_codes(weight, tensor)
-            losses[weight.origin.name] = decibels(
-                *error_powers(in_groups(weight.original, tensor.number_format), tensor)
-            )
+            losses[weight.origin.name] = decibels(*error_powers(in_groups(original, tensor.number_format), tensor))
         for name, learned in self._ranges.items():
             _set(self.model.graph.initializers[name], learned.values().reshape(()).cpu().numpy())
         for bias in self._biases.values():

@@ -156,8 +156,8 @@ class CheckpointTraining:
         info, module = self.skeleton.info(name), self.skeleton.module.get_submodule(owner)
         layer = self._layers[info.name]
         if info.name in coded and leaf == "weight" and isinstance(module, nn.Linear):
-            weight = LearnedWeight(coded[info.name], TORCH_DTYPES[self.plan.scale_dtype])
-            self._linears[owner] = _Linear(weight.to(self.device), self._inputs(layer, coded), module)
+            weight = LearnedWeight(coded[info.name], TORCH_DTYPES[self.plan.scale_dtype], device=self.device)
+            self._linears[owner] = _Linear(weight, self._inputs(layer, coded), module)
         elif info.name in coded:
             self.skeleton.set(name, decoded(coded[info.name]).reshape(info.shape))
         else:
