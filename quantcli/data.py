@@ -17,23 +17,16 @@ _TEXT_KEYS = ("text", "sentence", "content")
 _LABEL_KEYS = ("label", "labels")
 
 
-def load_texts(path: Path, *, lines: bool) -> list[str]:
-    """Texts of a ``.txt``, ``.jsonl`` or ``.parquet`` file.
+def load_labelled_texts(path: Path, *, lines: bool) -> tuple[list[str], list[int] | None]:
+    """Texts of a ``.txt``, ``.jsonl`` or ``.parquet`` file, and their labels where they have some.
 
     A ``.txt`` file is one text, or one per line with ``lines``; records of the other kinds are one text
-    each, their field ``text`` (or ``sentence``, ``content``, or the only string there is).
+    each, their field ``text`` (or ``sentence``, ``content``, or the only string there is). Their label is the whole
+    number in the field ``label`` (or ``labels``).
 
     Raises:
-        InputError: the file is missing, of another kind, empty, or not what its suffix says.
-    """
-    return load_labelled_texts(path, lines=lines)[0]
-
-
-def load_labelled_texts(path: Path, *, lines: bool) -> tuple[list[str], list[int] | None]:
-    """Texts as by `load_texts`, and the whole number in each record's field ``label`` (or ``labels``), if there is one.
-
-    Raises:
-        InputError: as `load_texts`, or some records have a label and others have none.
+        InputError: the file is missing, of another kind, empty, or not what its suffix says, or some records have a
+            label and others have none.
     """
     if path.suffix not in TEXT_SUFFIXES:
         raise InputError(f"{path} is not text data.", f"DATA here is a file ending in {', '.join(TEXT_SUFFIXES)}.")

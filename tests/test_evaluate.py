@@ -210,31 +210,31 @@ def test_wrong_data_is_refused(llama: Path, tmp_path: Path) -> None:
 
 
 def test_jsonl_fields(tmp_path: Path) -> None:
-    from quantcli.data import load_texts
+    from quantcli.data import load_labelled_texts
 
     path = tmp_path / "data.jsonl"
     path.write_text('{"id": 1, "text": "one"}\n\n"two"\n{"sentence": "three", "other": "x"}\n{"only": "four"}\n')
-    assert load_texts(path, lines=False) == ["one", "two", "three", "four"]
+    assert load_labelled_texts(path, lines=False)[0] == ["one", "two", "three", "four"]
     path.write_text('{"a": "x", "b": "y"}\n')
     with pytest.raises(InputError, match="it has a, b"):
-        load_texts(path, lines=False)
+        load_labelled_texts(path, lines=False)
     path.write_text("{oops\n")
     with pytest.raises(InputError, match="line 1 is not JSON"):
-        load_texts(path, lines=False)
+        load_labelled_texts(path, lines=False)
 
 
 def test_parquet_text(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    from quantcli.data import load_texts
+    from quantcli.data import load_labelled_texts
 
     path = tmp_path / "data.parquet"
     parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), path)
-    assert load_texts(path, lines=False) == ["one", "two"]
+    assert load_labelled_texts(path, lines=False)[0] == ["one", "two"]
     path.write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match="not a readable parquet"):
-        load_texts(path, lines=False)
+        load_labelled_texts(path, lines=False)
 
 
 def test_a_base_model_has_no_head_to_score_with(bert: Path, text: Path) -> None:

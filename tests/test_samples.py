@@ -325,6 +325,36 @@ def test_lines_of_text(tmp_path: Path) -> None:
     assert [(s.inputs.keys(), s.inputs["input_ids"].dtype) for s in only] == [({"input_ids": 0}.keys(), INT32)]
 
 
+def test_records_of_text_with_labels(tmp_path: Path) -> None:
+    folder, path = tokenizer(tmp_path / "model", causal=False), tmp_path / "records.jsonl"
+
+    def loaded(*records: dict[str, Any]) -> Samples:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return load(path, ids("attention_mask"), folder=folder)
+
+    labelled = loaded({"text": "one two", "label": 2}, {"text": " "}, {"text": "three", "label": 0})
+    assert labelled.labels and [sample.label for sample in labelled] == [2, 0]
+    # A name, and what is only true or false, is no class.
+    for label in ("good", True, None):
+        plain = loaded({"text": "one", "label": label})
+        assert not plain.labels and [sample.label for sample in plain] == [None]
+    with pytest.raises(InputError, match="1 of 2 records have a label"):
+        loaded({"text": "one", "labels": 1}, {"text": "two"})
+
+
+def test_rows_of_parquet_with_labels(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    from quantcli.data import load_labelled_texts
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "label": [3, 1, 0]}), path)
+    assert load_labelled_texts(path, lines=True) == (["one", "two"], [3, 0])
+    parquet.write_table(pyarrow.table({"text": ["one"], "label": ["good"], "sentence": ["x"]}), path)
+    assert load_labelled_texts(path, lines=True) == (["one"], None)
+
+
 def test_windows_for_a_causal_model(tmp_path: Path) -> None:
     folder = tokenizer(tmp_path, causal=True)
     (tmp_path / "x.txt").write_text("a b c\nd e f g h i j a b")
