@@ -20,7 +20,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from quantcli import evaluate
-from quantcli.export import export_to_onnx
+from quantcli.export.export import export_to_onnx
 
 EPOCHS, BATCH = 12, 64
 FILES = ("digits.onnx", "calibration.npz", "test.npz")

@@ -1,5 +1,7 @@
 """``python -m quantcli``."""
 
+from __future__ import annotations
+
 import gc
 import os
 import sys
@@ -11,7 +13,7 @@ def run() -> None:
     gc.disable()
     # typer validates through pydantic, which would search every installed package for plug-ins: 20 ms.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
-    from quantcli.cli import main
+    from quantcli.cli.app import main
 
     sys.exit(main())
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from coded_models import Artifacts
+    from support.quantized_models import Artifacts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def artifact(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     """Makes quantized artifacts of the models, by kind."""
-    from coded_models import Artifacts
+    from support.quantized_models import Artifacts
 
     return Artifacts(models, tmp_path_factory.mktemp("artifacts"))
 
@@ -68,16 +68,18 @@ def artifact(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact
 def float32_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are calibrated in float32, as on processors without bfloat16 products, so that figures are exact."""
     if "bfloat16_products" not in request.fixturenames:
-        monkeypatch.setattr("quantcli.sequential.precision.has_bfloat16", lambda _: False)
+        monkeypatch.setattr("quantcli.system.devices.has_bfloat16", lambda _: False)
 
 
 @pytest.fixture
 def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are calibrated with bfloat16 products, however slow they are here."""
-    monkeypatch.setattr("quantcli.sequential.precision.has_bfloat16", lambda _: True)
+    monkeypatch.setattr("quantcli.system.devices.has_bfloat16", lambda _: True)
 
 
 @pytest.fixture
 def no_runtime_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the child process in which transformers loads the artifact: it takes seconds."""
-    monkeypatch.setattr("quantcli.runtime_check._reason_to_skip", lambda *_: "left out by a test")
+    monkeypatch.setattr(
+        "quantcli.conversion.checkpoint.transformers_check._reason_to_skip", lambda *_: "left out by a test"
+    )

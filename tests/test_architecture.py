@@ -16,46 +16,51 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from quantcli import plugins
-from quantcli.cli import app, main
+import quantcli
+from quantcli import algorithms, formats
+from quantcli.algorithms.base import Algorithm, Rounding
+from quantcli.cli.app import app, main
+from quantcli.formats.base import CodedFormat, Format
 
-PACKAGE = Path(plugins.__file__).parent
+PACKAGE = Path(quantcli.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
-#: A module, or a folder of plug-ins, imports only what stands in a row above its own.
-TIERS = (
-    (
-        "calibration", "errors", "leaks", "machine", "memory", "parallel", "progress", "ranges", "timing", "units",
-        "version",
-    ),
-    ("functions", "scheme"),
-    ("numerics", "packing"),
-    ("algorithms", "checkpoints", "data", "formats", "metrics", "observers", "plugins", "report", "roles", "staging"),
-    ("coded", "statistics_file"),
-    ("statistics",),
-    ("gates", "images", "models", "recipe", "tables"),
-    ("plots", "steps"),
-    ("html", "layerwise", "objective", "plan", "tables_bench", "tables_onnx"),
-    ("graph", "training"),
-    ("arrays", "artifact", "fused", "runtime_check", "sessions"),
-    ("sources", "targets"),
-    ("texts",),
-    ("samples",),
-    ("proof", "runners", "taps"),
-    ("graph_layerwise", "probe", "streaming", "subject", "tasks", "traceable"),
-    ("sequential", "training_data"),
-    ("export", "placing", "training_checkpoint", "training_onnx", "verify"),
-    ("calibrated", "collect", "evaluation_data", "hessians", "repack"),
-    ("calibrate",),
-    ("onnx_advice", "onnx_rows", "repack_onnx"),
-    ("conversion", "conversion_rows", "convert_onnx"),
-    ("bench_data", "convert", "inspect_onnx"),
-    ("bench", "evaluate", "inspect", "options", "ui"),
+#: Bottom to top: a room imports only itself and the rooms in lines above its own.
+ORDER = (
+    ("errors", "version"),
+    ("system",),
+    ("core",),
+    ("reporting",),
+    ("formats", "algorithms"),
+    ("checkpoint",),
+    ("planning",),
+    ("onnx",),
+    ("models",),
+    ("data",),
+    ("export",),
+    ("calibration",),
+    ("blocks",),
+    ("ptq",),
+    ("training",),
+    ("conversion",),
+    ("evaluation", "benchmarking"),
+    ("commands",),
     ("cli",),
     ("__main__",),
-)  # fmt: skip
-TIER = {name: number for number, names in enumerate(TIERS) for name in names}
-PLUGIN_FOLDERS = ("algorithms", "checkpoints", "formats")
+)
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+
+#: Inside a room, likewise: the parts of ``onnx``, where execution and rewrite do not know each other.
+ONNX_ORDER = {"graph": 0, "plan": 1, "weights": 2, "rewrite": 3, "execution": 3}
+
+#: Siblings that never import each other.
+APART = ("conversion/checkpoint", "conversion/onnx"), ("onnx/rewrite", "onnx/execution")
+
+#: In a family of plug-ins, what its members may import of each other.
+SHARED = {
+    "formats": {"base", "module_patterns"},
+    "algorithms": {"base", "rtn", "mse", "fake_quantize"},
+}
 
 HEAVY = {
     "torch", "transformers", "onnx", "onnxruntime", "numpy", "compressed_tensors", "bitsandbytes", "pyarrow",
@@ -100,31 +105,65 @@ def imports(module: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def part(name: str) -> str:
-    """The module or folder of quantcli that a name belongs to."""
-    found = name.split(".")[1]
-    return "version" if found == "__version__" else found
+def own_imports(module: str) -> Iterator[tuple[str, list[str]]]:
+    """What a module imports of quantcli: the full name, and the path below the package."""
+    for name in imports(module):
+        if name.startswith("quantcli."):
+            below = name.split(".")[1:]
+            yield name, ["version"] if below == ["__version__"] else below
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__.py"])
 def test_imports_point_down(module: str) -> None:
-    own = module.removesuffix(".py").split("/")[0]
-    for name in imports(module):
-        if name.startswith("quantcli.") and not (part(name) == own and own in (*PLUGIN_FOLDERS, "graph", "sequential")):
-            assert TIER[part(name)] < TIER[own], f"{module} imports {name}"
+    path = module.removesuffix(".py").split("/")
+    for name, below in own_imports(module):
+        if below[0] != path[0]:
+            assert LEVEL[below[0]] < LEVEL[path[0]], f"{module} imports {name}"
+        elif path[0] == "onnx" and len(path) > 2 and below[1] != path[1]:
+            assert ONNX_ORDER[below[1]] < ONNX_ORDER[path[1]], f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("folder", PLUGIN_FOLDERS)
-def test_plugins_know_only_the_common_nouns(folder: str) -> None:
-    allowed = {folder, *(name for names in TIERS[:3] for name in names)}
+def test_every_room_has_its_place_in_the_order() -> None:
+    rooms = {module.removesuffix(".py").split("/")[0] for module in MODULES} - {"__init__"}
+    assert rooms == LEVEL.keys()
+    assert len(LEVEL) == sum(len(line) for line in ORDER)
+
+
+@pytest.mark.parametrize(("one", "other"), [*APART, *(pair[::-1] for pair in APART)])
+def test_siblings_stay_apart(one: str, other: str) -> None:
     for module in MODULES:
-        if module.startswith(f"{folder}/"):
-            assert {part(name) for name in imports(module) if name.startswith("quantcli.")} <= allowed, module
+        if module.startswith(f"{one}/"):
+            assert not [n for n, below in own_imports(module) if "/".join(below).startswith(f"{other}/")], module
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_plugins_share_only_their_base(family: str) -> None:
+    for module in MODULES:
+        path = module.removesuffix(".py").split("/")
+        if path[0] == family and path[1] != "__init__":
+            used = {below[1] for _, below in own_imports(module) if below[0] == family}
+            assert used - {path[1]} <= SHARED[family], module
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("commands/")])
+def test_commands_do_not_call_each_other(module: str) -> None:
+    commands = {"inspect", "calibrate", "convert", "evaluate", "bench"}
+    used = {below[1] for _, below in own_imports(module) if below[0] == "commands"}
+    assert not used & (commands - {Path(module).stem})
 
 
 @pytest.mark.parametrize(
     ("library", "importers"),
-    [("typer", {"cli.py", "options.py"}), ("rich", {"ui.py"}), ("matplotlib", {"plots.py"}), ("click", set())],
+    [
+        ("typer", {"cli/app.py", "cli/options.py"}),
+        ("rich", {"cli/terminal.py"}),
+        ("click", set()),
+        ("matplotlib", {"reporting/training_plot.py"}),
+        ("onnxruntime", {"models/session.py"}),
+        ("transformers", {"models/hugging_face.py", "conversion/checkpoint/transformers_check.py"}),
+        ("psutil", {"system/hardware.py"}),
+        ("subprocess", {"system/child.py"}),
+    ],
 )
 def test_sole_importers(library: str, importers: set[str]) -> None:
     found = {module for module in MODULES if any(name.split(".")[0] == library for name in imports(module))}
@@ -135,7 +174,7 @@ def test_sole_importers(library: str, importers: set[str]) -> None:
 def test_modules_are_small_and_silent(module: str) -> None:
     assert len((PACKAGE / module).read_text(encoding="utf-8").splitlines()) <= 400
     calls = {ast.unparse(node.func) for node in ast.walk(tree(module)) if isinstance(node, ast.Call)}
-    if module not in ("ui.py", "cli.py", "runtime_check.py"):
+    if module not in ("cli/terminal.py", "cli/app.py", "conversion/checkpoint/transformers_check.py"):
         assert "print" not in calls
     if module != "__main__.py":
         assert not calls & {"sys.exit", "exit", "quit", "os._exit"}
@@ -151,7 +190,7 @@ def test_headers_and_help_need_no_heavy_library(tmp_path: Path, command: str) ->
     arguments = [first, *([str(tmp_path)] if first == "inspect" else []), *options]
     code = """if True:
         import json, sys
-        from quantcli.cli import main
+        from quantcli.cli.app import main
         status = main(sys.argv[1:])
         print(json.dumps([status, *sys.modules]))"""
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
@@ -164,7 +203,7 @@ def test_the_package_itself_is_light_and_its_functions_are_functions() -> None:
     code = """if True:
         import sys, quantcli
         assert not {'torch', 'numpy', 'pydantic', 'typer'} & set(sys.modules)
-        import quantcli.bench, quantcli.calibrate, quantcli.convert, quantcli.inspect, quantcli.evaluate
+        from quantcli.commands import bench, calibrate, convert, evaluate, inspect
         from quantcli import bench, calibrate, convert, evaluate, inspect
         functions = [bench, calibrate, convert, evaluate, inspect, quantcli.convert]
         print([f.__name__ for f in functions], sorted(quantcli.__all__))"""
@@ -195,10 +234,10 @@ def parameters(function: object) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "protocol"),
     [
-        *((module, plugins.Algorithm) for module in plugins.ALGORITHMS.values()),
-        *((plugins.ALGORITHMS[name], plugins.Rounding) for name in ("rtn", "mse")),
-        *((module, plugins.Format) for module in plugins.FORMATS.values()),
-        *((module, plugins.CodedFormat) for module in plugins.FORMATS.values() if not module.endswith("safetensors")),
+        *((module, Algorithm) for module in algorithms.ALGORITHMS.values()),
+        *((algorithms.ALGORITHMS[name], Rounding) for name in ("rtn", "mse")),
+        *((module, Format) for module in formats.FORMATS.values()),
+        *((module, CodedFormat) for module in formats.FORMATS.values() if not module.endswith("safetensors")),
     ],
 )  # fmt: skip
 def test_plugins_offer_what_their_protocol_says(name: str, protocol: type) -> None:
@@ -214,4 +253,4 @@ def test_plugins_offer_what_their_protocol_says(name: str, protocol: type) -> No
 
 
 def test_formats_are_named_as_in_the_table() -> None:
-    assert all(plugins.output_format(name).NAME == name for name in plugins.FORMATS)  # noqa: SIM300
+    assert all(formats.output_format(name).NAME == name for name in formats.FORMATS)  # noqa: SIM300

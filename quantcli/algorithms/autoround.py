@@ -20,11 +20,14 @@ from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from quantcli.algorithms import mse
-from quantcli.numerics import choose_qparams, code_range, in_groups, stored_scale
-from quantcli.scheme import NumberFormat, QuantizedTensor
+from quantcli.algorithms.base import AlgorithmOptions
+from quantcli.core.numerics import choose_qparams, code_range, in_groups, stored_scale
+from quantcli.core.scheme import NumberFormat
+from quantcli.core.tensors import QuantizedTensor
 
 NEEDS = frozenset({"original"})
 
@@ -49,14 +52,6 @@ class Targets(Protocol):
 
     def __getitem__(self, batch: int) -> Tensor:
         """One batch's hidden states."""
-
-
-class Options(Protocol):
-    """How long is learned, on how many samples at a time, and how fast at first (by default 1 / ``iterations``)."""
-
-    iterations: int
-    batch_size: int
-    learning_rate: float | None
 
 
 def supports(number_format: NumberFormat) -> str | None:
@@ -218,3 +213,14 @@ def _weight(block: nn.Module, name: str) -> nn.Parameter:
     weight = block.get_submodule(name).weight
     assert isinstance(weight, nn.Parameter)
     return weight
+
+
+class Options(AlgorithmOptions):
+    """How long rounding is learned in each block, and on how many sequences at a time.
+
+    ``learning_rate`` is that of the first iteration; by default 1 / ``iterations``.
+    """
+
+    iterations: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from quantcli.algorithms.mse import RANGE_FRACTIONS, group_range, rounding_error
-from quantcli.numerics import choose_qparams, in_groups, quantize
-from quantcli.scheme import NumberFormat, QuantizedTensor
+from quantcli.core.numerics import choose_qparams, in_groups, quantize
+from quantcli.core.scheme import NumberFormat
+from quantcli.core.tensors import QuantizedTensor
 
 NEEDS = frozenset({"gram", "mean_abs"})
 
@@ -54,7 +55,7 @@ def choose_scale(
         weights: float32 ``[rows, columns]`` of each layer that reads these inputs.
         number_formats: how each of them is quantized.
         scale_dtype: what the scales of the groups are stored as.
-        tie: makes values equal that must have one scale (see `quantcli.sequential.folds.Fold`).
+        tie: makes values equal that must have one scale (see `quantcli.ptq.folds.Fold`).
 
     Returns:
         float32 ``[columns]``, positive; all ones where no scale lowers the error.

@@ -14,12 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from quantcli.algorithms import mse, rtn
-from quantcli.algorithms.rows import by_rows
-from quantcli.numerics import quantize
-from quantcli.scheme import NumberFormat, QuantizedTensor
+from quantcli.algorithms.base import AlgorithmOptions, by_rows
+from quantcli.core.numerics import quantize
+from quantcli.core.scheme import NumberFormat
+from quantcli.core.tensors import QuantizedTensor
 
 NEEDS = frozenset({"gram"})
 
@@ -192,3 +194,9 @@ def _solve(
             weight[end:stop].addmm_(inverse_root[inner:end, end:stop].T, own, alpha=-1)
         weight[stop:].addmm_(inverse_root[start:stop, stop:].T, errors, alpha=-1)
     return codes
+
+
+class Options(AlgorithmOptions):
+    """``damping``: added to the Hessian's diagonal, as a fraction of its mean."""
+
+    damping: float = Field(default=0.01, gt=0, le=1)

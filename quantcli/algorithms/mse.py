@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from quantcli.algorithms import rtn
-from quantcli.numerics import choose_qparams, code_range, in_groups, quantize
-from quantcli.scheme import NumberFormat, QuantizedTensor
+from quantcli.core.numerics import choose_qparams, code_range, in_groups, quantize
+from quantcli.core.scheme import NumberFormat
+from quantcli.core.tensors import QuantizedTensor
 
 NEEDS: frozenset[str] = frozenset()
 

@@ -1,7 +1,7 @@
 """qat: let weights, scales and what surrounds them learn to live with the grid they are stored on.
 
 Quantization-aware training (Jacob et al., arXiv:1712.05877) with learned step sizes (LSQ: Esser et al.,
-arXiv:1902.08153). Forward, everything that will be quantized is rounded by `quantcli.numerics` as it will be stored;
+arXiv:1902.08153). Forward, everything that will be quantized is rounded by `core.numerics` as it will be stored;
 backward, rounding counts as having slope one, and none where a value is cut off (straight-through). A scale has the
 slope that follows from that.
 
@@ -13,26 +13,14 @@ of many others with it; from the middle only those change that are told so step 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from typing import Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from quantcli.algorithms import rtn
-from quantcli.algorithms.tune import Factors
-from quantcli.numerics import dequantize, in_groups, quantize
-from quantcli.scheme import Granularity, GranularityKind, NumberFormat, QuantizedTensor
+from quantcli.algorithms.base import AlgorithmOptions
+from quantcli.core.scheme import NumberFormat
 
 NEEDS = frozenset({"training"})
-
-#: Of a step's direction, what is kept for the next one.
-_MOMENTUM = 0.9
-#: Values that are all smaller than this move as if they had this size.
-_SMALLEST_MOVE = 1e-2
-
-Restriction = Callable[[Tensor], Tensor]
 
 
 def supports(number_format: NumberFormat) -> str | None:
@@ -40,202 +28,43 @@ def supports(number_format: NumberFormat) -> str | None:
     return "qat learns the steps of an even grid, which nf4 is not" if number_format.dtype == "nf4" else None
 
 
-class FakeQuantize(torch.autograd.Function):
-    """Values, shaped as by `numerics.in_groups`, rounded to a grid, with gradients for both values and scales.
+class Options(AlgorithmOptions):
+    """How a quantized model is trained. What is None depends on the kind of model (see `quantcli.training.loop`).
 
-    ``scale`` ``[groups]`` and ``zero_point`` are the grid. Values are real ones, or with ``in_steps`` they are in steps
-    of the grid, whatever its scale. ``restrict`` may change codes that the runtime could not multiply exactly.
+    - ``epochs`` over the data, or ``steps`` of the optimizer; ``batch_size`` samples at a time, ``accumulate`` batches
+      in a step.
+    - ``learning_rate``: of weights, in steps of their grid; ``scale_learning_rate``: of scales, biases and norms,
+      relative to their size. Both rise over the share ``warm_up`` of all steps, and fall to zero in a cosine.
+    - ``distillation`` and ``labels``: what the original model's outputs and the labels count for in the loss; or
+      ``loss``, ``package.module:function`` of one's own in their place.
+    - ``held_out``: the share of the data that is not trained on. The state that did best on it every
+      ``evaluate_every`` steps is the one that is kept; with ``patience`` training stops after so many evaluations
+      without a better one.
+    - ``norms``: whether norms (and biases) are learned, too. ``mixed_precision``: bfloat16 products where the
+      processor has them.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        number_format: NumberFormat,
-        in_steps: bool,
-        restrict: Restriction | None,
-    ) -> Tensor:
-        """Rounded values, float32 like ``values``."""
-        step = torch.ones_like(scale) if in_steps else scale
-        codes = quantize(values, step, zero_point, number_format)
-        if restrict is not None:
-            codes = restrict(codes)
-        ctx.save_for_backward(values, scale, codes)
-        ctx.in_steps, ctx.zero_point, ctx.number_format = in_steps, zero_point, number_format
-        return dequantize(codes, scale, zero_point, number_format)
+    epochs: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: float | None = Field(default=None, gt=0)
+    scale_learning_rate: float | None = Field(default=None, gt=0)
+    warm_up: float = Field(default=0.1, ge=0, le=1)
+    distillation: float = Field(default=1.0, ge=0)
+    labels: float = Field(default=1.0, ge=0)
+    loss: str | None = None
+    held_out: float | None = Field(default=None, ge=0, le=0.5)
+    evaluate_every: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    norms: bool = True
+    mixed_precision: bool = True
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        """LSQ, equations 3 and 5: by the value 1 or 0, by the scale ``round(v/s) - v/s``, or the code where cut off.
-
-        What is in steps does not depend on the scale: then the code itself is the slope by it, everywhere.
-        """
-        (gradient,) = gradients
-        values, scale, codes = ctx.saved_tensors
-        by_values, by_scale = None, None
-        exact = values if ctx.in_steps else values / scale.unsqueeze(-1)
-        steps = codes.float() if ctx.zero_point is None else codes - ctx.zero_point.float().unsqueeze(-1)
-        inside = (exact - steps).abs_() <= 0.5
-        if ctx.needs_input_grad[1]:
-            slope = steps if ctx.in_steps else steps.sub_(exact.mul_(inside))
-            by_scale = (slope * gradient).sum(-1)
-        if ctx.needs_input_grad[0]:
-            by_values = gradient * inside
-            if ctx.in_steps:
-                by_values.mul_(scale.unsqueeze(-1))
-        return by_values, by_scale, None, None, None, None
-
-
-def fake_quantize(
-    values: Tensor,
-    scale: Tensor,
-    number_format: NumberFormat,
-    *,
-    zero_point: Tensor | None = None,
-    in_steps: bool = False,
-    restrict: Restriction | None = None,
-) -> Tensor:
-    """See `FakeQuantize`."""
-    found: Tensor = FakeQuantize.apply(values, scale, zero_point, number_format, in_steps, restrict)  # type: ignore[no-untyped-call]
-    return found
-
-
-class LearnedWeight:
-    """A weight and its scales in training; its codes are what `tensor` says, and `values` is what these stand for."""
-
-    def __init__(
-        self,
-        start: QuantizedTensor,
-        scale_dtype: torch.dtype,
-        restrict: Restriction | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        """Begin at codes that were chosen already.
-
-        Args:
-            start: codes, scales and zero points; the latter stay.
-            scale_dtype: what scales are stored in.
-            restrict: what changes codes that the runtime could not multiply exactly.
-            device: where it is trained, by default where the codes are.
-        """
-        start = _moved(start, device or start.codes.device)
-        self._start, self._restrict = start, restrict
-        self.number_format = start.number_format
-        steps = in_groups(start.codes, self.number_format).float()
-        if start.zero_point is not None:
-            steps -= start.zero_point.float().unsqueeze(-1)
-        #: The weight in steps of its grid, shaped as by `in_groups`.
-        self.units = steps.contiguous().requires_grad_(True)
-        self.scales = Factors(start.scale, scale_dtype, scales=True)
-
-    def values(self) -> Tensor:
-        """The weight as it would be stored now, float32 ``[rows, columns]``, with gradients."""
-        start = self._start
-        rounded = fake_quantize(
-            self.units,
-            self.scales.values(),
-            self.number_format,
-            zero_point=start.zero_point,
-            in_steps=True,
-            restrict=self._restrict,
-        )
-        return rounded.reshape(start.codes.shape)
-
-    @torch.no_grad()
-    def tensor(self) -> QuantizedTensor:
-        """Codes and scales as they are now."""
-        start, scale = self._start, self.scales.values()
-        codes = quantize(self.units, torch.ones_like(scale), start.zero_point, self.number_format)
-        if self._restrict is not None:
-            codes = self._restrict(codes)
-        codes = codes.reshape(start.codes.shape)
-        return _moved(replace(start, codes=codes, scale=scale), torch.device("cpu"))
-
-
-def _moved(tensor: QuantizedTensor, device: torch.device) -> QuantizedTensor:
-    zero_point = None if tensor.zero_point is None else tensor.zero_point.to(device)
-    return replace(tensor, codes=tensor.codes.to(device), scale=tensor.scale.to(device), zero_point=zero_point)
-
-
-class LearnedRange:
-    """A range of activations that is fixed at inference: its scale is learned, its zero point stays."""
-
-    def __init__(
-        self,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        number_format: NumberFormat,
-        scale_dtype: torch.dtype,
-        largest_scale: float | None = None,
-    ) -> None:
-        """``scale`` and ``zero_point`` are scalars; the format is per tensor."""
-        self._zero_point = None if zero_point is None else zero_point.reshape(1, 1)
-        self.number_format, self._largest = number_format, largest_scale
-        self.scale = Factors(scale.reshape(1, 1), scale_dtype, scales=True)
-
-    def values(self) -> Tensor:
-        """The scale as it would be stored now, ``[1, 1]``; a limit counts as having slope one."""
-        scale = self.scale.values()
-        return scale if self._largest is None else scale + (scale.clamp(max=self._largest) - scale).detach()
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Values of any shape, rounded."""
-        flat = values.float().reshape(1, 1, -1)
-        scale = self.values()
-        return fake_quantize(flat, scale, self.number_format, zero_point=self._zero_point).reshape(values.shape)
-
-
-def dynamic_range(values: Tensor, number_format: NumberFormat) -> Tensor:
-    """Activations ``[..., channels]`` rounded as at inference, in ranges that are found there; slope one.
-
-    Symmetric with a scale per token, or asymmetric over the whole tensor, as ONNX's DynamicQuantizeLinear has it.
-    """
-    kind: GranularityKind = "channel" if number_format.granularity.kind == "token" else "tensor"
-    found = NumberFormat(number_format.dtype, Granularity(kind), number_format.symmetric)
-    with torch.no_grad():
-        rounded = rtn.fake_quantized(values.float().reshape(-1, values.shape[-1]), found).reshape(values.shape)
-    return values + (rounded - values).detach()
-
-
-class LearnedValues:
-    """Values that are not quantized and learn, such as biases and norms: rounded to the dtype they are stored in."""
-
-    def __init__(self, start: Tensor, dtype: torch.dtype, *, factors: bool = False) -> None:
-        """``factors``: what values are multiplied by, which moves in proportion to each, as norms do."""
-        self._start, self._dtype = start.float(), dtype
-        rms = self._start.square().mean().sqrt()
-        self._unit = self._start.abs() if factors else rms.clamp(min=_SMALLEST_MOVE)
-        #: Change in units of the values' own size: of each, or their root mean square.
-        self.change = torch.zeros_like(self._start, requires_grad=True)
-
-    def values(self) -> Tensor:
-        """The values as they would be stored now, float32, with gradients."""
-        exact = self._start + self._unit * self.change
-        return exact + (exact.to(self._dtype).float() - exact).detach()
-
-
-class NormalizedSGD(torch.optim.Optimizer):
-    """Gradient descent with momentum, whose steps have the length ``lr`` in the root mean square over each tensor.
-
-    Adam moves all values alike, however small their gradients; here those move that matter. It holds half as much.
-    """
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step, for which every gradient is given."""
-        for group in self.param_groups:
-            for values in group["params"]:
-                if values.grad is None:
-                    continue
-                state = self.state[values]
-                size = float(values.grad.square().mean().sqrt())
-                if "direction" not in state:
-                    state["direction"] = torch.zeros_like(values)
-                direction = state["direction"].mul_(_MOMENTUM)
-                direction.add_(values.grad, alpha=(1 - _MOMENTUM) / max(size, 1e-30))
-                values.add_(direction, alpha=-group["lr"])
+    @model_validator(mode="after")
+    def _one_length(self) -> Options:
+        if self.epochs and self.steps:
+            raise ValueError("epochs and steps both say how long; keep one of them")
+        if not self.distillation and not self.labels and not self.loss:
+            raise ValueError("distillation and labels are both 0: nothing would be learned")
+        return self

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.numerics import choose_qparams, dequantize, in_groups, quantize
-from quantcli.scheme import NumberFormat, QuantizedTensor
+from quantcli.core.numerics import choose_qparams, dequantize, in_groups, quantize
+from quantcli.core.scheme import NumberFormat
+from quantcli.core.tensors import QuantizedTensor
 
 NEEDS: frozenset[str] = frozenset()
 

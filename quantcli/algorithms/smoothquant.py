@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from quantcli.algorithms import rtn
-from quantcli.numerics import choose_qparams, dequantize, quantize
-from quantcli.scheme import Granularity, NumberFormat, Scheme
+from quantcli.core.numerics import choose_qparams, dequantize, quantize
+from quantcli.core.scheme import Granularity, NumberFormat, Scheme
 
 NEEDS = frozenset({"absmax", "sample"})
 
@@ -45,7 +45,7 @@ def choose_scale(
         sample: float32 ``[tokens, columns]``, some of the inputs, which the error is measured on.
         weights: float32 ``[rows, columns]`` of each layer that reads these inputs.
         schemes: how the weight and the inputs of each of them are quantized.
-        tie: makes values equal that must have one scale (see `quantcli.sequential.folds.Fold`).
+        tie: makes values equal that must have one scale (see `quantcli.ptq.folds.Fold`).
 
     Returns:
         float32 ``[columns]``, positive; all ones where smoothing does not lower the error. A channel that is zero, in

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantcli.core.scheme import Granularity, NumberFormat, Scheme
+from quantcli.core.tensors import QuantizedTensor, TensorInfo, TensorSpec
 from quantcli.errors import InputError
-from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor, Scheme, Storage, TensorInfo, TensorSpec
+from quantcli.formats.base import Storage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,14 +94,14 @@ def codes_offset(row: int, columns: int, scheme: Scheme) -> int:
 
 def encode_codes(codes: Tensor, scheme: Scheme) -> Tensor:
     """Stored form of a weight's codes, int8 ``[O, I]``: words of consecutive outputs, ``[I, O / 8]``."""
-    from quantcli import packing
+    from quantcli.core import packing
 
     return packing.pack_int4_even_first(codes.T.contiguous())
 
 
 def decode_codes(stored: Tensor, columns: int, scheme: Scheme) -> Tensor:
     """Inverse of `encode_codes`: int8 ``[O, I]``."""
-    from quantcli import packing
+    from quantcli.core import packing
 
     return packing.unpack_int4_even_first(stored).T.contiguous()
 
@@ -108,13 +110,13 @@ def encode_scales(weight: str, tensor: QuantizedTensor, scheme: Scheme, scale_dt
     """Every other tensor of the layer; ``tensor.codes`` is not looked at."""
     import torch
 
-    from quantcli import packing
-    from quantcli.numerics import TORCH_DTYPES
+    from quantcli.core import packing
+    from quantcli.core.dtypes import torch_dtype
 
     zero_point = torch.zeros_like(tensor.scale, dtype=torch.int8) if tensor.zero_point is None else tensor.zero_point
     return {
         f"{_stem(weight)}qzeros": packing.pack_int4_even_first(zero_point.T.contiguous()),
-        f"{_stem(weight)}scales": tensor.scale.T.contiguous().to(TORCH_DTYPES[scale_dtype]),
+        f"{_stem(weight)}scales": tensor.scale.T.contiguous().to(torch_dtype(scale_dtype)),
     }
 
 
@@ -122,7 +124,7 @@ def decode_scales(
     weight: str, shape: tuple[int, ...], scheme: Scheme, load: Callable[[str], Tensor]
 ) -> tuple[Tensor, Tensor | None]:
     """Scale (float32) and zero point of a layer, as `QuantizedTensor` holds them."""
-    from quantcli import packing
+    from quantcli.core import packing
 
     scale = load(f"{_stem(weight)}scales").float().T.contiguous()
     if scheme.weights.symmetric:
@@ -140,7 +142,7 @@ def find(
     Raises:
         InputError: another layout than ``gemm``, or other bits than 4.
     """
-    from quantcli import packing
+    from quantcli.core import packing
 
     version = str(section.get("version") or section.get("format") or "gemm").lower()
     if version != "gemm" or section.get("bits", 4) != 4:

@@ -12,18 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
+from quantcli.core.scheme import NESTED_BLOCK, Granularity, NumberFormat, Scheme
+from quantcli.core.tensors import QuantizedTensor, TensorInfo, TensorSpec
 from quantcli.errors import InputError
-from quantcli.formats.patterns import module_patterns
-from quantcli.scheme import (
-    NESTED_BLOCK,
-    Granularity,
-    NumberFormat,
-    QuantizedTensor,
-    Scheme,
-    Storage,
-    TensorInfo,
-    TensorSpec,
-)
+from quantcli.formats.base import Storage
+from quantcli.formats.module_patterns import module_patterns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,14 +100,14 @@ def codes_offset(row: int, columns: int, scheme: Scheme) -> int:
 
 def encode_codes(codes: Tensor, scheme: Scheme) -> Tensor:
     """Stored form of a slab of rows, int8 ``[rows, columns]``."""
-    from quantcli import packing
+    from quantcli.core import packing
 
     return packing.pack_nibbles_high_first(codes.reshape(-1))
 
 
 def decode_codes(stored: Tensor, columns: int, scheme: Scheme) -> Tensor:
     """Inverse of `encode_codes`: int8 ``[rows, columns]``."""
-    from quantcli import packing
+    from quantcli.core import packing
 
     flat = stored.reshape(-1)
     count = flat.numel() * 2 // columns * columns
@@ -125,7 +118,7 @@ def encode_scales(weight: str, tensor: QuantizedTensor, scheme: Scheme, scale_dt
     """Every other tensor of the layer; ``tensor.codes`` is not looked at."""
     import torch
 
-    from quantcli.numerics import dynamic_codebook, nf4_codebook, quantize_scales
+    from quantcli.core.nf4 import dynamic_codebook, nf4_codebook, quantize_scales
 
     state: dict[str, Any] = {
         "quant_type": "nf4",
@@ -156,7 +149,7 @@ def decode_scales(
     absmax = load(f"{weight}.absmax")
     if not scheme.weights.double_quantized:
         return absmax, None
-    from quantcli.numerics import dequantize_scales
+    from quantcli.core.nf4 import dequantize_scales
 
     state = json.loads(load(f"{weight}.quant_state.bitsandbytes__nf4").numpy().tobytes())
     return dequantize_scales(absmax, load(f"{weight}.nested_absmax"), state["nested_offset"]), None

@@ -11,18 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantcli.core.scheme import INPUT_SCALE, Granularity, NumberFormat, Scheme
+from quantcli.core.tensors import QuantizedTensor, TensorInfo, TensorSpec
 from quantcli.errors import InputError
-from quantcli.formats.patterns import module_patterns
-from quantcli.scheme import (
-    INPUT_SCALE,
-    Granularity,
-    NumberFormat,
-    QuantizedTensor,
-    Scheme,
-    Storage,
-    TensorInfo,
-    TensorSpec,
-)
+from quantcli.formats.base import Storage
+from quantcli.formats.module_patterns import module_patterns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +116,7 @@ def encode_codes(codes: Tensor, scheme: Scheme) -> Tensor:
     """Stored form of a slab of rows, int8 ``[rows, columns]``."""
     if not _is_packed(scheme):
         return codes
-    from quantcli import packing
+    from quantcli.core import packing
 
     if scheme.weights.bits == 4:
         return packing.pack_int4_low_nibble_first(codes)
@@ -134,7 +127,7 @@ def decode_codes(stored: Tensor, columns: int, scheme: Scheme) -> Tensor:
     """Inverse of `encode_codes`: int8 ``[rows, columns]``."""
     if not _is_packed(scheme):
         return stored
-    from quantcli import packing
+    from quantcli.core import packing
 
     if scheme.weights.bits == 4:
         return packing.unpack_int4_low_nibble_first(stored, columns)
@@ -145,14 +138,14 @@ def encode_scales(weight: str, tensor: QuantizedTensor, scheme: Scheme, scale_dt
     """Every other tensor of the layer; ``tensor.codes`` is not looked at."""
     import torch
 
-    from quantcli.numerics import TORCH_DTYPES
+    from quantcli.core.dtypes import torch_dtype
 
-    scale = tensor.scale.to(TORCH_DTYPES[scale_dtype])
+    scale = tensor.scale.to(torch_dtype(scale_dtype))
     if tensor.number_format.granularity.kind == "tensor":
         scale = scale.reshape(1)
     encoded = {f"{weight}_scale": scale}
     if tensor.input_scale is not None:
-        encoded[_input_scale(weight)] = tensor.input_scale.reshape(1).to(TORCH_DTYPES[scale_dtype])
+        encoded[_input_scale(weight)] = tensor.input_scale.reshape(1).to(torch_dtype(scale_dtype))
     if _is_packed(scheme):
         encoded[f"{weight}_shape"] = torch.tensor(tensor.shape, dtype=torch.int64)
     if tensor.zero_point is not None:

@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantcli.core.scheme import Granularity, NumberFormat, Scheme
+from quantcli.core.tensors import QuantizedTensor, TensorInfo, TensorSpec
 from quantcli.errors import InputError
-from quantcli.formats.patterns import module_patterns
-from quantcli.scheme import Granularity, NumberFormat, QuantizedTensor, Scheme, Storage, TensorInfo, TensorSpec
+from quantcli.formats.base import Storage
+from quantcli.formats.module_patterns import module_patterns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,13 +113,13 @@ def codes_offset(row: int, columns: int, scheme: Scheme) -> int:
 
 
 def _pack(codes: Tensor, scheme: Scheme) -> Tensor:
-    from quantcli import packing
+    from quantcli.core import packing
 
     return packing.pack_int4_low_nibble_first(codes) if scheme.weights.bits == 4 else packing.pack_int8_in_int32(codes)
 
 
 def _unpack(packed: Tensor, columns: int, scheme: Scheme) -> Tensor:
-    from quantcli import packing
+    from quantcli.core import packing
 
     if scheme.weights.bits == 4:
         return packing.unpack_int4_low_nibble_first(packed, columns)
@@ -142,7 +144,8 @@ def encode_scales(weight: str, tensor: QuantizedTensor, scheme: Scheme, scale_dt
     """
     import torch
 
-    from quantcli.numerics import TORCH_DTYPES, code_range
+    from quantcli.core.dtypes import torch_dtype
+    from quantcli.core.numerics import code_range
 
     lowest, _ = code_range(scheme.weights)
     zero_point = torch.zeros_like(tensor.scale, dtype=torch.int8) if tensor.zero_point is None else tensor.zero_point
@@ -151,7 +154,7 @@ def encode_scales(weight: str, tensor: QuantizedTensor, scheme: Scheme, scale_dt
     stem, size = _stem(weight), _group_size(tensor.shape, scheme)
     return {
         f"{stem}qzeros": _pack((zero_point - 1).T.contiguous(), scheme),
-        f"{stem}scales": tensor.scale.T.contiguous().to(TORCH_DTYPES[scale_dtype]),
+        f"{stem}scales": tensor.scale.T.contiguous().to(torch_dtype(scale_dtype)),
         f"{stem}g_idx": torch.arange(tensor.shape[1], dtype=torch.int32) // size,
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantcli.scheme import Scheme
+from quantcli.core.scheme import Scheme
 
 NAME = "safetensors"
 

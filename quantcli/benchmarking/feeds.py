@@ -1,0 +1,144 @@
+"""What models are timed on: batches of DATA, or made-up values of the right shapes, which the report then says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from quantcli.core.ports import Arrays, Port
+from quantcli.data.for_models import input_ports, is_text, samples_for
+from quantcli.data.samples import Samples, batches
+from quantcli.errors import InputError, UsageError
+from quantcli.models.inputs import derived_inputs
+from quantcli.models.source import Subject
+
+#: Tokens of a sequence, and pixels of a side, where neither the user nor the model says it.
+DEFAULT_LENGTH, DEFAULT_SIDE = 128, 224
+
+#: Different batches that runs take turns with; more would only fill memory.
+_BATCHES = 4
+
+
+@dataclass
+class Feeds:
+    """Batches to run on, by batch size, and what is to be said of them."""
+
+    by_size: dict[int, list[Arrays]]
+    source: str
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shapes of the inputs at the first batch size."""
+        return {name: list(value.shape) for name, value in next(iter(self.by_size.values()))[0].items()}
+
+
+def load_feeds(
+    subjects: Sequence[Subject],
+    data: str | None,
+    sizes: Sequence[int] | None,
+    *,
+    seq_len: int | None = None,
+    tokenizer: Path | None = None,
+    preprocess: Path | None = None,
+    seed: int = 0,
+) -> Feeds:
+    """Batches for the models.
+
+    Raises:
+        UsageError: a batch size that the model cannot take.
+        InputError: the data is missing, does not fit, or holds no whole batch; or there is none, and the model
+            does not tell the shapes of its inputs.
+    """
+    if any(size < 1 for size in sizes or ()):
+        raise UsageError("--batch-size counts samples: at least one is needed.")
+    text = data is not None and is_text(data)
+    ports = input_ports(subjects, text=text or data is None)
+    fixed = _fixed_batch(ports)
+    sizes = list(dict.fromkeys(sizes or (fixed or 1,)))
+    wrong = [size for size in sizes if fixed and size != fixed]
+    if wrong:
+        raise UsageError(f"--batch-size {wrong[0]}: {subjects[0].path} takes {fixed} at a time.")
+    if data is None:
+        made_up = {size: [made_up_feeds(ports, size, seq_len, seed)] for size in sizes}
+        feeds = Feeds(made_up, "made up")
+        shapes = ", ".join(f"{name} {shape}" for name, shape in feeds.shapes.items())
+        feeds.warnings.append(
+            f"No --data was given: the inputs are made up ({shapes}). Latency may differ on real ones, whose "
+            "shapes and values are others."
+        )
+        return feeds
+    samples = samples_for(
+        subjects,
+        data,
+        ports,
+        tokenizer=tokenizer,
+        preprocess=preprocess,
+        samples=max(sizes) * _BATCHES,
+        seq_len=seq_len or (DEFAULT_LENGTH if text and not _fixed_length(ports) else None),
+        windows=True,
+    )
+    return Feeds({size: _batches(samples, size) for size in sizes}, data, list(samples.warnings))
+
+
+def _batches(samples: Samples, size: int) -> list[Arrays]:
+    full = (feeds for feeds, labels in batches(samples, size) if len(labels) == size)
+    found = list(islice(full, _BATCHES))
+    if not found:
+        raise InputError(
+            f"{samples.source} holds no {size} samples of equal shape in a row, which --batch-size {size} needs.",
+            "Give more data, or a smaller --batch-size.",
+        )
+    return found
+
+
+def made_up_feeds(ports: Sequence[Port], size: int, seq_len: int | None, seed: int) -> Arrays:
+    """Inputs of the right shapes: normal floats from a seed, ones for integers (ids, masks) and truth values.
+
+    Raises:
+        InputError: the model does not tell how many dimensions an input has, or what its elements are.
+    """
+    generator = np.random.default_rng(seed)
+    found: Arrays = {}
+    for port in ports:
+        if port.shape is None or port.dtype.kind not in "iufbV":
+            raise InputError(f"The model does not tell the shape of its input {port}.", "Give real ones with --data.")
+        shape = [_dimension(port, axis, size, seq_len) for axis in range(len(port.shape))]
+        if port.dtype.kind in "iub":
+            found[port.name] = np.ones(shape, dtype=port.dtype)
+        else:
+            found[port.name] = generator.standard_normal(shape, dtype=np.float32).astype(port.dtype)
+    derived = derived_inputs(found["input_ids"]) if "input_ids" in found else {}
+    # Masks, types and positions are what a tokenizer would give for a text without padding.
+    return {
+        name: np.asarray(derived[name], dtype=value.dtype) if name in derived and value.ndim == 2 else value
+        for name, value in found.items()
+    }
+
+
+def _dimension(port: Port, axis: int, size: int, seq_len: int | None) -> int:
+    assert port.shape is not None
+    given = port.shape[axis]
+    if isinstance(given, int):
+        return given
+    if axis == 0:
+        return size
+    if len(port.shape) == 4:
+        return 3 if axis == 1 else DEFAULT_SIDE
+    return seq_len or DEFAULT_LENGTH
+
+
+def _fixed_batch(ports: Sequence[Port]) -> int | None:
+    fixed = {port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], int)}
+    return min(fixed) if fixed else None
+
+
+def _fixed_length(ports: Sequence[Port]) -> bool:
+    return any(
+        port.name == "input_ids" and port.shape is not None and len(port.shape) == 2 and isinstance(port.shape[1], int)
+        for port in ports
+    )

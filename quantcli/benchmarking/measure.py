@@ -1,0 +1,90 @@
+"""Measuring models that take turns, and the row of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from quantcli.benchmarking import probe
+from quantcli.benchmarking.timing import Timing, speedup
+from quantcli.core.ports import Arrays
+from quantcli.models.inputs import fit
+from quantcli.models.kernels import prove
+from quantcli.models.runner import Runner, open_runner
+from quantcli.models.source import Subject
+from quantcli.onnx.graph.model import onnx_file
+from quantcli.reporting.report import ModelRow
+
+METRICS = (
+    "latency_ms_p50", "latency_ms_p90", "latency_ms_p99", "throughput_per_s", "load_ms", "peak_rss_bytes",
+    "size_bytes", "size_ratio",
+)  # fmt: skip
+CANDIDATE_METRICS = ("speedup", "speedup_low", "speedup_high")
+
+
+def open_in_bench(subject: Subject, threads: int) -> Runner:
+    """A model's runner, with so many threads; the model source learns from it what it could not tell from files."""
+    runner = open_runner(subject.path, threads=threads, weights=subject.weights, shared=True)
+    subject.see(runner)
+    return runner
+
+
+def load_and_peak(subject: Subject, feeds: Arrays, threads: int) -> dict[str, float]:
+    """Load time and peak memory of a model in a process of its own."""
+    return vars(probe.probe(subject.path, subject.kind, feeds, threads=threads, weights=subject.weights))
+
+
+def timed_call(runner: Runner, pool: Sequence[Arrays], name: str) -> Callable[[int], object]:
+    """A function of the round's number that runs the model; inputs are cast to its dtypes beforehand."""
+    fitting = [fit(feeds, runner.inputs, name) for feeds in pool]
+    return lambda number: runner.run(fitting[number % len(fitting)])
+
+
+def batch_metrics(size: int, timing: Timing, reference: Timing | None, seed: int) -> dict[str, Any]:
+    """Latency and throughput at one batch size, and the speed-up over a reference."""
+    found: dict[str, Any] = {
+        "batch_size": size,
+        "rounds": len(timing.ns),
+        "calls": timing.ns.size,
+        "latency_ms_p50": timing.percentile_ms(50),
+        "latency_ms_p90": timing.percentile_ms(90),
+        "latency_ms_p99": timing.percentile_ms(99),
+        "throughput_per_s": timing.per_second(size),
+    }
+    if reference is not None:
+        gain = speedup(reference, timing, seed)
+        found |= {"speedup": gain.ratio, "speedup_low": gain.low, "speedup_high": gain.high, "verdict": gain.verdict}
+    return found
+
+
+def model_row(
+    subject: Subject, index: int, runner: Runner, batches: list[dict[str, Any]], probed: dict[str, float]
+) -> ModelRow:
+    """A model's row of the report: the figures of the first batch size, and all of them in its details."""
+    metrics = {name: batches[0][name] for name in (*METRICS, *CANDIDATE_METRICS) if name in batches[0]}
+    row = subject.row(index, metrics | {"load_ms": probed["load_ms"], "peak_rss_bytes": probed["peak_rss_bytes"]})
+    row.details = {
+        "batches": batches,
+        "baseline_rss_bytes": probed["baseline_rss_bytes"],
+        "kernels": _kernels(subject, runner),
+    }
+    return row
+
+
+def _kernels(subject: Subject, runner: Runner) -> dict[str, Any]:
+    """What computes: operators of the runtime's own optimized graph, or dtypes of a torch module's weights."""
+    if subject.onnx:
+        return prove(onnx_file(subject.onnx.path)).to_json()
+    import torch
+
+    dtypes = {str(value.dtype).removeprefix("torch.") for value in runner.module.parameters()}  # type: ignore[attr-defined]
+    return {"runtime": f"torch {torch.__version__}", "dtypes": sorted(dtypes)}
+
+
+def runtimes(subjects: Sequence[Subject]) -> list[str]:
+    """Versions of the libraries that ran the models."""
+    from importlib.metadata import version
+
+    needed = {"onnx": ("onnxruntime",), "checkpoint": ("torch", "transformers")}
+    names = [name for subject in subjects for name in needed.get(subject.kind, ("torch",))]
+    return [f"{name} {version(name)}" for name in dict.fromkeys(names)]

@@ -1,0 +1,1 @@
+"""What activations of an ONNX graph are like: ranges, histograms, Hessians."""

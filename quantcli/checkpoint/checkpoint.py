@@ -1,0 +1,250 @@
+"""A model's weights as one list of tensors, whichever files hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quantcli.checkpoint.hugging_face import load_json
+from quantcli.checkpoint.safetensors import SafetensorsReader, read_header
+from quantcli.core.tensors import TensorInfo
+from quantcli.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+MAX_OPEN_FILES = 64
+
+#: What a folder's weights are looked for as, in the order in which transformers does.
+_FOLDER_ENTRIES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+_OTHER_FORMATS = {
+    ".gguf": "a GGUF file; quantcli starts from the original weights",
+    ".h5": "a Keras or TensorFlow file",
+    ".msgpack": "a Flax file",
+    ".tflite": "a TFLite file",
+}
+
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+class Reader(Protocol):
+    """What a single file offers."""
+
+    def read_rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """Rows of one tensor."""
+
+    def close(self) -> None:
+        """Release the file."""
+
+
+class Checkpoint:
+    """Tensors of a model: listed from headers, read by rows.
+
+    ``path`` is what the user gave; ``folder`` the Hugging Face folder around the weights, or None for
+    a bare file; ``config`` its config.json, or None.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        infos: tuple[TensorInfo, ...],
+        *,
+        folder: Path | None = None,
+        metadata: Mapping[str, str] | None = None,
+        warnings: tuple[str, ...] = (),
+    ) -> None:
+        self.path = path
+        self.folder = folder
+        self.metadata = dict(metadata or {})
+        self.config = load_json(folder / "config.json") if folder and (folder / "config.json").is_file() else None
+        self.warnings = warnings
+        self._infos = infos
+        self._lock = threading.Lock()
+        self._readers: OrderedDict[Path, Reader] = OrderedDict()
+
+    def infos(self) -> tuple[TensorInfo, ...]:
+        """Every tensor, in file order."""
+        return self._infos
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold weights, sorted."""
+        return tuple(sorted({info.file for info in self._infos}))
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """What quantcli recorded of how it made this artifact, or None where it did not make it."""
+        if self.folder and (self.folder / "quantcli.json").is_file():
+            return load_json(self.folder / "quantcli.json")
+        text = self.metadata.get("quantcli")
+        if text is None:
+            return None
+        try:
+            loaded = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self.path} holds a damaged quantcli manifest: {error}.") from error
+        return loaded if isinstance(loaded, dict) else None
+
+    def load(self, name: str) -> Tensor:
+        """One whole tensor in its own dtype. Raises KeyError for an unknown name."""
+        info = next((info for info in self._infos if info.name == name), None)
+        if info is None:
+            raise KeyError(name)
+        return self.read_rows(info, 0, info.rows)
+
+    def read_rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of a tensor, in its own dtype; safe from several threads."""
+        with self._lock:
+            reader = self._readers.pop(info.file, None) or _open_reader(info.file)
+            self._readers[info.file] = reader
+            # The one used longest ago is dropped; it closes its file once no thread uses it any more.
+            if len(self._readers) > MAX_OPEN_FILES:
+                self._readers.popitem(last=False)
+        return reader.read_rows(info, start, stop)
+
+    def sha256(self) -> str:
+        """Hash of the weight files: of the one file, or of ``sha256sum``'s lines over several."""
+        digests = {}
+        for file in self.files:
+            name = file.relative_to(self.folder).as_posix() if self.folder else file.name
+            with file.open("rb", buffering=0) as stream:
+                digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        if len(digests) == 1:
+            return next(iter(digests.values()))
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _open_reader(file: Path) -> Reader:
+    if file.suffix.lower() not in TORCH_SUFFIXES:
+        return SafetensorsReader(file)
+    from quantcli.checkpoint.torch_pickle import TorchReader
+
+    return TorchReader(file)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open any MODEL that is a checkpoint; reads headers only.
+
+    Raises:
+        InputError: the path is missing, is not a model, or its files are corrupt or incomplete.
+    """
+    try:
+        return _open(path)
+    except OSError as error:
+        raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
+
+
+def _open(path: Path) -> Checkpoint:
+    if not path.exists():
+        raise InputError(f"{path} does not exist.", "A MODEL is a folder, .safetensors, .pt, .pth, .bin or .onnx.")
+    if path.is_dir():
+        return _open_folder(path)
+    if path.name.endswith(".index.json"):
+        return _open_index(path)
+    return _open_file(path, None)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    for name in _FOLDER_ENTRIES:
+        entry = folder / name
+        if entry.is_file():
+            return _open_index(entry) if name.endswith(".json") else _open_file(entry, folder)
+    indices = sorted(folder.glob("*.index.json"))
+    if len(indices) == 1:
+        return _open_index(indices[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return _open_file(files[0], folder)
+    if len(files) > 1:
+        raise InputError(
+            f"{folder} holds {len(files)} safetensors files and no index that joins them.",
+            hint="Add model.safetensors.index.json, or name one file.",
+        )
+    if (folder / "config.json").is_file():
+        raise InputError(f"{folder} has a config.json but no weights (model.safetensors or pytorch_model.bin).")
+    raise InputError(f"{folder} is not a model: it holds no safetensors or pytorch_model.bin file.")
+
+
+def _open_file(path: Path, folder: Path | None) -> Checkpoint:
+    if not path.is_file():
+        raise InputError(f"{path} is neither a file nor a folder.")
+    with path.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise InputError(f"{path} is a Git LFS pointer, not the file itself.", "Fetch it with: git lfs pull")
+    suffix = path.suffix.lower()
+    shown = path if folder is None else folder
+    if suffix == ".safetensors":
+        header = read_header(path)
+        _refuse_empty(header.infos, path)
+        return Checkpoint(shown, header.infos, folder=folder, metadata=header.metadata)
+    if suffix in TORCH_SUFFIXES:
+        from quantcli.checkpoint.torch_pickle import TorchReader
+
+        return Checkpoint(shown, TorchReader(path).infos, folder=folder)
+    what = _OTHER_FORMATS.get(suffix, "not a kind of model that quantcli knows")
+    raise InputError(f"{path} is {what}.", "A MODEL is a folder, .safetensors, .pt, .pth, .bin or .onnx.")
+
+
+def _open_index(index: Path) -> Checkpoint:
+    """A sharded model: the index says which file holds which tensor; both sides are checked."""
+    weight_map = load_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{index} has no weight_map from tensor names to file names.")
+    folder = index.parent
+    infos: list[TensorInfo] = []
+    metadata: dict[str, str] = {}
+    unlisted: list[str] = []
+    for shard in sorted(set(weight_map.values())):
+        path = _inside(folder, shard, index)
+        if not path.is_file():
+            raise InputError(f"{index} names the shard {shard}, which is not there.", "Download or copy it again.")
+        part = _open_file(path, None)
+        metadata |= part.metadata
+        listed = {name for name, file in weight_map.items() if file == shard}
+        missing = sorted(listed - {info.name for info in part.infos()})
+        if missing:
+            raise InputError(f"{index} says that {missing[0]!r} is in {shard}, which does not hold it.")
+        for info in part.infos():
+            if info.name in listed:
+                infos.append(info if info.shares in listed else replace(info, shares=None))
+            else:
+                unlisted.append(f"{info.name} ({shard})")
+    _refuse_empty(tuple(infos), index)
+    warnings: tuple[str, ...] = ()
+    if unlisted:
+        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
+        warnings = (f"Shards hold tensors that the index does not list; ignored: {unlisted[0]}{more}.",)
+    return Checkpoint(folder, tuple(infos), folder=folder, metadata=metadata, warnings=warnings)
+
+
+def _refuse_empty(infos: tuple[TensorInfo, ...], path: Path) -> None:
+    if not infos:
+        raise InputError(f"{path} holds no tensor.")
+
+
+def _inside(folder: Path, name: str, index: Path) -> Path:
+    """A shard's path; a name that leads out of the folder is refused."""
+    for flavour in (PurePosixPath(name), PureWindowsPath(name)):
+        if flavour.anchor or ".." in flavour.parts:
+            raise InputError(f"{index} names the shard {name!r}, which lies outside its folder.")
+    return folder / name

@@ -1,0 +1,200 @@
+"""Quantized checkpoints as inputs: every coded weight with its scheme, as codes and scales, or as plain values.
+
+What the format modules can write they can read: shapes and schemes come from headers and the
+``quantization_config``, codes through the same decoding that verifies what was written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from quantcli import formats
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.roles import module_of, quantization_of
+from quantcli.core.dtypes import FLOAT_DTYPES
+from quantcli.core.scheme import Scheme
+from quantcli.core.tensors import QuantizedTensor, TensorInfo, TensorSpec
+from quantcli.errors import InputError
+from quantcli.formats.base import CodedFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    pass
+
+READ = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
+
+#: What config.json tells of codes, now and formerly.
+SECTIONS = ("quantization_config", "compression_config")
+
+#: Tensors of a layer that no longer mean anything without its codes.
+_OF_INPUTS = ("input_scale", "input_zero_point")
+
+#: Parts of a coded weight, which mean nothing by themselves.
+_PART = re.compile(
+    r"(^|\.)(qweight|qzeros|g_idx|SCB|weight_(packed|shape|zero_point)|weight\.(\w*absmax|\w*quant_map|quant_state\..+))$"
+)
+
+#: Where transformers has layers that store ``[inputs, outputs]``; bitsandbytes quantizes them turned.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D_LEAF = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
+
+
+@dataclass(frozen=True)
+class CodedWeight:
+    """A weight that is stored as codes: ``shape`` is that of the matrix ``[outputs, inputs]`` that was quantized.
+
+    ``parts`` are the tensors that stand for it; ``transposed``: the model itself stores ``[inputs, outputs]``.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: Scheme
+    parts: tuple[TensorInfo, ...]
+    transposed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that stands for it."""
+        return sum(part.nbytes for part in self.parts)
+
+
+class CodedCheckpoint:
+    """The coded weights of a quantized checkpoint. Use `open_coded`."""
+
+    def __init__(self, checkpoint: Checkpoint, form: CodedFormat) -> None:
+        self.checkpoint, self.form = checkpoint, form
+        self._infos = {info.name: info for info in checkpoint.infos()}
+        section = section_of(checkpoint.config)
+        model_type = (checkpoint.config or {}).get("model_type")
+        self.weights: dict[str, CodedWeight] = {}
+        for name, (shape, scheme) in form.find(self._infos, section, self._load).items():
+            parts = self._parts(name, shape, scheme)
+            turned = model_type in _CONV1D_MODELS and bool(_CONV1D_LEAF.search(module_of(name)))
+            self.weights[name] = CodedWeight(name, shape, scheme, parts, turned and form.carries("conv1d") is None)
+        if not self.weights:
+            raise InputError(
+                f"{checkpoint.path} is declared as {form.NAME}, but holds no weight of a kind that is read."
+            )
+        for info in self.rest:
+            if _PART.search(info.name) or (info.name.endswith("weight") and not info.is_float):
+                raise InputError(
+                    f"{info.name} belongs to no weight that is whole.",
+                    "The file is damaged, or in a form that is not known.",
+                )
+
+    @property
+    def rest(self) -> tuple[TensorInfo, ...]:
+        """Tensors that belong to no coded weight, in file order."""
+        taken = {part.name for weight in self.weights.values() for part in weight.parts}
+        return tuple(info for info in self._infos.values() if info.name not in taken)
+
+    @property
+    def scheme(self) -> str:
+        """What the model was quantized to: as its manifest says, else the dtype of most weights."""
+        counts = Counter(weight.scheme.weights.dtype for weight in self.weights.values())
+        return str((self.checkpoint.manifest or {}).get("scheme") or counts.most_common(1)[0][0])
+
+    def algorithm(self, name: str) -> str | None:
+        """What chose the codes of a weight, where the manifest tells."""
+        entry: dict[str, Any] = (self.checkpoint.manifest or {}).get("layers", {}).get(name, {})
+        return entry.get("algorithm")
+
+    def tensor(self, name: str) -> QuantizedTensor:
+        """Codes, scales and zero points of one weight.
+
+        Raises:
+            InputError: what is stored contradicts itself.
+        """
+        weight = self.weights[name]
+        scale, zero_point = self.scales(name)
+        stored = self._load(self.form.codes_name(name, weight.scheme))
+        codes = self.form.decode_codes(stored, weight.shape[1], weight.scheme)
+        return QuantizedTensor(codes, scale, zero_point, weight.shape, weight.scheme.weights)
+
+    def scales(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Scales (float32) and zero points of one weight, without its codes. Raises InputError for scales of NaN."""
+        import torch
+
+        weight = self.weights[name]
+        scale, zero_point = self.form.decode_scales(name, weight.shape, weight.scheme, self._load)
+        if not bool(torch.isfinite(scale).all()):
+            raise InputError(f"The scales of {name} are not finite: the model is damaged.")
+        return scale, zero_point
+
+    def scale_dtype(self, name: str) -> str:
+        """The dtype that a weight's scales are stored in, by safetensors' name."""
+        named = {info.name: info.dtype for info in self.weights[name].parts}
+        return next((named[part] for part in named if part.endswith(("_scale", ".scales")) or part == "scales"), "F32")
+
+    def _load(self, name: str) -> Tensor:
+        info = self._infos[name]
+        return self.checkpoint.read_rows(info, 0, info.rows)
+
+    def _parts(self, name: str, shape: tuple[int, int], scheme: Scheme) -> tuple[TensorInfo, ...]:
+        """Every tensor of a weight. Raises InputError where one is missing or has another shape than it should."""
+        size = scheme.weights.granularity.size
+        if scheme.weights.granularity.kind == "group" and size and shape[1] % size:
+            raise InputError(f"{name} has {shape[1]} columns, and scales for groups of {size}: the file is damaged.")
+        parts = []
+        for part, spec in self.form.layout(name, shape, scheme, "F32").items():
+            info = self._infos.get(part)
+            if info is None and part.endswith("g_idx"):
+                continue  # older files leave it out where it would only count
+            if info is None or not _fits(info, spec):
+                found = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
+                kind = "" if spec.dtype in FLOAT_DTYPES else f"{spec.dtype} "
+                raise InputError(
+                    f"{part} {found}, and {name} {list(shape)} as {scheme} needs {kind}{list(spec.shape)}.",
+                    "The file is damaged, or in a form that is not known.",
+                )
+            parts.append(info)
+        stem = name.removesuffix("weight")
+        extra = [self._infos[stem + each] for each in _OF_INPUTS if stem + each in self._infos]
+        return tuple(parts + [info for info in extra if info not in parts])
+
+
+def _fits(info: TensorInfo, spec: TensorSpec) -> bool:
+    """Whether a tensor is what its format says; scales may be of any floating-point dtype."""
+    if info.dtype != spec.dtype and not (info.is_float and spec.dtype in FLOAT_DTYPES):
+        return False
+    # A description in JSON is as long as it happens to be; a scale for all may be a scalar.
+    if ".quant_state." in info.name:
+        return True
+    return info.shape == spec.shape or (info.numel == prod(spec.shape) == 1)
+
+
+def section_of(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The ``quantization_config`` of a config.json; empty where there is none."""
+    found = [section for key in SECTIONS if isinstance(section := (config or {}).get(key), Mapping)]
+    return found[0] if found else {}
+
+
+def open_coded(checkpoint: Checkpoint) -> CodedCheckpoint:
+    """List the coded weights of a quantized checkpoint.
+
+    Raises:
+        InputError: it is quantized in a way that is not read, or what it holds contradicts itself.
+    """
+    method = quantization_of(checkpoint.infos(), checkpoint.config) or "nothing"
+    if method == "gptq or awq":
+        infos = {info.name: info for info in checkpoint.infos()}
+        stem = next(name.removesuffix("qweight") for name in infos if name.endswith("qweight"))
+        packed, scales = infos[f"{stem}qweight"], infos.get(f"{stem}scales")
+        method = "gptq" if scales and scales.shape[-1:] == packed.shape[-1:] else "awq"
+    if method not in READ:
+        raise InputError(
+            f"The model is quantized as {method}, which quantcli does not read.",
+            f"Read are {', '.join(READ)}; or start from the original weights.",
+        )
+    return CodedCheckpoint(checkpoint, formats.coded_format(method))
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds quantized weights."""
+    return quantization_of(checkpoint.infos(), checkpoint.config) is not None

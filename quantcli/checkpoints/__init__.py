@@ -1,5 +1,0 @@
-"""Checkpoints: what a model's weights are read from. `open_checkpoint` tells which kind a path is."""
-
-from quantcli.checkpoints.folder import open_checkpoint
-
-__all__ = ["open_checkpoint"]

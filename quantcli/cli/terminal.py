@@ -1,0 +1,144 @@
+"""What people see: tables on stdout, talk on stderr. The only importer of rich."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quantcli.reporting.report import Report, Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Width where there is no terminal to ask: wide enough that logs do not wrap tables.
+_LOG_WIDTH = 200
+#: Time whose speed tells how much is left. Parts of a block differ, and the blocks of a large model take minutes.
+_PACE_SECONDS = 600.0
+
+
+class Ui:
+    """Output of one command."""
+
+    def __init__(self) -> None:
+        self.json = self.quiet = self.debug = False
+
+    def show(self, report: Report, tables: Sequence[Table]) -> None:
+        """The report on stdout: one JSON document, or tables; warnings on stderr."""
+        if self.json:
+            print(report.to_json(), flush=True)
+        else:
+            console = self._console(sys.stdout)
+            # Captured, because rich itself ends the program when the reader of a pipe leaves.
+            with console.capture() as capture:
+                for table in tables:
+                    _print_table(console, table)
+            print("\n".join(line.rstrip() for line in capture.get().split("\n")), end="", flush=True)
+        for warning in report.warnings:
+            self.talk(f"Warning: {warning}", style="yellow")
+
+    def talk(self, message: str, style: str = "") -> None:
+        """A line on stderr, unless quiet."""
+        if not self.quiet:
+            self._say(message, style)
+
+    def fail(self, message: str, hint: str | None = None) -> None:
+        """An error: one paragraph on stderr, even when quiet."""
+        self._say(f"Error: {message}" + (f" {hint}" if hint else ""), "bold red")
+
+    def _say(self, message: str, style: str) -> None:
+        text = message
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns
+            text = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False)
+        if style and sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+            head, colon, rest = text.partition(":")
+            self._console(sys.stderr).print(f"[{style}]{head}{colon}[/{style}]", end="", highlight=False)
+            text = rest
+        print(text, file=sys.stderr)
+
+    @contextmanager
+    def progress(self, label: str, *, unit: str) -> Iterator[Callable[[int, int], None] | None]:
+        """A progress bar on stderr: none when quiet or without a terminal.
+
+        ``unit`` is ``bytes``, ``samples`` or ``percent``.
+        """
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        amount: Any = {"bytes": DownloadColumn, "samples": MofNCompleteColumn, "percent": TaskProgressColumn}[unit]()
+        left = (TimeRemainingColumn(compact=True), TextColumn("left"))
+        columns = (TextColumn("{task.description}"), BarColumn(), amount, *left)
+        console = self._console(sys.stderr)
+        with Progress(*columns, console=console, transient=True, speed_estimate_period=_PACE_SECONDS) as bar:
+            task = bar.add_task(label, total=None)
+            yield _Shown(bar, task, label)
+
+    @staticmethod
+    def _console(stream: Any) -> Console:
+        from rich.console import Console
+
+        width = None if stream.isatty() else int(os.environ.get("COLUMNS", _LOG_WIDTH))
+        return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+
+
+class _Shown:
+    """Progress as a bar, and in words before it."""
+
+    def __init__(self, bar: Any, task: Any, label: str) -> None:
+        self._bar, self._task, self._label = bar, task, label
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+
+    def say(self, text: str) -> None:
+        """How it goes."""
+        self._bar.update(self._task, description=f"{self._label} ({text})")
+
+
+def _print_table(console: Console, table: Table) -> None:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    bare = not any(table.columns[:1])
+    shown = RichTable(box=box.SIMPLE_HEAD, show_header=not bare, pad_edge=False)
+    for column, width in zip(table.columns, _widths(table, console.width), strict=True):
+        shown.add_column(column, justify="right" if column in table.right else "left", overflow="fold", width=width)
+    for row in table.rows:
+        shown.add_row(*map(Text, row))
+    # As a table's own title and caption they would be folded to the width of its columns.
+    console.print(Text(table.title, style="bold"))
+    console.print(shown)
+    if table.note:
+        console.print(Text(table.note, style="dim"))
+        console.print()
+
+
+def _widths(table: Table, available: int) -> list[int]:
+    """Widths of columns: the widest give way until all fit, at first only to where words need not be broken."""
+    from rich.cells import cell_len
+
+    columns = [[name, *cells] for name, *cells in zip(table.columns, *table.rows, strict=True)]
+    widths = [max(map(cell_len, cells)) for cells in columns]
+    words = [max((cell_len(word) for cell in cells for word in cell.split()), default=1) for cells in columns]
+    room = available - 3 * len(columns)  # what the box takes
+    for least in (words, [1] * len(columns)):
+        while sum(widths) > room and any(width > low for width, low in zip(widths, least, strict=True)):
+            spare = [(width if width > low else 0) for width, low in zip(widths, least, strict=True)]
+            widths[spare.index(max(spare))] -= 1
+    return widths

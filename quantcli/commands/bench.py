@@ -1,0 +1,120 @@
+"""`bench`: latency, throughput, load time and memory of a reference and its candidates, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantcli.benchmarking.feeds import load_feeds
+from quantcli.benchmarking.measure import (
+    CANDIDATE_METRICS,
+    METRICS,
+    batch_metrics,
+    load_and_peak,
+    model_row,
+    open_in_bench,
+    runtimes,
+    timed_call,
+)
+from quantcli.benchmarking.timing import time_interleaved
+from quantcli.errors import UsageError
+from quantcli.models.source import open_subject, size_metrics
+from quantcli.reporting.gates import apply_gates, parse_gates
+from quantcli.reporting.report import Report
+from quantcli.system.hardware import cpu_features, cpu_name
+from quantcli.system.parallel import usable_cores
+from quantcli.system.progress import Progress
+
+
+def bench(
+    model: str | Path,
+    candidates: Sequence[str | Path] = (),
+    *,
+    data: str | Path | None = None,
+    batch_size: int | Sequence[int] | None = None,
+    seq_len: int | None = None,
+    tokenizer: str | Path | None = None,
+    preprocess: str | Path | None = None,
+    weights: str | Path | None = None,
+    threads: int | None = None,
+    runs: int | None = None,
+    seed: int = 0,
+    require: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Report:
+    """Time a reference model and candidates side by side on the CPU.
+
+    All models are loaded at once and take turns in rounds, in an order shuffled by ``seed``, so that what else
+    the machine does falls on all of them. The speed-up is the median over rounds of the ratio of times, with
+    an interval of 95%; its verdict is "no difference" where the interval holds 1. Load time and peak memory are
+    measured in a process of its own for every model. Every model's ``metrics`` are those of the first batch
+    size; ``batches`` in its row has them all.
+
+    Args:
+        model: the reference: a Hugging Face folder, an ONNX file or a folder with model.onnx, a ``.pt2``, or
+            ``package.module:function``.
+        candidates: models of any kind to compare with it.
+        data: what to run on, as in `quantcli.evaluate`; without, made-up values, which the report says.
+        batch_size: samples per run, one number or several; by default what the model takes, or 1.
+        seq_len: tokens per sequence; by default 128.
+        tokenizer: a folder with the tokenizer, where no model has one.
+        preprocess: a file that says how images become inputs.
+        weights: a state dict for the modules of functions.
+        threads: threads within an operator; by default the usable cores.
+        runs: rounds; by default about three seconds per model and batch size, and no less than 20.
+        seed: what order and made-up values come from.
+        require: gates such as ``"speedup >= 1.5"``.
+        progress: called with rounds done and rounds in all, for one batch size after the other.
+
+    Returns:
+        The report; its ``passed`` says whether every gate holds.
+
+    Raises:
+        UsageError: an unknown metric, or numbers that cannot be meant.
+        InputError: a model or the data is missing or unsuitable, or a package is not installed.
+    """
+    gates = parse_gates(require, [*METRICS, *(CANDIDATE_METRICS if candidates else ())])
+    for name, value in (("--runs", runs), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value}: at least one is needed.")
+    threads = threads or usable_cores()
+    state = None if weights is None else Path(weights)
+    subjects = [open_subject(path, state) for path in (model, *candidates)]
+    feeds = load_feeds(
+        subjects,
+        None if data is None else str(data),
+        [batch_size] if isinstance(batch_size, int) else batch_size,
+        seq_len=seq_len,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        preprocess=None if preprocess is None else Path(preprocess),
+        seed=seed,
+    )
+    probes = [load_and_peak(subject, next(iter(feeds.by_size.values()))[0], threads) for subject in subjects]
+    runners = [open_in_bench(subject, threads) for subject in subjects]
+    batches: list[list[dict[str, Any]]] = [[] for _ in subjects]
+    for size, pool in feeds.by_size.items():
+        timings = time_interleaved(
+            [timed_call(runner, pool, subject.path) for runner, subject in zip(runners, subjects, strict=True)],
+            rounds=runs,
+            seed=seed,
+            progress=progress,
+        )
+        for index, timing in enumerate(timings):
+            batches[index].append(batch_metrics(size, timing, timings[0] if index else None, seed))
+    rows = [
+        model_row(subject, index, runner, batches[index], probed)
+        for index, (subject, runner, probed) in enumerate(zip(subjects, runners, probes, strict=True))
+    ]
+    size_metrics(rows)
+    details = {
+        "data": feeds.source,
+        "inputs": feeds.shapes,
+        "device": "cpu",
+        "cpu": cpu_name(),
+        "cpu_features": cpu_features(),
+        "threads": threads,
+        "runtimes": runtimes(subjects),
+    }
+    warnings = [warning for subject in subjects for warning in subject.warnings] + feeds.warnings
+    return Report("bench", rows, [], apply_gates(gates, rows), warnings, details)

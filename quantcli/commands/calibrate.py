@@ -1,0 +1,141 @@
+"""`calibrate`: run a model on data of one's own, and keep what its activations were like in a STATS file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
+from quantcli.calibration.ranges import DEFAULT_METHOD, METHODS
+from quantcli.calibration.statistics import CalibrationStats
+from quantcli.data.samples import Samples, load_samples
+from quantcli.errors import InputError, UsageError
+from quantcli.models.source import Subject, model_sha256, open_subject, subject_sha256
+from quantcli.onnx.graph.model import OnnxModel, open_onnx
+from quantcli.onnx.graph.prepare import prepare
+from quantcli.onnx.plan.plan import graph_quantization, observed_tensors
+from quantcli.reporting.report import ModelRow, Report
+from quantcli.system.files import check_target
+from quantcli.system.progress import Progress
+from quantcli.system.text import suggestion
+
+__all__ = ["DEFAULT_SAMPLES", "calibrate", "collect", "model_sha256"]
+
+
+def calibrate(
+    model: str | Path,
+    *,
+    data: str | Path,
+    output: str | Path,
+    method: str = DEFAULT_METHOD,
+    samples: int | None = None,
+    batch_size: int = 1,
+    seq_len: int | None = None,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    preprocess: str | Path | None = None,
+    weights: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Observe a model's activations on data, and write a STATS file for `convert`.
+
+    Args:
+        model: an ``.onnx`` file, or what can be exported to one: a Hugging Face folder, a ``.pt2``, or
+            ``package.module:function``.
+        data: see `quantcli.data.samples.load_samples`.
+        output: the STATS file, ``.safetensors``.
+        method: how ranges are chosen: ``minmax``, ``percentile``, ``entropy`` or ``mse``.
+        samples: how many at the most; by default 128.
+        batch_size: samples per run. The values seen are the same for all sizes, but for the last bits where the
+            runtime has other kernels for other sizes.
+        seq_len: tokens of a text sample.
+        seed: what images are chosen by.
+        tokenizer: a folder with the tokenizer, where the model has none.
+        preprocess: a file with the preprocessing of images.
+        weights: a state dict for the module of a function.
+        force: replace an existing output.
+        progress: called with sample runs done and in all.
+
+    Returns:
+        The report: every tensor's range and expected signal-to-noise ratio, and what was odd.
+
+    Raises:
+        UsageError: an unknown method, or the output exists.
+        InputError: the model or the data is missing or unsuitable, or the output cannot be written.
+    """
+    if method not in METHODS:
+        raise UsageError(f"Unknown method {method!r}.", suggestion(method, METHODS))
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: at least one is needed.")
+    given, target = str(model), Path(output)
+    subject = open_subject(given, None if weights is None else Path(weights))
+    check_target(target, Path(given), force=force)
+    if target.is_dir():
+        raise UsageError(f"The output {target} is a folder.", "Name a file, such as stats.safetensors.")
+    with tempfile.TemporaryDirectory(prefix="quantcli-") as scratch:
+        steps = None if preprocess is None else Path(preprocess)
+        onnx, warnings = _as_onnx(subject, Path(scratch), str(data), steps)
+        graph = prepare(onnx)
+        quantized = graph_quantization(graph)
+        if quantized:
+            raise InputError(f"{given} is quantized already ({quantized}).", "Calibrate the model it was made from.")
+        names = observed_tensors(graph)
+        if not names:
+            raise InputError(f"{given} has nothing to calibrate: no operator that static quantization covers.")
+        found = load_samples(
+            str(data),
+            onnx.inputs,
+            folder=subject.folder,
+            tokenizer=None if tokenizer is None else Path(tokenizer),
+            preprocess=steps,
+            samples=samples or DEFAULT_SAMPLES,
+            seq_len=seq_len,
+            seed=seed,
+        )
+        stats = collect(
+            graph,
+            found,
+            names,
+            model_sha256=subject_sha256(subject),
+            method=method,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    stats.save(target)
+    return _report(subject, found, stats, target, [*warnings, *found.warnings])
+
+
+def _as_onnx(subject: Subject, scratch: Path, data: str, preprocess: Path | None) -> tuple[OnnxModel, Sequence[str]]:
+    """The model as a graph, exported into a folder where it is none, and warnings."""
+    if subject.onnx is not None:
+        return subject.onnx, subject.warnings
+    from quantcli.export.export import export_to_onnx
+
+    exported = export_to_onnx(subject.path, scratch, data=data, preprocess=preprocess, weights=subject.weights)
+    return open_onnx(exported.path), [*subject.warnings, *exported.warnings]
+
+
+def _report(
+    subject: Subject, samples: Samples, stats: CalibrationStats, target: Path, warnings: Sequence[str]
+) -> Report:
+    row = ModelRow(
+        subject.path, "reference", subject.format, subject.scheme, stats.model_sha256, subject.size_bytes
+    )  # fmt: skip
+    tensors = []
+    for name, tensor in stats.tensors.items():
+        low, high = stats.range(name)
+        entry = {"name": name, "min": tensor.minimum, "max": tensor.maximum, "low": low, "high": high}
+        tensors.append(entry | {"sqnr_db": stats.sqnr_db(name, low, high), "elements": tensor.elements})
+    details = {
+        "output": str(target),
+        "data": samples.source,
+        "data_sha256": stats.data_sha256,
+        "samples": stats.samples,
+        "seed": stats.seed,
+        "method": stats.method,
+        "tensors": tensors,
+    }
+    return Report("calibrate", [row], warnings=[*warnings, *stats.warnings()], details=details)

@@ -1,0 +1,218 @@
+"""`convert`: plan, stream every tensor through its algorithm into its format, verify, publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.quantized import is_quantized
+from quantcli.conversion.checkpoint.layout import plan_layout
+from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
+from quantcli.conversion.checkpoint.repack import Carrier, decoded_view
+from quantcli.conversion.checkpoint.rows import conversion_report
+from quantcli.conversion.staging import open_staging
+from quantcli.data.request import Calibration
+from quantcli.errors import UsageError
+from quantcli.onnx.graph.model import is_onnx
+from quantcli.planning.recipe import Recipe, dequantizes, load_recipe
+from quantcli.planning.resolve import resolve
+from quantcli.planning.steps import training_step
+from quantcli.planning.targets import for_target
+from quantcli.reporting.report import Report
+from quantcli.system.files import check_target, explain, require_space
+from quantcli.system.hardware import peak_rss_bytes
+from quantcli.system.parallel import at_most
+from quantcli.system.progress import Progress
+from quantcli.system.user_functions import is_function, load_function
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    *,
+    scheme: str | None = None,
+    format: str | None = None,
+    algorithm: str | None = None,
+    recipe: Recipe | str | Path | None = None,
+    group_size: int | None = None,
+    skip: Sequence[str] = (),
+    rest: str | None = None,
+    target: str | None = None,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    calibration: str | Path | None = None,
+    data: str | Path | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    preprocess: str | Path | None = None,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize a model and verify the result.
+
+    Args:
+        model: a folder, a safetensors file or index, a torch state dict, an ONNX file, a ``.pt2`` program, or
+            ``package.module:function``.
+        output: the folder to write, for a single-file input also a ``.safetensors`` file, for ONNX also a
+            ``.onnx`` file.
+        scheme: a preset such as ``int4``; needed unless the recipe names one. A quantized checkpoint takes ``bf16``
+            and ``fp16``.
+        format: on-disk format; by default the one that fits the scheme. Alone, it changes the container of a
+            quantized checkpoint.
+        algorithm: ``auto``, ``rtn`` or ``mse``; with data also ``gptq``, ``awq``, ``smoothquant``, ``autoround``,
+            ``qat``. A recipe can chain them, and add ``tune``.
+        recipe: a `Recipe`, or the path of a YAML file.
+        group_size: values per scale, for schemes with groups.
+        skip: globs of layers to leave as they are.
+        rest: ``keep``, ``fp16`` or ``bf16`` for what is not quantized.
+        target: the runtime that must load the result: ``transformers``, which is asked whether it would,
+            ``vllm`` or ``sglang``, which are not, or ``onnxruntime``, also with a version: ``onnxruntime==1.22``.
+        threads: worker threads; by default the number of usable cores.
+        max_memory: bytes that must not be exceeded; fewer threads are used to stay below.
+        calibration: statistics from `calibrate`, for static quantization to ONNX.
+        data: in place of these, what to take them from; of a checkpoint, what its blocks are calibrated on. With
+            ``qat``, what is learned from.
+        samples: how many of the data at the most.
+        seq_len: tokens per sample of text.
+        seed: what images are chosen by.
+        tokenizer: a folder with the tokenizer, where the model has none.
+        preprocess: a file that says how images become inputs.
+        weights: a state dict for a model that is a function; what is quantized where the output is a checkpoint.
+        device: where the block at hand runs, and a model is trained: ``cpu`` or ``cuda``.
+        dry_run: plan and report only.
+        force: replace an existing output.
+        progress: called with bytes (or samples) done and in all, from any thread.
+
+    Returns:
+        The report: sizes, error per layer, what was verified.
+
+    Raises:
+        UsageError: the wishes do not go together.
+        InputError: the model is missing, damaged or unsupported, or the output cannot be written.
+        VerificationError: what was written does not decode to what was meant.
+    """
+    started = time.monotonic()
+    place = Path(output)
+    base = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
+    wishes = base.with_flags(
+        scheme=scheme,
+        format=format,
+        algorithm=algorithm,
+        group_size=group_size,
+        skip=list(skip),
+        rest=rest,
+        target=target,
+    )
+    given = Calibration(
+        stats=_path(calibration),
+        data=None if data is None else str(data),
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        tokenizer=_path(tokenizer),
+        preprocess=_path(preprocess),
+    )
+    if goes_to_onnx(model, place, wishes.format):
+        from quantcli.conversion.onnx.pipeline import convert_onnx
+
+        if device != "cpu":
+            from quantcli.system.devices import check_device
+
+            if not training_step(wishes):
+                raise UsageError(f"--device {device} does not apply to ONNX, which is calibrated on the CPU.")
+            check_device(device)
+        if max_memory is not None:
+            raise UsageError("--max-memory does not apply to ONNX, whose graph is worked on as a whole.")
+        with at_most(threads):
+            return convert_onnx(
+                model,
+                place,
+                wishes,
+                given,
+                weights=_path(weights),
+                device=device,
+                dry_run=dry_run,
+                force=force,
+                progress=progress,
+            )
+    if calibration:
+        raise UsageError(
+            "Statistics of `calibrate` are for ONNX: a checkpoint's layers are calibrated one block after the other.",
+            hint="Give the data itself with --data, or use --format onnx.",
+        )
+    source, function = _weights_of(str(model), weights)
+    checkpoint, carrier = open_checkpoint(source), None
+    if is_quantized(checkpoint) and dequantizes(wishes):
+        checkpoint = decoded_view(checkpoint)
+    elif is_quantized(checkpoint):
+        carrier = Carrier(checkpoint, wishes, data=data is not None)
+        checkpoint = carrier.checkpoint
+    plan = carrier.plan if carrier else resolve(wishes, checkpoint.infos(), checkpoint.config, data=data is not None)
+    plan = for_target(plan)
+    if not dry_run:
+        check_target(place, checkpoint.folder or source, force=force)
+    work: Work | None = carrier
+    if data is not None:
+        from quantcli.conversion.checkpoint.calibrated import CalibratedWork
+
+        work = CalibratedWork(checkpoint, plan, given, function=function, device=device, memory_limit=max_memory)
+        # What calibration leaves out may matter to the target.
+        plan = for_target(work.plan)
+    layout = plan_layout(plan, checkpoint, place)
+    if dry_run:
+        return conversion_report(checkpoint, place, plan, layout, {}, None, {"dry_run": True})
+    held = checkpoint.held_bytes if isinstance(checkpoint, DecodedCheckpoint) else 0
+    workers = worker_count(plan, threads, max_memory, held)
+    if carrier:
+        carrier.workers = workers
+    conversion = Conversion(checkpoint, plan, layout, workers, work, progress)
+    with at_most(threads), open_staging(place) as staging:
+        done = staging.begin(conversion.fingerprint(), force=force)
+        try:
+            require_space(
+                place, layout.nbytes - sum(path.stat().st_size for path in staging.out.rglob("*.safetensors"))
+            )
+            details = conversion.run(staging, done)
+            staging.publish(single_file=layout.single_file)
+        except OSError as error:
+            raise explain(error, place) from error
+    details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
+    return conversion_report(checkpoint, place, plan, layout, conversion.results, conversion.sha256, details)
+
+
+def goes_to_onnx(model: str | Path, output: Path, format: str | None) -> bool:
+    """Whether a conversion ends in ONNX: the model is ONNX, is code rather than weights, or the user says so.
+
+    The weights of a function's module stay a checkpoint where format or output are those of one.
+    """
+    path = Path(model)
+    if is_function(str(model)):
+        return format == "onnx" or (format is None and output.suffix != ".safetensors")
+    return format == "onnx" or is_onnx(path) or path.suffix == ".pt2"
+
+
+def _weights_of(model: str, weights: str | Path | None) -> tuple[Path, str | None]:
+    """What becomes another checkpoint, and the function whose module has these weights, if the model is one."""
+    if not is_function(model):
+        if weights is not None:
+            raise UsageError(f"--weights is for a model that is a function, and {model} has its own.")
+        return Path(model), None
+    if weights is None:
+        raise UsageError(
+            f"{model} is code, and what becomes a checkpoint is a file of weights.",
+            hint="Name the state dict of its module with --weights FILE, or use --format onnx.",
+        )
+    load_function(model)
+    return Path(weights), model
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)

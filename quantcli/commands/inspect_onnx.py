@@ -1,0 +1,91 @@
+"""`inspect` for ONNX: operators, weights, what is quantized already, and what each scheme would cover."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantcli.core.manifest import layer_schemes
+from quantcli.errors import InputError
+from quantcli.onnx.graph.model import OnnxModel, open_onnx
+from quantcli.onnx.plan.plan import graph_quantization, tensor_info, weighted_nodes
+from quantcli.onnx.plan.resolve import resolve_graph
+from quantcli.reporting.report import LayerRow, ModelRow, Report
+
+
+def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
+    """Describe an ONNX model; weights in external data are not read.
+
+    Raises:
+        InputError: the model is missing or damaged.
+        UsageError: an unknown scheme.
+    """
+    model = open_onnx(path)
+    graph = model.ir.graph
+    manifest = model.manifest or {}
+    infos = [tensor_info(v, model.path) for v in graph.initializers.values() if v.const_value is not None]
+    roles = {value.name: node.op_type for node, value in weighted_nodes(model.ir)}
+    sizes, counts = Counter[str](), Counter[str]()
+    for info in infos:
+        sizes[info.dtype] += info.nbytes
+        counts[info.dtype] += 1
+    quantized = graph_quantization(model.ir)
+    details: dict[str, Any] = {
+        "architecture": f"ONNX graph, operator set {model.opset}",
+        "tensors": len(infos),
+        "files": len(model.files),
+        "parameters": None if quantized else sum(info.numel for info in infos if info.is_float),
+        "dtypes": {dtype: {"tensors": counts[dtype], "bytes": size} for dtype, size in sizes.most_common()},
+        "roles": {},
+        "quantized_layers": layer_schemes(manifest),
+        "operators": dict(Counter(node.op_type for node in graph.all_nodes()).most_common()),
+        "inputs": [str(port) for port in model.inputs],
+        "outputs": [str(port) for port in model.outputs],
+        "quantization": quantized,
+    }
+    row = ModelRow(
+        str(path), "reference", "onnx", manifest.get("scheme") or quantized, None, model.size_bytes, details=details
+    )
+    report = Report("inspect", [row])
+    if not schemes:
+        report.layers = [
+            LayerRow(
+                info.name, None, info.nbytes, info.nbytes,
+                details={"shape": list(info.shape), "dtype": info.dtype, "role": roles.get(info.name, "constant")},
+            )
+            for info in infos
+        ]  # fmt: skip
+        return report
+    report.details["schemes"] = [_plan(model, scheme, report) for scheme in schemes]
+    return report
+
+
+def _plan(model: OnnxModel, scheme: str, report: Report) -> dict[str, Any]:
+    """What `convert` would do, in sizes that are estimates; adds layer rows to the report."""
+    from quantcli.conversion.onnx.rows import layer_rows, left_rows
+    from quantcli.onnx.graph.prepare import prepare
+    from quantcli.onnx.rewrite.transform import LayerOutcome
+    from quantcli.planning.recipe import validate
+
+    graph = prepare(model)
+    try:
+        plan = resolve_graph(validate({"scheme": scheme}, "--scheme"), graph, model.path)
+    except InputError as error:
+        report.warnings.append(f"{scheme}: {error}")
+        return {"scheme": scheme, "applies": False, "reason": str(error)}
+    outcomes = [LayerOutcome(node, node.estimated_bytes, None) for node in plan.nodes]
+    report.layers += layer_rows(outcomes) + left_rows(graph, plan, model.path)
+    report.warnings += [f"{scheme}: {warning}" for warning in plan.warnings]
+    size = model.size_bytes - plan.saved_bytes
+    left = Counter(node.node.op_type for node in plan.of_mode("float"))
+    return {
+        "scheme": scheme,
+        "applies": True,
+        "format": "onnx",
+        "size_bytes": size,
+        "size_ratio": size / model.size_bytes,
+        "quantized_tensors": len(plan.nodes) - left.total(),
+        "left": dict(left.most_common()),
+    }

@@ -1,0 +1,149 @@
+"""The shape of an output on disk: which tensors, in which files, with which configuration."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantcli import formats
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.positional import PositionalFile
+from quantcli.checkpoint.safetensors import build_header
+from quantcli.core.dtypes import NUMBER_OF_DTYPE
+from quantcli.core.manifest import MANIFEST
+from quantcli.core.tensors import TensorSpec
+from quantcli.errors import UsageError
+from quantcli.planning.plan import LayerPlan, Plan, quantization_config
+
+INDEX = "model.safetensors.index.json"
+_TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+#: Room in a single file's header for what a layer's manifest entry gains once its error is known.
+_RESERVE_PER_LAYER = 400
+_RESERVE = 4096
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where one output tensor lies."""
+
+    file: PositionalFile
+    offset: int
+
+
+@dataclass
+class Layout:
+    """Files and tensors of an output. ``single_file`` is its name where the output is one file."""
+
+    single_file: str | None
+    shards: dict[str, dict[str, TensorSpec]]
+    layer_specs: dict[str, dict[str, TensorSpec]]
+    metadata: dict[str, str]
+    nbytes: int = 0
+    headers: dict[str, tuple[bytes, dict[str, int], int]] = field(default_factory=dict)
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor of the output."""
+        return {name: spec for shard in self.shards.values() for name, spec in shard.items()}
+
+    def create_files(self, out: Path) -> dict[str, Destination]:
+        """Write every header and reserve every file; returns where each tensor goes."""
+        destinations: dict[str, Destination] = {}
+        for shard, (header, offsets, size) in self.headers.items():
+            file = PositionalFile(out / shard, write=True)
+            file.write(0, header)
+            file.resize(size)
+            destinations |= {name: Destination(file, offset) for name, offset in offsets.items()}
+        if len(self.shards) > 1:
+            weight_map = {name: shard for shard, specs in self.shards.items() for name in specs}
+            index = {
+                "metadata": {"total_size": sum(spec.nbytes for spec in self.specs.values())},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return destinations
+
+    def config(self, plan: Plan, original: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """config.json of the output, or None where the input has none."""
+        if original is None:
+            return None
+        config = copy.deepcopy(dict(original))
+        dtype = _TORCH_NAMES[NUMBER_OF_DTYPE[plan.dtype]]
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = dtype
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["dtype"] = dtype
+        section = quantization_config(plan)
+        return config | {"quantization_config": section} if section else config
+
+    def write_manifest(self, out: Path, manifest: Mapping[str, Any]) -> None:
+        """quantcli.json in a folder; in a single file its metadata, for which room was kept."""
+        if self.single_file is None:
+            text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+            (out / MANIFEST).write_text(text + "\n", encoding="utf-8")
+            return
+        reserved = len(self.headers[self.single_file][0])
+        metadata = self.metadata | {"quantcli": json.dumps(manifest, separators=(",", ":"), allow_nan=False)}
+        header, _, _ = build_header(self.shards[self.single_file], metadata)
+        padding = reserved - len(header)
+        if padding < 0:
+            raise AssertionError(f"the manifest outgrew its room by {-padding} bytes")
+        body = header[8:].ljust(reserved - 8)
+        file = PositionalFile(out / self.single_file, write=True)
+        file.write(0, len(body).to_bytes(8, "little") + body)
+        file.close()
+
+
+def plan_layout(plan: Plan, checkpoint: Checkpoint, target: Path) -> Layout:
+    """Decide files and tensors of an output. Raises UsageError where ``target`` cannot be a file."""
+    wants_file = target.suffix == ".safetensors"
+    if wants_file and checkpoint.folder is not None:
+        raise UsageError(
+            f"{checkpoint.path} is a folder, so the output is a folder too; {target} names a file.",
+            hint="Leave out the suffix .safetensors.",
+        )
+    layer_specs = {layer.info.name: _layer_specs(layer, plan) for layer in plan.layers}
+    shards = _fill_shards(layer_specs.values(), None if wants_file else plan.recipe.max_shard_size)
+    metadata = checkpoint.metadata | {"format": "pt"}
+    metadata.pop("quantcli", None)
+    layout = Layout(target.name if wants_file else None, {}, layer_specs, metadata)
+    reserve = 0
+    if wants_file:
+        recipe = len(json.dumps(plan.recipe.model_dump(mode="json")))
+        names = sum(2 * len(name.encode()) + _RESERVE_PER_LAYER for name in layer_specs)
+        reserve = 2 * recipe + names + _RESERVE
+    for number, specs in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        name = layout.single_file or name
+        layout.shards[name] = specs
+        layout.headers[name] = build_header(specs, metadata, reserve)
+        layout.nbytes += layout.headers[name][2]
+    return layout
+
+
+def _layer_specs(layer: LayerPlan, plan: Plan) -> dict[str, TensorSpec]:
+    if layer.dropped:
+        return {}
+    if layer.is_coded and layer.scheme is not None:
+        form = formats.coded_format(plan.format)
+        return form.layout(layer.info.name, layer.matrix_shape, layer.scheme, plan.scale_dtype)
+    return {layer.info.name: TensorSpec(layer.dtype, layer.info.shape)}
+
+
+def _fill_shards(layers: Any, capacity: int | None) -> list[dict[str, TensorSpec]]:
+    """Tensors in order, a layer's together, into files of at most ``capacity`` bytes."""
+    shards: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for specs in layers:
+        size = sum(spec.nbytes for spec in specs.values())
+        if capacity is not None and shards[-1] and filled + size > capacity:
+            shards.append({})
+            filled = 0
+        shards[-1].update(specs)
+        filled += size
+    return shards

@@ -1,0 +1,273 @@
+"""One run of a checkpoint's conversion: calibrate, stream, verify, describe, inside a staging folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quantcli.algorithms import default_rounding
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.hugging_face import companions
+from quantcli.conversion.checkpoint.layout import Destination, Layout
+from quantcli.conversion.staging import Staging
+from quantcli.core.manifest import FINGERPRINT_KEY
+from quantcli.errors import UsageError
+from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.system.parallel import Background, in_parallel, usable_cores
+from quantcli.system.progress import Fractions, Progress, Tracker, say
+from quantcli.system.text import format_bytes
+from quantcli.version import __version__
+
+if TYPE_CHECKING:
+    from quantcli.conversion.checkpoint.stream import LayerJob
+    from quantcli.conversion.checkpoint.writer import LayerResult, Output
+    from quantcli.training.loop import History
+
+#: What torch itself and the interpreter take before the first tensor.
+BASE_MEMORY_BYTES = 300 << 20
+#: In the count of progress, a byte of a block that is worked out from data against one that is only streamed.
+_CALIBRATED_WEIGHT = 100
+
+#: Files that tell how weights are stored: rewritten, or no longer true.
+_OF_WEIGHTS = ("config.json", "quantcli.json", "quantize_config.json", "quant_config.json")
+
+
+class Work(Protocol):
+    """The part of a conversion that works its tensors out by itself, before all others are streamed.
+
+    ``history``: of training, where there was some.
+    """
+
+    history: History | None
+
+    def names(self) -> set[str]:
+        """The tensors it writes."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the output beside the recipe and the tensors."""
+
+    def manifest(self) -> dict[str, Any]:
+        """Entries of the manifest."""
+
+    def run(self, output: Output) -> None:
+        """Write every tensor that is not in the output's results yet."""
+
+
+class Conversion:
+    """One run of `convert`: the state its steps share."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        layout: Layout,
+        workers: int,
+        work: Work | None,
+        progress: Progress | None,
+    ) -> None:
+        self.checkpoint, self.plan, self.layout = checkpoint, plan, layout
+        self.workers, self.work, self.progress = workers, work, progress
+        self.results: dict[str, LayerResult] = {}
+        self._earlier = checkpoint.manifest or {}
+        self.sha256 = ""
+        self._journal_lock = threading.Lock()
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides the output, short of reading the weights."""
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.checkpoint.files]
+        identity = {
+            "quantcli": __version__,
+            "recipe": self.plan.recipe.model_dump(),
+            "files": files,
+            "tensors": [(info.name, info.dtype, info.shape) for info in self.checkpoint.infos()],
+            "config": self.checkpoint.config,
+            "single_file": self.layout.single_file,
+            "work": self.work.fingerprint() if self.work else None,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+    def run(self, staging: Staging, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Write, verify and describe everything inside the staging folder."""
+        from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
+
+        destinations = self.layout.create_files(staging.out)
+        self._write_companions(staging.out)
+        check = None
+        if self.checkpoint.folder:
+            check = RuntimeCheck(staging.out, self.plan, self.checkpoint, self.layout.nbytes)
+        try:
+            if check and not check.needs_weights:
+                check.start()
+            # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
+            hashing = Background(self.checkpoint.sha256)
+            self._work(staging, destinations, done)
+            self.sha256 = hashing.result()
+            for destination in destinations.values():
+                destination.file.close()
+            verified = self._verify(staging.out / (self.layout.single_file or ""))
+            runtime = check.result() if check else {"checked": False, "reason": "a bare file has no runtime of its own"}
+        finally:
+            if check:
+                check.stop()
+        manifest = self._manifest({**verified, "runtime": runtime})
+        self.layout.write_manifest(staging.out, manifest)
+        history = self.work.history if self.work else None
+        trained = {"training": history.to_json()} if history else {}
+        return {"verified": manifest["verified"], "threads": self.workers, **trained}
+
+    def _verify(self, artifact: Path) -> dict[str, Any]:
+        from quantcli.conversion.checkpoint.verify import Verifier
+
+        verifier = Verifier(artifact, self.plan, self.layout.specs)
+        layers = [layer for layer in self.plan.layers if not layer.dropped]
+        tasks = ((lambda layer=layer: verifier.check(layer, self.results[layer.info.name])) for layer in layers)
+        in_parallel(tasks, self.workers)
+        return {"tensors": len(layers), "codes": "equal", "names_and_shapes": "as planned"}
+
+    def _work(
+        self, staging: Staging, destinations: Mapping[str, Destination], done: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Write every tensor: those that are worked out by themselves first, then all others."""
+        from quantcli.conversion.checkpoint.writer import LayerResult, Output
+
+        self.results = {name: LayerResult.from_json(record) for name, record in done.items()}
+        inside = self.work.names() if self.work else set()
+        calibrated = sum(layer.info.nbytes for layer in self.plan.layers if layer.info.name in inside)
+        streamed = sum(layer.info.nbytes for layer in self.plan.layers) - calibrated
+        tracker = Tracker(_CALIBRATED_WEIGHT * calibrated + streamed, self.progress)
+
+        def record(name: str, result: LayerResult) -> None:
+            with self._journal_lock:
+                staging.record({"name": name, **result.to_json()})
+                self.results[name] = result
+
+        if self.work:
+            tick = Fractions(tracker, _CALIBRATED_WEIGHT * calibrated)
+            self.work.run(
+                Output(
+                    staging.out,
+                    staging.scratch,
+                    destinations,
+                    self.results,
+                    record,
+                    tick,
+                    lambda text: say(self.progress, text),
+                )
+            )
+        self._stream(destinations, record, tracker, inside)
+
+    def _stream(
+        self,
+        destinations: Mapping[str, Destination],
+        record: Callable[[str, LayerResult], None],
+        tracker: Tracker,
+        counted: Collection[str],
+    ) -> None:
+        """Tensor by tensor, on worker threads; ``counted`` are tensors whose progress is known elsewhere."""
+        from quantcli.conversion.checkpoint.stream import LayerJob
+
+        jobs = []
+        algorithms = {layer.info.name: layer.algorithm for layer in self.plan.layers}
+        for layer in self.plan.layers:
+            size = 0 if layer.info.name in counted else layer.info.nbytes
+            if layer.dropped or layer.info.name in self.results:
+                tracker.add(size)
+            else:
+                jobs.append(LayerJob(_without_data(layer), self.plan, self.checkpoint, destinations))
+
+        def convert_slab(job: LayerJob, index: int) -> None:
+            result = job.run_slab(index)
+            if result is not None:
+                result.algorithm, planned = job.layer.algorithm or "", algorithms[job.layer.info.name] or ""
+                if result.algorithm != planned:
+                    result.note = f"outside the blocks: {result.algorithm} in place of {planned}"
+                record(job.layer.info.name, result)
+            if job.layer.info.name not in counted:
+                tracker.add(job.slab_nbytes(index))
+
+        tasks = (
+            (lambda job=job, index=index: convert_slab(job, index)) for job in jobs for index in range(len(job.slabs))
+        )
+        in_parallel(tasks, self.workers)
+
+    def _write_companions(self, out: Path) -> None:
+        """Config and tokenizer files; what describes the weights is rewritten, the rest copied."""
+        folder = self.checkpoint.folder
+        if folder is None:
+            return
+        for relative in companions(folder):
+            destination = out / relative
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            if relative.as_posix() not in _OF_WEIGHTS:
+                shutil.copyfile(folder / relative, destination)
+        config = self.layout.config(self.plan, self.checkpoint.config)
+        if config is not None:
+            (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _calibration(self) -> dict[str, Any]:
+        """What is known of calibration data: of this run's, or of that which a quantized source has seen."""
+        kept = {key: self._earlier[key] for key in ("calibration", FINGERPRINT_KEY) if key in self._earlier}
+        return kept | (self.work.manifest() if self.work else {})
+
+    def _manifest(self, verified: Mapping[str, Any]) -> dict[str, Any]:
+        layers = {}
+        for layer in self.plan.layers:
+            entry: dict[str, Any] = {"scheme": str(layer.scheme) if layer.scheme else None}
+            if layer.scheme is not None:
+                result = self.results[layer.info.name]
+                sqnr_db = result.sqnr_db
+                entry |= {"algorithm": result.algorithm or None, "note": result.note or None}
+                entry |= {"sqnr_db": None if sqnr_db is None else round(sqnr_db, 4)}
+            else:
+                entry |= {"dtype": layer.dtype, "reason": layer.reason}
+            layers[layer.info.name] = {key: value for key, value in entry.items() if value is not None}
+        return {
+            "quantcli": __version__,
+            "input_sha256": self.sha256,
+            "format": self.plan.format,
+            "scheme": self.plan.scheme,
+            "algorithm": self.plan.algorithm,
+            "recipe": self.plan.recipe.model_dump(mode="json"),
+            **({"source": self.checkpoint.origin()} if isinstance(self.checkpoint, DecodedCheckpoint) else {}),
+            **self._calibration(),
+            "layers": layers,
+            "verified": dict(verified),
+        }
+
+
+def _without_data(layer: LayerPlan) -> LayerPlan:
+    """A layer outside the blocks: what an algorithm of the chain would need is not known of it."""
+    if layer.scheme is None or not layer.is_coded or layer.algorithm in (None, "rtn", "mse"):
+        return layer
+    return replace(layer, algorithm=default_rounding(layer.scheme.weights))
+
+
+def worker_count(plan: Plan, threads: int | None, max_memory: int | None, held: int = 0) -> int:
+    """Threads to use, fewer where memory is short; ``held`` are bytes that each holds of a weight as it decodes it.
+
+    Raises UsageError where not even one fits.
+    """
+    workers = threads or usable_cores()
+    if max_memory is None:
+        return workers
+    from quantcli.conversion.checkpoint.writer import working_set_bytes
+
+    largest = max(plan.layers, key=working_set_bytes)
+    each = working_set_bytes(largest) + held
+    # A scale in float32 for every 16 values is the most there is.
+    scales = max((layer.info.numel // 4 for layer in plan.layers if layer.is_coded), default=0)
+    fitting = (max_memory - BASE_MEMORY_BYTES - scales) // max(1, each)
+    if fitting < 1:
+        needed = format_bytes(BASE_MEMORY_BYTES + scales + each)
+        raise UsageError(
+            f"--max-memory {format_bytes(max_memory)} is too little: {largest.info.name} needs {needed} in all.",
+            hint="Raise the limit, or --skip this layer.",
+        )
+    return int(min(workers, fitting))

@@ -1,0 +1,71 @@
+"""Rows of a report on a checkpoint's conversion, planned or done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.conversion.checkpoint.layout import Layout, plan_layout
+from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.planning.recipe import Recipe
+from quantcli.planning.resolve import resolve
+from quantcli.reporting.report import LayerRow, ModelRow, Report
+
+if TYPE_CHECKING:
+    from quantcli.conversion.checkpoint.writer import LayerResult
+
+
+def plan_rows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, Layout, list[LayerRow]]:
+    """What a recipe would do to a checkpoint. Raises as `quantcli.planning.resolve.resolve`."""
+    plan = resolve(recipe, checkpoint.infos(), checkpoint.config, data=None)
+    layout = plan_layout(plan, checkpoint, Path("out"))
+    return plan, layout, [_layer_row(layer, layout, None) for layer in plan.layers]
+
+
+def conversion_report(
+    checkpoint: Checkpoint,
+    target: Path,
+    plan: Plan,
+    layout: Layout,
+    results: Mapping[str, LayerResult],
+    sha256: str | None,
+    details: dict[str, Any],
+) -> Report:
+    """The report of a conversion; without ``results`` of one that is only planned."""
+    before = checkpoint.size_bytes
+    rows = [_layer_row(layer, layout, results.get(layer.info.name)) for layer in plan.layers]
+    coded = [row.sqnr_db for row in rows if row.sqnr_db is not None]
+    metrics: dict[str, float | None] = {
+        "size_ratio": layout.nbytes / before,
+        "sqnr_db_min": min(coded, default=None),
+    }
+    source = ModelRow(str(checkpoint.path), "reference", sha256=sha256, size_bytes=before)
+    artifact = ModelRow(
+        str(target), "candidate", plan.format, plan.scheme, None, layout.nbytes, metrics, {"algorithm": plan.algorithm}
+    )
+    notes = Counter(result.note for result in results.values() if result.note)
+    odd = [f"{count} layer{'s' * (count > 1)}: {note}." for note, count in notes.most_common(3)]
+    warnings = [*checkpoint.warnings, *plan.warnings, *odd, *details.get("training", {}).get("warnings", [])]
+    return Report("convert", [source, artifact], rows, [], warnings, details)
+
+
+def _layer_row(layer: LayerPlan, layout: Layout, result: LayerResult | None) -> LayerRow:
+    after = sum(spec.nbytes for spec in layout.layer_specs[layer.info.name].values())
+    label = layer.label if layer.scheme else None
+    if layer.scheme and layer.scheme.weights.granularity.kind in ("group", "block"):
+        label = f"{layer.label} {layer.scheme.weights.granularity}"
+    reason = layer.reason or (result.note or None if result else None)
+    if layer.reason and layer.dtype != layer.info.dtype:
+        reason = f"{reason}; cast {layer.info.dtype} to {layer.dtype}"
+    return LayerRow(
+        layer.info.name,
+        label,
+        layer.info.nbytes,
+        after,
+        result.sqnr_db if result else None,
+        reason,
+        details={"shape": list(layer.info.shape), "role": layer.role},
+    )

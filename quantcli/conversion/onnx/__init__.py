@@ -1,0 +1,1 @@
+"""Converting to an ONNX graph."""

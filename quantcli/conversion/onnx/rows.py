@@ -1,0 +1,68 @@
+"""Rows of a report, and entries of a manifest, about an ONNX graph: what became, or would become, of each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.onnx.plan.plan import GraphPlan, tensor_info
+from quantcli.onnx.rewrite.transform import LayerOutcome
+from quantcli.reporting.report import LayerRow
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def layer_rows(outcomes: Sequence[LayerOutcome]) -> list[LayerRow]:
+    """One row per weight of a plan; where nodes that share one differ, one for each form, its bytes counted once."""
+    rows = []
+    labels: dict[str, set[str | None]] = {}
+    for outcome in outcomes:
+        node, label = outcome.plan, None
+        if node.scheme is not None:
+            label = node.label
+            if node.scheme.weights.granularity.kind in ("group", "block"):
+                label = f"{label} {node.scheme.weights.granularity}"
+        known = labels.setdefault(node.name, set())
+        if label in known:
+            continue
+        before = 0 if known else node.info.nbytes
+        after = 0 if known and label is None else outcome.bytes_after
+        known.add(label)
+        details = {"shape": list(node.info.shape), "role": node.role, "node": node.node.name}
+        if node.note:
+            details["note"] = node.note
+        rows.append(LayerRow(node.name, label, before, after, outcome.sqnr_db, node.reason, details=details))
+    return rows
+
+
+def layer_entries(outcomes: Sequence[LayerOutcome]) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each weight of a plan, by name."""
+    entries: dict[str, dict[str, Any]] = {}
+    for outcome in outcomes:
+        node = outcome.plan
+        entry: dict[str, Any] = {"node": node.node.name, "mode": node.mode}
+        if node.scheme is not None:
+            sqnr_db = outcome.sqnr_db
+            entry |= {"scheme": node.label, "algorithm": node.algorithm, "note": node.note}
+            entry["sqnr_db"] = None if sqnr_db is None else round(sqnr_db, 4)
+        else:
+            entry["reason"] = node.reason
+        # A weight that several nodes read is one entry for each; all but the first go by their own names.
+        name = node.name if node.name not in entries else node.node.name or node.name
+        entries[name] = {key: value for key, value in entry.items() if value is not None}
+    return entries
+
+
+def left_rows(model: ir.Model, plan: GraphPlan, file: Path) -> list[LayerRow]:
+    """Constants that are no layer's weight, in one row each."""
+    planned = {node.name for node in plan.nodes}
+    rows = []
+    for name, value in model.graph.initializers.items():
+        if name not in planned and value.const_value is not None and value.const_value.dtype.is_floating_point():
+            info = tensor_info(value, file)
+            reason = "bias, norm or constant: tiny, and sensitive"
+            details = {"shape": list(info.shape), "role": "parameter"}
+            rows.append(LayerRow(name, None, info.nbytes, info.nbytes, None, reason, details=details))
+    return rows

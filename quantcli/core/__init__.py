@@ -1,0 +1,1 @@
+"""Schemes, tensors, numerics: what every room speaks of."""

@@ -1,0 +1,143 @@
+"""Conventions and arithmetic of quantization, defined once.
+
+- Rounding is to nearest, ties to even (``torch.round``), of the float32 quotient ``value / scale``.
+- Integer codes are signed and use the full range: -8..7 for int4, -128..127 for int8.
+- Symmetric: ``scale = absmax / ((qmax - qmin) / 2)``, that is absmax / 7.5 and absmax / 127.5, as
+  compressed-tensors has it: the finest step whose error never exceeds half a step.
+- Narrow: -127..127 and absmax / 127. The largest value is met exactly, where -128..127 may cut half a step off
+  it; that matters in a convolution, whose channels have few weights and inputs of one sign.
+- Asymmetric: the range is widened to hold zero, and zero is exactly representable.
+- Raised: an asymmetric range is widened until it holds a step below zero, so that no zero point is the lowest code.
+- Signed: a symmetric scale may be negative, which turns the codes round: -8 then stands for a positive value.
+- A scale is rounded to the dtype it will be stored in *before* codes are chosen.
+
+Weights are float32 matrices ``[rows, columns]``. All functions are pure.
+"""
+
+from __future__ import annotations
+
+import zlib
+from math import log10
+
+import torch
+from torch import Tensor
+
+from quantcli.core.nf4 import nf4_bounds, nf4_codebook
+from quantcli.core.scheme import NumberFormat
+from quantcli.core.tensors import QuantizedTensor
+
+
+def code_range(number_format: NumberFormat) -> tuple[int, int]:
+    """Smallest and largest integer code of a format."""
+    if number_format.dtype == "nf4":
+        return 0, 15
+    half = 1 << (number_format.bits - 1)
+    return (1 - half if number_format.narrow else -half), half - 1
+
+
+def in_groups(weight: Tensor, number_format: NumberFormat) -> Tensor:
+    """View a matrix as ``[..., values sharing one scale]``, without copying.
+
+    tensor: ``[1, 1, rows * columns]``; channel: ``[rows, 1, columns]``; group: ``[rows, groups, size]``;
+    block: ``[blocks, size]``. Raises ValueError where the size does not divide.
+    """
+    rows, columns = weight.shape
+    kind, size = number_format.granularity.kind, number_format.granularity.size
+    if kind == "tensor":
+        return weight.reshape(1, 1, -1)
+    if kind == "channel":
+        return weight.reshape(rows, 1, columns)
+    divided = columns if kind == "group" else rows * columns
+    if size is None or divided % size:
+        raise ValueError(f"{number_format.granularity} does not divide {rows} x {columns}")
+    return weight.reshape(rows, -1, size) if kind == "group" else weight.reshape(-1, size)
+
+
+def stored_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Round scales to their storage dtype, and away from zero, which cannot divide; the sign is kept.
+
+    Subnormal fp16 is kept: rows of small weights need it, and it is an ordinary number in float32.
+    """
+    info = torch.finfo(scale_dtype)
+    smallest = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
+    stored = scale.to(scale_dtype).float()
+    return stored.abs().clamp_(min=smallest).copysign_(stored)
+
+
+def choose_qparams(
+    low: Tensor | None, high: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that cover a range, float32, one entry per group.
+
+    A symmetric format covers ``-high..high`` and takes no ``low``; an asymmetric one ``low..high``. Where ``high``
+    of a symmetric format is negative, so is the scale.
+    Returns ``(scale, zero_point)`` shaped like ``high``; the zero point is int8, or None when symmetric.
+    """
+    qmin, qmax = code_range(number_format)
+    if number_format.dtype == "nf4":
+        return high, None
+    if low is None:
+        return stored_scale(high / ((qmax - qmin) / 2), scale_dtype), None
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    lowest = qmin
+    if number_format.raised:
+        low, lowest = torch.minimum(low, -high / (qmax - qmin - 1)), qmin + 1
+    scale = stored_scale((high - low) / (qmax - qmin), scale_dtype)
+    zero_point = (qmin - low / scale).round_().clamp_(lowest, qmax)
+    return scale, zero_point.to(torch.int8)
+
+
+def quantize(groups: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat) -> Tensor:
+    """Codes of ``groups`` (see `in_groups`), int8 of the same shape; one scale per group."""
+    if number_format.dtype == "nf4":
+        # The reciprocal, not the quotient: bitsandbytes rounds this way and codes must equal its own.
+        scaled = groups * (1.0 / scale.clamp(min=1e-38)).unsqueeze(-1)
+        return torch.bucketize(scaled, nf4_bounds(), out_int32=True).to(torch.int8)
+    qmin, qmax = code_range(number_format)
+    scaled = groups / scale.unsqueeze(-1)
+    scaled.round_()
+    if zero_point is not None:
+        scaled += zero_point.unsqueeze(-1)
+    return scaled.clamp_(qmin, qmax).to(torch.int8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat) -> Tensor:
+    """Float32 values that the codes stand for; shapes as in `quantize`."""
+    if number_format.dtype == "nf4":
+        return nf4_codebook()[codes.int()] * scale.unsqueeze(-1)
+    values = codes.float()
+    if zero_point is not None:
+        values -= zero_point.unsqueeze(-1)
+    return values.mul_(scale.unsqueeze(-1))
+
+
+def decoded(tensor: QuantizedTensor) -> Tensor:
+    """The weight that codes and scales stand for, float32 ``[rows, columns]``."""
+    codes = in_groups(tensor.codes, tensor.number_format)
+    return dequantize(codes, tensor.scale, tensor.zero_point, tensor.number_format).reshape(tensor.codes.shape)
+
+
+def error_powers(groups: Tensor, tensor: QuantizedTensor) -> tuple[float, float]:
+    """Sums of squares of a weight (see `in_groups`) and of what quantization changed in it."""
+    codes = in_groups(tensor.codes, tensor.number_format)
+    if tensor.zero_point is None and tensor.number_format.dtype != "nf4":
+        # As `dequantize`, but in one pass over the weight.
+        difference = torch.addcmul(groups, codes.float(), tensor.scale.unsqueeze(-1), value=-1)
+    else:
+        difference = dequantize(codes, tensor.scale, tensor.zero_point, tensor.number_format).sub_(groups)
+    return _power(groups), _power(difference)
+
+
+def _power(values: Tensor) -> float:
+    flat = values.reshape(-1)
+    return torch.dot(flat, flat).item()
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """Signal-to-noise ratio in dB from two powers; None where there is no noise or no signal."""
+    return 10 * log10(signal / noise) if signal > 0 and noise > 0 else None
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes: guards against accidents, not against an adversary."""
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

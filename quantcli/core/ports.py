@@ -1,0 +1,40 @@
+"""A model's inputs and outputs by name, type and shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Port:
+    """A model's input or output: a name, a numpy dtype, and a shape whose free dimensions are names or None.
+
+    ``optional``: data may lack it.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...] | None
+    optional: bool = False
+
+    def __str__(self) -> str:
+        dims = "any shape" if self.shape is None else " x ".join(str(d) if d is not None else "?" for d in self.shape)
+        return f"{self.name}: {self.dtype} {dims or 'scalar'}"
+
+
+#: A sample's arrays by input name, and a model's by output name.
+Arrays: TypeAlias = "dict[str, np.ndarray]"
+
+
+def dtype_family(dtype: np.dtype[Any]) -> str:
+    """``integer``, ``float`` or another family of a dtype: what may be cast to each other."""
+    import numpy as np
+
+    if np.issubdtype(dtype, np.integer):
+        return "integer"
+    # bfloat16 is a type of ml_dtypes, which numpy does not count among its own.
+    return "float" if np.issubdtype(dtype, np.floating) or dtype.name == "bfloat16" else "other"

@@ -1,0 +1,93 @@
+"""The nouns that readers, algorithms and formats share: a tensor's header, and a quantized tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantcli.core.dtypes import DTYPE_BYTES, FLOAT_DTYPES
+from quantcli.core.scheme import NumberFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """Sums of x x^T of a layer's inputs, float32 ``[groups, columns, columns]``, and gptq's damping."""
+
+    values: Tensor
+    damping: float = 0.01
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Dtype (safetensors' name) and shape of a tensor that will be written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as a checkpoint's headers describe it; no weight has been read.
+
+    ``shares`` names an earlier tensor that is the same memory (tied weights of a torch file).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    file: Path
+    shares: str | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension (1 for a scalar)."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def columns(self) -> int:
+        """Elements behind one index of the first dimension."""
+        return self.numel // self.rows if self.rows else 0
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the tensor holds ordinary floating-point values."""
+        return self.dtype in FLOAT_DTYPES
+
+
+@dataclass
+class QuantizedTensor:
+    """A weight as integer codes, the noun that algorithms and formats share.
+
+    ``real = (code - zero_point) * scale``, or ``codebook[code] * scale`` for nf4.
+
+    - ``codes``: int8 ``[rows, columns]`` in the signed range of the format (nf4: 0..15).
+    - ``scale``: float32 ``[rows, groups]``; ``[blocks]`` for block granularity. Already rounded to
+      the precision it is stored in, so decoding reproduces exactly what was chosen.
+    - ``zero_point``: int8 like ``scale``, or None when symmetric.
+    - ``shape``: the weight's own shape; rows are its first dimension.
+    - ``input_scale``: float32, a scalar: what the layer's inputs are divided by where their range is fixed, already
+      rounded like ``scale``; else None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    shape: tuple[int, ...]
+    number_format: NumberFormat = field(repr=False)
+    input_scale: Tensor | None = None

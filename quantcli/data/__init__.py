@@ -1,0 +1,1 @@
+"""Samples: from a path to arrays that fit a model's inputs."""

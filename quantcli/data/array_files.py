@@ -1,0 +1,128 @@
+"""``.npy`` and ``.npz`` files, read sample by sample without loading them whole."""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from quantcli.core.ports import Port
+from quantcli.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ARRAY_SUFFIXES = (".npz", ".npy")
+LABELS = "labels"
+
+
+class ArrayFile:
+    """The arrays of a ``.npz`` or ``.npy`` file, mapped into memory. Compressed ones go through a temporary file."""
+
+    def __init__(self, path: Path, ports: Sequence[Port]) -> None:
+        self.path = path
+        self._mappings: list[mmap.mmap] = []
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self.arrays = self._open(ports)
+        self.labels = self.arrays.pop(LABELS, None) if LABELS not in {port.name for port in ports} else None
+
+    def _open(self, ports: Sequence[Port]) -> dict[str, np.ndarray]:
+        needed = [port.name for port in ports if not port.optional]
+        try:
+            if self.path.suffix == ".npy":
+                if len(needed) != 1:
+                    raise InputError(
+                        f"{self.path} is one array, and the model has {len(needed)} inputs.",
+                        f"Give a .npz with {', '.join(needed)}.",
+                    )
+                with self.path.open("rb") as stream:
+                    dtype, shape, fortran, start = _header(stream)
+                return {needed[0]: self._mapped(self.path, dtype, shape, fortran, start)}
+            with zipfile.ZipFile(self.path) as archive:
+                found = {
+                    entry.filename.removesuffix(".npy"): self._member(archive, entry) for entry in archive.infolist()
+                }
+        except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            if any(word in reason for word in ("pickle", "Object arrays", "Python objects")):
+                reason = "it holds Python objects, which are never loaded"
+            raise InputError(f"{self.path} is not a readable numpy file: {reason}.") from error
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        names = [name for name in found if name != LABELS]
+        if names == ["arr_0"] and len(needed) == 1:  # numpy's name for an array that was given none
+            found[needed[0]] = found.pop("arr_0")
+        return found
+
+    def _member(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+        """One array of an archive, mapped from where it lies if it is not compressed."""
+        with archive.open(entry) as stream:
+            dtype, shape, fortran, start = _header(stream)
+        if entry.file_size < start + dtype.itemsize * _product(shape):
+            raise ValueError(f"{entry.filename} is truncated")
+        if entry.compress_type == zipfile.ZIP_STORED:
+            with self.path.open("rb") as raw:
+                raw.seek(entry.header_offset + 26)
+                lengths = raw.read(4)
+            start += entry.header_offset + 30 + int.from_bytes(lengths[:2], "little")
+            start += int.from_bytes(lengths[2:], "little")
+            return self._mapped(self.path, dtype, shape, fortran, start)
+        return self._mapped(self._extracted(archive, entry), dtype, shape, fortran, start)
+
+    def _mapped(
+        self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool, start: int
+    ) -> np.ndarray:
+        import numpy as np
+
+        if path.stat().st_size < start + dtype.itemsize * _product(shape):
+            raise ValueError(f"it is truncated: {dtype} {' x '.join(map(str, shape))} do not fit into it")
+        if not _product(shape):
+            return np.zeros(shape, dtype)
+        with path.open("rb") as stream:
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._mappings.append(mapping)
+        return np.ndarray(shape, dtype, mapping, start, order="F" if fortran else "C")
+
+    def release(self) -> None:
+        """Give back the memory of what was read: mapped pages would otherwise count as this process's own."""
+        for mapping in self._mappings:
+            if hasattr(mapping, "madvise"):  # not on Windows
+                mapping.madvise(mmap.MADV_DONTNEED)
+
+    def _extracted(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Path:
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="quantcli-")
+        folder = Path(self._scratch.name)
+        if entry.file_size > shutil.disk_usage(folder).free:
+            raise InputError(
+                f"{self.path} holds {entry.file_size:,} bytes in compressed form, more than {folder} has room for.",
+                "Save it with numpy.savez, which does not compress.",
+            )
+        target = folder / str(len(list(folder.iterdir())))
+        with archive.open(entry) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+        return target
+
+
+def _header(stream: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...], bool, int]:
+    """Dtype, shape, order, and where the data starts. Raises ValueError."""
+    from numpy.lib import format as npy
+
+    version = npy.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"it has version {version} of the format")
+    shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(stream)
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded")
+    return dtype, shape, fortran, stream.tell()
+
+
+def _product(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

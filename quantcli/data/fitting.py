@@ -1,0 +1,116 @@
+"""Arrays for a model's inputs: opened without loading them, compared with what the model asks for, converted.
+
+An array of a file fits an input in one of two ways: it has as many dimensions, and the first one counts
+samples; or it has one more, and each entry is one whole input, as states and scalars need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from quantcli.core.ports import Port
+from quantcli.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: How an array's entries become one sample's input: a slice that keeps the first axis, an entry itself, or the
+#: whole array with an axis before it.
+Layout = Literal["rows", "entries", "single"]
+
+_BFLOAT16 = "bfloat16"
+
+
+def layouts(
+    ports: Sequence[Port], arrays: Mapping[str, np.ndarray], where: str, *, single: bool = False
+) -> dict[str, Layout]:
+    """How each array becomes the input of its name; with ``single`` an array may also lack the axis of samples.
+
+    Raises:
+        InputError: names, dtypes or shapes are not what the model asks for, all of which is listed.
+    """
+    found = {
+        port.name: layout
+        for port in ports
+        if port.name in arrays and (layout := _layout(port, arrays[port.name], single)) is not None
+    }
+    unknown = arrays.keys() - {port.name for port in ports}
+    missing = [port for port in ports if port.name not in found and (port.name in arrays or not port.optional)]
+    if missing or unknown:
+        raise mismatch(ports, arrays, where)
+    return found
+
+
+def mismatch(ports: Sequence[Port], arrays: Mapping[str, np.ndarray], where: str) -> InputError:
+    """Every input as the model wants it, with what there is beside it."""
+
+    def described(array: np.ndarray | None) -> str:
+        return "nothing" if array is None else f"{array.dtype} {' x '.join(map(str, array.shape)) or 'scalar'}"
+
+    wanted = [port for port in ports if port.name in arrays or not port.optional]
+    lines = [f"{port} is expected, got {described(arrays.get(port.name))}" for port in wanted]
+    known = {port.name for port in ports}
+    lines += [f"{name} is no input, got {described(array)}" for name, array in arrays.items() if name not in known]
+    return InputError(
+        f"{where} does not fit the model's inputs. {'; '.join(lines)}.",
+        "The first axis counts samples.",
+    )
+
+
+def _layout(port: Port, array: np.ndarray, single: bool) -> Layout | None:
+    if not converts(array.dtype, port.dtype):
+        return None
+    if port.shape is None:
+        return "rows" if array.ndim else None
+    extra = array.ndim - len(port.shape)
+    if extra == 0 and array.ndim and _agree(port.shape[1:], array.shape[1:]):
+        return "rows"
+    if extra == 1 and _agree(port.shape, array.shape[1:]):
+        return "entries"
+    if single and extra == -1 and _agree(port.shape[1:], array.shape):
+        return "single"
+    return None
+
+
+def _agree(wanted: Sequence[int | str | None], shape: Sequence[int]) -> bool:
+    return all(not isinstance(dim, int) or dim == size for dim, size in zip(wanted, shape, strict=True))
+
+
+def converts(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
+    """Whether values of one dtype mean the same in the other: floats as floats, integers as integers."""
+
+    def kind(dtype: np.dtype[Any]) -> str:
+        return "f" if dtype.name == _BFLOAT16 else dtype.kind.replace("u", "i")
+
+    return have == want or (kind(have) == kind(want) and kind(have) in "fi")
+
+
+def converted(array: np.ndarray, port: Port, where: str) -> np.ndarray:
+    """The array in the input's dtype. Raises InputError where a value is too large for it."""
+    import numpy as np
+
+    if array.dtype == port.dtype:
+        return np.array(array, order="C")
+    with np.errstate(over="ignore"):
+        found = np.array(array, port.dtype, order="C")
+    if port.dtype.kind in "iu":
+        fits = bool((found == array).all())
+    else:
+        fits = bool((np.isfinite(found.astype(np.float32)) == np.isfinite(array)).all())
+    if not fits:
+        raise InputError(f"{where} has values in {port.name} that {port.dtype} cannot hold; they are {array.dtype}.")
+    return found
+
+
+def labels_of(labels: np.ndarray, count: int, where: str) -> np.ndarray:
+    """Labels as integers ``[count]``. Raises InputError."""
+    import numpy as np
+
+    values = np.asarray(labels)
+    if values.shape not in ((count,), (count, 1)) or values.dtype.kind not in "iu":
+        raise InputError(
+            f"{where} has labels of {values.dtype} {' x '.join(map(str, values.shape)) or 'scalar'}; "
+            f"expected are integers, one for each of the {count} samples."
+        )
+    return values.reshape(-1)

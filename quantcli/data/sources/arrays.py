@@ -1,0 +1,90 @@
+"""Samples of ``.npz`` and ``.npy`` files."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantcli.core.ports import Port
+from quantcli.data.array_files import ArrayFile
+from quantcli.data.fitting import converted, labels_of, layouts, mismatch
+from quantcli.data.sources.base import Sample, evenly, fixed_batch_of, hash_samples
+from quantcli.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+
+class ArraySource:
+    """Samples in ``.npz`` and ``.npy`` files; in a folder each file is one sample, or a batch of them."""
+
+    warnings: list[str]
+
+    def __init__(self, files: Sequence[Path], ports: Sequence[Port], given: Path) -> None:
+        self._ports, self._single = ports, given.is_dir()
+        self.warnings = []
+        self._starts = [0]
+        self._files = list(files)
+        labelled = []
+        batch: int | None = None
+        for file in files:
+            opened = self._open(file)
+            self._starts.append(self._starts[-1] + opened.count)
+            labelled.append(opened.labels is not None)
+            batch = fixed_batch_of(ports, opened.forms, str(file))
+        if not self._starts[-1]:
+            raise InputError(f"{given} holds no samples: its arrays are empty.")
+        if len(set(labelled)) > 1:
+            missing = files[labelled.index(False)]
+            raise InputError(f"{missing} has no labels, and others in {given} do.")
+        self.labels, self.fixed_batch = labelled[0], batch
+
+    def _open(self, path: Path) -> _Opened:
+        return _Opened(ArrayFile(path, self._ports), self._ports, single=self._single)
+
+    def choose(self, wanted: int | None, seed: int) -> Sequence[int]:
+        """Spread evenly over all files."""
+        return evenly(self._starts[-1], wanted)
+
+    def iterate(self, chosen: Sequence[int]) -> Iterator[Sample]:
+        """Samples by index, one file open at a time."""
+        number, opened = -1, None
+        for index in chosen:
+            holder = bisect_right(self._starts, index) - 1
+            if opened is None or holder != number:
+                number, opened = holder, self._open(self._files[holder])
+            yield opened.sample(index - self._starts[number])
+
+    def digest(self, chosen: Sequence[int]) -> str:
+        """Hash of the arrays."""
+        return hash_samples(self.iterate(chosen))
+
+
+class _Opened:
+    """One file's arrays, known to fit."""
+
+    def __init__(self, file: ArrayFile, ports: Sequence[Port], *, single: bool) -> None:
+        self._file, self._ports, where = file, ports, str(file.path)
+        self.forms = layouts(ports, file.arrays, where, single=single)
+        if len({form == "single" for form in self.forms.values()}) > 1:
+            raise mismatch(ports, file.arrays, where)
+        counts = {name: 1 if form == "single" else len(file.arrays[name]) for name, form in self.forms.items()}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise InputError(f"{where} has different numbers of samples: {listed}.", "The first axis counts samples.")
+        self.count = next(iter(counts.values()))
+        self.labels = None
+        if file.labels is not None:
+            self.labels = labels_of(file.labels.reshape(-1) if self.count == 1 else file.labels, self.count, where)
+
+    def sample(self, index: int) -> Sample:
+        where = f"Sample {index} of {self._file.path}"
+        inputs = {}
+        for port in (port for port in self._ports if port.name in self.forms):
+            array, form = self._file.arrays[port.name], self.forms[port.name]
+            entry = {"rows": lambda a: a[index : index + 1], "entries": lambda a: a[index], "single": lambda a: a[None]}
+            inputs[port.name] = converted(entry[form](array), port, where)
+        self._file.release()
+        return Sample(inputs, None if self.labels is None else int(self.labels[index]))

@@ -1,0 +1,1 @@
+"""Accuracy: the same data through a reference and its candidates."""

@@ -1,0 +1,93 @@
+"""Which task models are evaluated by, and the samples of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantcli.core.ports import Arrays
+from quantcli.data.for_models import input_ports, is_text, samples_for
+from quantcli.data.samples import Samples, batches
+from quantcli.errors import InputError
+from quantcli.models import hugging_face
+from quantcli.models.inputs import derived_inputs
+from quantcli.models.source import Subject
+
+#: Samples where the user names no number; classification and a user's metric take all.
+_DEFAULT_SAMPLES = {"language-modeling": 64, "embedding": 256, "fidelity": 64}
+
+
+@dataclass
+class Inputs:
+    """Samples and the task they serve."""
+
+    task: str
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batches(self) -> Iterator[tuple[Arrays, list[Any]]]:
+        """Feeds and labels, one sample at a time, or as many as the model takes where it takes a fixed number."""
+        for feeds, labels in batches(self.samples, 1):
+            derived = derived_inputs(feeds["input_ids"]) if "input_ids" in feeds else {}
+            yield derived | feeds, labels
+
+
+def load_inputs(
+    subjects: Sequence[Subject],
+    data: str,
+    task: str,
+    *,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    tokenizer: str | Path | None = None,
+    preprocess: str | Path | None = None,
+) -> Inputs:
+    """Samples from DATA for the first subject, and the task: the one named, or what fits model and data.
+
+    Labels mean classification, all else fidelity; for text see `text_task`.
+
+    Raises:
+        UsageError: a number that cannot be meant.
+        InputError: the data is missing, does not fit the model, or lacks what the task needs.
+    """
+    found = samples_for(
+        subjects,
+        data,
+        input_ports(subjects, text=is_text(data)),
+        tokenizer=Path(tokenizer) if tokenizer else None,
+        preprocess=None if preprocess is None else Path(preprocess),
+        samples=samples or _DEFAULT_SAMPLES.get(task),
+        seq_len=seq_len,
+        windows=task != "embedding",
+    )
+    if task == "auto":
+        task = "classification" if found.labels else "fidelity"
+        if samples is None and task in _DEFAULT_SAMPLES:
+            return load_inputs(subjects, data, task, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess)
+    if task == "classification" and not found.labels:
+        raise InputError(
+            f"{data} has no labels, which classification needs.",
+            "Labels are the array labels of an .npz, or one subfolder of images per class; "
+            "--task fidelity does without.",
+        )
+    return Inputs(task, found)
+
+
+def text_task(subject: Subject) -> str:
+    """The task that text means: language modeling for a causal model, embedding for an encoder."""
+    return "language-modeling" if is_causal(subject) else "embedding"
+
+
+def is_causal(subject: Subject) -> bool:
+    """Whether a model predicts the next token at every position."""
+    if subject.checkpoint:
+        return hugging_face.is_causal(Path(subject.path))
+    if not subject.onnx:
+        return False
+    takes = {port.name for port in subject.onnx.inputs}
+    ranks = {port.name: len(port.shape or ()) for port in subject.onnx.outputs}
+    return "input_ids" in takes and ranks.get("logits") == 3

@@ -1,0 +1,141 @@
+"""What two models' outputs have in common, accumulated sample by sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import exp, inf, sqrt
+from statistics import fmean, stdev
+
+import torch
+from torch import Tensor
+
+from quantcli.core.numerics import decibels
+
+#: What is said of a divergence of up to so many nats, see `verdict`.
+VERDICTS = (
+    (0.002, "no visible loss, like Q8_0"),
+    (0.01, "very small loss, like Q6_K"),
+    (0.04, "small loss, like Q4_K_M"),
+    (0.1, "noticeable loss, like Q4_0"),
+    (inf, "large loss: check outputs"),
+)
+
+#: Rows of logits turned into probabilities at a time.
+_ROWS = 128
+
+
+@dataclass
+class Mean:
+    """A mean over samples with its standard error."""
+
+    values: list[float] = field(default_factory=list)
+
+    def add(self, value: float) -> None:
+        """One sample."""
+        self.values.append(value)
+
+    @property
+    def mean(self) -> float:
+        """The mean."""
+        return fmean(self.values)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of the mean, or None for a single sample."""
+        return stdev(self.values) / sqrt(len(self.values)) if len(self.values) > 1 else None
+
+
+class Perplexity:
+    """``exp`` of the mean negative log-likelihood per token; samples are sequences of one length."""
+
+    def __init__(self) -> None:
+        self._nll = Mean()
+
+    def add(self, logits: Tensor, ids: Tensor) -> None:
+        """Logits float32 ``[length, vocabulary]`` of the sequence ``ids`` ``[length]``."""
+        total = 0.0
+        for rows, targets in zip(torch.split(logits[:-1], _ROWS), torch.split(ids[1:], _ROWS), strict=True):
+            total += torch.nn.functional.cross_entropy(rows, targets, reduction="sum").item()
+        self._nll.add(total / (len(ids) - 1))
+
+    def metrics(self) -> dict[str, float | None]:
+        """Perplexity, and its standard error by the delta method."""
+        perplexity, error = exp(self._nll.mean), self._nll.standard_error
+        return {"perplexity": perplexity, "perplexity_se": None if error is None else perplexity * error}
+
+
+class Divergence:
+    """KL divergence of a candidate's next-token distribution from the reference's, and how often the top agrees."""
+
+    def __init__(self) -> None:
+        self._kl, self._agreement = Mean(), Mean()
+
+    def add(self, reference: Tensor, candidate: Tensor) -> None:
+        """Logits float32 ``[rows, classes]`` of both."""
+        kl = agreement = 0.0
+        for ours, theirs in zip(torch.split(reference, _ROWS), torch.split(candidate, _ROWS), strict=True):
+            kl += kl_nats(ours, theirs).sum().item()
+            agreement += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+        self._kl.add(kl / len(reference))
+        self._agreement.add(agreement / len(reference))
+
+    @property
+    def kl_nats(self) -> float:
+        """Mean divergence of the samples."""
+        return self._kl.mean
+
+    def metrics(self, agreement: str) -> dict[str, float | None]:
+        """Means and standard errors; ``agreement`` names the second metric."""
+        return {
+            "kl_nats": self.kl_nats,
+            "kl_nats_se": self._kl.standard_error,
+            agreement: self._agreement.mean,
+            f"{agreement}_se": self._agreement.standard_error,
+        }
+
+
+def kl_nats(reference: Tensor, candidate: Tensor) -> Tensor:
+    """KL(reference || candidate) in nats of two sets of logits ``[rows, classes]``: ``[rows]``, never negative."""
+    ours, theirs = reference.log_softmax(-1), candidate.log_softmax(-1)
+    return (ours.exp() * (ours - theirs)).sum(-1).clamp(min=0)
+
+
+def verdict(kl_nats: float) -> str:
+    """What a mean KL divergence of next-token distributions means, in words.
+
+    The bands hold the figures that llama.cpp publishes of its formats on Llama-3-8B (tools/perplexity/README.md, "LLaMA
+    3 8b Scoreboard", mean over wikitext-2): Q8_0 0.0014, Q6_K 0.0055, Q4_K_M 0.031, Q4_0 0.072.
+    """
+    return next((words for most, words in VERDICTS if kl_nats <= most), VERDICTS[-1][1])
+
+
+class Fidelity:
+    """How much of a signal survived: signal to noise over all samples, and the cosine of each."""
+
+    def __init__(self) -> None:
+        self._signal = self._noise = 0.0
+        self._cosine = Mean()
+
+    def add(self, reference: Tensor, candidate: Tensor) -> None:
+        """The same output of both models."""
+        ours, theirs = reference.double().flatten(), candidate.double().flatten()
+        self._signal += torch.dot(ours, ours).item()
+        self._noise += torch.dot(ours - theirs, ours - theirs).item()
+        self._cosine.add(cosine(ours, theirs))
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise; None where the outputs are equal."""
+        return decibels(self._signal, self._noise)
+
+    def metrics(self) -> dict[str, float | None]:
+        """Signal to noise, mean cosine and its standard error."""
+        return {"sqnr_db": self.sqnr_db, "cosine": self._cosine.mean, "cosine_se": self._cosine.standard_error}
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    """Cosine of the angle between two vectors; 1 where both are zero."""
+    norms = one.norm().item() * other.norm().item()
+    if norms == 0:
+        return 1.0 if torch.equal(one, other) else 0.0
+    return min(1.0, float(torch.dot(one, other).item() / norms))

@@ -1,0 +1,133 @@
+"""Running reference and candidates over samples, and scoring them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+
+from quantcli.core.ports import Arrays
+from quantcli.evaluation.contamination import LeakCheck
+from quantcli.evaluation.inputs import Inputs
+from quantcli.evaluation.layers_onnx import compare_graphs
+from quantcli.evaluation.layers_torch import LayerComparison
+from quantcli.evaluation.tasks.base import Task
+from quantcli.evaluation.tasks.classification import Classification
+from quantcli.evaluation.tasks.custom import Custom
+from quantcli.evaluation.tasks.embedding import Embedding
+from quantcli.evaluation.tasks.fidelity import FidelityTask
+from quantcli.evaluation.tasks.language_modeling import LanguageModeling
+from quantcli.models import hugging_face
+from quantcli.models.inputs import fit
+from quantcli.models.runner import Runner, TorchRunner, open_runner
+from quantcli.models.source import Subject
+from quantcli.reporting.report import LayerRow, ModelRow
+from quantcli.system.hardware import free_memory_bytes
+from quantcli.system.progress import Progress
+
+#: Samples of the per-layer comparison, and their tokens at the most.
+LAYERWISE_SAMPLES, LAYERWISE_LENGTH = 8, 128
+
+
+def task_for(task: str, subject: Subject, reference: Subject) -> Task:
+    """The task of this name, to score one model against the reference."""
+    if task == "classification":
+        return Classification(subject.path)
+    if task == "language-modeling":
+        return LanguageModeling(subject.path)
+    if task == "embedding":
+        pooling = hugging_face.pooling_of(reference.folder) if reference.folder else "mean"
+        return Embedding(subject.path, pooling)
+    return FidelityTask(subject.path) if task == "fidelity" else Custom(subject.path, task)
+
+
+def model_row(subject: Subject, index: int, score: Task) -> ModelRow:
+    """A model's row of the report."""
+    row = subject.row(index, score.metrics())
+    row.details = score.details()
+    return row
+
+
+def _open(subject: Subject, task: str) -> Runner:
+    causal = {"language-modeling": True, "embedding": False, "classification": False}.get(task)
+    # A user's metric and classification see the model as its config.json names it, heads included.
+    headed = task not in ("language-modeling", "embedding", "fidelity")
+    runner = open_runner(subject.path, causal=causal, weights=subject.weights, headed=headed)
+    subject.see(runner)
+    return runner
+
+
+def run_models(
+    subjects: Sequence[Subject],
+    inputs: Inputs,
+    scores: Sequence[Task],
+    leaks: LeakCheck,
+    by_layer: bool,
+    progress: Progress | None,
+) -> list[LayerRow]:
+    """Feed all samples to all models, and return the rows of ``--by-layer``."""
+    groups = list(_groups(subjects))
+    layers: dict[int, list[LayerRow]] = {}
+    done = 0
+    for number, group in enumerate(groups):
+        loaded = {index: _open(subjects[index], inputs.task) for index in (0, *group)}
+        for feeds, labels in inputs.batches():
+            outputs = {index: runner.run(feeds) for index, runner in loaded.items()}
+            for position, label in enumerate(labels):
+                single = {index: _single(found, position, len(labels)) for index, found in outputs.items()}
+                sample = _single(feeds, position, len(labels))
+                if number == 0:
+                    leaks.add(sample)
+                for index in loaded if number == 0 else group:
+                    scores[index].add(sample, label, single[index], single[0] if index else None)
+            done += len(labels)
+            if progress:
+                progress(done, len(inputs) * len(groups))
+        for index in group if by_layer else ():
+            if layers_compare(subjects[0], subjects[index]):
+                layers[index] = _compare_layers(subjects[0], subjects[index], loaded[0], loaded[index], inputs)
+    return [row for index in sorted(layers) for row in layers[index]]
+
+
+def _single(arrays: Arrays, position: int, count: int) -> Arrays:
+    """One sample of a batch, where an array has as many entries as the batch."""
+    if count == 1:
+        return arrays
+    return {
+        name: value[position : position + 1] if value.shape[:1] == (count,) else value for name, value in arrays.items()
+    }
+
+
+def _groups(subjects: Sequence[Subject]) -> Iterator[list[int]]:
+    """Candidates that are run together with the reference: all, where memory allows, else one by one."""
+    others = list(range(1, len(subjects)))
+    most = max(subject.float_bytes for subject in subjects)
+    if len(others) <= 1 or most * len(subjects) < free_memory_bytes() // 2:
+        yield others
+    else:
+        yield from ([index] for index in others)
+
+
+def layers_compare(reference: Subject, candidate: Subject) -> bool:
+    """Whether two models can be compared layer by layer."""
+    both = {reference.kind, candidate.kind}
+    return both in ({"checkpoint"}, {"onnx"})
+
+
+def _compare_layers(
+    reference: Subject, candidate: Subject, ours: Runner, theirs: Runner, inputs: Inputs
+) -> list[LayerRow]:
+    few = [feeds for feeds, _ in islice(inputs.batches(), LAYERWISE_SAMPLES)]
+    if reference.onnx and candidate.onnx:
+        return compare_graphs(reference.onnx, candidate.onnx, few, candidate.path)
+    assert isinstance(ours, TorchRunner) and isinstance(theirs, TorchRunner)
+    assert reference.checkpoint and candidate.checkpoint
+    comparison = LayerComparison()
+    for feeds in few:
+        fitting = fit(feeds, ours.inputs, ours.name)
+        # Every layer's output of a sample is kept, so token sequences are cut short.
+        short = {name: value[:, :LAYERWISE_LENGTH] if value.ndim == 2 else value for name, value in fitting.items()}
+        with torch.inference_mode():
+            comparison.add(ours.module, theirs.module, {key: torch.from_numpy(value) for key, value in short.items()})
+    return comparison.rows(reference.checkpoint, candidate.checkpoint)

@@ -1,0 +1,1 @@
+"""What outputs are judged by, one file for each task."""

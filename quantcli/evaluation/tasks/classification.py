@@ -1,0 +1,45 @@
+"""Classification: the share of samples whose class is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantcli.core.ports import Arrays
+from quantcli.errors import InputError
+from quantcli.evaluation.metrics import Mean
+from quantcli.evaluation.tasks.base import Metrics, with_error
+from quantcli.models.outputs import class_scores
+
+
+class Classification:
+    """How often the label is the top class, or among the top five; with the reference, how often the top agrees."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._top1, self._top5, self._agreement = Mean(), Mean(), Mean()
+        self._classes = 0
+
+    def add(self, feeds: Arrays, label: Any, outputs: Arrays, reference: Arrays | None) -> None:
+        """``label`` is the index of the true class."""
+        scores = class_scores(outputs, self.name)
+        self._classes = len(scores)
+        if not 0 <= int(label) < len(scores):
+            raise InputError(f"The data has the label {label}; {self.name} has {len(scores)} classes, from 0 on.")
+        best = np.argsort(-scores, kind="stable")[:5]
+        self._top1.add(float(best[0] == label))
+        self._top5.add(float(label in best))
+        if reference is not None:
+            self._agreement.add(float(best[0] == np.argmax(class_scores(reference, "The reference"))))
+
+    def metrics(self) -> Metrics:
+        """Shares with standard errors; top5 only where there are more classes than that."""
+        found = with_error("top1", self._top1)
+        if self._classes > 5:
+            found |= with_error("top5", self._top5)
+        return found | (with_error("argmax_agreement", self._agreement) if self._agreement.values else {})
+
+    def details(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}

@@ -1,0 +1,63 @@
+"""Embedding: the angle between a candidate's vectors and the reference's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.core.ports import Arrays
+from quantcli.errors import InputError
+from quantcli.evaluation.metrics import Mean, cosine
+from quantcli.evaluation.tasks.base import Metrics, with_error
+from quantcli.models.outputs import floats
+
+#: Names of outputs that hold one vector per text, and parts of names that no class scores have.
+_EMBEDDINGS = ("sentence_embedding", "sentence_embeddings", "embeddings", "embedding")
+
+
+class Embedding:
+    """Cosine of every text's embedding with the reference's.
+
+    Token vectors are pooled over the attention mask; a model without them gives its own embedding, or its
+    first output as one vector. ``pooling`` is ``mean``, ``cls`` or ``last``.
+    """
+
+    def __init__(self, name: str, pooling: str) -> None:
+        self.name, self.pooling = name, pooling
+        self._cosine = Mean()
+
+    def add(self, feeds: Arrays, label: Any, outputs: Arrays, reference: Arrays | None) -> None:
+        """One text."""
+        if reference is None:
+            return
+        ours, theirs = (self._vector(each, feeds) for each in (reference, outputs))
+        if ours.shape != theirs.shape:
+            raise InputError(f"{self.name} embeds in {len(theirs)} dimensions, the reference in {len(ours)}.")
+        self._cosine.add(cosine(ours, theirs))
+
+    def _vector(self, outputs: Arrays, feeds: Arrays) -> Tensor:
+        found = floats(outputs)
+        mask = feeds.get("attention_mask")
+        for name in ("last_hidden_state", "token_embeddings", *found):
+            value = found.get(name)
+            if mask is not None and value is not None and value.ndim == 3 and value.shape[:2] == mask.shape:
+                kept = torch.from_numpy(value[0]).double()[torch.from_numpy(mask[0].astype(bool))]
+                if self.pooling == "mean":
+                    return kept.mean(0)
+                return kept[0] if self.pooling == "cls" else kept[-1]
+        if not found:
+            raise InputError(f"{self.name} returns no floating-point output to embed with.")
+        chosen = next((found[name] for name in _EMBEDDINGS if name in found), next(iter(found.values())))
+        return torch.from_numpy(chosen).double().flatten()
+
+    def metrics(self) -> Metrics:
+        """Mean, standard error and minimum."""
+        return (
+            with_error("cosine", self._cosine) | {"cosine_min": min(self._cosine.values)} if self._cosine.values else {}
+        )
+
+    def details(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}

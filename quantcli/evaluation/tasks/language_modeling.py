@@ -1,0 +1,54 @@
+"""Language modeling: perplexity, and the divergence from the reference's next-token distributions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantcli.core.ports import Arrays
+from quantcli.errors import InputError
+from quantcli.evaluation.metrics import Divergence, Perplexity, verdict
+from quantcli.evaluation.tasks.base import Metrics
+from quantcli.models.outputs import floats, shapes
+
+
+class LanguageModeling:
+    """Perplexity, and how the next-token distribution departs from the reference's."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._perplexity, self._divergence = Perplexity(), Divergence()
+        self._compared = False
+
+    def add(self, feeds: Arrays, label: Any, outputs: Arrays, reference: Arrays | None) -> None:
+        """Outputs hold ``logits`` ``[1, length, vocabulary]``."""
+        if "input_ids" not in feeds:
+            raise InputError(f"{self.name} takes no input_ids, so it is no language model.", "Use another --task.")
+        ids = torch.from_numpy(feeds["input_ids"][0].astype(np.int64))
+        logits = self._logits(outputs)
+        self._perplexity.add(logits, ids)
+        if reference is not None:
+            self._compared = True
+            self._divergence.add(self._logits(reference)[:-1], logits[:-1])
+
+    def _logits(self, outputs: Arrays) -> Tensor:
+        found = floats(outputs)
+        logits = found.get("logits", next(iter(found.values())) if len(found) == 1 else None)
+        if logits is None or logits.ndim != 3:
+            raise InputError(
+                f"{self.name} returns no logits [batch, length, vocabulary]: {shapes(outputs)}.",
+                "Use --task embedding or fidelity.",
+            )
+        return torch.from_numpy(logits[0])
+
+    def metrics(self) -> Metrics:
+        """Perplexity; for a candidate divergence and agreement too."""
+        own = self._perplexity.metrics()
+        return own | self._divergence.metrics("top1_agreement") if self._compared else own
+
+    def details(self) -> dict[str, Any]:
+        """For a candidate a verdict on its divergence, in words."""
+        return {"verdict": verdict(self._divergence.kl_nats)} if self._compared else {}

@@ -1,0 +1,112 @@
+"""A Hugging Face folder as something torch can export: module, example inputs, names."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quantcli.checkpoint.hugging_face import load_json
+from quantcli.errors import InputError
+from quantcli.export.source import Example, Source, wave
+from quantcli.models import hugging_face
+from quantcli.models.runner import TorchRunner, open_runner
+
+if TYPE_CHECKING:
+    pass
+
+#: Classes whose head is what the model is for; others are exported without one.
+_HEADED = ("ForSequenceClassification", "ForImageClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+_IMAGE_SIZE = 224
+
+
+class _Outputs(nn.Module):
+    """A Hugging Face model that takes and returns only what these names say."""
+
+    def __init__(self, model: nn.Module, inputs: list[str], outputs: list[str], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+
+        def forward(**given: Tensor) -> tuple[Tensor, ...]:
+            found = model(**given, **options)
+            return tuple(found[name] for name in outputs)
+
+        # torch.export matches free axes with the parameters' names, and confuses those of a plain **given.
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in inputs])  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+def hugging_face_source(path: Path) -> Source:
+    """The model of a folder, with made-up tokens or images as inputs."""
+    config = load_json(hugging_face.require_folder(path) / "config.json")
+    headed = any(str(name).endswith(_HEADED) for name in config.get("architectures") or [])
+    runner = open_runner(path, headed=headed, decoded=True)
+    assert isinstance(runner, TorchRunner)
+    module = runner.module
+    if hasattr(module, "set_attn_implementation"):
+        # Plain products and a Softmax: fewer nodes, and what runtimes know how to fuse.
+        module.set_attn_implementation("eager")  # type: ignore[operator]
+    names = [port.name for port in runner.inputs]
+    examples = _images(module, path) if names == ["pixel_values"] else _tokens(module, path, names)
+    options = {"return_dict": True} | ({"use_cache": False} if hugging_face.is_causal(path) else {})
+    outputs = _output_names(module, examples[0], options, path)
+    axes = {0: "batch"} if names == ["pixel_values"] else {0: "batch", 1: "sequence"}
+    wrapped = _Outputs(module, names, outputs, options).eval()
+
+    def run(example: Example) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            return {name: value.numpy() for name, value in zip(outputs, wrapped(**example), strict=True)}
+
+    dynamic = dict.fromkeys(names, axes)
+    return Source(str(path), wrapped, run, examples, dynamic, outputs, prefix="model.")
+
+
+def _output_names(module: nn.Module, example: Example, options: dict[str, Any], path: Path) -> list[str]:
+    with torch.inference_mode():
+        found = module(**example, **options)
+    names = [name for name in found if name == "logits" or name.endswith("_logits")]
+    names = names or [name for name in found if name == "last_hidden_state"]
+    if not names:
+        raise InputError(f"{path} returns {', '.join(found)}, neither logits nor a last_hidden_state.")
+    return names
+
+
+def _tokens(module: nn.Module, path: Path, names: list[str]) -> list[Example]:
+    """Two batches of tokens, some padded; any tokens do, as only torch and its own export are compared."""
+    embeddings: Any = module.get_input_embeddings()  # type: ignore[operator]
+    words, longest = embeddings.num_embeddings, hugging_face.longest_sequence(path)
+    examples = []
+    for batch, length in ((2, min(12, longest)), (3, min(7, longest))):
+        ids = (torch.arange(batch * length).reshape(batch, length) * 37 + 5) % words
+        mask = torch.ones_like(ids)
+        mask[1, -2:] = 0
+        every = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+        examples.append({name: every[name] for name in names})
+    return examples
+
+
+def _images(module: nn.Module, path: Path) -> list[Example]:
+    channels = getattr(module.config, "num_channels", 3)
+    height, width = _image_size(module, path)
+    pattern = wave((3, channels, height, width))
+    return [{"pixel_values": pattern[:2]}, {"pixel_values": pattern}]
+
+
+def _image_size(module: nn.Module, path: Path) -> tuple[int, int]:
+    """Height and width that the model is made for, else those that its preprocessor makes."""
+    size = getattr(module.config, "image_size", None)
+    preprocessor = path / "preprocessor_config.json"
+    if size is None and preprocessor.is_file():
+        found = load_json(preprocessor)
+        size = found.get("crop_size") or found.get("size")
+    if isinstance(size, dict):
+        size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
+    if isinstance(size, (list, tuple)):
+        return int(size[0]), int(size[1])
+    return (int(size),) * 2 if size else (_IMAGE_SIZE, _IMAGE_SIZE)

@@ -1,0 +1,102 @@
+"""What models take: names, types and shapes, and samples made to fit them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantcli.core.ports import Arrays, Port, dtype_family
+from quantcli.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Token inputs that follow from the token ids where data does not bring them.
+_DERIVED = ("attention_mask", "token_type_ids", "position_ids")
+#: What the forward of a plain module calls token ids where it does not say ``_ids``.
+_INTEGERS = ("ids", "idx", "tokens")
+
+
+def fit(feeds: Mapping[str, np.ndarray], inputs: Sequence[Port], name: str) -> Arrays:
+    """The arrays that a model takes, in its dtypes.
+
+    A float becomes another float and an integer another integer that holds it; what follows from token ids
+    (``attention_mask``, ``token_type_ids``, ``position_ids``) is filled in. Where names differ, inputs go by
+    position if there are as many.
+
+    Raises:
+        InputError: an input is missing, or of another kind than the model's.
+    """
+    found = dict(feeds)
+    missing = [port for port in inputs if port.name not in found]
+    if missing and "input_ids" in found:
+        found = derived_inputs(found["input_ids"]) | found
+        missing = [port for port in inputs if port.name not in found]
+    if missing and len(feeds) == len(inputs):
+        found = {port.name: value for port, value in zip(inputs, feeds.values(), strict=True)}
+    elif missing:
+        wanted = "; ".join(str(port) for port in inputs)
+        raise InputError(f"{name} needs inputs that the data lacks. Expected {wanted}; got {', '.join(feeds)}.")
+    return {port.name: _cast(found[port.name], port, name) for port in inputs}
+
+
+def require_shape(value: np.ndarray, port: Port, name: str) -> None:
+    """Raise InputError where a dimension other than the batch is not the one that a model takes."""
+    wanted = (port.shape or ())[1:]
+    fits = len(value.shape) == len(wanted) + 1 and all(
+        dim == size for dim, size in zip(wanted, value.shape[1:], strict=True) if isinstance(dim, int)
+    )
+    if port.shape and not fits:
+        shape = " x ".join(map(str, value.shape)) or "a single value"
+        raise InputError(f"{name} takes other inputs than these. Expected {port}; got {shape}.")
+
+
+def derived_inputs(ids: np.ndarray) -> Arrays:
+    """Attention mask, token types and positions of unpadded token ids ``[batch, length]``."""
+    positions = np.broadcast_to(np.arange(ids.shape[-1], dtype=ids.dtype), ids.shape)
+    return dict(zip(_DERIVED, (np.ones_like(ids), np.zeros_like(ids), positions), strict=True))
+
+
+def _cast(value: np.ndarray, port: Port, name: str) -> np.ndarray:
+    """An array in a port's dtype, where that keeps its meaning."""
+    if value.dtype == port.dtype:
+        return value
+    kinds = dtype_family(value.dtype), dtype_family(port.dtype)
+    if kinds[0] != kinds[1] or kinds[0] == "other":
+        raise InputError(f"{name} expects {port}; the data has {value.dtype}.")
+    if kinds[0] == "integer" and value.size:
+        limits = np.iinfo(port.dtype)
+        if value.min() < limits.min or value.max() > limits.max:
+            raise InputError(f"{name} expects {port}; the data's {value.min()} to {value.max()} do not fit.")
+    return value.astype(port.dtype)
+
+
+def hugging_face_ports(path: Path, *, vision: bool = False) -> tuple[Port, ...]:
+    """What a Hugging Face folder takes: pixels, or token ids with a mask and, where it has such, token types."""
+    from quantcli.checkpoint.hugging_face import load_json
+
+    if vision:
+        return (Port("pixel_values", np.dtype(np.float32), ("batch", "channels", "height", "width")),)
+    names = ["input_ids", "attention_mask"]
+    # Some models without token types take that input all the same and read words in it (GPT-2).
+    if load_json(path / "config.json").get("type_vocab_size"):
+        names.append("token_type_ids")
+    return tuple(Port(each, np.dtype(np.int64), ("batch", "sequence"), each in _DERIVED) for each in names)
+
+
+def signature_ports(module: nn.Module, name: str) -> tuple[Port, ...]:
+    """Inputs of a module, as the signature of its forward tells: names, and a dtype guessed from them."""
+    needed = []
+    for parameter in inspect.signature(module.forward).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.default is parameter.empty:
+            needed.append(parameter.name)
+    if not needed:
+        raise InputError(f"{name}: the module's forward names no input.", "Give it named parameters.")
+    integers = [each for each in needed if each.endswith(("_ids", "_mask")) or each in _INTEGERS]
+    return tuple(Port(each, np.dtype(np.int64 if each in integers else np.float32), None) for each in needed)

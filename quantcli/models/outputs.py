@@ -1,0 +1,113 @@
+"""What models return, as arrays; and whether these are class scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from quantcli.core.ports import Arrays, dtype_family
+from quantcli.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+
+def paired(
+    reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray], name: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Floating-point outputs of two models side by side, float32, by the reference's names.
+
+    Outputs go by name where names agree, else by position where there are as many of both.
+
+    Raises:
+        InputError: nothing corresponds, or shapes differ.
+    """
+    ours, theirs = floats(reference), floats(candidate)
+    if not ours:
+        raise InputError("The reference returns no floating-point output to compare.")
+    common = [key for key in ours if key in theirs]
+    if common:
+        pairs = {key: (ours[key], theirs[key]) for key in common}
+    elif len(ours) == len(theirs):
+        pairs = {key: (value, other) for (key, value), other in zip(ours.items(), theirs.values(), strict=True)}
+    else:
+        raise InputError(
+            f"{name} returns {', '.join(theirs) or 'no floating-point output'}, which do not correspond to the "
+            f"reference's {', '.join(ours)}.",
+            "Models are compared by the names of their outputs, or by position where there are as many.",
+        )
+    for key, (value, other) in pairs.items():
+        if value.shape != other.shape:
+            raise InputError(
+                f"{name} returns {key} of shape {list(other.shape)}, the reference one of {list(value.shape)}."
+            )
+    return pairs
+
+
+def floats(outputs: Mapping[str, np.ndarray]) -> Arrays:
+    """The floating-point outputs, in float32 (bfloat16 included)."""
+    return {
+        name: np.asarray(value, dtype=np.float32)
+        for name, value in outputs.items()
+        if dtype_family(value.dtype) == "float"
+    }
+
+
+def named(found: Any, name: str) -> Arrays:
+    """Tensors among what a module returned: by key, or as output_0, output_1 and so on."""
+    if isinstance(found, torch.Tensor):
+        found = [found]
+    if isinstance(found, (list, tuple)):
+        found = {f"output_{index}": value for index, value in enumerate(found)}
+    values = found.items() if isinstance(found, Mapping) else ()
+    named = {str(key): _array(value) for key, value in values if isinstance(value, torch.Tensor)}
+    if not named:
+        raise InputError(f"{name} returns no tensor.")
+    return named
+
+
+def _array(tensor: Any) -> np.ndarray:
+
+    tensor = tensor.detach()
+    return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+
+
+_NOT_CLASSES = ("embed", "hidden", "pool", "feature")
+
+
+def class_scores(outputs: Arrays, name: str) -> np.ndarray:
+    """One score per class ``[classes]`` of a sample: the output ``logits``, or the first with one row per sample.
+
+    Raises:
+        InputError: there is no such output.
+    """
+    found = floats(outputs)
+    for value in (found.get("logits"), *found.values()):
+        if value is not None and value.shape[:1] == (1,) and value.size == max(value.shape) > 1:
+            return value.reshape(-1)
+    raise InputError(
+        f"{name} returns no scores of classes [1, classes]: {shapes(outputs)}.",
+        "Use another --task, such as fidelity.",
+    )
+
+
+def is_classes(name: str, values: np.ndarray) -> bool:
+    """Whether an output ``[samples, ..., classes]`` holds scores of classes, by its name and its values."""
+    if values.ndim < 2 or values.shape[-1] < 2:
+        return False
+    if name == "logits" or is_distribution(values):
+        return True
+    return values.ndim == 2 and not any(part in name.lower() for part in _NOT_CLASSES)
+
+
+def is_distribution(values: np.ndarray) -> bool:
+    """Whether every row holds probabilities that sum to one."""
+    return bool(values.min() >= 0 and np.allclose(values.sum(-1, dtype=np.float64), 1, atol=1e-2))
+
+
+def shapes(outputs: Arrays) -> str:
+    """Names and shapes of outputs, for messages."""
+    return ", ".join(f"{name} {list(value.shape)}" for name, value in outputs.items())

@@ -1,0 +1,99 @@
+"""Running ONNX models: the only importer of onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.core.ports import Port
+from quantcli.errors import InputError, MissingExtraError
+from quantcli.system.parallel import usable_cores
+from quantcli.system.text import first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: onnxruntime's log level that lets only errors through: what it warns of, we report ourselves.
+_ERRORS_ONLY = 3
+
+
+def onnxruntime() -> Any:
+    """The module. Raises MissingExtraError."""
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "export", "Running an ONNX model") from error
+    ort.set_default_logger_severity(_ERRORS_ONLY)
+    return ort
+
+
+class Session:
+    """A model loaded into onnxruntime on the CPU.
+
+    Args:
+        model: a file, or a serialized model (below 2 GB, without external data).
+        threads: threads within an operator; by default the usable cores.
+        optimize: False runs the graph as it is written, so that every value of it can be asked for.
+        shared: threads rest as soon as a run ends; otherwise they spin for a while, waiting for the next one, and
+            take cores from whatever else is measured.
+        dump: file that the runtime's own optimized graph is written to.
+
+    Raises:
+        InputError: onnxruntime cannot load the model.
+    """
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        *,
+        threads: int | None = None,
+        optimize: bool = True,
+        shared: bool = False,
+        dump: Path | None = None,
+    ) -> None:
+        ort = onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or usable_cores()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERRORS_ONLY
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+        if shared:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        if dump is not None:
+            options.optimized_model_filepath = str(dump)
+        name = str(model) if isinstance(model, Path) else "The model"
+        try:
+            self._session = ort.InferenceSession(
+                str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise InputError(
+                f"{name} cannot be loaded by onnxruntime {ort.__version__}: {first_line(error)}."
+            ) from error
+        self.inputs = tuple(_port(each) for each in self._session.get_inputs())
+        self.outputs = tuple(_port(each) for each in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """One forward pass: outputs by name, all of them unless some are named.
+
+        Raises:
+            InputError: the runtime refuses the inputs.
+        """
+        names = list(outputs) if outputs is not None else [each.name for each in self.outputs]
+        try:
+            values = self._session.run(names, dict(feeds))
+        except Exception as error:
+            raise InputError(f"onnxruntime could not run the model: {first_line(error)}.") from error
+        return dict(zip(names, values, strict=True))
+
+
+def _port(node: Any) -> Port:
+    import ml_dtypes
+    import numpy as np
+
+    names = {"float": "float32", "double": "float64", "tensor(string)": "object"}
+    kind = node.type.removeprefix("tensor(").removesuffix(")")
+    dtype = np.dtype(ml_dtypes.bfloat16) if kind == "bfloat16" else np.dtype(names.get(kind, kind))
+    return Port(node.name, dtype, tuple(node.shape) if node.shape is not None else None)

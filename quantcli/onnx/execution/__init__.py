@@ -1,0 +1,1 @@
+"""Running an ONNX graph in torch, with gradients."""

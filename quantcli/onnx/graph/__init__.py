@@ -1,0 +1,1 @@
+"""ONNX graphs as they are: read, simplified, upgraded, saved."""

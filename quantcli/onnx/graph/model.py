@@ -1,0 +1,179 @@
+"""An ONNX file, opened lazily: weights in external data are mapped when they are used, never all at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.core.manifest import MANIFEST_KEY
+from quantcli.core.ports import Port
+from quantcli.errors import InputError, MissingExtraError
+from quantcli.system.text import first_line
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: The oldest operator set whose models are read; older ones lack what every exporter of the last years writes.
+OLDEST_OPSET = 11
+
+#: What a folder of weights holds.
+_CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+
+#: Bytes hashed at a time.
+_HASH_CHUNK = 1 << 22
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a path names an ONNX file, or a folder that holds one as ``model.onnx`` and no weights beside it."""
+    if not path.is_dir():
+        return path.suffix == ".onnx"
+    # Folders with both are exports lying beside their checkpoint, which is what is meant.
+    return (path / "model.onnx").is_file() and not any(next(path.glob(kind), None) for kind in _CHECKPOINT_FILES)
+
+
+def onnx_file(path: Path) -> Path:
+    """The ONNX file of a path for which `is_onnx` holds."""
+    return path / "model.onnx" if path.is_dir() else path
+
+
+class OnnxModel:
+    """A model's graph with lazy weights. Use `open_onnx`."""
+
+    def __init__(self, path: Path, model: ir.Model) -> None:
+        self.path, self.ir = path, model
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set."""
+        return self.ir.opset_imports.get("", 1)
+
+    @cached_property
+    def inputs(self) -> tuple[Port, ...]:
+        """What the model must be fed (initializers that are inputs too have a default and are left out)."""
+        return tuple(port(value) for value in self.ir.graph.inputs if value.name not in self.ir.graph.initializers)
+
+    @cached_property
+    def outputs(self) -> tuple[Port, ...]:
+        """What it returns."""
+        return tuple(port(value) for value in self.ir.graph.outputs)
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The file itself, then its external data."""
+        import onnx_ir as ir
+
+        found = {Path(tensor.path) for tensor in constants(self.ir) if isinstance(tensor, ir.ExternalTensor)}
+        return (self.path, *sorted(found))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """What quantcli wrote into the model, or None."""
+        text = self.ir.metadata_props.get(MANIFEST_KEY)
+        try:
+            found = json.loads(text) if text else None
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def sha256(self) -> str:
+        """Hash of all files, names aside: that of the file itself where there is only one. Read once."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as stream:
+                while chunk := stream.read(_HASH_CHUNK):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+
+def open_onnx(path: Path) -> OnnxModel:
+    """Open an ONNX file without reading external weights.
+
+    Raises:
+        InputError: the file is missing, is not ONNX, is truncated, is too old, or external data is missing,
+            short, or lies outside the model's folder.
+        MissingExtraError: onnx-ir is not installed.
+    """
+    try:
+        import onnx_ir as ir
+    except ImportError as error:
+        raise MissingExtraError("onnx-ir", "export", "Reading an ONNX model") from error
+    path = onnx_file(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
+    try:
+        model = ir.load(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:
+        # protobuf, and onnx-ir above it, raise whatever a damaged message makes them stumble over.
+        raise InputError(
+            f"{path} is not a readable ONNX model: {first_line(error)}.", "It may be truncated, or of another kind."
+        ) from error
+    if not len(model.graph) and not model.graph.outputs:
+        raise InputError(f"{path} is not an ONNX model: it holds no graph.")
+    opened = OnnxModel(path, model)
+    if opened.opset < OLDEST_OPSET:
+        raise InputError(
+            f"{path} uses operator set {opened.opset}; the oldest that quantcli reads is {OLDEST_OPSET}.",
+            "Export it anew, or upgrade it with onnx.version_converter.",
+        )
+    _check_external_data(opened)
+    return opened
+
+
+def constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Every initializer's tensor, subgraphs included."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+
+
+def _check_external_data(opened: OnnxModel) -> None:
+    """Raise InputError where a weight's file is missing, too short, or outside the model's folder."""
+    import onnx_ir as ir
+
+    folder = opened.path.parent.resolve()
+    for tensor in constants(opened.ir):
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        file = Path(tensor.path)
+        if not file.resolve().is_relative_to(folder):
+            raise InputError(f"{opened.path} keeps {tensor.name} in {tensor.location}, outside its own folder.")
+        if not file.is_file():
+            raise InputError(
+                f"{opened.path} keeps its weights in {tensor.location}, which is missing.", f"Put it into {folder}."
+            )
+        needed = (tensor.offset or 0) + tensor.nbytes
+        if file.stat().st_size < needed:
+            raise InputError(
+                f"{file} is truncated: {tensor.name} ends at byte {needed}, the file has {file.stat().st_size}."
+            )
+
+
+def port(value: ir.Value) -> Port:
+    """Name, dtype and shape of a graph's input or output. Raises InputError for one that is not a tensor."""
+    import numpy as np
+
+    if value.dtype is None or value.name is None:
+        raise InputError(f"The model's {value.name or 'input'} is not a tensor (it is {value.type}).")
+    dims = None if value.shape is None else tuple(_dimension(dim) for dim in value.shape)
+    return Port(value.name, np.dtype(value.dtype.numpy()), dims)
+
+
+def _dimension(dim: Any) -> int | str | None:
+    # Some exporters write -1 for a free dimension.
+    return (dim if dim >= 0 else None) if isinstance(dim, int) else getattr(dim, "value", None)

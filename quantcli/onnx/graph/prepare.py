@@ -1,0 +1,157 @@
+"""From any ONNX graph to the one that is calibrated and quantized: same function, fewer disguises.
+
+Calibration and conversion both start from `prepare`, so that a value's name means the same to both.
+Names of values that survive, of inputs and outputs above all, are kept.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from quantcli.errors import InputError, MissingExtraError
+from quantcli.onnx.graph.fold import fold_affine
+from quantcli.onnx.graph.model import OnnxModel
+from quantcli.onnx.graph.operands import is_matrix_transpose
+from quantcli.onnx.graph.values import (
+    add_initializer,
+    array,
+    constant,
+    free_name,
+    input_of,
+    integer,
+    integers,
+    is_standard,
+    only_consumer,
+    rank,
+)
+from quantcli.system.text import first_line
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: Constants above this many bytes are not folded through nodes: the result would have to be held in memory.
+_FOLD_LIMIT_BYTES = 1 << 24
+
+
+def prepare(model: OnnxModel, *, fold: bool = True) -> ir.Model:
+    """A copy of the graph with functions inlined, constants folded, and with ``fold`` batch norm in the weights.
+
+    Raises:
+        MissingExtraError: onnxscript is not installed.
+        InputError: the graph is inconsistent.
+    """
+    try:
+        from onnx_ir.passes import common
+        from onnxscript import optimizer
+    except ImportError as error:
+        raise MissingExtraError("onnxscript", "export", "Converting an ONNX model") from error
+    try:
+        graph_model = model.ir.clone()
+        common.InlinePass()(graph_model)
+        common.RemoveInitializersFromInputsPass()(graph_model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
+        common.IdentityEliminationPass()(graph_model)
+        optimizer.fold_constants(
+            graph_model,
+            onnx_shape_inference=False,
+            input_size_limit=_FOLD_LIMIT_BYTES,
+            output_size_limit=_FOLD_LIMIT_BYTES,
+        )
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
+        common.ShapeInferencePass(check_type=False, strict_mode=False)(graph_model)
+        _products_with_bias(graph_model)
+        _turn_weights(graph_model)
+        if fold:
+            fold_affine(graph_model)
+        _pool_instead_of_mean(graph_model)
+        common.RemoveUnusedNodesPass()(graph_model)
+        common.NameFixPass()(graph_model)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise InputError(f"{model.path} is not a consistent ONNX graph: {first_line(error)}") from error
+    return graph_model
+
+
+def _turn_weights(model: ir.Model) -> None:
+    """Take Transposes of a matrix that nobody else reads into it; the turned one is made when it is read."""
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        value, output = (node.inputs[0], node.outputs[0]) if is_matrix_transpose(node) else (None, None)
+        tensor = constant(value)
+        if value is None or output is None or tensor is None or value.graph is not model.graph:
+            continue
+        if len(value.uses()) != 1 or value.is_graph_output() or output.is_graph_output() or len(tensor.shape) != 2:
+            continue
+        shape = ir.Shape(tensor.shape.numpy()[::-1])
+        value.const_value = ir.LazyTensor(partial(_turned, tensor), dtype=tensor.dtype, shape=shape, name=value.name)
+        value.shape = shape
+        output.replace_all_uses_with(value)
+        model.graph.remove(node, safe=True)
+
+
+def _turned(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    import numpy as np
+    import onnx_ir as ir
+
+    return ir.tensor(np.ascontiguousarray(tensor.numpy().T), name=tensor.name)
+
+
+def _products_with_bias(model: ir.Model) -> None:
+    """Write a matrix product and the constant vector added to it as one Gemm, where the input is a matrix.
+
+    The runtime does the same at load, but then no longer finds the integer form of the product.
+    """
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        data, weight = (node.inputs[0], constant(node.inputs[1])) if is_standard(node, "MatMul") else (None, None)
+        add = only_consumer(node.outputs[0]) if weight is not None else None
+        if data is None or weight is None or add is None or not is_standard(add, "Add") or add.graph is not model.graph:
+            continue
+        bias = add.inputs[1] if add.inputs[0] is node.outputs[0] else add.inputs[0]
+        tensor = constant(bias)
+        if rank(data) != 2 or len(weight.shape) != 2 or tensor is None or list(tensor.shape) != [weight.shape[1]]:
+            continue
+        if not weight.dtype.is_floating_point():
+            continue
+        gemm = ir.Node("", "Gemm", [data, node.inputs[1], bias], num_outputs=1, name=node.name)
+        output = add.outputs[0]
+        gemm.outputs[0].type, gemm.outputs[0].shape = output.type, output.shape
+        name = output.name
+        ir.convenience.replace_nodes_and_values(model.graph, node, [add, node], [gemm], [output], [gemm.outputs[0]])
+        gemm.outputs[0].name = name
+
+
+def _pool_instead_of_mean(model: ir.Model) -> None:
+    """Write a mean over both spatial dimensions as GlobalAveragePool, which has an integer kernel."""
+    import numpy as np
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        data = node.inputs[0]
+        if not is_standard(node, "ReduceMean") or data is None or rank(data) != 4:
+            continue
+        # The runtime has no pool of integers or doubles.
+        if data.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+            continue
+        axes = integers(node, "axes")
+        if axes is None:
+            values = array(input_of(node, 1))
+            axes = None if values is None else values.reshape(-1).tolist()
+        if axes is None or sorted(axis % 4 for axis in axes) != [2, 3]:
+            continue
+        output = node.outputs[0]
+        pooled = ir.Node("", "GlobalAveragePool", [data], num_outputs=1, name=f"{node.name}_pool")
+        pooled.outputs[0].type = output.type
+        nodes, last = [pooled], pooled
+        if not integer(node, "keepdims", 1):
+            # Zero keeps a dimension as it is, so the batch stays free.
+            shape = add_initializer(model.graph, free_name(model.graph, f"{output.name}_shape"), np.array([0, 0]))
+            pooled.outputs[0].name = f"{output.name}_pooled"
+            last = ir.Node("", "Reshape", [pooled.outputs[0], shape], num_outputs=1, name=f"{node.name}_flat")
+            nodes.append(last)
+        last.outputs[0].type, last.outputs[0].shape = output.type, output.shape
+        name = output.name
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, [output], [last.outputs[0]])
+        last.outputs[0].name = name

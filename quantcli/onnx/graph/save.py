@@ -1,0 +1,67 @@
+"""Writing an ONNX file (one where that is possible, weights in a second one where it is not), and reading it back."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.errors import VerificationError
+from quantcli.onnx.graph.model import constants, open_onnx
+from quantcli.onnx.graph.opset import needed_ir_version
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: A protobuf message ends at 2 GB; weights above this go into a file beside it.
+SINGLE_FILE_LIMIT_BYTES = 1_500_000_000
+
+
+def save_graph(model: ir.Model, path: Path) -> list[Path]:
+    """Write a model, and ``NAME.data`` beside it where its weights are too many for one file.
+
+    Tensors are written one by one; equal models give equal bytes. Returns the files.
+    """
+    import onnx_ir as ir
+
+    model.ir_version = max(model.ir_version or 0, needed_ir_version(model.opset_imports.get("", 1)))
+    large = sum(tensor.nbytes for tensor in constants(model)) > SINGLE_FILE_LIMIT_BYTES
+    data = f"{path.name}.data" if large else None
+    ir.save(model, path, external_data=data, max_workers=1)
+    return [path, path.with_name(data)] if data else [path]
+
+
+def add_metadata(path: Path, key: str, value: str) -> None:
+    """Give a written model one more entry of metadata; it must have none of this key.
+
+    Entries of a message may follow it in any number, so that nothing is written anew.
+    """
+    import onnx
+
+    entry = onnx.ModelProto(metadata_props=[onnx.StringStringEntryProto(key=key, value=value)])
+    with path.open("ab") as stream:
+        stream.write(entry.SerializeToString())
+
+
+def checksums(model: ir.Model) -> dict[str, int]:
+    """CRC-32 of every constant's dtype, shape and bytes, by name; tensors are read one by one."""
+    found = {}
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is not None:
+                head = f"{tensor.dtype.name} {tuple(tensor.shape.numpy())}"
+                found[name] = zlib.crc32(tensor.tobytes(), zlib.crc32(head.encode()))
+    return found
+
+
+def read_back(graph: ir.Model, target: Path) -> dict[str, Any]:
+    """Reopen what was written, and compare every tensor. Raises VerificationError."""
+    meant, found = checksums(graph), checksums(open_onnx(target).ir)
+    if meant != found:
+        wrong = sorted(name for name in meant.keys() | found.keys() if meant.get(name) != found.get(name))
+        raise VerificationError(
+            f"{wrong[0]} was read back otherwise than it was written.",
+            "The disk may be failing; if it happens again elsewhere, please report it.",
+        )
+    return {"tensors": len(found), "codes": "equal"}

@@ -1,0 +1,163 @@
+"""Where integers pay: which values of a graph are quantized when its convolutions and products are.
+
+The table is what onnxruntime's CPU kernels fuse; tests build each pattern and read the optimized graph.
+Every other operator stays float: a QuantizeLinear/DequantizeLinear pair around it would be pure cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantcli.onnx.graph.values import array, constant, input_of, is_standard, only_consumer, rank
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: Have an integer kernel for a constant weight.
+ANCHORS = ("Conv", "Gemm", "MatMul")
+
+#: Have an integer kernel where all inputs and the output are quantized.
+INTEGER_OPS = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")
+
+#: Of these, those with a single input: they join wherever that is quantized.
+_POOLS = ("AveragePool", "GlobalAveragePool")
+
+#: Move values, or choose among them: codes pass as they are, so input and output share their scale.
+PASS_THROUGH = ("MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What gets a QuantizeLinear and a DequantizeLinear.
+
+    ``values``: each with the value whose range it takes (itself, or the source of a pass-through chain).
+    ``nodes``: those that run on integers and so read dequantized values.
+    """
+
+    values: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    nodes: set[ir.Node] = field(default_factory=set)
+
+
+def tail(node: ir.Node) -> ir.Value:
+    """The value that a node's integer kernel writes: its output, past what is absorbed."""
+    value = node.outputs[0]
+    follower = only_consumer(value)
+    while follower is not None and follower.inputs[0] is value and _is_absorbed(follower):
+        value = follower.outputs[0]
+        follower = only_consumer(value)
+    return value
+
+
+def _is_absorbed(node: ir.Node) -> bool:
+    """Whether a node vanishes into the integer kernel before it: codes end where it cuts.
+
+    The runtime wants the grid of the codes within the bounds. From zero upwards that is exact; other
+    lower bounds lie between two codes, and then the convolution would stay float for the sake of the cut.
+    """
+    if is_standard(node, "Relu"):
+        return True
+    if not is_standard(node, "Clip"):
+        return False
+    low, high = array(input_of(node, 1)), input_of(node, 2)
+    most = array(high)
+    if low is None or float(low) != 0 or (high is not None and most is None):
+        return False
+    if most is None:
+        return True
+    highest_code = np.float32(255) * (np.float32(most) / np.float32(255))
+    return bool(most > 0 and highest_code - np.float32(most) <= np.finfo(np.float32).eps)
+
+
+def needs_quantized_output(node: ir.Node) -> bool:
+    """Whether an anchor runs on integers only where its output is quantized too.
+
+    A convolution does. A product of a matrix whose result goes into a sum would be made a float Gemm.
+    """
+    if node.op_type == "Conv":
+        return True
+    follower = only_consumer(node.outputs[0])
+    data = node.inputs[0]
+    return (
+        node.op_type == "MatMul" and data is not None and rank(data) in (2, None)
+        and follower is not None and is_standard(follower, "Add")
+    )  # fmt: skip
+
+
+def place(model: ir.Model, anchors: Iterable[ir.Node]) -> Placement:
+    """Decide which values are quantized so that ``anchors`` run on integers.
+
+    A convolution needs its input and its output quantized; a matrix product mostly its input only, and its
+    output stays float unless that is quantized anyway. Other operators join where it takes no further pair.
+    """
+    chosen = list(anchors)
+    placement = Placement()
+    for node in chosen:
+        data = node.inputs[0]
+        assert data is not None
+        placement.nodes.add(node)
+        placement.values[data] = data
+        if needs_quantized_output(node):
+            output = tail(node)
+            placement.values[output] = output
+    _join_integer_ops(model, placement)
+    _share_ranges(model, placement)
+    return placement
+
+
+def _join_integer_ops(model: ir.Model, placement: Placement) -> None:
+    """Add operators all of whose inputs and outputs are quantized, or become so by passing codes through."""
+    grown = True
+    while grown:
+        grown = False
+        for node in model.graph:
+            if node in placement.nodes or not is_standard(node, *INTEGER_OPS, *PASS_THROUGH):
+                continue
+            passes = is_standard(node, *PASS_THROUGH)
+            inputs = [node.inputs[0]] if passes else list(node.inputs)
+            if not all(value is not None and value in placement.values for value in inputs):
+                continue
+            output = node.outputs[0] if passes else tail(node)
+            wanted = output in placement.values or any(
+                consumer in placement.nodes for consumer in output.consumers()
+            )  # fmt: skip
+            if len(node.outputs) > 1 or not (wanted or _leads_to_quantized(output, placement)):
+                continue
+            placement.nodes.add(node)
+            placement.values.setdefault(output, output)
+            grown = True
+
+
+def _leads_to_quantized(value: ir.Value, placement: Placement) -> bool:
+    """Whether a pass-through chain, or one more operator that joins, ends in a quantized value."""
+    for node in value.consumers():
+        if is_standard(node, *PASS_THROUGH, *INTEGER_OPS) and node.outputs:
+            output = node.outputs[0] if is_standard(node, *PASS_THROUGH) else tail(node)
+            if output in placement.values or (
+                is_standard(node, *PASS_THROUGH, *_POOLS) and _leads_to_quantized(output, placement)
+            ):
+                return True
+    return False
+
+
+def _share_ranges(model: ir.Model, placement: Placement) -> None:
+    """Let the output of a pass-through operator take its input's range, so that the codes stay as they are."""
+    for node in model.graph:
+        if node in placement.nodes and is_standard(node, *PASS_THROUGH):
+            source = node.inputs[0]
+            assert source is not None
+            placement.values[node.outputs[0]] = placement.values[source]
+
+
+def observed_values(model: ir.Model) -> Iterator[ir.Value]:
+    """Values whose range static quantization may need, in graph order, each once.
+
+    They are those placed when every layer runs on integers: with fewer, no other value is.
+    """
+    anchors = [node for node in model.graph if is_standard(node, *ANCHORS) and constant(input_of(node, 1)) is not None]
+    placed = place(model, anchors).values
+    in_order = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    yield from (value for value in in_order if value in placed)

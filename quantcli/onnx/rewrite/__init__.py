@@ -1,0 +1,1 @@
+"""Rewriting nodes into quantized ones, one form a file."""

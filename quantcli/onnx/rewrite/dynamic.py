@@ -1,0 +1,97 @@
+"""Dynamic quantization: ranges of activations are found at inference, products are taken of integers.
+
+Written in ONNX's own operators, DynamicQuantizeLinear and MatMulInteger, which the runtime fuses. One input
+that several products share is quantized once. Convolutions are left out: the runtime's ConvInteger took ten
+times as long as its float convolution (PP-OCRv4's recognizer: 224 ms in place of 21).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantcli.core.scheme import NumberFormat
+from quantcli.core.tensors import Hessian
+from quantcli.onnx.graph.values import add_initializer, drop_unused, input_of
+from quantcli.onnx.weights.integer import ORIGIN, IntegerWeight, channel_axis, integer_weight
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+class DynamicQuantizer:
+    """Rewrites nodes of one graph; outputs keep their names."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.graph = model.graph
+        self._weights: dict[tuple[object, ...], tuple[IntegerWeight, ir.Value]] = {}
+        self._inputs: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
+
+    def quantize_node(
+        self, node: ir.Node, number_format: NumberFormat, algorithm: str, hessian: Hessian | None = None
+    ) -> IntegerWeight:
+        """Replace a Gemm or MatMul by its integer form; gptq needs the ``hessian`` of its input."""
+        import onnx_ir as ir
+
+        value, bias, output = node.inputs[1], input_of(node, 2), node.outputs[0]
+        assert value is not None
+        weight, codes = self._integer_weight(node, value, number_format, algorithm, hessian)
+        data, scale_in, zero_point = self._quantized_input(node)
+        base = output.name or node.name or "node"
+        product = ir.Node("", "MatMulInteger", [data, codes, zero_point, weight.zero_point], name=f"{base}_integer")
+        # Two sums of a channel's products and the scale are made once and read by all: order as the runtime fuses.
+        cast = ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{base}_cast")
+        scale = ir.Node("", "Mul", [scale_in, weight.scale], name=f"{base}_scale")
+        scaled = ir.Node("", "Mul", [cast.outputs[0], scale.outputs[0]], name=f"{base}_scaled")
+        nodes = [product, cast, scale, scaled]
+        if bias is not None:
+            nodes.append(ir.Node("", "Add", [scaled.outputs[0], bias], name=f"{base}_bias"))
+        for each, part in zip(nodes, ("integer", "cast", "scale", "scaled"), strict=False):
+            each.outputs[0].name = f"{base}_{part}"
+        last = nodes[-1].outputs[0]
+        last.type, last.shape = output.type, output.shape
+        name = output.name
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], nodes, [output], [last])
+        last.name = name
+        drop_unused(self.graph, value)
+        return weight
+
+    def _integer_weight(
+        self, node: ir.Node, value: ir.Value, number_format: NumberFormat, algorithm: str, hessian: Hessian | None
+    ) -> tuple[IntegerWeight, ir.Value]:
+        """The weight, and its codes as the kernel wants them. Nodes that share a weight share these."""
+        key = (value, channel_axis(node), number_format, algorithm)
+        if key not in self._weights:
+            weight = integer_weight(self.graph, node, number_format, algorithm, hessian=hessian)
+            codes = weight.codes
+            if node.op_type == "Gemm" and weight.axis == 0:
+                codes = self._transposed(codes)
+            self._weights[key] = weight, codes
+        return self._weights[key]
+
+    def _quantized_input(self, node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
+        import onnx_ir as ir
+
+        value = node.inputs[0]
+        assert value is not None
+        if value not in self._inputs:
+            quantize = ir.Node("", "DynamicQuantizeLinear", [value], num_outputs=3, name=f"{value.name}_quantize")
+            for output, part in zip(quantize.outputs, ("quantized", "scale", "zero_point"), strict=True):
+                output.name = f"{value.name}_dynamic_{part}"
+            producer = value.producer()
+            if producer is None or producer.graph is not self.graph:
+                self.graph.insert_before(self.graph[0], quantize)
+            else:
+                self.graph.insert_after(producer, quantize)
+            self._inputs[value] = (quantize.outputs[0], quantize.outputs[1], quantize.outputs[2])
+        return self._inputs[value]
+
+    def _transposed(self, codes: ir.Value) -> ir.Value:
+        assert codes.const_value is not None and codes.name is not None
+        values, origin = np.ascontiguousarray(codes.const_value.numpy().T), codes.meta[ORIGIN]
+        del self.graph.initializers[codes.name]
+        turned = add_initializer(self.graph, codes.name, values)
+        turned.meta[ORIGIN] = replace(origin, turned=not origin.turned)
+        return turned

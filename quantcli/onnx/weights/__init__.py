@@ -1,0 +1,1 @@
+"""Codes of an ONNX graph's weights."""

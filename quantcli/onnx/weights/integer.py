@@ -1,0 +1,184 @@
+"""Codes of a node's constant weight: int8, one scale per output channel, for the integer kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantcli import algorithms
+from quantcli.algorithms import default_rounding
+from quantcli.core.numerics import decibels, error_powers, in_groups, quantize
+from quantcli.core.scheme import NumberFormat
+from quantcli.core.tensors import Hessian
+from quantcli.onnx.graph.values import add_initializer, array, free_name, integer
+from quantcli.onnx.weights.compensation import compensate
+from quantcli.onnx.weights.saturation import exact_scale, pairing, within_pairs
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor
+
+#: Key of the `meta` of codes under which is kept what they are the codes of.
+ORIGIN = "quantcli.origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What some codes in a graph were made from: the weight called ``name``, whose dimension ``axis`` is its channels.
+
+    What was quantized is ``factor`` times the weight. ``number_format`` is that of the codes; ``pairs`` tells how a
+    kernel that cannot multiply all of them exactly takes them: as a ``matrix``, as a ``filter``, or None if it can.
+    ``shape`` is that of the weight with its channels in front; the codes of a matrix can be ``turned``.
+    """
+
+    name: str
+    number_format: NumberFormat
+    axis: int
+    shape: tuple[int, ...]
+    pairs: str | None = None
+    factor: float = 1.0
+    turned: bool = False
+
+    @property
+    def codes_axis(self) -> int:
+        """The dimension of the codes that is the channels."""
+        return 1 - self.axis if self.turned else self.axis
+
+    def restricted(self, codes: Tensor) -> Tensor:
+        """Codes, int8 of any shape, that such a kernel multiplies exactly."""
+        import torch
+
+        if self.pairs is None:
+            return codes
+        within = within_pairs(self.pairs, codes.cpu().numpy().reshape(self.shape))
+        return torch.from_numpy(within).reshape(codes.shape).to(codes.device)
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight as the graph holds it now.
+
+    ``codes`` int8 of the weight's own shape; ``scale`` float32 and ``zero_point`` int8 ``[channels]``, or
+    scalars; ``axis`` the dimension of the channels; ``scales`` the scale's values, ``[channels]`` or ``[1]``;
+    ``narrowed`` the number of channels whose scale grew so that nothing saturates (see `exact_scale`);
+    ``algorithm`` what chose the codes in the end, ``note`` what is to be said of that.
+    """
+
+    codes: ir.Value
+    scale: ir.Value
+    zero_point: ir.Value
+    axis: int
+    scales: np.ndarray
+    sqnr_db: float | None
+    narrowed: int
+    algorithm: str
+    note: str | None
+    bits: int = 8
+
+    @property
+    def channels(self) -> int:
+        """Number of output channels, whether or not each has its own scale."""
+        assert self.codes.const_value is not None
+        return int(self.codes.const_value.shape.numpy()[self.axis])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        values = (self.codes, self.scale, self.zero_point)
+        nbytes = sum(value.const_value.nbytes for value in values if value.const_value is not None)
+        # Four-bit codes are bytes only until the graph is written, see `quantcli.onnx.rewrite.four_bit_storage`.
+        return nbytes if self.bits == 8 else nbytes - self.codes.const_value.nbytes // 2  # type: ignore[union-attr]
+
+
+def channel_axis(node: ir.Node) -> int:
+    """The dimension of a node's weight that runs over its output channels."""
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "ConvTranspose":
+        return 1
+    if node.op_type == "Gemm":
+        return 0 if integer(node, "transB", 0) else 1
+    return 1
+
+
+def integer_weight(
+    graph: ir.Graph,
+    node: ir.Node,
+    number_format: NumberFormat,
+    algorithm: str,
+    *,
+    exact: bool = True,
+    smallest_scale: np.ndarray | None = None,
+    hessian: Hessian | None = None,
+) -> IntegerWeight:
+    """Quantize a node's weight and register codes and scales beside it.
+
+    Args:
+        graph: where the new constants go.
+        node: Conv, ConvTranspose, Gemm or MatMul with a constant float weight.
+        number_format: int8, symmetric, per channel or per tensor; codes are within -127..127.
+        algorithm: plug-in that chooses the scales.
+        exact: widen scales as `exact_scale` says; pointless where the codes are expanded before use.
+        smallest_scale: float32 ``[channels]`` that scales must not go below, or None.
+        hessian: of the node's input, which gptq needs.
+    """
+    import torch
+
+    value = node.inputs[1]
+    weight = array(value)
+    assert value is not None and weight is not None
+    axis = channel_axis(node)
+    rows = np.moveaxis(weight, axis, 0).astype(np.float32)
+    matrix = torch.from_numpy(np.ascontiguousarray(rows).reshape(rows.shape[0], -1))
+    number_format = replace(number_format, narrow=True)
+    start = default_rounding(number_format) if hessian else algorithm
+    found = algorithms.rounding(start).run(matrix, number_format, torch.float32)
+    kind = pairing(node, rows) if exact else None
+    needed = exact_scale(node, rows) if exact else np.zeros(rows.shape[0], dtype=np.float32)
+    floor = torch.from_numpy(needed).reshape(-1, 1)
+    if smallest_scale is not None:
+        floor = torch.maximum(floor, torch.from_numpy(smallest_scale.astype(np.float32)).reshape(-1, 1))
+    if number_format.granularity.kind == "tensor":
+        floor = floor.amax(0, keepdim=True)
+    narrowed = int((floor > found.scale).sum())
+    if narrowed:
+        found.scale = torch.maximum(found.scale, floor)
+        groups = in_groups(matrix, number_format)
+        found.codes = quantize(groups, found.scale, None, number_format).reshape(matrix.shape)
+    note = None
+    if hessian is not None:
+        chosen = compensate(matrix, found, torch.float32, hessian)
+        found, algorithm, note = chosen.tensor, chosen.algorithm, chosen.note
+        if kind is not None:
+            codes = within_pairs(kind, _numpy(found.codes).reshape(rows.shape))
+            found.codes = torch.from_numpy(codes.reshape(matrix.shape))
+    sqnr_db = decibels(*error_powers(in_groups(matrix, number_format), found))
+    codes = np.moveaxis(_numpy(found.codes).reshape(rows.shape), 0, axis)
+    scales = _numpy(found.scale).reshape(-1)
+    # A single scale is written as a scalar: one entry of a list would have to match the channels.
+    stored = scales if len(scales) > 1 else scales.reshape(())
+
+    def register(part: str, values: np.ndarray) -> ir.Value:
+        return add_initializer(graph, free_name(graph, f"{value.name}_{part}"), values)
+
+    coded = register("quantized", np.ascontiguousarray(codes))
+    coded.meta[ORIGIN] = Origin(value.name or "", number_format, axis, tuple(rows.shape), kind)
+    return IntegerWeight(
+        coded,
+        register("scale", stored),
+        # Zeros, and yet they must be there: without them the runtime does not fuse Gemm.
+        register("zero_point", np.zeros(stored.shape, dtype=np.int8)),
+        axis,
+        scales,
+        sqnr_db,
+        narrowed,
+        algorithm,
+        note,
+        number_format.bits,
+    )
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return np.asarray(tensor.numpy())

@@ -1,0 +1,102 @@
+"""Codes and biases as a graph stores them, read for training and written back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantcli.algorithms.fake_quantize import LearnedRange, LearnedValues, LearnedWeight
+from quantcli.core.tensors import QuantizedTensor
+from quantcli.onnx.graph.values import array, constant
+from quantcli.onnx.weights.blocks import pack_codes, unpack_codes
+from quantcli.onnx.weights.integer import Origin
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A learned weight, and where it stands in the graph."""
+
+    learned: LearnedWeight
+    codes: ir.Value
+    scale: ir.Value
+    origin: Origin
+    nbits: bool
+
+
+@dataclass(frozen=True)
+class Bias:
+    """An integer bias: its values, and the scales that its own is the product of."""
+
+    learned: LearnedValues
+    codes: ir.Value
+    scale: ir.Value
+    inputs: LearnedRange
+    weight: Weight
+
+
+def rounded_bias(bias: Bias) -> tuple[Tensor, Tensor, Tensor]:
+    """Values with gradients, int32 codes, and scales ``[channels]``: the product of the scales of input and weight."""
+    exact = bias.learned.values()
+    with torch.no_grad():
+        weight = bias.weight.learned.scales.values().reshape(-1)
+        scale = (bias.inputs.values().reshape(()) * weight).expand(exact.shape).contiguous()
+        codes = (exact.double() / scale.double()).round().clamp(-(2.0**31), 2.0**31 - 1)
+        rounded = (codes * scale.double()).float()
+    return exact + (rounded - exact).detach(), codes.to(torch.int32), scale
+
+
+def from_codes(codes: ir.Value, scale: ir.Value, origin: Origin) -> QuantizedTensor:
+    """An integer weight as the noun of quantization."""
+    stored, scales = array(codes), array(scale)
+    assert stored is not None and scales is not None
+    rows = np.ascontiguousarray(np.moveaxis(stored, origin.codes_axis, 0))
+    matrix = torch.from_numpy(rows.reshape(len(rows), -1))
+    one = torch.from_numpy(np.array(scales, np.float32).reshape(-1, 1))
+    return QuantizedTensor(matrix, one, None, tuple(matrix.shape), origin.number_format)
+
+
+def write_codes(weight: Weight, tensor: QuantizedTensor) -> None:
+    """Put codes and scale where a DequantizeLinear reads them."""
+    origin = weight.origin
+    set_constant(weight.codes, np.moveaxis(tensor.codes.numpy().reshape(origin.shape), 0, origin.codes_axis))
+    scales = tensor.scale.numpy().reshape(-1)
+    set_constant(weight.scale, scales if len(constant(weight.scale).shape) else scales.reshape(()))  # type: ignore[union-attr]
+
+
+def from_nbits(codes: ir.Value, scale: ir.Value, zeros: ir.Value | None, origin: Origin) -> QuantizedTensor:
+    """The matrix of an n-bit product as the noun of quantization, its last block whole."""
+    stored, scales, points = array(codes), array(scale), array(zeros)
+    assert stored is not None and scales is not None
+    rows, bits = origin.shape[0], origin.number_format.bits
+    unpacked = unpack_codes(stored.reshape(rows, -1), bits)
+    values = torch.from_numpy(np.array(scales, np.float32).reshape(rows, -1))
+    zero_point = None
+    if points is not None:
+        zero_point = unpack_codes(points.reshape(rows, -1), bits)[:, : values.shape[1]].contiguous()
+    return QuantizedTensor(unpacked, values, zero_point, tuple(unpacked.shape), origin.number_format)
+
+
+def write_nbits(weight: Weight, tensor: QuantizedTensor) -> None:
+    """Put codes, scales and zero points where an n-bit operator reads them."""
+    stored, scales = constant(weight.codes), constant(weight.scale)
+    assert stored is not None and scales is not None
+    packed = pack_codes(tensor, scales.dtype.numpy(), "qat")
+    set_constant(weight.codes, packed.codes.reshape(stored.shape.numpy()))
+    set_constant(weight.scale, packed.scales.reshape(scales.shape.numpy()))
+
+
+def set_constant(value: ir.Value, values: np.ndarray) -> None:
+    """Give a constant other values of its own dtype."""
+    import onnx_ir as ir
+
+    before = constant(value)
+    assert before is not None
+    stored = np.ascontiguousarray(values).astype(before.dtype.numpy()).reshape(before.shape.numpy())
+    value.const_value = ir.tensor(stored, name=value.name)

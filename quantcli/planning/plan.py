@@ -1,0 +1,102 @@
+"""A checkpoint's plan: one decision per tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from quantcli import formats
+from quantcli.checkpoint.roles import HEAD_NAMES, module_of
+from quantcli.core.scheme import Scheme
+from quantcli.core.tensors import TensorInfo
+from quantcli.planning.recipe import Recipe
+from quantcli.planning.steps import Steps
+
+
+def quantization_config(plan: Plan) -> dict[str, Any] | None:
+    """What tells a runtime how the weights are stored; None where they are only cast."""
+    schemes = {module_of(layer.info.name): layer.scheme for layer in plan.layers if layer.is_coded and layer.scheme}
+    if not schemes:
+        return None
+    return formats.coded_format(plan.format).config(schemes, left_linear_modules(plan), plan.dtype)
+
+
+_LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "router", "expert")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one tensor.
+
+    ``scheme`` None: it is left, for ``reason``, and stored as ``dtype``. ``label`` is the scheme's
+    short name in tables. ``note`` tells of a choice made for a quantized layer. ``by_rows``: the format
+    stores codes row by row.
+    """
+
+    info: TensorInfo
+    role: str
+    dtype: str
+    scheme: Scheme | None = None
+    label: str = ""
+    algorithm: str | None = None
+    reason: str | None = None
+    note: str | None = None
+    dropped: bool = False
+    by_rows: bool = True
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored ``[inputs, outputs]``."""
+        return self.role == "conv1d"
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape as a matrix of output rows, which is how it is quantized."""
+        shape = (self.info.rows, self.info.columns)
+        return (shape[1], shape[0]) if self.transposed else shape
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the tensor becomes codes and scales, rather than a copy or a cast."""
+        return self.scheme is not None and not self.scheme.weights.is_cast
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole conversion. ``dtype`` is what most leftovers are stored as, ``scale_dtype`` what scales are."""
+
+    layers: tuple[LayerPlan, ...]
+    format: str
+    scheme: str
+    algorithm: str
+    dtype: str
+    recipe: Recipe
+    steps: Steps
+    scale_dtype: str
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def quantized(self) -> list[LayerPlan]:
+        """Layers that get codes, or with a casting scheme a new dtype."""
+        return [layer for layer in self.layers if layer.scheme is not None]
+
+
+def matches(glob: str, name: str) -> bool:
+    """Whether a glob means this tensor: by its own name, or its module's."""
+    return fnmatchcase(name, glob) or fnmatchcase(module_of(name), glob)
+
+
+def left_linear_modules(plan: Plan) -> list[str]:
+    """Modules a loader could take for quantized ones, but whose weights were left, or are not stored.
+
+    A head that is tied to the embedding is often not in the checkpoint at all, yet it is a linear
+    module of the model; it is named as the field names it.
+    """
+    left = [
+        module_of(layer.info.name)
+        for layer in plan.layers
+        if not layer.is_coded and layer.info.name.endswith(".weight") and layer.role in (*_LINEAR_ROLES, "embedding")
+    ]
+    has_head = any(layer.role in ("head", "tied head") for layer in plan.layers)
+    return left if has_head else [*left, *HEAD_NAMES]

@@ -1,0 +1,309 @@
+"""From a recipe and a checkpoint's headers to a plan: one decision per tensor, before any weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from quantcli import algorithms, formats
+from quantcli.algorithms import default_rounding
+from quantcli.checkpoint.roles import LAYER_ROLES, classify, module_of, quantization_of
+from quantcli.core.dtypes import DTYPE_OF_NUMBER
+from quantcli.core.scheme import FALLBACK_GROUP_SIZES, PRESETS, Scheme
+from quantcli.core.tensors import TensorInfo
+from quantcli.errors import InputError, UsageError
+from quantcli.formats.base import Storage
+from quantcli.planning.plan import LayerPlan, Plan, matches
+from quantcli.planning.recipe import Recipe, Rule, SchemeSpec, build_scheme
+from quantcli.planning.steps import FINAL, chain
+from quantcli.system.text import listed, suggestion
+
+_LEFT_BECAUSE = {
+    "norm": "norm: tiny, and sensitive",
+    "bias": "bias: tiny, and sensitive",
+    "buffer": "not floating point",
+    "parameter": "not the weight of a layer",
+    "empty": "empty",
+    "head": "output head: runtimes and accuracy want it unquantized",
+    "tied head": "output head, tied to the embedding",
+    "router": "router: decides which expert runs",
+}
+
+
+def resolve(
+    recipe: Recipe,
+    infos: Sequence[TensorInfo],
+    config: Mapping[str, Any] | None,
+    *,
+    data: bool | None = False,
+    leave: Mapping[str, str] | None = None,
+) -> Plan:
+    """Decide every tensor's fate; ``data`` says whether there is any to calibrate on (None: where it is needed).
+
+    ``leave`` gives reasons, by name, for tensors that are not to be quantized whatever the recipe says.
+
+    Raises:
+        UsageError: scheme, algorithm and format do not go together, a rule matches nothing, or a group
+            size that was asked for does not divide a layer.
+        InputError: the checkpoint holds quantized weights already, or nothing the scheme applies to.
+    """
+    refuse_quantized(infos, config)
+    if recipe.scheme is None:
+        raise UsageError("No scheme is given.", f"Choose one with --scheme: {', '.join(PRESETS)}.")
+    return _Resolver(recipe, recipe.scheme, infos, config, data, leave or {}).plan()
+
+
+def refuse_quantized(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> None:
+    """Raise InputError where weights are quantized already: quantizing twice only adds error."""
+    found = quantization_of(infos, config)
+    if found:
+        raise InputError(
+            f"The model is already quantized ({found}).",
+            "Convert the original weights instead. As it is, --format alone changes its container, and --scheme bf16 "
+            "turns its codes into values.",
+        )
+
+
+class _Resolver:
+    """Holds what the decisions share; `plan` makes them."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        wish: str | SchemeSpec,
+        infos: Sequence[TensorInfo],
+        config: Mapping[str, Any] | None,
+        data: bool | None,
+        leave: Mapping[str, str],
+    ) -> None:
+        self.recipe, self.infos, self.data, self.leave = recipe, infos, data, leave
+        self.roles = classify(infos, config)
+        self.rules = [*(Rule(match=glob, skip=True) for glob in recipe.skip), *recipe.rules]
+        self.format_name = recipe.format or default_format(build_scheme(wish))
+        self.format = formats.output_format(self.format_name)
+        self.scheme = scheme = self._scheme(wish)
+        self.name = wish if isinstance(wish, str) else scheme.weights.dtype
+        self.steps = chain(recipe, scheme, data=data)
+        self.bad_groups: dict[int, list[str]] = {}
+        self._check_combination(scheme)
+        floats = [info for info in infos if info.is_float]
+        by_dtype = Counter[str]()
+        for info in floats:
+            by_dtype[info.dtype] += info.numel
+        self.majority = by_dtype.most_common(1)[0][0] if by_dtype else "F32"
+        self.rest_dtype = self._rest_dtype()
+
+    def _scheme(self, wish: str | SchemeSpec) -> Scheme:
+        """A scheme as it was asked for; of a preset, with such inputs as the format has."""
+        scheme = build_scheme(wish)
+        storage = getattr(self.format, "STORAGE", Storage())
+        if isinstance(wish, str) and scheme.inputs is not None and not storage.input_zero_points:
+            return replace(scheme, inputs=replace(scheme.inputs, symmetric=True))
+        return scheme
+
+    def _check_combination(self, scheme: Scheme) -> None:
+        reason = self.format.supports(scheme)
+        if reason:
+            raise UsageError(f"The format cannot carry this scheme: {reason}.", self._fitting_format(scheme))
+        for step in self.steps.all:
+            reason = algorithms.algorithm(step.name).supports(scheme.weights)
+            if reason:
+                raise UsageError(f"The algorithm {step.name} does not fit: {reason}.")
+
+    def _fitting_format(self, scheme: Scheme) -> str:
+        fitting = [name for name in formats.FORMATS if formats.output_format(name).supports(scheme) is None]
+        if not fitting and scheme.is_static:
+            return "Use --format onnx."
+        return f"Use --format {fitting[0]}." if fitting else "No format carries it."
+
+    def _rest_dtype(self) -> str | None:
+        """What leftovers are cast to; None: they stay as they are."""
+        wish = self.recipe.rest
+        if wish == "auto":
+            # A cast takes every tensor itself; what it leaves was to be skipped.
+            wide = self.majority in ("F32", "F64")
+            return "BF16" if wide and not self.scheme.weights.is_cast else None
+        return None if wish == "keep" else DTYPE_OF_NUMBER[wish]
+
+    def plan(self) -> Plan:
+        """Decide every tensor, then check that the whole makes sense."""
+        self._check_rules_match()
+        layers = tuple(self._decide(info) for info in self.infos)
+        for size, names in self.bad_groups.items():
+            raise UsageError(
+                f"The group size {size} does not divide the columns of {len(names)} layers: {listed(names)}.",
+                hint="Leave --group-size out to take the largest that fits each layer, or --skip these layers.",
+            )
+        if not any(layer.scheme for layer in layers):
+            reasons = Counter(layer.reason for layer in layers if layer.role in LAYER_ROLES)
+            why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+            what = f"with {self.name} as {self.format_name}"
+            raise InputError(f"Nothing in this model can be quantized {what}: {why or 'no layer has weights'}.")
+        dtype = self.rest_dtype or (self.majority if self.majority != "F64" else "F32")
+        if self.scheme.weights.is_cast:
+            dtype = DTYPE_OF_NUMBER[self.scheme.weights.dtype]
+        schemes = {layer.scheme for layer in layers if layer.is_coded and layer.scheme}
+        scale_dtype = dtype
+        if schemes:
+            form = formats.coded_format(self.format_name)
+            scale_dtype = form.STORAGE.scale_dtype or dtype
+            reason = form.together(schemes)
+            if reason:
+                raise UsageError(f"One {self.format_name} model cannot hold these schemes: {reason}.")
+        roundings = sorted({layer.algorithm for layer in layers if layer.algorithm})
+        others = [step.name for step in self.steps.all if step.name not in roundings]
+        names = [name for name in others if name not in FINAL]
+        algorithm = " + ".join([*names, " and ".join(roundings), *(name for name in others if name in FINAL)])
+        return Plan(
+            layers,
+            self.format_name,
+            self.name,
+            algorithm,
+            dtype,
+            self.recipe,
+            self.steps,
+            scale_dtype,
+            self._warnings(layers),
+        )
+
+    def _check_rules_match(self) -> None:
+        names = [info.name for info in self.infos]
+        for rule in self.rules:
+            for glob in rule.globs:
+                if not any(matches(glob, name) for name in names):
+                    hint = suggestion(glob, dict.fromkeys(module_of(name) for name in names))
+                    raise UsageError(
+                        f"{glob!r} matches no layer.",
+                        hint if hint.startswith("Did") else "See: quantcli inspect MODEL --layers",
+                    )
+
+    def _decide(self, info: TensorInfo) -> LayerPlan:
+        role = self.roles[info.name]
+        rule = next((rule for rule in self.rules if any(matches(glob, info.name) for glob in rule.globs)), None)
+        if role == "tied head" and info.shares:
+            return LayerPlan(info, role, info.dtype, reason=f"tied to {info.shares}: stored once", dropped=True)
+        if rule and rule.skip:
+            return self._leave(info, role, "skipped as asked")
+        if info.name in self.leave:
+            return self._leave(info, role, self.leave[info.name])
+        scheme = self._scheme(rule.scheme) if rule and rule.scheme else self.scheme
+        label = (
+            (rule.scheme if isinstance(rule.scheme, str) else scheme.weights.dtype)
+            if rule and rule.scheme
+            else self.name
+        )
+        if scheme.weights.is_cast:
+            return self._cast(info, role, scheme, label)
+        if role not in LAYER_ROLES:
+            return self._leave(info, role, _LEFT_BECAUSE[role])
+        asked = rule is not None and rule.scheme is not None
+        if role == "tied head" or (role in ("head", "router") and not asked):
+            return self._leave(info, role, _LEFT_BECAUSE[role])
+        reason = self.format.carries(role)
+        if reason:
+            return self._leave(info, role, reason)
+        return self._quantize(info, role, scheme, label, rule)
+
+    def _cast(self, info: TensorInfo, role: str, scheme: Scheme, label: str) -> LayerPlan:
+        if self.recipe.group_size and scheme == self.scheme:
+            raise UsageError(f"--group-size does not apply to {self.name}, which has no scales.")
+        target = DTYPE_OF_NUMBER[scheme.weights.dtype]
+        if not info.is_float or not info.numel or info.dtype == target:
+            why = "already so" if info.dtype == target else _LEFT_BECAUSE["empty" if not info.numel else "buffer"]
+            return LayerPlan(info, role, info.dtype, reason=why)
+        if self._is_kept_fp32(info):
+            return LayerPlan(info, role, info.dtype, reason="fp32 among 16-bit tensors: kept as its author chose")
+        return LayerPlan(info, role, target, scheme, label, algorithm=None)
+
+    def _is_kept_fp32(self, info: TensorInfo) -> bool:
+        """Whether a wide tensor stays wide: all others are 16 bits, so someone meant it."""
+        wide = info.dtype in ("F32", "F64")
+        return self.recipe.rest == "auto" and wide and self.majority in ("F16", "BF16")
+
+    def _leave(self, info: TensorInfo, role: str, reason: str) -> LayerPlan:
+        dtype = info.dtype
+        if self.rest_dtype and info.is_float and info.numel and not self._needs_fp32(info, role):
+            dtype = self.rest_dtype
+        return LayerPlan(info, role, dtype, reason=reason)
+
+    def _needs_fp32(self, info: TensorInfo, role: str) -> bool:
+        """Whether `--rest auto` keeps a tensor: routers, and statistics or state-space parameters."""
+        if self.recipe.rest != "auto":
+            return False
+        small_parameter = role == "parameter" and len(info.shape) <= 2
+        return role == "router" or small_parameter or self._is_kept_fp32(info)
+
+    def _quantize(self, info: TensorInfo, role: str, scheme: Scheme, label: str, rule: Rule | None) -> LayerPlan:
+        plan = LayerPlan(info, role, info.dtype, scheme, label)
+        columns = plan.matrix_shape[1]
+        spelled_out = not isinstance(rule.scheme if rule and rule.scheme else self.recipe.scheme, str)
+        wanted = (rule.group_size if rule else None) or self.recipe.group_size
+        note = None
+        kind, default = scheme.weights.granularity.kind, scheme.weights.granularity.size
+        if kind in ("group", "block") and default is not None:
+            divided = columns if kind == "group" else info.numel
+            size = wanted or default
+            if divided % size:
+                if wanted or (spelled_out and kind == "group"):
+                    self.bad_groups.setdefault(size, []).append(module_of(info.name))
+                    return self._leave(info, role, "group size does not divide")
+                fitting = [
+                    n
+                    for n in FALLBACK_GROUP_SIZES
+                    if divided % n == 0 and self.format.supports(scheme.with_group_size(n)) is None
+                ]
+                if not fitting:
+                    return self._leave(
+                        info, role, f"no {kind} size of {', '.join(map(str, FALLBACK_GROUP_SIZES))} divides {divided}"
+                    )
+                size = fitting[0]
+                note = f"{kind} {size}: {default} does not divide {divided}"
+            scheme = scheme.with_group_size(size)
+        elif wanted and self.recipe.rules == [] and kind != "group":
+            raise UsageError(f"--group-size does not apply to {self.name}, whose scales are per {kind}.")
+        self._check_combination(scheme)
+        if scheme.is_static and self.data is False:
+            raise UsageError(
+                f"{label} needs calibration data.", "Name some with --data; nothing is fetched or made up."
+            )
+        form = formats.coded_format(self.format_name)
+        reason = form.fits(plan.matrix_shape, scheme)
+        if reason:
+            return self._leave(info, role, reason)
+        if not (scheme.weights.symmetric or form.STORAGE.lowest_zero_point):
+            scheme = replace(scheme, weights=replace(scheme.weights, raised=True))
+        algorithm = self._algorithm(scheme, rule.algorithm if rule else None)
+        return replace(plan, scheme=scheme, algorithm=algorithm, note=note, by_rows=form.STORAGE.by_rows)
+
+    def _algorithm(self, scheme: Scheme, wish: str | None) -> str:
+        """What chooses a layer's codes."""
+        if wish in (None, "auto"):
+            return self.steps.rounding.name if self.steps.rounding else default_rounding(scheme.weights)
+        algorithm = algorithms.algorithm(wish)
+        reason = algorithm.supports(scheme.weights)
+        if reason:
+            raise UsageError(f"The algorithm {wish} does not fit: {reason}.")
+        if algorithm.NEEDS and wish not in [step.name for step in self.steps.all]:
+            raise UsageError(f"A rule asks for {wish}, which the recipe's steps do not hold.", "Add it to them.")
+        return wish
+
+    def _warnings(self, layers: Iterable[LayerPlan]) -> tuple[str, ...]:
+        warnings = []
+        experts = [layer for layer in layers if layer.role in ("expert", "experts") and layer.scheme is None]
+        if experts:
+            share = sum(layer.info.nbytes for layer in experts) / max(1, sum(info.nbytes for info in self.infos))
+            warnings.append(
+                f"{len(experts)} expert weights, {share:.0%} of the model, are left unquantized: {experts[0].reason}."
+            )
+        sizes = Counter(layer.note for layer in layers if layer.note)
+        warnings += [f"{count} layers use {note}." for note, count in sizes.most_common(3)]
+        return tuple(warnings)
+
+
+def default_format(scheme: Scheme) -> str:
+    """The format for a scheme where none is asked for."""
+    if scheme.weights.is_cast:
+        return "safetensors"
+    return "bitsandbytes" if scheme.weights.dtype == "nf4" else "compressed-tensors"

@@ -1,0 +1,1 @@
+"""Quantizing the layers of a block from data."""

@@ -1,0 +1,307 @@
+"""Block after block: load, observe, transform, round, hand on, drop.
+
+Each block sees what the already quantized ones return (GPTQ, arXiv:2210.17323, section 4), so that it can make up for
+their errors. In memory are one block, what is known of its inputs, and the hidden states between two blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from quantcli.blocks.activations import Activations
+from quantcli.blocks.calls import Call
+from quantcli.blocks.capture import Arguments, Capture, Captured, alike, replaying
+from quantcli.blocks.skeleton import Skeleton
+from quantcli.blocks.structure import BlockList
+from quantcli.checkpoint.roles import module_of
+from quantcli.core.dtypes import torch_dtype
+from quantcli.core.numerics import decoded
+from quantcli.errors import InputError
+from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.ptq.input_quantization import fix_input_scales, quantized_inputs
+from quantcli.ptq.observe import observe
+from quantcli.ptq.rounding import Coded, round_block, round_unobserved
+from quantcli.ptq.transforms import Transforms
+from quantcli.system.hardware import release_freed
+
+#: Calibration inputs by name, batch by batch.
+Batches = Sequence[Mapping[str, Tensor]]
+#: Called with the fraction that is done.
+Tick = Callable[[float], None]
+#: A finished block by its path, or None.
+Finished = Callable[[str], "BlockOutcome | None"]
+#: Of the time a block takes, roughly what has passed once its inputs are observed, and once its codes are chosen.
+_OBSERVED, _ROUNDED = 0.25, 0.85
+
+
+@dataclass
+class BlockOutcome:
+    """A finished block: what its layers became, by the names of their tensors.
+
+    ``plain``: parameters that are not quantized, as float32 holding what their stored dtype can.
+    """
+
+    path: str
+    coded: dict[str, Coded] = field(default_factory=dict)
+    plain: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Chain:
+    """Hidden states on their way through a list of blocks, and what else its blocks are called with."""
+
+    def __init__(self, hidden: Activations) -> None:
+        self.hidden = hidden
+        self.arguments: list[list[Arguments]] = []
+        self.returned: list[tuple[Any, ...] | None] = []
+
+    def enter(self, batch: int, captured: Captured) -> None:
+        """Take one batch in."""
+        self.hidden[batch] = captured.hidden
+        # Masks and positions mostly are those of the batch before: then they are held once.
+        same = self.arguments and alike(self.arguments[-1], captured.arguments)
+        self.arguments.append(self.arguments[-1] if same else captured.arguments)
+        known = bool(self.returned) and alike(self.returned[-1], captured.returned)
+        self.returned.append(self.returned[-1] if known else captured.returned)
+
+    @contextmanager
+    def replaying(self, modules: Sequence[nn.Module], batch: int, rows: slice | None = None) -> Iterator[None]:
+        """Let blocks that are finished return what they returned for a batch, or for some ``rows`` of it."""
+        hidden, returned = self.hidden[batch], self.returned[batch]
+        if rows is not None:
+            hidden, returned = hidden[rows], None if returned is None else ()
+        with replaying(modules, hidden, returned):
+            yield
+
+
+class _Calls(Sequence[Call]):
+    """Every batch's call of one block, made when it is asked for: hidden states may lie on disk."""
+
+    def __init__(self, chain: Chain, block: int, device: torch.device) -> None:
+        self._chain, self._block, self._device = chain, block, device
+
+    def __len__(self) -> int:
+        return len(self._chain.arguments)
+
+    def __getitem__(self, batch: Any) -> Any:
+        arguments = self._chain.arguments[batch][self._block]
+        return arguments.call(self._chain.hidden[batch]).to(self._device)
+
+
+class BlockEngine:
+    """Quantizes the layers of a plan that are in blocks."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        plan: Plan,
+        lists: Sequence[BlockList],
+        batches: Batches,
+        *,
+        scratch: Path,
+        memory_limit: int,
+        device: str = "cpu",
+        seed: int = 0,
+        tick: Tick | None = None,
+    ) -> None:
+        """Get ready.
+
+        Args:
+            skeleton: the model.
+            plan: what its layers become, and by which steps.
+            lists: its blocks.
+            batches: calibration inputs of the model.
+            scratch: where hidden states go that do not fit into ``memory_limit`` bytes.
+            memory_limit: bytes of hidden states held in memory.
+            device: where blocks run.
+            seed: what sequences are drawn by where an algorithm learns.
+            tick: told of progress.
+        """
+        self.skeleton, self.plan, self.batches = skeleton, plan, batches
+        self.device, self.seed, self.tick = torch.device(device), seed, tick or (lambda _: None)
+        self._scratch, self._limit = scratch, memory_limit
+        self._hidden: list[Activations] = []
+        self.layers, self.lists = linear_layers(skeleton, plan), lists
+        self._by_name = {layer.info.name: layer for layer in plan.layers}
+        self._keeps_original = "original" in plan.steps.needs
+        self._transforms = Transforms(plan)
+        #: What came out of the last list of blocks, ``original`` where the plan's steps need that.
+        self.final: dict[str, Chain] = {}
+
+    def run(self, finished: Finished) -> Iterator[BlockOutcome]:
+        """Quantize block after block; those already ``finished`` only run, so that the next sees what they return.
+
+        Yields the outcome of each block that was not finished, once the block after it may begin.
+        """
+        try:
+            yield from self._run(finished)
+        except BaseException:
+            # What is interrupted goes on from whole blocks; hidden states would only take room on disk.
+            for each in self._hidden:
+                each.clear()
+            raise
+
+    def _run(self, finished: Finished) -> Iterator[BlockOutcome]:
+        total = sum(len(each.blocks) for each in self.lists)
+        done = 0
+        before: dict[str, list[tuple[list[nn.Module], Chain]]] = {}
+        for blocks in self.lists:
+            modules = [self.skeleton.module.get_submodule(path) for path in blocks.blocks]
+            names = ("quantized", "original") if self._keeps_original else ("quantized",)
+            chains = self._enter(blocks, modules, names, before)
+            for index, path in enumerate(blocks.blocks):
+                report = _part(self.tick, done / total, (done + 1) / total)
+                known = finished(path)
+                outcome = self._block(index, path, chains, known, report)
+                done += 1
+                report(1.0)
+                if known is None:
+                    yield outcome
+            for name, chain in chains.items():
+                chain.arguments.clear()
+                before.setdefault(name, []).append((modules, chain))
+        self.final = {name: found[-1][1] for name, found in before.items()}
+        for each in self._hidden:
+            if all(each is not chain.hidden for chain in self.final.values()):
+                each.clear()
+
+    def _enter(
+        self,
+        blocks: BlockList,
+        modules: list[nn.Module],
+        names: Sequence[str],
+        before: Mapping[str, list[tuple[list[nn.Module], Chain]]],
+    ) -> dict[str, Chain]:
+        """Run what comes before a list of blocks, and keep what its blocks are called with."""
+        everything = [path for each in self.lists for path in each.blocks]
+        share = self._limit // len(names)
+        chains = {name: Chain(Activations(self._scratch, f"{blocks.path}-{name}", share)) for name in names}
+        self._hidden += [chain.hidden for chain in chains.values()]
+        capture = Capture(self.skeleton.module, modules)
+        with self.skeleton.loading_others(everything):
+            self.skeleton.load(blocks.blocks[0])
+            for number, batch in enumerate(self.batches):
+                captured = None
+                for name, chain in chains.items():
+                    # Before the first list the chains are one, and only their hidden states part later.
+                    if captured is None or before:
+                        with ExitStack() as stack:
+                            for earlier, finished in before.get(name, ()):
+                                stack.enter_context(finished.replaying(earlier, number))
+                            captured = capture.run(batch)
+                    self._require_samples_first(captured.hidden, batch)
+                    chain.enter(number, captured)
+        release_freed()
+        return chains
+
+    def _require_samples_first(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Raise InputError where single samples are to be drawn from hidden states whose first axis is another."""
+        samples = len(next(iter(batch.values())))
+        if self._keeps_original and len(hidden) != samples:
+            raise InputError(
+                f"The blocks are given hidden states of shape {list(hidden.shape)} for {samples} samples, and "
+                f"{self.plan.steps} learns from single samples: their axis must be the first.",
+                hint="In torch's own layers that is batch_first=True; or use gptq or awq, which look at all together.",
+            )
+
+    def _block(
+        self, index: int, path: str, chains: Mapping[str, Chain], finished: BlockOutcome | None, report: Tick
+    ) -> BlockOutcome:
+        block = self.skeleton.load(path).to(self.device)
+        quantized, original = chains["quantized"], chains.get("original")
+        if original:
+            self._advance(index, block, original)
+        outcome = finished
+        if outcome is None:
+            outcome = self._quantize(index, path, block, quantized, original, report)
+        for name, info in self.skeleton.parameters(path).items():
+            if info.name in outcome.coded:
+                values = decoded(outcome.coded[info.name].tensor)
+            else:
+                values = outcome.plain[info.name]
+            parameter = block.get_parameter(name.removeprefix(f"{path}."))
+            parameter.data = values.reshape(parameter.shape).to(self.device)
+        tensors = {name: coded.tensor for name, coded in outcome.coded.items()}
+        with quantized_inputs(block, self._inside(path), tensors):
+            self._advance(index, block, quantized, _part(report, _ROUNDED, 1.0))
+        block.to("cpu")
+        self.skeleton.drop(path)
+        release_freed()
+        return outcome
+
+    def _quantize(
+        self, index: int, path: str, block: nn.Module, chain: Chain, original: Chain | None, report: Tick
+    ) -> BlockOutcome:
+        layers = self._inside(path)
+        calls = _Calls(chain, index, self.device)
+        targets = original.hidden if original else None
+        observed = _counted(calls, _part(report, 0.0, _OBSERVED))
+        stats = observe(block, observed, layers, self._needs(layers))
+        release_freed()
+        if self._transforms.names:
+            self._transforms.apply(block, layers, calls[0], stats)
+        rounded = _part(report, _OBSERVED, _ROUNDED)
+        coded = round_block(block, layers, calls, targets, stats, self.plan, self.seed + index, rounded)
+        fix_input_scales(coded, layers, stats, torch_dtype(self.plan.scale_dtype))
+        parameters = self.skeleton.parameters(path)
+        outcome = BlockOutcome(path, {layers[name].info.name: each for name, each in coded.items()})
+        for name, values in block.named_parameters():
+            info = parameters[f"{path}.{name}"]
+            layer = self._by_name[info.name]
+            if info.name in outcome.coded:
+                continue
+            if layer.is_coded:
+                outcome.coded[info.name] = round_unobserved(values.detach().cpu(), layer, self.plan)
+            else:
+                outcome.plain[info.name] = values.detach().cpu().to(torch_dtype(layer.dtype)).float()
+        return outcome
+
+    def _inside(self, path: str) -> dict[str, LayerPlan]:
+        """Layers of a block by their names in it."""
+        start = f"{path}."
+        return {name.removeprefix(start): layer for name, layer in self.layers.items() if name.startswith(start)}
+
+    def _needs(self, layers: Mapping[str, LayerPlan]) -> frozenset[str]:
+        """What is to be observed of the layers' inputs."""
+        static = any(layer.scheme is not None and layer.scheme.is_static for layer in layers.values())
+        return (self.plan.steps.needs | ({"absmax"} if static else set())) - {"original"}
+
+    def _advance(self, index: int, block: nn.Module, chain: Chain, report: Tick | None = None) -> None:
+        """Run a block on every batch; its outputs take the place of its inputs."""
+        with torch.no_grad():
+            for number, call in enumerate(_counted(_Calls(chain, index, self.device), report)):
+                chain.hidden[number] = call.run(block).cpu()
+
+
+def _part(report: Tick, start: float, stop: float) -> Tick:
+    """What reports a part of some work as the whole, which it is from ``start`` to ``stop``."""
+    return lambda done: report(start + (stop - start) * done)
+
+
+def _counted(calls: Sequence[Call], report: Tick | None) -> Iterator[Call]:
+    """The same calls; each one is reported as done when the next is asked for."""
+    for number, call in enumerate(calls, 1):
+        yield call
+        if report:
+            report(number / len(calls))
+
+
+def linear_layers(skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:
+    """Layers that get codes and are linear modules of the model, by the module's name."""
+    coded = {layer.info.name: layer for layer in plan.layers if layer.is_coded}
+    found = {}
+    for parameter, info in skeleton.parameters().items():
+        path = module_of(parameter)
+        module = skeleton.module.get_submodule(path)
+        # torch's attention reads the weight of such a layer without calling it.
+        linear = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        if linear and info.name in coded and parameter.endswith(".weight"):
+            found[path] = coded[info.name]
+    return found

@@ -1,0 +1,213 @@
+"""What a block's linear layers are given while it runs: the statistics that algorithms choose by."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.algorithms.gptq import add_hessian
+from quantcli.blocks.calls import Call
+from quantcli.errors import InputError
+
+#: Tokens kept as they are, at the most.
+SAMPLE_TOKENS = 512
+#: Tokens worked on at a time.
+_CHUNK_TOKENS = 4096
+#: Its multiples, modulo one, spread evenly over 0..1 however many there are: tokens picked by them are spread evenly
+#: too, but not in step with the length of a sequence, whose first token is often unlike all others.
+_GOLDEN = 0.6180339887498949
+
+
+@dataclass
+class LinearStats:
+    """The inputs of a linear layer, or of several that are given the same.
+
+    ``tokens``: how many were seen, or some of them where nothing else was asked for. The others are None where they
+    were not asked for, or where no token was seen:
+
+    - ``gram``: float32 ``[columns, columns]``, the sum of x x^T.
+    - ``absmax``: float32 ``[columns]``, the largest magnitude of each channel. ``mean_abs``: the mean magnitude.
+    - ``sample``: float32 ``[tokens, columns]``, at most `SAMPLE_TOKENS` of them, in order.
+    """
+
+    tokens: int = 0
+    gram: Tensor | None = None
+    absmax: Tensor | None = None
+    mean_abs: Tensor | None = None
+    sample: Tensor | None = None
+
+    def divide(self, scale: Tensor) -> None:
+        """Make these the statistics of inputs divided by ``scale``, float32 ``[columns]``, positive."""
+        if self.gram is not None:
+            self.gram.div_(scale).div_(scale.unsqueeze(1))
+        for each in (self.absmax, self.mean_abs, self.sample):
+            if each is not None:
+                each.div_(scale)
+
+
+def observe(
+    block: nn.Module, calls: Iterable[Call], linears: Collection[str], needs: Collection[str]
+) -> dict[str, LinearStats]:
+    """Run a block and gather statistics of the inputs of some of its linear layers.
+
+    Args:
+        block: one transformer layer.
+        calls: what to run it with; each is run once.
+        linears: names of layers in the block.
+        needs: fields of `LinearStats`; others are ignored.
+
+    Returns:
+        Statistics by layer. Layers that are always given the same tensor (query, key and value) share one object.
+
+    Raises:
+        InputError: a layer's inputs are not finite, or two layers share their input in some calls only.
+    """
+    gathering = _Gathering(frozenset(needs), linears)
+    handles = [block.get_submodule(name).register_forward_pre_hook(partial(gathering.take, name)) for name in linears]
+    try:
+        with torch.no_grad():
+            for number, call in enumerate(calls):
+                gathering.begin(first=number == 0)
+                with suppress(_SeenAll):
+                    call.run(block)
+                if not gathering.needs and len(gathering.tokens) == len(linears):
+                    break  # all that was asked for is whether every layer sees a token
+    finally:
+        for handle in handles:
+            handle.remove()
+    return gathering.results(linears)
+
+
+class _SeenAll(Exception):
+    """The last layer has its input; what the block does with its output is not needed."""
+
+
+class _Gathering:
+    """Which layer adds to which statistics: the one that is given a tensor first, on behalf of all others."""
+
+    def __init__(self, needs: frozenset[str], linears: Collection[str]) -> None:
+        self.needs, self.linears = needs, linears
+        self.owners: dict[str, str] = {}
+        self.sums: dict[str, _Sums] = {}
+        self.tokens: dict[str, int] = {}
+        # Weak, so that a block's inputs do not all stay in memory until the call ends.
+        self.latest: dict[str, weakref.ref[Tensor]] = {}
+        self.order: list[str] = []
+        self.first = True
+
+    def begin(self, *, first: bool) -> None:
+        """A call begins."""
+        self.first = first
+
+    def take(self, name: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """The hook before a layer."""
+        inputs: Tensor = arguments[0]
+        with torch.autocast(inputs.device.type, enabled=False):
+            self._add(name, inputs)
+        if self.first:
+            self.order.append(name)
+        elif name == self.order[-1] and self.every_call_is_alike:
+            raise _SeenAll
+
+    @cached_property
+    def every_call_is_alike(self) -> bool:
+        """Whether the first call reached every layer just once: then so do the others, in the same order."""
+        return sorted(self.order) == sorted(self.linears)
+
+    def _add(self, name: str, inputs: Tensor) -> None:
+        if name not in self.owners:
+            first = (owner for owner, sums in self.sums.items() if sums.updates == 1)
+            self.owners[name] = next((owner for owner in first if self.latest[owner]() is inputs), name)
+        owner = self.owners[name]
+        self.tokens[name] = self.tokens.get(name, 0) + inputs.shape[:-1].numel()
+        if owner == name:
+            self.latest[name] = weakref.ref(inputs)
+            self.sums.setdefault(name, _Sums(self.needs)).add(inputs)
+        elif self.latest[owner]() is not inputs:
+            raise _shared_at_times(owner, name)
+
+    def results(self, linears: Collection[str]) -> dict[str, LinearStats]:
+        found = {owner: sums.result(owner) for owner, sums in self.sums.items()}
+        for name, owner in self.owners.items():
+            if self.tokens[name] != self.tokens[owner]:
+                raise _shared_at_times(owner, name)
+        return {name: found[self.owners[name]] if name in self.owners else LinearStats() for name in linears}
+
+
+def _shared_at_times(first: str, second: str) -> InputError:
+    return InputError(
+        f"{first} and {second} read the same input in one sample and different ones in another.",
+        hint=f"Leave one of them as it is, with --skip '*.{second}'.",
+    )
+
+
+class _Sums:
+    """Running statistics of one tensor."""
+
+    def __init__(self, needs: frozenset[str]) -> None:
+        self.needs = needs
+        self.updates = self.tokens = 0
+        self.gram = self.absmax = self.sum_abs = torch.empty(0)
+        self.sample, self.keys, self.share = torch.empty(0), torch.empty(0), 1.0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in ``[..., columns]``."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if not self.updates:
+            self._allocate(rows)
+        for chunk in torch.split(rows, _CHUNK_TOKENS):
+            if "gram" in self.needs:
+                add_hessian(self.gram, chunk)
+            if self.needs & {"absmax", "mean_abs"} and len(chunk):
+                magnitudes = chunk.abs()
+                torch.maximum(self.absmax, magnitudes.amax(0), out=self.absmax)
+                self.sum_abs += magnitudes.sum(0)
+        if "sample" in self.needs:
+            self._keep(rows)
+        self.updates += 1
+        self.tokens += len(rows)
+
+    def _allocate(self, rows: Tensor) -> None:
+        columns, device = rows.shape[1], rows.device
+        if "gram" in self.needs:
+            self.gram = torch.zeros(columns, columns, device=device)
+        self.absmax = torch.zeros(columns, device=device)
+        self.sum_abs = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.sample = rows.new_empty(0, columns)  # no view, which would keep a whole batch in memory
+        self.keys = torch.zeros(0, dtype=torch.float64, device=device)
+
+    def _keep(self, rows: Tensor) -> None:
+        """Keep the tokens whose key is below a limit, which is halved whenever that leaves too many."""
+        numbers = torch.arange(self.tokens, self.tokens + len(rows), dtype=torch.float64, device=rows.device)
+        keys = numbers * _GOLDEN % 1.0
+        chosen = keys < self.share
+        self.sample = torch.cat([self.sample, rows[chosen]])
+        self.keys = torch.cat([self.keys, keys[chosen]])
+        while len(self.keys) > SAMPLE_TOKENS:
+            self.share /= 2
+            chosen = self.keys < self.share
+            self.sample, self.keys = self.sample[chosen], self.keys[chosen]
+
+    def result(self, name: str) -> LinearStats:
+        """What was asked for. Raises InputError where it is not finite."""
+        stats = LinearStats(
+            self.tokens,
+            self.gram if "gram" in self.needs else None,
+            self.absmax if "absmax" in self.needs else None,
+            (self.sum_abs / max(1, self.tokens)).float() if "mean_abs" in self.needs else None,
+            self.sample if "sample" in self.needs else None,
+        )
+        for values in (self.absmax, self.gram.diagonal() if self.gram.ndim == 2 else self.absmax, self.sample):
+            if not bool(torch.isfinite(values).all()):
+                raise InputError(
+                    f"{name} is given values that are not finite: the model overflows on the calibration data.",
+                    hint="Check the model with quantcli eval, or calibrate with other data.",
+                )
+        return stats

@@ -1,0 +1,92 @@
+"""Scales that move difficulty between a block's layers: chosen by an algorithm, folded where the structure allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor, nn
+
+from quantcli.algorithms import awq, smoothquant
+from quantcli.blocks.calls import Call
+from quantcli.core.dtypes import torch_dtype
+from quantcli.core.scheme import Scheme
+from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.ptq.folds import Fold, apply_fold, find_folds, holds, matrix
+from quantcli.ptq.observe import LinearStats
+
+
+class Transforms:
+    """The transforms of a plan, block after block."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.names = [step.name for step in plan.steps.transforms]
+        self._scale_dtype = torch_dtype(plan.scale_dtype)
+        self._known: dict[str, list[Fold]] = {}
+
+    def apply(
+        self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call, stats: Mapping[str, LinearStats]
+    ) -> None:
+        """Change a block's weights, and the statistics with them; what it computes stays the same.
+
+        Args:
+            block: one transformer layer, in float32.
+            layers: its layers that get codes, by their names in it.
+            call: one batch of its inputs.
+            stats: what was observed of the layers' inputs.
+        """
+        folds = self._folds(block, layers, call)
+        for name in self.names:
+            for fold in folds:
+                self._fold(name, block, fold, layers, stats)
+
+    def _folds(self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call) -> list[Fold]:
+        # A trial runs the block some twenty times, and blocks that are built alike mostly are folded alike.
+        key = f"{block} {sorted(layers)}"
+        if key not in self._known:
+            self._known[key] = find_folds(block, call, layers)
+        elif not holds(block, call, self._known[key]):
+            return find_folds(block, call, layers)
+        return self._known[key]
+
+    def _fold(
+        self,
+        name: str,
+        block: nn.Module,
+        fold: Fold,
+        layers: Mapping[str, LayerPlan],
+        stats: Mapping[str, LinearStats],
+    ) -> None:
+        targets = [target for target in fold.targets if target in layers]
+        observed = stats[targets[0]]
+        # Two readers of one channel that are not given one tensor have no statistics in common.
+        if not observed.tokens or any(stats[target] is not observed for target in targets):
+            return
+        weights = [matrix(block.get_submodule(target)).detach() for target in targets]
+        scale = self._chosen(name, observed, weights, [_scheme(layers[target]) for target in targets], fold)
+        if bool((scale == 1).all()):
+            return
+        apply_fold(block, fold, fold.largest(scale))
+        observed.divide(scale)
+
+    def _chosen(
+        self, name: str, observed: LinearStats, weights: list[Tensor], schemes: list[Scheme], fold: Fold
+    ) -> Tensor:
+        if name == "smoothquant":
+            assert observed.absmax is not None and observed.sample is not None
+            tie = partial(_tied, fold, mean=False)
+            return smoothquant.choose_scale(observed.absmax, observed.sample, weights, schemes, tie)
+        assert observed.gram is not None and observed.mean_abs is not None
+        tie = partial(_tied, fold, mean=True)
+        formats = [scheme.weights for scheme in schemes]
+        return awq.choose_scale(observed.gram, observed.mean_abs, weights, formats, self._scale_dtype, tie)
+
+
+def _scheme(layer: LayerPlan) -> Scheme:
+    assert layer.scheme is not None
+    return layer.scheme
+
+
+def _tied(fold: Fold, values: Tensor, *, mean: bool) -> Tensor:
+    """One value for all inputs that come from one channel of the source, float32 ``[inputs of a target]``."""
+    return fold.expand(fold.mean(values) if mean else fold.largest(values))

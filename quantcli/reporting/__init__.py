@@ -1,0 +1,1 @@
+"""Reports of every command, and their forms: tables, Markdown, JUnit, HTML."""

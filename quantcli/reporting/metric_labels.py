@@ -1,0 +1,42 @@
+"""How metrics are called and written in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+METRICS = {
+    "top1": ("Top-1", "{:.2%}"),
+    "top5": ("Top-5", "{:.2%}"),
+    "perplexity": ("Perplexity", "{:.4g}"),
+    "kl_nats": ("KL (nats)", "{:.3g}"),
+    "top1_agreement": ("Top-1 agreement", "{:.2%}"),
+    "argmax_agreement": ("Argmax agreement", "{:.2%}"),
+    "cosine": ("Cosine", "{:.5f}"),
+    "cosine_min": ("Worst cosine", "{:.5f}"),
+    "sqnr_db": ("SQNR", "{:.1f} dB"),
+}
+
+
+def decibel_text(value: float | None) -> str:
+    """A signal-to-noise ratio, or a dash where nothing was lost."""
+    return "-" if value is None else f"{value:.1f} dB"
+
+
+def metric_label(name: str) -> str:
+    """What people call a metric."""
+    return METRICS[name][0] if name in METRICS else name
+
+
+def is_fraction(name: str) -> bool:
+    """Whether people read a metric in percent."""
+    return name in METRICS and METRICS[name][1].endswith("%}")
+
+
+def metric_text(metrics: Mapping[str, float | None], name: str) -> str:
+    """A metric with its standard error, where that is known; a dash where there is none."""
+    value = metrics.get(name)
+    if value is None:
+        return "-"
+    form = METRICS[name][1] if name in METRICS else "{:.5g}"
+    error = metrics.get(f"{name}_se")
+    return form.format(value) if error is None else f"{form.format(value)} +- {form.format(error)}"

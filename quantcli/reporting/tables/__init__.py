@@ -1,0 +1,1 @@
+"""A report's tables, command by command."""

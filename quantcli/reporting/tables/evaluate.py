@@ -1,0 +1,62 @@
+"""The tables of `eval`."""
+
+from __future__ import annotations
+
+from quantcli.reporting.metric_labels import METRICS, decibel_text, metric_label, metric_text
+from quantcli.reporting.report import LayerRow, Report, Table
+from quantcli.reporting.tables.common import (
+    SIZES,
+    gate_table,
+    is_shown,
+    ratio_text,
+    scheme_text,
+    short_names,
+    total_sizes,
+)
+from quantcli.system.text import format_bytes
+
+
+def eval_tables(report: Report) -> list[Table]:
+    """Models side by side; then layers, worst first; then gates."""
+    known = dict.fromkeys([*METRICS, *(name for model in report.models for name in model.metrics)])
+    present = [name for name in known if is_shown(name) and any(name in model.metrics for model in report.models)]
+    columns = ("Model", "Scheme", "Size", "Ratio", *(metric_label(name) for name in present))
+    names, folder = short_names(report.models)
+    rows = []
+    for model in report.models:
+        cells = [metric_text(model.metrics, name) for name in present]
+        rows.append(
+            (
+                names[model.path], scheme_text(model, report), _size_text(model.size_bytes),
+                ratio_text(model.metrics["size_ratio"] or 0), *cells,
+            )
+        )  # fmt: skip
+    note = f"{report.details['samples']} samples of {report.details['data']}; +- is one standard error"
+    right = SIZES | {metric_label(name) for name in present}
+    task = str(report.details["task"])
+    tables = [Table(f"{task if ':' in task else task.capitalize()}{folder}", columns, rows, right, note)]
+    verdicts = [(names[each.path], each.details["verdict"]) for each in report.models if "verdict" in each.details]
+    if verdicts:
+        origin = "By KL divergence. Q8_0, Q6_K, Q4_K_M and Q4_0 are llama.cpp's formats, measured on Llama-3-8B."
+        tables.append(Table("Verdict", ("Model", "Verdict"), verdicts, note=origin))
+    for path in dict.fromkeys(row.model for row in report.layers):
+        part = [row for row in report.layers if row.model == path]
+        lines = [(row.name, row.scheme or "", *_layer_sizes(row), decibel_text(row.sqnr_db)) for row in part]
+        tables.append(
+            Table(
+                f"Layers of {path}, worst first", ("Layer", "Scheme", "Before", "After", "SQNR"), lines, SIZES,
+                "SQNR of each layer's output against the reference's; it holds the error of the layers before.",
+            )
+        )  # fmt: skip
+    if report.gates:
+        tables.append(gate_table(report))
+    return tables
+
+
+def _size_text(size: int | None) -> str:
+    return "-" if size is None else format_bytes(size)
+
+
+def _layer_sizes(row: LayerRow) -> tuple[str, str]:
+    """Sizes of a layer's weights; an activation has none."""
+    return total_sizes([row]) if row.bytes_before else ("-", "-")

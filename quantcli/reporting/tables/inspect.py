@@ -1,0 +1,60 @@
+"""The tables of `inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantcli.reporting.report import LayerRow, Report, Table
+from quantcli.reporting.tables.common import SIZES, counted_text, ratio_text, total_sizes
+from quantcli.system.text import format_bytes
+
+
+def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
+    """The model, what it is made of, and what schemes would do."""
+    (model,) = report.models
+    details = model.details
+    facts = [
+        ("Architecture", details["architecture"] or "unknown (no config.json)"),
+        ("Format", " ".join(filter(None, (model.format, model.scheme)))),
+        ("Size", f"{format_bytes(model.size_bytes or 0)} in {counted_text(details['files'], 'file')}"),
+        ("Parameters", f"{details['parameters']:,}" if details["parameters"] else "quantized"),
+        ("Tensors", str(details["tensors"])),
+        ("Dtypes", ", ".join(f"{dtype} {format_bytes(entry['bytes'])}" for dtype, entry in details["dtypes"].items())),
+    ]
+    facts += [(name.capitalize(), each) for name in ("inputs", "outputs") for each in details.get(name, [])]
+    if "operators" in details:
+        facts.append(("Operators", ", ".join(f"{count} {name}" for name, count in details["operators"].items())))
+    facts += [
+        ("Quantized", f"{counted_text(count, 'layer')}: {name}") for name, count in details["quantized_layers"].items()
+    ]
+    roles = [(role, str(entry["tensors"]), format_bytes(entry["bytes"])) for role, entry in details["roles"].items()]
+    tables = [Table(model.path, ("", "Value"), facts)]
+    if roles:
+        tables.append(Table("By role", ("Role", "Tensors", "Size"), roles, SIZES))
+    schemes = report.details.get("schemes", [])
+    if schemes:
+        rows: list[tuple[str, ...]] = [
+            (
+                entry["scheme"], entry["format"], format_bytes(entry["size_bytes"]), ratio_text(entry["size_ratio"]),
+                str(entry["quantized_tensors"]), ", ".join(f"{count} {role}" for role, count in entry["left"].items()),
+            )
+            for entry in schemes
+            if entry["applies"]
+        ]  # fmt: skip
+        columns: tuple[str, ...] = ("Scheme", "Format", "Size", "Ratio", "Tensors", "Left")
+        if not any(row[-1] for row in rows):
+            columns, rows = columns[:-1], [row[:-1] for row in rows]
+        note = "The graph's new nodes add some kilobytes." if model.format == "onnx" else None
+        if rows:
+            tables.append(Table("What convert would write", columns, rows, SIZES, note))
+    if layers:
+        tables.append(_layer_table(report.layers))
+    return tables
+
+
+def _layer_table(layers: Sequence[LayerRow]) -> Table:
+    rows = [
+        (row.name, str(row.details["shape"]), row.scheme or row.reason or row.details["role"], *total_sizes([row]))
+        for row in layers
+    ]
+    return Table("Tensors", ("Name", "Shape", "Decision", "Before", "After"), rows, SIZES)

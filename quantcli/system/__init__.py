@@ -1,0 +1,1 @@
+"""The machine: cores, memory, files, progress, text, functions of the user."""

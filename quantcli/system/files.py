@@ -1,0 +1,59 @@
+"""Where outputs may go, and what errors of a file system mean."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quantcli.errors import InputError, UsageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
+
+
+def check_target(target: Path, source: Path, *, force: bool) -> None:
+    """Refuse a target that exists, or that would swallow the input.
+
+    Raises:
+        UsageError: the target exists and ``force`` is False, or it is, holds, or lies in the input.
+    """
+    here, there = target.resolve(), source.resolve()
+    if here == there or here in there.parents or (there.is_dir() and there in here.parents):
+        raise UsageError(f"The output {target} and the input {source} overlap.", "Choose another place for -o.")
+    if target.exists() and not force:
+        raise UsageError(f"The output {target} exists.", "Use --force to replace it.")
+
+
+def explain(error: OSError, target: Path) -> InputError:
+    """An operating system's error about writing, in words."""
+    if error.errno in _FULL:
+        return InputError(f"The disk is full: {target} could not be written.", "Free some space, or choose another -o.")
+    place = error.filename or target
+    return InputError(f"{place} cannot be written: {error.strerror or error}.", "Choose another -o.")
+
+
+def require_space(target: Path, nbytes: int) -> None:
+    """Raise InputError where the target's disk has less room than ``nbytes``."""
+    folder = target.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise InputError(
+            f"The disk is full: {target} needs {nbytes:,} bytes, and {free:,} are free.",
+            hint="Free some space, or choose another -o.",
+        )
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that appears under its own name only once it is whole; after an error, not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

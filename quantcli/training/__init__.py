@@ -1,0 +1,1 @@
+"""Learning what quantization costs away: scales (tune), or everything (qat)."""

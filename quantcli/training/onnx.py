@@ -1,0 +1,101 @@
+"""Quantization-aware training of a graph that has just been quantized."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantcli.algorithms.qat import Options as QatOptions
+from quantcli.data.request import Calibration
+from quantcli.planning.recipe import Recipe
+from quantcli.system.progress import Progress, say
+from quantcli.training.data import TrainingData, train
+from quantcli.training.loop import Defaults, History
+from quantcli.version import __version__
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from quantcli.data.samples import Samples
+    from quantcli.onnx.graph.model import OnnxModel
+    from quantcli.onnx.rewrite.transform import LayerOutcome
+
+#: What does well for small models on a CPU; a learning rate is in steps of a weight's grid.
+DEFAULTS = Defaults(epochs=5, batch_size=64, learning_rate=0.02, scale_learning_rate=2e-3)
+#: Of these are the fractions that progress is told in.
+_PARTS = 10_000
+
+
+def fingerprint(recipe: Recipe, model: OnnxModel, samples: Samples, given: Calibration, device: str) -> str:
+    """Hash of all that decides what a training becomes."""
+    identity = {
+        "quantcli": __version__,
+        "recipe": recipe.model_dump(),
+        "model": model.sha256(),
+        "data": samples.sha256,
+        "statistics": hashlib.sha256(given.stats.read_bytes()).hexdigest() if given.stats else None,
+        "seed": given.seed,
+        "device": device,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def train_layers(
+    original: ir.Model,
+    quantized: ir.Model,
+    outcomes: Sequence[LayerOutcome],
+    samples: Samples,
+    options: QatOptions,
+    *,
+    seed: int,
+    device: str,
+    checkpoint: Path,
+    progress: Progress | None,
+) -> tuple[list[LayerOutcome], History]:
+    """Train a quantized graph in place; returns what became of each layer, and how it went.
+
+    Args:
+        original: the prepared graph in floating point.
+        quantized: the same graph, quantized.
+        outcomes: what became of its layers when it was.
+        samples: what it learns from, with or without labels.
+        options: of the recipe.
+        seed: what is held out and the order of samples are drawn by it.
+        device: ``cpu`` or ``cuda``.
+        checkpoint: file that an interrupted training is continued from.
+        progress: told of steps.
+
+    Raises:
+        InputError: the graph cannot be trained, or the data does not suit it.
+        UsageError: the recipe asks for labels that are not there.
+    """
+    import torch
+
+    from quantcli.training.onnx_trainee import GraphTraining
+
+    place = torch.device(device)
+    trainee = GraphTraining(original, quantized, place, norms=options.norms)
+    history = train(
+        trainee,
+        TrainingData(samples, place),
+        options,
+        DEFAULTS,
+        seed=seed,
+        checkpoint=checkpoint,
+        tick=lambda done: progress(round(done * _PARTS), _PARTS) if progress else None,
+        say=lambda text: say(progress, text),
+    )
+    losses = trainee.write_back()
+
+    def trained(outcome: LayerOutcome) -> LayerOutcome:
+        plan = outcome.plan
+        if plan.name not in losses:
+            return outcome
+        became = replace(plan, algorithm=f"{plan.algorithm} + qat")
+        return replace(outcome, sqnr_db=losses[plan.name], plan=became)
+
+    return [trained(outcome) for outcome in outcomes], history

@@ -1,0 +1,219 @@
+"""The command line's manners: streams, exit statuses, help, and the JSON contract."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quantcli.cli.app import main
+from quantcli.cli.terminal import Ui
+from quantcli.reporting.report import GateRow, LayerRow, ModelRow, Report, Table
+from quantcli.reporting.tables.common import collapse, short_names
+from quantcli.system.text import format_bytes, format_seconds, parse_bytes
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.safetensors"
+    layers = {f"layers.{i}.fc.weight": torch.randn(32, 128) for i in range(3)}
+    save_file(layers | {"norm.weight": torch.ones(128)}, path)
+    return path
+
+
+def test_help_lists_every_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert main([]) == 0
+    for command, options in {
+        "inspect": ["--scheme", "--layers", "--json"],
+        "convert": ["--output", "--scheme", "--format", "--algorithm", "--recipe", "--group-size", "--skip", "--rest",
+                    "--target", "--threads", "--max-memory", "--dry-run", "--force"],
+        "eval": ["--data", "--task", "--samples", "--seq-len", "--by-layer", "--require"],
+    }.items():  # fmt: skip
+        capsys.readouterr()
+        assert main([command, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert all(option in shown for option in options)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "quantcli 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    "argv", [["inspect"], ["nonsense"], ["inspect", "x", "--bogus"], ["convert", "x"], ["eval", "x"]]
+)
+def test_usage_errors_are_one_paragraph_and_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Error: ")
+    assert "Traceback" not in captured.err
+    assert "\n\n" not in captured.err
+
+
+def test_json_is_the_whole_of_stdout(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(weights), "--scheme", "int8", "--scheme", "nf4", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["schema_version"], document["command"], document["quantcli"]) == (1, "inspect", "0.1.0")
+    assert set(document) >= {"models", "layers", "gates", "warnings"}
+    (model,) = document["models"]
+    assert set(model) >= {"path", "sha256", "role", "format", "scheme", "size_bytes", "metrics"}
+    assert model["path"] == str(weights)
+    assert [entry["scheme"] for entry in document["schemes"]] == ["int8", "nf4"]
+    assert {row["name"] for row in document["layers"]} == {*(f"layers.{i}.fc.weight" for i in range(3)), "norm.weight"}
+    assert set(document["layers"][0]) >= {"name", "scheme", "sqnr_db", "bytes_before", "bytes_after"}
+
+
+def test_inspect_predicts_the_size_that_convert_writes(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["inspect", str(weights), "--scheme", "int4", "--json"])
+    (predicted,) = json.loads(capsys.readouterr().out)["schemes"]
+    assert main(["convert", str(weights), "-o", str(tmp_path / "out"), "--scheme", "int4", "--json", "-q"]) == 0
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert predicted["size_bytes"] == written == json.loads(capsys.readouterr().out)["models"][1]["size_bytes"]
+
+
+def test_quiet_says_nothing_but_errors(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(weights), "-o", str(tmp_path / "out"), "--scheme", "int8", "-q"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["convert", str(weights), "-o", str(tmp_path / "out"), "--scheme", "int8", "-q"]) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+def test_a_defect_is_status_4_and_its_traceback_is_for_debug(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("quantcli.cli.terminal.Ui.show", lambda *_: 1 / 0)
+    assert main(["inspect", str(weights)]) == 4
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["inspect", str(weights), "--debug"]) == 4
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error(weights: Path) -> None:
+    command = f"{sys.executable} -m quantcli inspect {weights} --layers | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0"
+    assert done.stderr.count("Traceback") == 0
+
+
+def test_markdown_goes_to_a_file_and_to_a_github_step(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    assert main(["inspect", str(weights), "--markdown", str(tmp_path / "report.md")]) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "| linear | 3 |" in report
+    assert summary.read_text() == f"before\n{report}"
+    assert main(["inspect", str(weights), "--markdown", str(tmp_path / "no" / "report.md")]) == 3
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_no_color_and_no_terminal_mean_plain_text(weights: Path) -> None:
+    environment = os.environ | {"NO_COLOR": "1"}
+    command = [sys.executable, "-m", "quantcli", "inspect", str(weights)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_report_json_has_no_infinities() -> None:
+    report = Report("eval", [ModelRow("a", "reference", metrics={"x": float("nan"), "y": float("inf"), "z": 1.5})])
+    report.layers = [LayerRow("l", None, 1, 1, float("-inf"))]
+    report.gates = [GateRow("x < 1", "a", None, passed=False)]
+    document = json.loads(report.to_json())
+    assert document["models"][0]["metrics"] == {"x": None, "y": None, "z": 1.5}
+    assert document["layers"][0]["sqnr_db"] is None
+    assert not report.passed
+
+
+def test_markdown_tables_escape_pipes() -> None:
+    table = Table("T", ("A", "Size"), [("x|y", "1")], frozenset({"Size"}), "note")
+    assert table.to_markdown() == "### T\n\n| A | Size |\n| --- | ---: |\n| x\\|y | 1 |\n\nnote\n"
+
+
+def test_alike_layers_share_a_row() -> None:
+    rows = [LayerRow(f"m.layers.{i}.fc.weight", "int4", 1, 1) for i in (0, 1, 2)] + [
+        LayerRow("head.weight", "int4", 1, 1)
+    ]
+    names = [(name, len(members)) for name, members in collapse(rows, key=lambda row: row.scheme or "")]
+    assert names == [("m.layers.{0-2}.fc.weight x 3", 3), ("head.weight", 1)]
+
+
+def test_many_rows_that_differ_in_any_number_share_one() -> None:
+    def names(count: int) -> list[str]:
+        rows = [LayerRow(f"conv2d_{i}.w_0", "int8", 1, 1) for i in range(10, 10 + count)]
+        return [name for name, _ in collapse([*rows, LayerRow("fc1.w", None, 1, 1)], key=lambda row: row.scheme or "")]
+
+    assert names(30) == ["conv2d_{10-39}.w_0 x 30", "fc1.w"]
+    assert len(names(8)) == 9
+
+
+@pytest.mark.parametrize(
+    ("paths", "names", "folder"),
+    [
+        (["out/a.onnx", "out/b/c.onnx"], ["a.onnx", "b/c.onnx"], ", models in out"),
+        (["/t/m", "/t/int8"], ["m", "int8"], ", models in /t"),
+        (["out/a.onnx"], ["out/a.onnx"], ""),
+        (["/a/m", "/b/m"], ["/a/m", "/b/m"], ""),
+        (["/a/m", "a/n"], ["/a/m", "a/n"], ""),
+        (["package.module:function", "out/a.onnx"], ["package.module:function", "out/a.onnx"], ""),
+    ],
+)
+def test_the_folder_that_models_share_is_named_once(paths: list[str], names: list[str], folder: str) -> None:
+    found, shared = short_names([ModelRow(path, "reference") for path in paths])
+    assert ([found[path] for path in paths], shared) == (names, folder)
+
+
+@pytest.mark.parametrize("width", [120, 80, 40, 10])
+def test_tables_fit_and_break_words_last(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = [("int8.onnx", "99.50% +- 0.29%", "1 QGemm, 3 QLinearConv, 1 QLinearGlobalAveragePool")]
+    table = Table("A title that is longer than the table is wide", ("Model", "Top-1", "Kernels"), rows, note="a note")
+    Ui().show(Report("eval", [ModelRow("a", "reference")]), [table])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert all(line == line.rstrip() for line in lines)
+    if width >= 80:
+        assert lines[0] == table.title
+        assert "QLinearGlobalAveragePool" in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("80MB", 80_000_000), ("1.5GiB", 1_610_612_736), ("12", 12), ("3 kB", 3000), ("2g", 2 * 10**9)]
+)
+def test_sizes_are_read(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "MB", "1.2.3MB", "-5MB", "5 parsecs", "inf"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="80MB"):
+        parse_bytes(text)
+
+
+def test_units_for_people() -> None:
+    assert [format_bytes(count) for count in (12, 1500, 999_600_000, 1_610_612_736)] == [
+        "12 B",
+        "1.5 kB",
+        "1 GB",
+        "1.61 GB",
+    ]
+    assert [format_seconds(seconds) for seconds in (0.25, 42.4, 75, 7300)] == [
+        "0.25 s",
+        "42 s",
+        "1 min 15 s",
+        "2 h 1 min",
+    ]
