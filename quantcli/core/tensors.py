@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
+from math import log10, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,3 +91,33 @@ class QuantizedTensor:
     shape: tuple[int, ...]
     number_format: NumberFormat = field(repr=False)
     input_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a weight's codes came about, and at what cost.
+
+    - ``algorithm``: what chose the codes in the end.
+    - ``note``: what is to be said of that, such as "rtn in place of gptq: ...".
+    - ``signal``, ``noise``: sums of squares of the weight, and of its error.
+    """
+
+    algorithm: str
+    note: str | None = None
+    signal: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise; None where nothing was lost, or nothing was measured."""
+        if not self.signal or not self.noise:
+            return None
+        return 10 * log10(self.signal / self.noise)
+
+
+@dataclass(frozen=True)
+class RoundedTensor:
+    """A quantized weight, and how its codes came about."""
+
+    tensor: QuantizedTensor
+    rounding: Rounding
