@@ -110,7 +110,7 @@ class Rounding:
     @property
     def sqnr_db(self) -> float | None:
         """Signal to quantization noise; None where nothing was lost, or nothing was measured."""
-        if not self.signal or not self.noise:
+        if self.signal <= 0 or self.noise <= 0:
             return None
         return 10 * log10(self.signal / self.noise)
 
