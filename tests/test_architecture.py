@@ -20,7 +20,7 @@ import quantcli
 from quantcli import algorithms, formats
 from quantcli.algorithms.base import Algorithm, Rounding
 from quantcli.cli.app import app, main
-from quantcli.formats.base import CodedFormat, Format
+from quantcli.formats.base import Format, QuantizedFormat
 
 PACKAGE = Path(quantcli.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -237,7 +237,7 @@ def parameters(function: object) -> list[str]:
         *((module, Algorithm) for module in algorithms.ALGORITHMS.values()),
         *((algorithms.ALGORITHMS[name], Rounding) for name in ("rtn", "mse")),
         *((module, Format) for module in formats.FORMATS.values()),
-        *((module, CodedFormat) for module in formats.FORMATS.values() if not module.endswith("safetensors")),
+        *((module, QuantizedFormat) for module in formats.FORMATS.values() if not module.endswith("safetensors")),
     ],
 )  # fmt: skip
 def test_plugins_offer_what_their_protocol_says(name: str, protocol: type) -> None:

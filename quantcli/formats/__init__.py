@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from quantcli.formats.base import CodedFormat, Format
+from quantcli.formats.base import Format, QuantizedFormat
 from quantcli.system.text import lookup
 
 if TYPE_CHECKING:
@@ -24,6 +24,6 @@ def output_format(name: str) -> Format:
     return cast(Format, lookup(FORMATS, "format", name))
 
 
-def coded_format(name: str) -> CodedFormat:
+def quantized_format(name: str) -> QuantizedFormat:
     """The format of this name, which must be one that holds codes."""
-    return cast(CodedFormat, lookup(FORMATS, "format", name))
+    return cast(QuantizedFormat, lookup(FORMATS, "format", name))

@@ -28,7 +28,7 @@ class Format(Protocol):
         """Why layers of a role stay as they are, or None."""
 
 
-class CodedFormat(Format, Protocol):
+class QuantizedFormat(Format, Protocol):
     """Lays out codes slab by slab (where it stores them by rows), and everything else of a layer at once."""
 
     STORAGE: Storage

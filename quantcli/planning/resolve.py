@@ -144,10 +144,10 @@ class _Resolver:
         dtype = self.rest_dtype or (self.majority if self.majority != "F64" else "F32")
         if self.scheme.weights.is_cast:
             dtype = DTYPE_OF_NUMBER[self.scheme.weights.dtype]
-        schemes = {layer.scheme for layer in layers if layer.is_coded and layer.scheme}
+        schemes = {layer.scheme for layer in layers if layer.has_codes and layer.scheme}
         scale_dtype = dtype
         if schemes:
-            form = formats.coded_format(self.format_name)
+            form = formats.quantized_format(self.format_name)
             scale_dtype = form.STORAGE.scale_dtype or dtype
             reason = form.together(schemes)
             if reason:
@@ -268,7 +268,7 @@ class _Resolver:
             raise UsageError(
                 f"{label} needs calibration data.", "Name some with --data; nothing is fetched or made up."
             )
-        form = formats.coded_format(self.format_name)
+        form = formats.quantized_format(self.format_name)
         reason = form.fits(plan.matrix_shape, scheme)
         if reason:
             return self._leave(info, role, reason)

@@ -81,7 +81,7 @@ class CalibratedWork:
         self.data: CalibrationBatches = load_batches(model, given, trains=self._trains)
         linear = linear_layers(self.skeleton, plan)
         self._blocks = find_blocks(self.skeleton.module, linear, plan.recipe.blocks)
-        model.require_own_weights(self._blocks, {layer.info.name for layer in plan.layers if layer.is_coded})
+        model.require_own_weights(self._blocks, {layer.info.name for layer in plan.layers if layer.has_codes})
         inside = self.names()
         seen = {layer.info.name for layer in linear.values()} & inside
         unseen = {layer.info.name for layer in plan.quantized if layer.scheme and layer.scheme.is_static} - seen
@@ -252,7 +252,7 @@ class CalibratedWork:
         artifact = open_checkpoint(output.folder)
         for name, values in load_file(learned).items():
             layer = self._by_name[name]
-            if not layer.is_coded:
+            if not layer.has_codes:
                 output.record(name, place_values(layer, values, output.destinations))
                 continue
             tensor = replace(read_codes(layer, self.plan, artifact), scale=values)
@@ -280,7 +280,7 @@ class CalibratedWork:
         outcome = BlockOutcome(path)
         for name in names:
             layer = self._by_name[name]
-            if layer.is_coded:
+            if layer.has_codes:
                 outcome.coded[name] = Coded(read_codes(layer, self.plan, artifact), results[name].algorithm)
             else:
                 outcome.plain[name] = artifact.load(name).float()

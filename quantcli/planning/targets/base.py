@@ -85,4 +85,4 @@ def declared(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def declared_alone(plan: Plan, scheme: Scheme) -> dict[str, Any]:
     """The same for a model whose only scheme this is."""
-    return declared(formats.coded_format(plan.format).config({"layer": scheme}, [], plan.dtype))
+    return declared(formats.quantized_format(plan.format).config({"layer": scheme}, [], plan.dtype))

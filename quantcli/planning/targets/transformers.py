@@ -31,7 +31,7 @@ def one_width_of_experts(plan: Plan, target: Target) -> Refusal | None:
 
 def one_scheme_for_gptq(plan: Plan, target: Target) -> Refusal | None:
     """In transformers gptq is loaded by optimum (2.3.0 was read), which knows one scheme for all layers."""
-    schemes = sorted({str(layer.scheme) for layer in plan.layers if layer.is_coded})
+    schemes = sorted({str(layer.scheme) for layer in plan.layers if layer.has_codes})
     if target.runtime != "transformers" or plan.format != "gptq" or len(schemes) < 2:
         return None
     return Refusal(
