@@ -17,6 +17,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.quantized import CodedCheckpoint, CodedWeight, open_coded
 from quantcli.checkpoint.roles import classify, original_dtype
+from quantcli.core.dtypes import DTYPE_OF_TORCH_NAME, NUMBER_OF_DTYPE
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import UsageError
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from quantcli.training.loop import History
 
     pass
-
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def decoded_view(checkpoint: Checkpoint) -> Checkpoint:
@@ -166,8 +165,8 @@ class _Planner:
 
     def _dtype(self) -> str:
         config = self.checkpoint.config or {}
-        declared = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
-        return declared or original_dtype(self.coded.rest)
+        declared = DTYPE_OF_TORCH_NAME.get(str(config.get("dtype") or config.get("torch_dtype")))
+        return declared if declared in NUMBER_OF_DTYPE else original_dtype(self.coded.rest)
 
     def _layer(self, info: TensorInfo, scheme: Scheme | None) -> LayerPlan:
         role = self.roles[info.name]
