@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -12,9 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from quantcli.core.scheme import PRESETS, Granularity, NumberFormat, Scheme
 from quantcli.errors import InputError, UsageError
 from quantcli.system.text import parse_bytes, suggestion
-
-if TYPE_CHECKING:
-    pass
 
 Rest = Literal["auto", "keep", "fp16", "bf16"]
 TARGETS = ("transformers", "vllm", "sglang", "onnxruntime")

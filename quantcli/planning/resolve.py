@@ -17,7 +17,7 @@ from quantcli.errors import InputError, UsageError
 from quantcli.formats.base import Storage
 from quantcli.planning.plan import LayerPlan, Plan, matches
 from quantcli.planning.recipe import Recipe, Rule, SchemeSpec, build_scheme
-from quantcli.planning.steps import FINAL, chain
+from quantcli.planning.steps import chain
 from quantcli.system.text import listed, suggestion
 
 _LEFT_BECAUSE = {
@@ -153,9 +153,9 @@ class _Resolver:
             if reason:
                 raise UsageError(f"One {self.format_name} model cannot hold these schemes: {reason}.")
         roundings = sorted({layer.algorithm for layer in layers if layer.algorithm})
-        others = [step.name for step in self.steps.all if step.name not in roundings]
-        names = [name for name in others if name not in FINAL]
-        algorithm = " + ".join([*names, " and ".join(roundings), *(name for name in others if name in FINAL)])
+        after = [step.name for step in self.steps.final]
+        before = [step.name for step in self.steps.all if step.name not in (*roundings, *after)]
+        algorithm = " + ".join([*before, " and ".join(roundings), *after])
         return Plan(
             layers,
             self.format_name,

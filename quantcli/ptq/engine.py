@@ -245,7 +245,7 @@ class BlockEngine:
         observed = _counted(calls, _part(report, 0.0, _OBSERVED))
         stats = observe(block, observed, layers, self._needs(layers))
         release_freed()
-        if self._transforms.names:
+        if self._transforms.steps:
             self._transforms.apply(block, layers, calls[0], stats)
         rounded = _part(report, _OBSERVED, _ROUNDED)
         coded = round_block(block, layers, calls, targets, stats, self.plan, self.seed + index, rounded)

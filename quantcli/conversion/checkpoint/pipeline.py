@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quantcli.algorithms import default_rounding
+from quantcli.algorithms import default_rounding, needs_no_data
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.hugging_face import companions
@@ -244,7 +244,7 @@ class Conversion:
 
 def _without_data(layer: LayerPlan) -> LayerPlan:
     """A layer outside the blocks: what an algorithm of the chain would need is not known of it."""
-    if layer.scheme is None or not layer.has_codes or layer.algorithm in (None, "rtn", "mse"):
+    if layer.scheme is None or not layer.has_codes or needs_no_data(layer.algorithm):
         return layer
     return replace(layer, algorithm=default_rounding(layer.scheme.weights))
 

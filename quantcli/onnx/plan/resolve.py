@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli import algorithms
-from quantcli.algorithms import default_rounding
+from quantcli.algorithms import ALGORITHMS, default_rounding
 from quantcli.core.dtypes import DTYPE_OF_NUMBER
 from quantcli.core.scheme import PRESETS, NumberFormat, Scheme
 from quantcli.errors import InputError, UsageError
@@ -32,9 +32,6 @@ from quantcli.system.text import suggestion
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-#: What can choose the codes of a graph's weights.
-ONNX_ALGORITHMS = ("rtn", "mse", "gptq")
 
 #: Below this many values, codes and scales save nothing worth a node.
 _SMALLEST_WEIGHT = 256
@@ -184,11 +181,13 @@ class _Planner:
 def _rounding_step(recipe: Recipe) -> Step | None:
     """The one algorithm that a recipe asks for, or None. Raises UsageError where it is not for ONNX."""
     steps = parse_steps(named_steps(recipe))
-    rules = (rule.algorithm for rule in recipe.rules if rule.algorithm)
-    for name in [*(step.name for step in steps.all if step.name != "qat"), *rules]:
-        if name in algorithms.ALGORITHMS and name not in (*ONNX_ALGORITHMS, "auto"):
-            known = ", ".join((*ONNX_ALGORITHMS, "qat"))
-            raise UsageError(f"The algorithm {name} does not work on ONNX graphs.", f"Choose among {known}.")
+    suited = [name for name, entry in ALGORITHMS.items() if entry.onnx]
+    rounding = [name for name in suited if ALGORITHMS[name].is_rounding]
+    rules = (rule.algorithm for rule in recipe.rules if rule.algorithm in ALGORITHMS)
+    stray = [step.name for step in steps.all if step.name not in suited] + [n for n in rules if n not in rounding]
+    if stray:
+        known = ", ".join(suited)
+        raise UsageError(f"The algorithm {stray[0]} does not work on ONNX graphs.", f"Choose among {known}.")
     return steps.rounding
 
 
