@@ -62,6 +62,11 @@ class NumberFormat:
         """Whether values are only cast, without a scale."""
         return self.dtype in CASTS
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether a number of values that can be chosen share a scale."""
+        return self.granularity.kind in ("group", "block")
+
     def __str__(self) -> str:
         if self.is_cast:
             return self.dtype

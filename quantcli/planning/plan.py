@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from quantcli import formats
@@ -80,11 +79,6 @@ class Plan:
     def quantized(self) -> list[LayerPlan]:
         """Layers that get codes, or with a casting scheme a new dtype."""
         return [layer for layer in self.layers if layer.scheme is not None]
-
-
-def matches(glob: str, name: str) -> bool:
-    """Whether a glob means this tensor: by its own name, or its module's."""
-    return fnmatchcase(name, glob) or fnmatchcase(module_of(name), glob)
 
 
 def left_linear_modules(plan: Plan) -> list[str]:

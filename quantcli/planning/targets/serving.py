@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantcli.checkpoint.roles import module_of
-from quantcli.planning.plan import Plan, matches, quantization_config
+from quantcli.planning.plan import Plan, quantization_config
+from quantcli.planning.rules import rule_matches
 from quantcli.planning.targets.base import (
     FUSED_EXPERTS,
     Refusal,
@@ -155,7 +156,7 @@ def every_left_layer_is_seen(plan: Plan, target: Target) -> Refusal | None:
 def heads(plan: Plan, target: Target) -> Refusal | None:
     """A head that is the embedding, and one that no name in the configuration means."""
     for rule in plan.recipe.rules if quantization_config(plan) else ():
-        meant = [layer for layer in plan.layers if any(matches(glob, layer.info.name) for glob in rule.globs)]
+        meant = [layer for layer in plan.layers if rule_matches(rule, [layer.info.name])]
         if rule.scheme and not rule.skip and meant and all(layer.role == "tied head" for layer in meant):
             return Refusal(
                 f"a rule quantizes {listed([module_of(layer.info.name) for layer in meant])}, which is the embedding's "
