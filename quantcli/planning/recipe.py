@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from quantcli.core.scheme import PRESETS, Granularity, NumberFormat, Scheme
 from quantcli.errors import InputError, UsageError
+from quantcli.planning.targets import TARGETS
 from quantcli.system.text import parse_bytes, suggestion
 
 Rest = Literal["auto", "keep", "fp16", "bf16"]
-TARGETS = ("transformers", "vllm", "sglang", "onnxruntime")
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -119,7 +119,7 @@ class Recipe(_Strict):
     @field_validator("target")
     @classmethod
     def _known_target(cls, value: str | None) -> str | None:
-        name, _, version = (value or TARGETS[0]).partition("==")
+        name, _, version = (value or next(iter(TARGETS))).partition("==")
         if name not in TARGETS:
             raise ValueError(f"unknown target {name!r}. {suggestion(name, TARGETS)}")
         if "=" in (value or "") and not re.fullmatch(r"\d+(\.\d+)*", version):

@@ -40,6 +40,7 @@ from quantcli.onnx.rewrite.four_bit_storage import store_in_four_bits
 from quantcli.onnx.rewrite.transform import LayerOutcome, transform
 from quantcli.planning.recipe import Recipe, dequantizes
 from quantcli.planning.steps import training_step
+from quantcli.planning.targets import require_onnx
 from quantcli.reporting.report import ModelRow, Report
 from quantcli.system.files import check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
@@ -87,9 +88,8 @@ def convert_onnx(
     started = time.monotonic()
     if recipe.format not in (None, "onnx"):
         raise UsageError(f"An ONNX model cannot be written as {recipe.format}.", "Leave --format out.")
-    runtime, version = recipe.runtime
-    if runtime not in (None, "onnxruntime"):
-        raise UsageError(f"{runtime} does not load ONNX.", "Use --target onnxruntime, or another format.")
+    require_onnx(recipe)
+    _, version = recipe.runtime
     _check_places(str(model), output, force=force or dry_run)
     trains = training_step(recipe) is not None
     with open_staging(output) as staging:
