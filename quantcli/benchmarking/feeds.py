@@ -14,7 +14,7 @@ from quantcli.data.for_models import input_ports, is_text, samples_for
 from quantcli.data.samples import Samples, batches
 from quantcli.errors import InputError, UsageError
 from quantcli.models.inputs import derived_inputs
-from quantcli.models.source import Subject
+from quantcli.models.source import ModelSource
 
 #: Tokens of a sequence, and pixels of a side, where neither the user nor the model says it.
 DEFAULT_LENGTH, DEFAULT_SIDE = 128, 224
@@ -38,7 +38,7 @@ class Feeds:
 
 
 def load_feeds(
-    subjects: Sequence[Subject],
+    sources: Sequence[ModelSource],
     data: str | None,
     sizes: Sequence[int] | None,
     *,
@@ -57,12 +57,12 @@ def load_feeds(
     if any(size < 1 for size in sizes or ()):
         raise UsageError("--batch-size counts samples: at least one is needed.")
     text = data is not None and is_text(data)
-    ports = input_ports(subjects, text=text or data is None)
+    ports = input_ports(sources, text=text or data is None)
     fixed = _fixed_batch(ports)
     sizes = list(dict.fromkeys(sizes or (fixed or 1,)))
     wrong = [size for size in sizes if fixed and size != fixed]
     if wrong:
-        raise UsageError(f"--batch-size {wrong[0]}: {subjects[0].path} takes {fixed} at a time.")
+        raise UsageError(f"--batch-size {wrong[0]}: {sources[0].path} takes {fixed} at a time.")
     if data is None:
         made_up = {size: [made_up_feeds(ports, size, seq_len, seed)] for size in sizes}
         feeds = Feeds(made_up, "made up")
@@ -73,7 +73,7 @@ def load_feeds(
         )
         return feeds
     samples = samples_for(
-        subjects,
+        sources,
         data,
         ports,
         tokenizer=tokenizer,

@@ -11,7 +11,7 @@ from quantcli.evaluation.contamination import LeakCheck
 from quantcli.evaluation.inputs import load_inputs, text_task
 from quantcli.evaluation.run import layers_compare, model_row, run_models, task_for
 from quantcli.evaluation.tasks.base import CANDIDATE_METRICS, REFERENCE_METRICS, TASKS
-from quantcli.models.source import open_subject, size_metrics
+from quantcli.models.source import open_model, size_metrics
 from quantcli.reporting.gates import apply_gates, parse_gates
 from quantcli.reporting.report import Report
 from quantcli.system.progress import Progress
@@ -63,27 +63,25 @@ def evaluate(
     if task not in TASKS and not is_function(task):
         raise UsageError(f"Unknown task {task!r}.", suggestion(task, TASKS))
     state = None if weights is None else Path(weights)
-    subjects = [open_subject(path, state) for path in (model, *candidates)]
-    if by_layer and not any(layers_compare(subjects[0], other) for other in subjects[1:]):
+    sources = [open_model(path, state) for path in (model, *candidates)]
+    if by_layer and not any(layers_compare(sources[0], other) for other in sources[1:]):
         raise UsageError("--by-layer compares two Hugging Face folders, or two ONNX models.", "Name such a candidate.")
     if task == "auto" and is_text(str(data)):
-        task = text_task(subjects[0])
+        task = text_task(sources[0])
     if task != "auto":
         parse_gates(require, _known_metrics(task, compared=bool(candidates)))
     inputs = load_inputs(
-        subjects, str(data), task, samples=samples, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess
+        sources, str(data), task, samples=samples, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess
     )
     parse_gates(require, _known_metrics(inputs.task, compared=bool(candidates)))
-    scores = [task_for(inputs.task, subject, subjects[0]) for subject in subjects]
-    leaks = LeakCheck([(subject.path, subject.manifest) for subject in subjects])
-    layers = run_models(subjects, inputs, scores, leaks, by_layer, progress)
-    rows = [
-        model_row(subject, index, score) for index, (subject, score) in enumerate(zip(subjects, scores, strict=True))
-    ]
+    scores = [task_for(inputs.task, source, sources[0]) for source in sources]
+    leaks = LeakCheck([(source.path, source.manifest) for source in sources])
+    layers = run_models(sources, inputs, scores, leaks, by_layer, progress)
+    rows = [model_row(source, index, score) for index, (source, score) in enumerate(zip(sources, scores, strict=True))]
     size_metrics(rows)
     known = _known_metrics(inputs.task, compared=bool(candidates))
     gates = parse_gates(require, known or list(dict.fromkeys(name for row in rows for name in row.metrics)))
-    warnings = [warning for subject in subjects for warning in subject.warnings] + inputs.samples.warnings
+    warnings = [warning for source in sources for warning in source.warnings] + inputs.samples.warnings
     warnings += leaks.warnings()
     if not candidates and REFERENCE_METRICS.get(inputs.task) == ():
         warnings.append(f"{inputs.task} compares candidates with a reference, and no candidate was named.")

@@ -12,7 +12,7 @@ from quantcli.errors import InputError
 from quantcli.models import hugging_face
 from quantcli.models.inputs import hugging_face_ports
 from quantcli.models.runner import open_runner
-from quantcli.models.source import Subject
+from quantcli.models.source import ModelSource
 from quantcli.system.user_functions import is_function
 
 #: What a folder with a tokenizer is known by.
@@ -20,7 +20,7 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 def samples_for(
-    subjects: Sequence[Subject],
+    sources: Sequence[ModelSource],
     data: str,
     ports: Sequence[Port],
     *,
@@ -36,13 +36,13 @@ def samples_for(
         UsageError: a wish that does not go with this data.
         InputError: the data is missing or does not fit the models' inputs.
     """
-    place = tokenizer or _folder_with(subjects, *_TOKENIZER_FILES)
+    place = tokenizer or _folder_with(sources, *_TOKENIZER_FILES)
     if is_text(data):
-        _require_tokens(subjects[0].path, data, ports, place)
+        _require_tokens(sources[0].path, data, ports, place)
     return load_samples(
         data,
         ports,
-        folder=_folder_with(subjects, "preprocessor_config.json", "config.json"),
+        folder=_folder_with(sources, "preprocessor_config.json", "config.json"),
         tokenizer=place,
         preprocess=preprocess,
         samples=samples,
@@ -70,13 +70,13 @@ def is_text(data: str) -> bool:
     return not is_function(data) and Path(data).suffix in TEXT_SUFFIXES
 
 
-def input_ports(subjects: Sequence[Subject], *, text: bool) -> tuple[Port, ...]:
+def input_ports(sources: Sequence[ModelSource], *, text: bool) -> tuple[Port, ...]:
     """What the models take, the reference's inputs first.
 
     Token inputs that only a candidate takes join in; what the signature of a function's module does not tell,
     the inputs of an ONNX candidate do.
     """
-    first, *others = subjects
+    first, *others = sources
     known = {port.name: port for other in others if other.onnx for port in other.onnx.inputs}
     if first.onnx:
         ports = first.onnx.inputs
@@ -91,8 +91,8 @@ def input_ports(subjects: Sequence[Subject], *, text: bool) -> tuple[Port, ...]:
     return (*ports, *(port for port in known.values() if text and port.name not in taken))
 
 
-def _folder_with(subjects: Sequence[Subject], *names: str) -> Path | None:
+def _folder_with(sources: Sequence[ModelSource], *names: str) -> Path | None:
     """The first model's folder that holds one of the files, else the first folder."""
-    folders = [subject.folder for subject in subjects if subject.folder]
+    folders = [source.folder for source in sources if source.folder]
     having = (folder for name in names for folder in folders if (folder / name).is_file())
     return next(having, folders[0] if folders else None)

@@ -13,7 +13,7 @@ from quantcli.data.samples import Samples, batches
 from quantcli.errors import InputError
 from quantcli.models import hugging_face
 from quantcli.models.inputs import derived_inputs
-from quantcli.models.source import Subject
+from quantcli.models.source import ModelSource
 
 #: Samples where the user names no number; classification and a user's metric take all.
 _DEFAULT_SAMPLES = {"language-modeling": 64, "embedding": 256, "fidelity": 64}
@@ -37,7 +37,7 @@ class Inputs:
 
 
 def load_inputs(
-    subjects: Sequence[Subject],
+    sources: Sequence[ModelSource],
     data: str,
     task: str,
     *,
@@ -46,7 +46,7 @@ def load_inputs(
     tokenizer: str | Path | None = None,
     preprocess: str | Path | None = None,
 ) -> Inputs:
-    """Samples from DATA for the first subject, and the task: the one named, or what fits model and data.
+    """Samples from DATA for the first model, and the task: the one named, or what fits model and data.
 
     Labels mean classification, all else fidelity; for text see `text_task`.
 
@@ -55,9 +55,9 @@ def load_inputs(
         InputError: the data is missing, does not fit the model, or lacks what the task needs.
     """
     found = samples_for(
-        subjects,
+        sources,
         data,
-        input_ports(subjects, text=is_text(data)),
+        input_ports(sources, text=is_text(data)),
         tokenizer=Path(tokenizer) if tokenizer else None,
         preprocess=None if preprocess is None else Path(preprocess),
         samples=samples or _DEFAULT_SAMPLES.get(task),
@@ -67,7 +67,7 @@ def load_inputs(
     if task == "auto":
         task = "classification" if found.labels else "fidelity"
         if samples is None and task in _DEFAULT_SAMPLES:
-            return load_inputs(subjects, data, task, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess)
+            return load_inputs(sources, data, task, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess)
     if task == "classification" and not found.labels:
         raise InputError(
             f"{data} has no labels, which classification needs.",
@@ -77,17 +77,17 @@ def load_inputs(
     return Inputs(task, found)
 
 
-def text_task(subject: Subject) -> str:
+def text_task(source: ModelSource) -> str:
     """The task that text means: language modeling for a causal model, embedding for an encoder."""
-    return "language-modeling" if is_causal(subject) else "embedding"
+    return "language-modeling" if is_causal(source) else "embedding"
 
 
-def is_causal(subject: Subject) -> bool:
+def is_causal(source: ModelSource) -> bool:
     """Whether a model predicts the next token at every position."""
-    if subject.checkpoint:
-        return hugging_face.is_causal(Path(subject.path))
-    if not subject.onnx:
+    if source.checkpoint:
+        return hugging_face.is_causal(Path(source.path))
+    if not source.onnx:
         return False
-    takes = {port.name for port in subject.onnx.inputs}
-    ranks = {port.name: len(port.shape or ()) for port in subject.onnx.outputs}
+    takes = {port.name for port in source.onnx.inputs}
+    ranks = {port.name: len(port.shape or ()) for port in source.onnx.outputs}
     return "input_ids" in takes and ranks.get("logits") == 3

@@ -31,18 +31,18 @@ def model_sha256(model: str | Path, weights: Path | None = None) -> str:
     Raises:
         InputError: the model is missing or damaged.
     """
-    return subject_sha256(open_subject(model, weights))
+    return source_sha256(open_model(model, weights))
 
 
-def subject_sha256(subject: Subject) -> str:
+def source_sha256(source: ModelSource) -> str:
     """As `model_sha256`, of a model that is open."""
-    found = subject.sha256()
+    found = source.sha256()
     if found is not None:
         return found
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(load_function(subject.path)().state_dict().items()):
+    for name, tensor in sorted(load_function(source.path)().state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -57,8 +57,8 @@ _NUMBER_OF_TORCH = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "f
 
 
 @dataclass
-class Subject:
-    """A model before it is loaded to be run. Use `open_subject`.
+class ModelSource:
+    """A model before it is loaded to be run. Use `open_model`.
 
     ``path`` is what the user gave. One of ``checkpoint`` and ``onnx`` is set for models of those kinds.
     """
@@ -168,7 +168,7 @@ def _constant_nodes(model: OnnxModel) -> Iterator[ir.TensorProtocol]:
             yield attribute.value
 
 
-def open_subject(model: str | Path, weights: Path | None = None) -> Subject:
+def open_model(model: str | Path, weights: Path | None = None) -> ModelSource:
     """Look at a MODEL; reads headers only.
 
     Raises:
@@ -177,15 +177,15 @@ def open_subject(model: str | Path, weights: Path | None = None) -> Subject:
     text = str(model)
     if is_function(text):
         load_function(text)
-        return Subject(text, "function", weights=weights)
+        return ModelSource(text, "function", weights=weights)
     path = Path(model)
     if is_onnx(path):
-        return Subject(text, "onnx", onnx=open_onnx(path))
+        return ModelSource(text, "onnx", onnx=open_onnx(path))
     if path.suffix == ".pt2":
         if not path.is_file():
             raise InputError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
-        return Subject(text, "program")
-    return Subject(text, "checkpoint", checkpoint=open_checkpoint(path))
+        return ModelSource(text, "program")
+    return ModelSource(text, "checkpoint", checkpoint=open_checkpoint(path))
 
 
 def size_metrics(rows: list[ModelRow]) -> None:

@@ -26,7 +26,7 @@ from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import Calibration
 from quantcli.errors import InputError, UsageError
 from quantcli.models.kernels import prove
-from quantcli.models.source import open_subject, subject_sha256
+from quantcli.models.source import open_model, source_sha256
 from quantcli.onnx.graph.model import OnnxModel, constants, onnx_file, open_onnx
 from quantcli.onnx.graph.opset import upgrade
 from quantcli.onnx.graph.prepare import prepare
@@ -155,13 +155,13 @@ class _Conversion:
         self.warnings: list[str] = []
         self.comparison: Comparison | None = None
         self.origin: dict[str, Any] | None = None
-        self.subject = open_subject(model, weights)
+        self.source = open_model(model, weights)
         self.codes = self._given_codes()
         self.single_file = output.name if output.suffix == ".onnx" else None
 
     def _given_codes(self) -> GivenCodes | None:
         """The codes of a checkpoint that is quantized, unless they are to be values again."""
-        checkpoint = self.subject.checkpoint
+        checkpoint = self.source.checkpoint
         if checkpoint is None or not is_quantized(checkpoint):
             return None
         coded = open_coded(checkpoint)
@@ -228,11 +228,11 @@ class _Conversion:
         return save_graph(graph, target)
 
     def _open(self, folder: Path) -> OnnxModel:
-        if self.subject.onnx is not None:
-            return self.subject.onnx
+        if self.source.onnx is not None:
+            return self.source.onnx
         from quantcli.export.export import export_to_onnx
 
-        given, data = self.subject, self.calibration.data
+        given, data = self.source, self.calibration.data
         exported = export_to_onnx(given.path, folder / "export", data=data, weights=given.weights)
         self.warnings += exported.warnings
         return open_onnx(exported.path)
@@ -267,7 +267,7 @@ class _Conversion:
         found = load_samples(
             self.calibration.data,
             original.inputs,
-            folder=self.subject.folder,
+            folder=self.source.folder,
             tokenizer=self.calibration.tokenizer,
             preprocess=self.calibration.preprocess,
             samples=self.calibration.samples or (None if self.trains else DEFAULT_SAMPLES),
@@ -285,7 +285,7 @@ class _Conversion:
         read = [node.node.inputs[0] for node in plan.of_mode("weights") if node.node.op_type == "Conv"]
         if not static and not (read and (samples or self.calibration.stats)):
             return None
-        sha256 = subject_sha256(self.subject)
+        sha256 = source_sha256(self.source)
         if self.calibration.stats is not None:
             statistics = CalibrationStats.load(self.calibration.stats)
             statistics.require_model(sha256)
@@ -358,7 +358,7 @@ class _Conversion:
             )
 
     def _copy_companions(self, original: OnnxModel, out: Path) -> None:
-        folder = Path(self.subject.path)
+        folder = Path(self.source.path)
         if self.single_file or not folder.is_dir():
             return
         for relative in companions(folder):
@@ -399,7 +399,7 @@ class _Conversion:
             "sqnr_db_min": min(measured, default=None),
             **metrics,
         }
-        source = ModelRow(self.subject.path, "reference", "onnx", None, original.sha256(), before)
+        source = ModelRow(self.source.path, "reference", "onnx", None, original.sha256(), before)
         artifact = ModelRow(
             str(self.output), "candidate", "onnx", plan.scheme, None, size, metrics, {"algorithm": plan.algorithm}
         )
