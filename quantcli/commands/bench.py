@@ -18,6 +18,7 @@ from quantcli.benchmarking.measure import (
     timed_call,
 )
 from quantcli.benchmarking.timing import time_interleaved
+from quantcli.data.request import DataRequest
 from quantcli.errors import UsageError
 from quantcli.models.source import open_model, size_metrics
 from quantcli.reporting.gates import apply_gates, parse_gates
@@ -81,13 +82,14 @@ def bench(
     threads = threads or usable_cores()
     state = None if weights is None else Path(weights)
     sources = [open_model(path, state) for path in (model, *candidates)]
+    request = (
+        None if data is None else DataRequest.of(data, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess)
+    )
     feeds = load_feeds(
         sources,
-        None if data is None else str(data),
+        request,
         [batch_size] if isinstance(batch_size, int) else batch_size,
         seq_len=seq_len,
-        tokenizer=None if tokenizer is None else Path(tokenizer),
-        preprocess=None if preprocess is None else Path(preprocess),
         seed=seed,
     )
     probes = [load_and_peak(source, next(iter(feeds.by_size.values()))[0], threads) for source in sources]

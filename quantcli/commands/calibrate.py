@@ -9,6 +9,7 @@ from pathlib import Path
 from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
 from quantcli.calibration.ranges import DEFAULT_METHOD, METHODS
 from quantcli.calibration.statistics import CalibrationStats
+from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.errors import InputError, UsageError
 from quantcli.models.source import ModelSource, model_sha256, open_model, source_sha256
@@ -44,7 +45,7 @@ def calibrate(
     Args:
         model: an ``.onnx`` file, or what can be exported to one: a Hugging Face folder, a ``.pt2``, or
             ``package.module:function``.
-        data: see `quantcli.data.samples.load_samples`.
+        data: see `quantcli.data.request.DataRequest`.
         output: the STATS file, ``.safetensors``.
         method: how ranges are chosen: ``minmax``, ``percentile``, ``entropy`` or ``mse``.
         samples: how many at the most; by default 128.
@@ -75,8 +76,10 @@ def calibrate(
     if target.is_dir():
         raise UsageError(f"The output {target} is a folder.", "Name a file, such as stats.safetensors.")
     with tempfile.TemporaryDirectory(prefix="quantcli-") as scratch:
-        steps = None if preprocess is None else Path(preprocess)
-        onnx, warnings = _as_onnx(source, Path(scratch), str(data), steps)
+        request = DataRequest.of(
+            data, samples=samples, seq_len=seq_len, seed=seed, tokenizer=tokenizer, preprocess=preprocess
+        )
+        onnx, warnings = _as_onnx(source, Path(scratch), request)
         graph = prepare(onnx)
         quantized = graph_quantization(graph)
         if quantized:
@@ -84,16 +87,7 @@ def calibrate(
         names = observed_tensors(graph)
         if not names:
             raise InputError(f"{given} has nothing to calibrate: no operator that static quantization covers.")
-        found = load_samples(
-            str(data),
-            onnx.inputs,
-            folder=source.folder,
-            tokenizer=None if tokenizer is None else Path(tokenizer),
-            preprocess=steps,
-            samples=samples or DEFAULT_SAMPLES,
-            seq_len=seq_len,
-            seed=seed,
-        )
+        found = load_samples(request.at_most(DEFAULT_SAMPLES), onnx.inputs, folder=source.folder)
         stats = collect(
             graph,
             found,
@@ -108,13 +102,13 @@ def calibrate(
     return _report(source, found, stats, target, [*warnings, *found.warnings])
 
 
-def _as_onnx(source: ModelSource, scratch: Path, data: str, preprocess: Path | None) -> tuple[OnnxModel, Sequence[str]]:
+def _as_onnx(source: ModelSource, scratch: Path, request: DataRequest) -> tuple[OnnxModel, Sequence[str]]:
     """The model as a graph, exported into a folder where it is none, and warnings."""
     if source.onnx is not None:
         return source.onnx, source.warnings
     from quantcli.export.export import export_to_onnx
 
-    exported = export_to_onnx(source.path, scratch, data=data, preprocess=preprocess, weights=source.weights)
+    exported = export_to_onnx(source.path, scratch, data=request, weights=source.weights)
     return open_onnx(exported.path), [*source.warnings, *exported.warnings]
 
 

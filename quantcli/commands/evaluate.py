@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantcli.data.for_models import is_text
+from quantcli.data.request import DataRequest
 from quantcli.errors import UsageError
 from quantcli.evaluation.contamination import LeakCheck
 from quantcli.evaluation.inputs import load_inputs, text_task
@@ -70,9 +71,8 @@ def evaluate(
         task = text_task(sources[0])
     if task != "auto":
         parse_gates(require, _known_metrics(task, compared=bool(candidates)))
-    inputs = load_inputs(
-        sources, str(data), task, samples=samples, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess
-    )
+    request = DataRequest.of(data, samples=samples, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess)
+    inputs = load_inputs(sources, request, task)
     parse_gates(require, _known_metrics(inputs.task, compared=bool(candidates)))
     scores = [task_for(inputs.task, source, sources[0]) for source in sources]
     leaks = LeakCheck([(source.path, source.manifest) for source in sources])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quantcli.core.ports import Port
+from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.data.text_files import TEXT_SUFFIXES
 from quantcli.errors import InputError
@@ -21,14 +23,8 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 def samples_for(
     sources: Sequence[ModelSource],
-    data: str,
+    request: DataRequest,
     ports: Sequence[Port],
-    *,
-    tokenizer: Path | None,
-    preprocess: Path | None,
-    samples: int | None,
-    seq_len: int | None,
-    windows: bool,
 ) -> Samples:
     """Samples for several models at once: tokenizer and preprocessing are those of the first that has them.
 
@@ -36,19 +32,11 @@ def samples_for(
         UsageError: a wish that does not go with this data.
         InputError: the data is missing or does not fit the models' inputs.
     """
-    place = tokenizer or _folder_with(sources, *_TOKENIZER_FILES)
-    if is_text(data):
-        _require_tokens(sources[0].path, data, ports, place)
-    return load_samples(
-        data,
-        ports,
-        folder=_folder_with(sources, "preprocessor_config.json", "config.json"),
-        tokenizer=place,
-        preprocess=preprocess,
-        samples=samples,
-        seq_len=seq_len,
-        windows=windows,
-    )
+    tokenizer = request.tokenizer or _folder_with(sources, *_TOKENIZER_FILES)
+    if is_text(request.data):
+        _require_tokens(sources[0].path, request.data, ports, tokenizer)
+    folder = _folder_with(sources, "preprocessor_config.json", "config.json")
+    return load_samples(replace(request, tokenizer=tokenizer), ports, folder=folder)
 
 
 def _require_tokens(model: str, data: str, ports: Sequence[Port], tokenizer: Path | None) -> None:

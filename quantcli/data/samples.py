@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from quantcli.core.ports import Port
 from quantcli.data.array_files import ARRAY_SUFFIXES
 from quantcli.data.image_preprocessing import IMAGE_SUFFIXES, load_preprocess
+from quantcli.data.request import DataRequest
 from quantcli.data.sources.arrays import ArraySource
 from quantcli.data.sources.base import Sample, Source, evenly
 from quantcli.data.sources.functions import FunctionSource
@@ -78,67 +79,45 @@ class Samples:
 
 
 def load_samples(
-    data: str,
+    request: DataRequest,
     inputs: Sequence[Port],
     *,
     folder: Path | None,
-    tokenizer: Path | None = None,
-    preprocess: Path | None = None,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int = 0,
-    windows: bool | None = None,
 ) -> Samples:
     """Samples for a model.
 
     Args:
-        data: a path, or ``package.module:function``.
+        request: where they come from, and how they are made.
         inputs: what the model asks for.
         folder: the model's folder, for its tokenizer and its preprocessor_config.json.
-        tokenizer: a folder with the tokenizer.
-        preprocess: a file with the preprocessing of images.
-        samples: how many at the most; by default all. They are spread evenly, images also over their classes.
-        seq_len: tokens of a text sample at the most, or of a window exactly.
-        seed: what images are chosen by.
-        windows: whether text is cut into windows of equal length, rather than one sample per line or record; by
-            default for a causal language model.
 
     Raises:
         UsageError: a wish that does not go with this data.
         InputError: the data is missing, empty, damaged, or does not fit the inputs.
     """
-    if samples is not None and samples < 1:
-        raise UsageError(f"--samples {samples}: at least one is needed.")
-    source = _source(data, inputs, folder, tokenizer, preprocess, seq_len, windows, samples)
-    return Samples(data, source, source.choose(samples, seed))
+    if request.samples is not None and request.samples < 1:
+        raise UsageError(f"--samples {request.samples}: at least one is needed.")
+    source = _source(request, inputs, folder)
+    return Samples(request.data, source, source.choose(request.samples, request.seed))
 
 
-def _source(
-    data: str,
-    inputs: Sequence[Port],
-    folder: Path | None,
-    tokenizer: Path | None,
-    preprocess: Path | None,
-    seq_len: int | None,
-    windows: bool | None,
-    samples: int | None,
-) -> Source:
-    path = Path(data)
+def _source(request: DataRequest, inputs: Sequence[Port], folder: Path | None) -> Source:
+    data, path = request.data, Path(request.data)
     if path.suffix in TEXT_SUFFIXES and not path.is_dir():
         from quantcli.data.sources.texts import TextSource  # brings torch and transformers
 
-        return TextSource(path, inputs, tokenizer, folder, seq_len, windows, samples)
-    if seq_len is not None:
+        return TextSource(request, inputs, folder)
+    if request.seq_len is not None:
         raise UsageError(f"--seq-len is for text, and {data} is none.")
     if is_function(data):
-        return FunctionSource(data, inputs, samples)
+        return FunctionSource(data, inputs, request.samples)
     if not path.exists():
         raise InputError(f"{data} does not exist.", KINDS)
     if path.suffix in ARRAY_SUFFIXES and path.is_file():
         return ArraySource([path], inputs, path)
     if not path.is_dir():
         raise InputError(f"{data} is of no known kind.", KINDS)
-    return _folder_source(path, inputs, preprocess, folder)
+    return _folder_source(path, inputs, request.preprocess, folder)
 
 
 def _folder_source(path: Path, inputs: Sequence[Port], preprocess: Path | None, folder: Path | None) -> Source:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quantcli.core.ports import Arrays
 from quantcli.data.for_models import input_ports, is_text, samples_for
+from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, batches
 from quantcli.errors import InputError
 from quantcli.models import hugging_face
@@ -38,13 +39,8 @@ class Inputs:
 
 def load_inputs(
     sources: Sequence[ModelSource],
-    data: str,
+    request: DataRequest,
     task: str,
-    *,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    tokenizer: str | Path | None = None,
-    preprocess: str | Path | None = None,
 ) -> Inputs:
     """Samples from DATA for the first model, and the task: the one named, or what fits model and data.
 
@@ -56,21 +52,16 @@ def load_inputs(
     """
     found = samples_for(
         sources,
-        data,
-        input_ports(sources, text=is_text(data)),
-        tokenizer=Path(tokenizer) if tokenizer else None,
-        preprocess=None if preprocess is None else Path(preprocess),
-        samples=samples or _DEFAULT_SAMPLES.get(task),
-        seq_len=seq_len,
-        windows=task != "embedding",
+        replace(request.at_most(_DEFAULT_SAMPLES.get(task)), windows=task != "embedding"),
+        input_ports(sources, text=is_text(request.data)),
     )
     if task == "auto":
         task = "classification" if found.labels else "fidelity"
-        if samples is None and task in _DEFAULT_SAMPLES:
-            return load_inputs(sources, data, task, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess)
+        if request.samples is None and task in _DEFAULT_SAMPLES:
+            return load_inputs(sources, request, task)
     if task == "classification" and not found.labels:
         raise InputError(
-            f"{data} has no labels, which classification needs.",
+            f"{request.data} has no labels, which classification needs.",
             "Labels are the array labels of an .npz, or one subfolder of images per class; "
             "--task fidelity does without.",
         )

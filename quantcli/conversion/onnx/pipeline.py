@@ -23,7 +23,7 @@ from quantcli.conversion.onnx.rows import layer_entries, layer_rows, left_rows
 from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import FINGERPRINT_KEY, MANIFEST_KEY
 from quantcli.data.fingerprint import fingerprint
-from quantcli.data.request import Calibration
+from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.models.kernels import prove
 from quantcli.models.source import open_model, source_sha256
@@ -68,7 +68,8 @@ def convert_onnx(
     model: str | Path,
     output: Path,
     recipe: Recipe,
-    calibration: Calibration,
+    data: DataRequest | None,
+    statistics: Path | None,
     *,
     weights: Path | None = None,
     device: str = "cpu",
@@ -96,7 +97,7 @@ def convert_onnx(
         if not trains:
             staging.begin_anew()
         try:
-            conversion = _Conversion(str(model), output, recipe, calibration, weights, version, device, progress)
+            conversion = _Conversion(str(model), output, recipe, data, statistics, weights, version, device, progress)
             report = conversion.run(staging, dry_run=dry_run, force=force)
             if conversion.single_file and not (force or dry_run):
                 _refuse_to_overwrite(staging.out, output)
@@ -143,13 +144,14 @@ class _Conversion:
         model: str,
         output: Path,
         recipe: Recipe,
-        calibration: Calibration,
+        data: DataRequest | None,
+        statistics: Path | None,
         weights: Path | None,
         version: str | None,
         device: str,
         progress: Progress | None,
     ) -> None:
-        self.output, self.recipe, self.calibration = output, recipe, calibration
+        self.output, self.recipe, self.data, self.stats = output, recipe, data, statistics
         self.version, self.device, self.progress = version, device, progress
         self.training: dict[str, Any] | None = None
         self.warnings: list[str] = []
@@ -232,8 +234,8 @@ class _Conversion:
             return self.source.onnx
         from quantcli.export.export import export_to_onnx
 
-        given, data = self.source, self.calibration.data
-        exported = export_to_onnx(given.path, folder / "export", data=data, weights=given.weights)
+        given = self.source
+        exported = export_to_onnx(given.path, folder / "export", data=self.data, weights=given.weights)
         self.warnings += exported.warnings
         return open_onnx(exported.path)
 
@@ -247,33 +249,25 @@ class _Conversion:
         if opset > original.opset:
             graph = upgrade(graph, opset)
             plan = resolve_graph(self.recipe, graph, original.path)
-        if plan.of_mode("static") and not (self.calibration.stats or self.calibration.data):
+        if plan.of_mode("static") and not (self.stats or self.data):
             raise UsageError(
                 f"{plan.scheme} needs the ranges of activations.",
                 "Give --data DATA to take them now, or --calibration STATS from quantcli calibrate.",
             )
-        if self.trains and not self.calibration.data:
+        if self.trains and not self.data:
             raise UsageError("qat learns from data.", "Name some with --data; nothing is fetched or made up.")
-        if plan.needs_inputs and not self.calibration.data:
-            why = "STATS hold the ranges of activations alone." if self.calibration.stats else None
+        if plan.needs_inputs and not self.data:
+            why = "STATS hold the ranges of activations alone." if self.stats else None
             raise UsageError("gptq needs calibration data: give --data.", why)
         return graph, plan
 
     def _samples(self, original: OnnxModel) -> Samples | None:
-        if self.calibration.data is None:
+        if self.data is None:
             return None
         from quantcli.data.samples import load_samples
 
-        found = load_samples(
-            self.calibration.data,
-            original.inputs,
-            folder=self.source.folder,
-            tokenizer=self.calibration.tokenizer,
-            preprocess=self.calibration.preprocess,
-            samples=self.calibration.samples or (None if self.trains else DEFAULT_SAMPLES),
-            seq_len=self.calibration.seq_len,
-            seed=self.calibration.seed,
-        )
+        request = self.data.at_most(None if self.trains else DEFAULT_SAMPLES)
+        found = load_samples(request, original.inputs, folder=self.source.folder)
         self.warnings += found.warnings
         return found
 
@@ -283,18 +277,16 @@ class _Conversion:
         # Static layers need ranges; the biases of other convolutions profit from the means of what they read.
         static = plan.of_mode("static")
         read = [node.node.inputs[0] for node in plan.of_mode("weights") if node.node.op_type == "Conv"]
-        if not static and not (read and (samples or self.calibration.stats)):
+        if not static and not (read and (samples or self.stats)):
             return None
         sha256 = source_sha256(self.source)
-        if self.calibration.stats is not None:
-            statistics = CalibrationStats.load(self.calibration.stats)
+        if self.stats is not None:
+            statistics = CalibrationStats.load(self.stats)
             statistics.require_model(sha256)
             return statistics
-        assert samples is not None
+        assert samples is not None and self.data is not None
         observed = None if static else list(dict.fromkeys(value.name for value in read if value and value.name))
-        return collect(
-            graph, samples, observed, model_sha256=sha256, seed=self.calibration.seed, progress=self.progress
-        )
+        return collect(graph, samples, observed, model_sha256=sha256, seed=self.data.seed, progress=self.progress)
 
     @property
     def trains(self) -> bool:
@@ -317,15 +309,17 @@ class _Conversion:
         from quantcli.training.onnx import train_layers
 
         step = training_step(self.recipe)
-        assert step is not None
-        staging.begin(training_fingerprint(self.recipe, original, samples, self.calibration, self.device), force=force)
+        assert step is not None and self.data is not None
+        seed = self.data.seed
+        fingerprint = training_fingerprint(self.recipe, original, samples, self.stats, seed, self.device)
+        staging.begin(fingerprint, force=force)
         trained, history = train_layers(
             unquantized,
             graph,
             outcomes,
             samples,
             step.options,
-            seed=self.calibration.seed,
+            seed=seed,
             device=self.device,
             checkpoint=staging.checkpoint,
             progress=self.progress,

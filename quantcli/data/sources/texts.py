@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.core.ports import Port
 from quantcli.data.fitting import converted, layouts
+from quantcli.data.request import DataRequest
 from quantcli.data.sources.base import Sample, evenly, fixed_batch_of, hash_samples
 from quantcli.data.text_files import load_labelled_texts, token_windows
 from quantcli.errors import InputError, UsageError
@@ -29,26 +30,23 @@ class TextSource:
 
     def __init__(
         self,
-        path: Path,
+        request: DataRequest,
         ports: Sequence[Port],
-        tokenizer: Path | None,
         folder: Path | None,
-        seq_len: int | None,
-        windows: bool | None,
-        samples: int | None,
     ) -> None:
+        path, seq_len = Path(request.data), request.seq_len
         if seq_len is not None and seq_len < 2:
             raise UsageError(f"--seq-len {seq_len}: at least two tokens are needed.")
         if not any(port.dtype.kind in "iu" for port in ports):
             listed = ", ".join(map(str, ports))
             raise InputError(f"{path} is text, and the model takes no tokens: {listed}.", "Give arrays or images.")
-        place = tokenizer or folder
-        if place is None or (tokenizer is None and not (place / "config.json").is_file()):
+        place = request.tokenizer or folder
+        if place is None or (request.tokenizer is None and not (place / "config.json").is_file()):
             raise InputError(f"{path} is text, and there is no tokenizer.", "Name one with --tokenizer FOLDER.")
         self.warnings: list[str] = []
         self._path, self._ports = path, ports
         config = next((each for each in (folder, place) if each and (each / "config.json").is_file()), None)
-        causal = hugging_face.is_causal(config) if windows is None and config else bool(windows)
+        causal = hugging_face.is_causal(config) if request.windows is None and config else bool(request.windows)
         self._fixed = _fixed_length(ports)
         longest = hugging_face.longest_sequence(config) if config else DEFAULT_LENGTH
         self._length = seq_len or self._fixed or min(DEFAULT_LENGTH, longest)
@@ -60,7 +58,7 @@ class TextSource:
         self._tokenizer = hugging_face.load_tokenizer(place)
         self._windows: np.ndarray | None = None
         if causal:
-            count = samples or sum(map(len, texts))
+            count = request.samples or sum(map(len, texts))
             self._windows = token_windows(self._tokenizer, texts, self._length, count, path).numpy()
         self._texts = texts
         first = self._arrays(0)
