@@ -10,9 +10,9 @@ from quantcli.core.ports import Port
 from quantcli.data.fitting import converted, layouts
 from quantcli.data.request import DataRequest
 from quantcli.data.sources.base import Sample, evenly, fixed_batch_of, hash_samples
-from quantcli.data.text_files import load_labelled_texts, token_windows
+from quantcli.data.text_files import TEXT_SUFFIXES, load_labelled_texts, token_windows
 from quantcli.errors import InputError, UsageError
-from quantcli.models import hugging_face
+from quantcli.system.user_functions import is_function
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 _IDS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
 #: Tokens of a sample at the most, where nothing else says it.
 DEFAULT_LENGTH = 512
+
+
+DESCRIPTION, IS_TEXT = f"a {', '.join(TEXT_SUFFIXES)} file", True
+
+
+def accepts(data: str) -> bool:
+    """Whether DATA is named as a text file."""
+    return Path(data).suffix in TEXT_SUFFIXES and not Path(data).is_dir() and not is_function(data)
+
+
+def open_source(request: DataRequest, ports: Sequence[Port], folder: Path | None) -> TextSource:
+    """Read the text."""
+    return TextSource(request, ports, folder)
 
 
 class TextSource:
@@ -34,6 +47,8 @@ class TextSource:
         ports: Sequence[Port],
         folder: Path | None,
     ) -> None:
+        from quantcli.models import hugging_face  # brings torch
+
         path, seq_len = Path(request.data), request.seq_len
         if seq_len is not None and seq_len < 2:
             raise UsageError(f"--seq-len {seq_len}: at least two tokens are needed.")
