@@ -9,9 +9,11 @@ from itertools import islice
 import numpy as np
 
 from quantcli.core.ports import Arrays, Port
-from quantcli.data.for_models import input_ports, is_text, samples_for
+from quantcli.data.for_models import input_ports, source_for
 from quantcli.data.request import DataRequest
-from quantcli.data.samples import Samples, batches
+from quantcli.data.samples import Samples, batches, choose_samples
+from quantcli.data.sources import is_text
+from quantcli.data.sources.base import batch_sizes
 from quantcli.errors import InputError, UsageError
 from quantcli.models.inputs import derived_inputs
 from quantcli.models.source import ModelSource
@@ -56,7 +58,7 @@ def load_feeds(
         raise UsageError("--batch-size counts samples: at least one is needed.")
     text = request is None or is_text(request.data)
     ports = input_ports(sources, text=text)
-    fixed = _fixed_batch(ports)
+    fixed = min(batch_sizes(ports), default=None)
     sizes = list(dict.fromkeys(sizes or (fixed or 1,)))
     wrong = [size for size in sizes if fixed and size != fixed]
     if wrong:
@@ -71,8 +73,8 @@ def load_feeds(
         )
         return feeds
     length = request.seq_len or (DEFAULT_LENGTH if text and not _fixed_length(ports) else None)
-    wanted = replace(request, samples=max(sizes) * _BATCHES, seq_len=length, windows=True)
-    samples = samples_for(sources, wanted, ports)
+    sized = replace(request, samples=max(sizes) * _BATCHES, seq_len=length, windows=True)
+    samples = choose_samples(sized, source_for(sources, sized, ports))
     return Feeds({size: _batches(samples, size) for size in sizes}, request.data, list(samples.warnings))
 
 
@@ -121,11 +123,6 @@ def _dimension(port: Port, axis: int, size: int, seq_len: int | None) -> int:
     if len(port.shape) == 4:
         return 3 if axis == 1 else DEFAULT_SIDE
     return seq_len or DEFAULT_LENGTH
-
-
-def _fixed_batch(ports: Sequence[Port]) -> int | None:
-    fixed = {port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], int)}
-    return min(fixed) if fixed else None
 
 
 def _fixed_length(ports: Sequence[Port]) -> bool:

@@ -10,7 +10,7 @@ from quantcli.benchmarking.timing import Timing, speedup
 from quantcli.core.ports import Arrays
 from quantcli.models.inputs import fit
 from quantcli.models.kernels import prove
-from quantcli.models.runner import Runner, open_runner
+from quantcli.models.runner import Runner
 from quantcli.models.source import ModelSource
 from quantcli.onnx.graph.model import onnx_file
 from quantcli.reporting.report import ModelRow
@@ -20,13 +20,6 @@ METRICS = (
     "size_bytes", "size_ratio",
 )  # fmt: skip
 CANDIDATE_METRICS = ("speedup", "speedup_low", "speedup_high")
-
-
-def open_in_bench(source: ModelSource, threads: int) -> Runner:
-    """A model's runner, with so many threads; the model source learns from it what it could not tell from files."""
-    runner = open_runner(source.path, threads=threads, weights=source.weights, shared=True)
-    source.see(runner)
-    return runner
 
 
 def load_and_peak(source: ModelSource, feeds: Arrays, threads: int) -> dict[str, float]:

@@ -13,7 +13,6 @@ from quantcli.benchmarking.measure import (
     batch_metrics,
     load_and_peak,
     model_row,
-    open_in_bench,
     runtimes,
     timed_call,
 )
@@ -93,7 +92,7 @@ def bench(
         seed=seed,
     )
     probes = [load_and_peak(source, next(iter(feeds.by_size.values()))[0], threads) for source in sources]
-    runners = [open_in_bench(source, threads) for source in sources]
+    runners = [source.runner(threads=threads, shared=True) for source in sources]
     batches: list[list[dict[str, Any]]] = [[] for _ in sources]
     for size, pool in feeds.by_size.items():
         timings = time_interleaved(

@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.core.ports import Arrays
-from quantcli.data.for_models import input_ports, is_text, samples_for
+from quantcli.data.for_models import input_ports, source_for
 from quantcli.data.request import DataRequest
-from quantcli.data.samples import Samples, batches
+from quantcli.data.samples import Samples, batches, choose_samples
+from quantcli.data.sources import is_text
 from quantcli.errors import InputError
+from quantcli.evaluation.tasks import task_of
+from quantcli.evaluation.tasks.base import Task
 from quantcli.models import hugging_face
 from quantcli.models.inputs import derived_inputs
 from quantcli.models.source import ModelSource
-
-#: Samples where the user names no number; classification and a user's metric take all.
-_DEFAULT_SAMPLES = {"language-modeling": 64, "embedding": 256, "fidelity": 64}
 
 
 @dataclass
 class Inputs:
     """Samples and the task they serve."""
 
-    task: str
+    task: Task
     samples: Samples
 
     def __len__(self) -> int:
@@ -38,39 +38,39 @@ class Inputs:
 
 
 def load_inputs(
-    sources: Sequence[ModelSource],
+    models: Sequence[ModelSource],
     request: DataRequest,
-    task: str,
+    task: Task | None,
 ) -> Inputs:
     """Samples from DATA for the first model, and the task: the one named, or what fits model and data.
 
-    Labels mean classification, all else fidelity; for text see `text_task`.
+    Labels mean classification, all else fidelity; for text see `named_task`.
 
     Raises:
         UsageError: a number that cannot be meant.
         InputError: the data is missing, does not fit the model, or lacks what the task needs.
     """
-    found = samples_for(
-        sources,
-        replace(request.at_most(_DEFAULT_SAMPLES.get(task)), windows=task != "embedding"),
-        input_ports(sources, text=is_text(request.data)),
-    )
-    if task == "auto":
-        task = "classification" if found.labels else "fidelity"
-        if request.samples is None and task in _DEFAULT_SAMPLES:
-            return load_inputs(sources, request, task)
-    if task == "classification" and not found.labels:
+    if task is not None:
+        request = replace(request.at_most(task.DEFAULT_SAMPLES), windows=task.WINDOWS)
+    source = source_for(models, request, input_ports(models, text=is_text(request.data)))
+    task = task or task_of("classification" if source.labels else "fidelity")
+    if task.NEEDS_LABELS and not source.labels:
         raise InputError(
-            f"{request.data} has no labels, which classification needs.",
+            f"{request.data} has no labels, which {task.NAME} needs.",
             "Labels are the array labels of an .npz, or one subfolder of images per class; "
             "--task fidelity does without.",
         )
-    return Inputs(task, found)
+    return Inputs(task, choose_samples(request.at_most(task.DEFAULT_SAMPLES), source))
 
 
-def text_task(source: ModelSource) -> str:
-    """The task that text means: language modeling for a causal model, embedding for an encoder."""
-    return "language-modeling" if is_causal(source) else "embedding"
+def named_task(name: str, model: ModelSource, data: str) -> Task | None:
+    """The task of this name; of ``auto`` the one that text means, and None for other DATA, whose labels decide.
+
+    Causal models are judged by language modeling on text, encoders by embedding. Raises UsageError.
+    """
+    if name != "auto":
+        return task_of(name)
+    return task_of("language-modeling" if is_causal(model) else "embedding") if is_text(data) else None
 
 
 def is_causal(source: ModelSource) -> bool:

@@ -12,15 +12,9 @@ from quantcli.evaluation.contamination import LeakCheck
 from quantcli.evaluation.inputs import Inputs
 from quantcli.evaluation.layers_onnx import compare_graphs
 from quantcli.evaluation.layers_torch import LayerComparison
-from quantcli.evaluation.tasks.base import Task
-from quantcli.evaluation.tasks.classification import Classification
-from quantcli.evaluation.tasks.custom import Custom
-from quantcli.evaluation.tasks.embedding import Embedding
-from quantcli.evaluation.tasks.fidelity import FidelityTask
-from quantcli.evaluation.tasks.language_modeling import LanguageModeling
-from quantcli.models import hugging_face
+from quantcli.evaluation.tasks.base import Scorer
 from quantcli.models.inputs import fit
-from quantcli.models.runner import Runner, TorchRunner, open_runner
+from quantcli.models.runner import Runner, TorchRunner
 from quantcli.models.source import ModelSource
 from quantcli.reporting.report import LayerRow, ModelRow
 from quantcli.system.hardware import free_memory_bytes
@@ -30,38 +24,17 @@ from quantcli.system.progress import Progress
 LAYERWISE_SAMPLES, LAYERWISE_LENGTH = 8, 128
 
 
-def task_for(task: str, source: ModelSource, reference: ModelSource) -> Task:
-    """The task of this name, to score one model against the reference."""
-    if task == "classification":
-        return Classification(source.path)
-    if task == "language-modeling":
-        return LanguageModeling(source.path)
-    if task == "embedding":
-        pooling = hugging_face.pooling_of(reference.folder) if reference.folder else "mean"
-        return Embedding(source.path, pooling)
-    return FidelityTask(source.path) if task == "fidelity" else Custom(source.path, task)
-
-
-def model_row(source: ModelSource, index: int, score: Task) -> ModelRow:
+def model_row(source: ModelSource, index: int, score: Scorer) -> ModelRow:
     """A model's row of the report."""
     row = source.row(index, score.metrics())
     row.details = score.details()
     return row
 
 
-def _open(source: ModelSource, task: str) -> Runner:
-    causal = {"language-modeling": True, "embedding": False, "classification": False}.get(task)
-    # A user's metric and classification see the model as its config.json names it, heads included.
-    headed = task not in ("language-modeling", "embedding", "fidelity")
-    runner = open_runner(source.path, causal=causal, weights=source.weights, headed=headed)
-    source.see(runner)
-    return runner
-
-
 def run_models(
     sources: Sequence[ModelSource],
     inputs: Inputs,
-    scores: Sequence[Task],
+    scores: Sequence[Scorer],
     leaks: LeakCheck,
     by_layer: bool,
     progress: Progress | None,
@@ -71,7 +44,7 @@ def run_models(
     layers: dict[int, list[LayerRow]] = {}
     done = 0
     for number, group in enumerate(groups):
-        loaded = {index: _open(sources[index], inputs.task) for index in (0, *group)}
+        loaded = {index: sources[index].runner(**inputs.task.LOADING) for index in (0, *group)}
         for feeds, labels in inputs.batches():
             outputs = {index: runner.run(feeds) for index, runner in loaded.items()}
             for position, label in enumerate(labels):

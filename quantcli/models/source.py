@@ -19,6 +19,7 @@ from quantcli.system.user_functions import is_function, load_function
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch import Tensor
 
     from quantcli.models.runner import Runner
 
@@ -68,7 +69,7 @@ class ModelSource:
     checkpoint: Checkpoint | None = None
     onnx: OnnxModel | None = None
     weights: Path | None = None
-    _module_facts: tuple[int, str] | None = field(default=None, repr=False)
+    _code: Runner | None = field(default=None, repr=False)
 
     @property
     def folder(self) -> Path | None:
@@ -112,16 +113,22 @@ class ModelSource:
                 counts[tensor.dtype.name] += tensor.size
             known = [(count, name) for name, count in counts.items() if name in _NUMBER_OF_ONNX]
             return _NUMBER_OF_ONNX[max(known)[1]] if known else None
-        return self._module_facts[1] if self._module_facts else None
+        if self._code is None:
+            return None
+        counts = Counter[str]()
+        for weight in self._weights_of_code():
+            counts[str(weight.dtype).removeprefix("torch.")] += weight.numel()
+        known = [(count, name) for name, count in counts.items() if name in _NUMBER_OF_TORCH]
+        return _NUMBER_OF_TORCH[max(known)[1]] if known else "fp32"
 
     @property
     def size_bytes(self) -> int | None:
-        """Bytes of its files; of a function's module, bytes of the weights (None before `see` was called)."""
+        """Bytes of its files; of a function's module, bytes of the weights (None before it was loaded)."""
         if self.checkpoint or self.onnx:
             return (self.checkpoint or self.onnx).size_bytes  # type: ignore[union-attr]
         if self.kind == "program":
             return Path(self.path).stat().st_size
-        return self._module_facts[0] if self._module_facts else None
+        return None if self._code is None else sum(tensor.nbytes for tensor in self._weights_of_code())
 
     @property
     def float_bytes(self) -> int:
@@ -143,16 +150,25 @@ class ModelSource:
         with file.open("rb", buffering=0) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    def see(self, runner: Runner) -> None:
-        """Learn from the loaded model what its files do not tell."""
-        if self._module_facts is None and self.kind in ("function", "program"):
-            counts = Counter[str]()
-            size = 0
-            for tensor in runner.module.state_dict().values():  # type: ignore[attr-defined]
-                counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-                size += tensor.nbytes
-            known = [(count, name) for name, count in counts.items() if name in _NUMBER_OF_TORCH]
-            self._module_facts = size, _NUMBER_OF_TORCH[max(known)[1]] if known else "fp32"
+    def runner(
+        self, *, threads: int | None = None, causal: bool | None = None, headed: bool = False, shared: bool = False
+    ) -> Runner:
+        """Load the model to be run, as `quantcli.models.runner.open_runner` does; code is loaded once and kept."""
+        from quantcli.models.runner import open_runner, set_torch_threads
+
+        if self._code is not None:
+            set_torch_threads(threads)
+            return self._code
+        runner = open_runner(
+            self.path, threads=threads, causal=causal, weights=self.weights, headed=headed, shared=shared
+        )
+        if self.kind in ("function", "program"):
+            self._code = runner
+        return runner
+
+    def _weights_of_code(self) -> list[Tensor]:
+        """The tensors of a function's module or a program; none before it was loaded."""
+        return [] if self._code is None else list(self._code.module.state_dict().values())  # type: ignore[attr-defined]
 
     def row(self, index: int, metrics: dict[str, float | None]) -> ModelRow:
         """The report's row of the model at ``index`` of the command line; the first one is the reference."""
