@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.reporting.report import Report, Table
@@ -26,6 +27,8 @@ class Ui:
 
     def __init__(self) -> None:
         self.json = self.quiet = self.debug = False
+        #: Where the report is to go as a page.
+        self.html: Path | None = None
 
     def show(self, report: Report, tables: Sequence[Table]) -> None:
         """The report on stdout: one JSON document, or tables; warnings on stderr."""
