@@ -39,10 +39,10 @@ def tasks() -> list[str]:
 
 
 def methods() -> list[str]:
-    """How ranges of activations can be chosen."""
-    from quantcli.calibration.ranges import METHODS
+    """How ranges of activations can be chosen, the default first."""
+    from quantcli.calibration.ranges import DEFAULT_METHOD, METHODS
 
-    return [*METHODS]
+    return [*dict.fromkeys([DEFAULT_METHOD, *METHODS])]
 
 
 def rests() -> list[str]:

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from quantcli import __version__
-from quantcli.calibration.ranges import DEFAULT_METHOD
 from quantcli.cli import completion, options
 from quantcli.cli.help import GroupedCommand, Overview
 from quantcli.cli.output import Outcome, reported
@@ -100,7 +99,7 @@ def calibrate(
     model: options.RunnableModel,
     output: options.StatsOutput,
     data: options.Data = None,
-    method: options.Method = DEFAULT_METHOD,
+    method: options.Method = None,
     samples: options.Samples = None,
     batch_size: options.BatchSize = 1,
     seq_len: options.SeqLen = None,
@@ -113,6 +112,7 @@ def calibrate(
     """Observe activations on your data, for convert --calibration."""
     if data is None:
         raise UsageError("calibrate needs --data.", "Name your data; nothing is fetched or made up.")
+    from quantcli.calibration.ranges import DEFAULT_METHOD
     from quantcli.commands.calibrate import calibrate as run
     from quantcli.reporting.tables.calibrate import calibrate_tables
 
@@ -121,7 +121,7 @@ def calibrate(
             model,
             data=data,
             output=output,
-            method=method,
+            method=method or DEFAULT_METHOD,
             samples=samples,
             batch_size=batch_size,
             seq_len=seq_len,

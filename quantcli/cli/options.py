@@ -126,7 +126,8 @@ Schemes = Annotated[
     _work("--scheme", "-s", metavar="S", choices="scheme", text="Plan for this scheme: {choices}; may be repeated."),
 ]
 Method = Annotated[
-    str, _work("--method", metavar="M", choices="method", text="How ranges are chosen: {choices}.", show_default=True)
+    Optional[str],
+    _work("--method", metavar="M", choices="method", text="How ranges are chosen: {choices}; by default the first."),
 ]
 BatchSize = Annotated[int, _work("--batch-size", metavar="B", min=1, text="Samples per run.")]
 BatchSizes = Annotated[

@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from quantcli.cli import options
 from quantcli.cli.terminal import Ui
 from quantcli.errors import InputError
-from quantcli.reporting.ci import write_junit, write_markdown
-from quantcli.reporting.report import Report, Table
+
+if TYPE_CHECKING:
+    from quantcli.reporting.report import Report, Table
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def reported(command: Callable[..., Outcome]) -> Callable[..., None]:
 
 
 def _write(outcome: Outcome, markdown: Path | None, html: Path | None, junit: Path | None) -> None:
+    from quantcli.reporting.ci import write_junit, write_markdown
+
     try:
         write_markdown(outcome.tables, outcome.report, markdown)
         if html is not None:

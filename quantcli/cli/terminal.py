@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.reporting.report import Report, Table
-
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from quantcli.reporting.report import Report, Table
 
 #: Width where there is no terminal to ask: wide enough that logs do not wrap tables.
 _LOG_WIDTH = 200
@@ -56,6 +55,8 @@ class Ui:
     def _say(self, message: str, style: str) -> None:
         text = message
         if sys.stderr.isatty():
+            import textwrap
+
             width = shutil.get_terminal_size().columns
             text = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False)
         if style and sys.stderr.isatty() and "NO_COLOR" not in os.environ:
