@@ -121,8 +121,8 @@ def _print_table(console: Console, table: Table) -> None:
 
     bare = not any(table.columns[:1])
     shown = RichTable(box=box.SIMPLE_HEAD, show_header=not bare, pad_edge=False)
-    for column, width in zip(table.columns, _widths(table, console.width), strict=True):
-        shown.add_column(column, justify="right" if column in table.right else "left", overflow="fold", width=width)
+    for column in table.columns:
+        shown.add_column(column, justify="right" if column in table.right else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*map(Text, row))
     # As a table's own title and caption they would be folded to the width of its columns.
@@ -131,18 +131,3 @@ def _print_table(console: Console, table: Table) -> None:
     if table.note:
         console.print(Text(table.note, style="dim"))
         console.print()
-
-
-def _widths(table: Table, available: int) -> list[int]:
-    """Widths of columns: the widest give way until all fit, at first only to where words need not be broken."""
-    from rich.cells import cell_len
-
-    columns = [[name, *cells] for name, *cells in zip(table.columns, *table.rows, strict=True)]
-    widths = [max(map(cell_len, cells)) for cells in columns]
-    words = [max((cell_len(word) for cell in cells for word in cell.split()), default=1) for cells in columns]
-    room = available - 3 * len(columns)  # what the box takes
-    for least in (words, [1] * len(columns)):
-        while sum(widths) > room and any(width > low for width, low in zip(widths, least, strict=True)):
-            spare = [(width if width > low else 0) for width, low in zip(widths, least, strict=True)]
-            widths[spare.index(max(spare))] -= 1
-    return widths
