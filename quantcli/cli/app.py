@@ -27,7 +27,8 @@ _CommandLineError: type[Any] = typer.BadParameter.__mro__[2]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0 done; 1 a gate failed; 2 usage; 3 input; 4 a defect of quantcli; 130 interrupted.
+    0 done; 1 a gate failed, the report is written even so; 2 the command line or a recipe cannot be meant; 3 something
+    given is missing, corrupt or not supported, or an extra is not installed; 4 a defect of quantcli; 130 interrupted.
     """
     ui = Ui()
     signal.signal(signal.SIGTERM, _interrupt)

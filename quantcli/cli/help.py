@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -40,7 +41,12 @@ class GroupedCommand(TyperCommand):
         width = max(len(name) for rows in groups.values() for name, _ in rows)
         for group, rows in groups.items():
             with formatter.section(group):
-                formatter.write_dl([(name.ljust(width), text) for name, text in rows])
+                for name, text in rows:
+                    # Unlike typer's own lists, no name is broken at its hyphens.
+                    room = formatter.width - formatter.current_indent - width - 2
+                    first, *others = textwrap.wrap(text, room, break_on_hyphens=False, break_long_words=False)
+                    for left, right in ((name, first), *(("", line) for line in others)):
+                        formatter.write(f"{'':{formatter.current_indent}}{left:{width}}  {right}\n")
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the examples as they are, to be copied."""
