@@ -51,10 +51,10 @@ def _shell() -> str:
     try:
         shell: str = shellingham.detect_shell()[0]
     except (shellingham.ShellDetectionFailure, OSError):
-        shell = "of an unknown name"
+        shell = "this shell, whose name is not known"
     if shell not in known:
         raise InputError(
-            f"There is no completion for a shell {shell}.",
+            f"There is no completion for {shell}.",
             f"Run it in one of {', '.join(known)}, or print a script: {_VARIABLE}=source_bash quantcli",
         )
     return shell

@@ -72,7 +72,7 @@ def test_what_cannot_be_installed_is_said_in_words(
 ) -> None:
     in_shell("csh", monkeypatch)
     assert main(["--install-completion"]) == 3
-    assert "Error: There is no completion for a shell csh. " in capsys.readouterr().err
+    assert "Error: There is no completion for csh. " in capsys.readouterr().err
 
     def unknown() -> None:
         raise shellingham.ShellDetectionFailure
