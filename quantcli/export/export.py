@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import warnings
@@ -19,7 +18,7 @@ import torch
 from quantcli.core.ports import Port
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import load_samples
-from quantcli.errors import InputError, MissingExtraError
+from quantcli.errors import InputError
 from quantcli.export.function import function_source
 from quantcli.export.hugging_face import hugging_face_source
 from quantcli.export.program import program_source
@@ -71,11 +70,8 @@ def export_to_onnx(
     Raises:
         InputError: the model cannot be loaded, traced or expressed in ONNX, no inputs to trace it with are known,
             or the export computes something else than torch.
-        MissingExtraError: onnxscript, onnxruntime or transformers is not installed.
+        MissingExtraError: transformers is not installed.
     """
-    for package in ("onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, "export", "Exporting a torch model to ONNX")
     source = read_source(model, data, weights)
     folder.mkdir(parents=True, exist_ok=True)
     path, messages = folder / "model.onnx", list(source.warnings)

@@ -14,7 +14,7 @@ import transformers as tf
 from safetensors.torch import save_file
 
 from quantcli.data.request import DataRequest
-from quantcli.errors import InputError, MissingExtraError
+from quantcli.errors import InputError
 from quantcli.export import export, source
 from quantcli.export.export import export_to_onnx
 from quantcli.models.session import Session
@@ -276,10 +276,3 @@ def test_a_folder_quantized_in_a_way_that_is_not_read(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="is quantized as fp8, which quantcli does not read"):
         export_to_onnx(tmp_path, tmp_path / "out")
-
-
-def test_a_missing_exporter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = export.importlib.util.find_spec
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    with pytest.raises(MissingExtraError, match=r"onnxscript.*quantcli\[export\]"):
-        export_to_onnx(tmp_path, tmp_path)
