@@ -58,16 +58,7 @@ def train_checkpoint(
         UsageError: the recipe asks for labels that are not there.
     """
     options, device = plan.steps.options("qat"), torch.device(run.device)
-    trainee = CheckpointTrainee(
-        model.skeleton,
-        original.skeleton,
-        plan,
-        blocks,
-        written,
-        device,
-        norms=options.norms,
-        mixed_precision=options.mixed_precision,
-    )
+    trainee = CheckpointTrainee(model.skeleton, original.skeleton, plan, blocks, written, device, options)
     data = TrainingData(samples, device, lambda batch: completed(model, batch))
     causal = model.folder is not None and (model.folder / "config.json").is_file() and is_causal(model.folder)
     history = train(trainee, data, options, LANGUAGE if causal else OTHERS, run)

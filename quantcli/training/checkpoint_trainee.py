@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.algorithms.fake_quantize import LearnedRange, LearnedValues, LearnedWeight, dynamic_range
+from quantcli.algorithms.qat import Options as QatOptions
 from quantcli.blocks.capture import main_output, replaced_forward, without_cache
 from quantcli.blocks.skeleton import Skeleton
 from quantcli.blocks.structure import BlockList
@@ -90,9 +91,7 @@ class CheckpointTrainee:
         blocks: Sequence[BlockList],
         written: Parameters,
         device: torch.device,
-        *,
-        norms: bool,
-        mixed_precision: bool,
+        options: QatOptions,
     ) -> None:
         """Put both models together.
 
@@ -103,15 +102,14 @@ class CheckpointTrainee:
             blocks: the model's blocks.
             written: the blocks' parameters, quantized.
             device: where it is trained.
-            norms: whether norms and biases learn, too.
-            mixed_precision: whether products take bfloat16 where that is faster.
+            options: whether norms and biases learn, too, and whether products take bfloat16 where that is faster.
 
         Raises:
             InputError: there is too little memory, or no layer that could learn.
         """
         self.skeleton, self.original, self.plan, self.device = skeleton, original, plan, device
-        self._norms, self._mixed = norms, mixed_precision
-        self._layers: dict[str, LayerPlan] = {layer.info.name: layer for layer in plan.layers}
+        self._options = options
+        self._layers = {layer.info.name: layer for layer in plan.layers}
         self._linears: dict[str, _LearnedLinear] = {}
         self._frozen: dict[str, _FrozenLinear] = {}
         self._values: dict[str, LearnedValues] = {}
@@ -151,7 +149,7 @@ class CheckpointTrainee:
         if quantized is None:
             values = written.plain[info.name]
             self.skeleton.set(name, values)
-            if self._norms and (layer.role == "norm" or leaf == "bias"):
+            if self._options.norms and (layer.role == "norm" or leaf == "bias"):
                 start = values.to(self.device)
                 self._values[name] = LearnedValues(start, torch_dtype(layer.dtype), factors=leaf != "bias")
         elif leaf == "weight" and isinstance(module, nn.Linear):
@@ -219,7 +217,7 @@ class CheckpointTrainee:
         self, module: nn.Module, parameters: dict[str, Tensor], inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         with ExitStack() as stack:
-            if self._mixed:
+            if self._options.mixed_precision:
                 stack.enter_context(products(self.device))
             args, kwargs = hugging_face.arguments(module, inputs)
             outputs = torch.func.functional_call(module, parameters, args, {**kwargs, **without_cache(module)})

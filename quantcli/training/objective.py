@@ -26,6 +26,14 @@ def relative_error(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher - student).square().sum() / teacher.square().sum()
 
 
+def without_padding(teacher: Tensor, student: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of outputs ``[samples, tokens, ...]`` those of tokens that a mask among the inputs does not call padding."""
+    mask = inputs.get("attention_mask")
+    if mask is None or teacher.ndim < 3 or mask.shape != teacher.shape[:2]:
+        return teacher, student
+    return teacher[mask.bool()], student[mask.bool()]
+
+
 Outputs = Mapping[str, Tensor]
 
 #: What the logarithm of a probability is taken of at the least.
@@ -93,9 +101,7 @@ class Objective:
         return torch.stack(parts).sum()
 
     def _distance(self, name: str, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:
-        mask = batch.inputs.get("attention_mask")
-        if mask is not None and teacher.ndim > 2 and mask.shape == teacher.shape[:2]:
-            teacher, student = teacher[mask.bool()], student[mask.bool()]
+        teacher, student = without_padding(teacher, student, batch.inputs)
         if name == self.scores:
             return divergence(log_scores(teacher.float()), log_scores(student.float()))
         return relative_error(teacher, student)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -82,24 +81,11 @@ def learn_factors(
     return losses
 
 
-@dataclass
-class Tuned:
-    """What was learned, by the names of tensors: scales of quantized weights, and norms."""
-
-    scales: dict[str, Tensor] = field(default_factory=dict)
-    norms: dict[str, Tensor] = field(default_factory=dict)
-
-
 class ModelTuning:
     """A quantized model whose scales and norms are learned."""
 
     def __init__(
-        self,
-        skeleton: Skeleton,
-        plan: Plan,
-        blocks: Sequence[BlockList],
-        written: Parameters,
-        options: TuneOptions,
+        self, skeleton: Skeleton, plan: Plan, blocks: Sequence[BlockList], written: Parameters, options: TuneOptions
     ) -> None:
         """Put the model together.
 
@@ -111,7 +97,7 @@ class ModelTuning:
             options: what is learned, how long and how fast.
 
         Raises:
-            InputError: the model has more than one list of blocks, or no quantized linear layer.
+            InputError: the model has more than one list of blocks.
         """
         if len(blocks) != 1:
             paths = ", ".join(block_list.path for block_list in blocks)
@@ -156,13 +142,9 @@ class ModelTuning:
         return values if layer.is_coded else values.to(torch_dtype(layer.dtype)).float()
 
     def run(
-        self,
-        batches: Sequence[Mapping[str, Tensor]],
-        teacher: Chain,
-        seed: int,
-        tick: Callable[[float], None],
-    ) -> Tuned:
-        """Learn.
+        self, batches: Sequence[Mapping[str, Tensor]], teacher: Chain, seed: int, tick: Callable[[float], None]
+    ) -> dict[str, Tensor]:
+        """Learn; returns scales of quantized weights, and norms, by the names of tensors.
 
         Args:
             batches: calibration inputs by name, the first axis samples.
@@ -195,9 +177,7 @@ class ModelTuning:
     def _loss(self, inputs: Mapping[str, Tensor], teacher: Tensor, classes: bool) -> Tensor:
         norms = {name: norm.values() for name, norm in self._norms.items()}
         student, _ = main_output(self._call(inputs, norms))
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.shape == teacher.shape[:2]:
-            teacher, student = teacher[mask.bool()], student[mask.bool()]
+        teacher, student = objective.without_padding(teacher, student, inputs)
         return objective.divergence(teacher, student) if classes else objective.relative_error(teacher, student)
 
     def _call(self, inputs: Mapping[str, Tensor], parameters: dict[str, Tensor]) -> Any:
@@ -219,12 +199,7 @@ class ModelTuning:
     def _planned(self, owner: str) -> LayerPlan:
         return self._layers[self.skeleton.info(f"{owner}.weight").name]
 
-    def _result(self) -> Tuned:
-        tuned = Tuned()
-        with torch.no_grad():
-            for owner, linear in self._linears.items():
-                name = self._planned(owner).info.name
-                tuned.scales[name] = linear.scales.values()
-            for name, norm in self._norms.items():
-                tuned.norms[self.skeleton.info(name).name] = norm.values()
-        return tuned
+    @torch.no_grad()
+    def _result(self) -> dict[str, Tensor]:
+        scales = {f"{owner}.weight": linear.scales for owner, linear in self._linears.items()}
+        return {self.skeleton.info(name).name: learned.values() for name, learned in (scales | self._norms).items()}

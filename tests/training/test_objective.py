@@ -20,7 +20,7 @@ from quantcli.planning.steps import parse_steps
 from quantcli.training import data
 from quantcli.training.data import TrainingData, train
 from quantcli.training.loop import Defaults
-from quantcli.training.objective import Batch, Objective, Tally, log_scores
+from quantcli.training.objective import Batch, Objective, Tally, log_scores, without_padding
 from quantcli.training.run import Run
 
 FLOAT, INT64 = np.dtype(np.float32), np.dtype(np.int64)
@@ -133,6 +133,8 @@ def test_a_mask_as_long_as_there_are_classes_is_none_of_these() -> None:
     wanted, found = random(2, 5), random(2, 5, seed=1)
     of = batch(size=2, attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]))
     assert float(objective()({"logits": found}, {"logits": wanted}, of)) == pytest.approx(kl(wanted, found), rel=1e-5)
+    # So it is where scales are tuned.
+    assert without_padding(wanted, found, of.inputs) == (wanted, found)
 
 
 def test_metrics_are_shares_of_all_samples() -> None:

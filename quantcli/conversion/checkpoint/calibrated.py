@@ -246,7 +246,7 @@ class CalibratedWork:
         self.skeleton.drop()
         output.scratch.mkdir(parents=True, exist_ok=True)
         with whole_file(learned) as unfinished:
-            save_file({name: each.contiguous() for name, each in (tuned.scales | tuned.norms).items()}, unfinished)
+            save_file({name: each.contiguous() for name, each in tuned.items()}, unfinished)
 
     def _place_tuned(self, output: Output, learned: Path) -> None:
         from safetensors.torch import load_file
