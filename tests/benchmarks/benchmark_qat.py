@@ -29,7 +29,7 @@ from benchmarks.benchmark import line  # noqa: E402
 
 from quantcli import convert, evaluate  # noqa: E402
 from quantcli.planning.recipe import load_recipe  # noqa: E402
-from quantcli.training.onnx_trainee import GraphTraining  # noqa: E402
+from quantcli.training.onnx_trainee import GraphTrainee  # noqa: E402
 
 CONFIGS = ROOT / "configs"
 #: Chains that are compared on the language model, by the name of their recipe.
@@ -43,14 +43,14 @@ def fashion(folder: Path) -> None:
     recipe = load_recipe(CONFIGS / "cnn-w4a8-qat.yaml")
     given = {"weights": weights, "data": train, "force": True}
     convert("fashion:network", folder / "ptq.onnx", recipe=recipe.model_copy(update={"steps": []}), **given)
-    trained: list[GraphTraining] = []
-    written = GraphTraining.write_back
+    trained: list[GraphTrainee] = []
+    written = GraphTrainee.write_back
 
-    def kept(self: GraphTraining) -> dict[str, float | None]:
+    def kept(self: GraphTrainee) -> dict[str, float | None]:
         trained.append(self)
         return written(self)
 
-    GraphTraining.write_back = kept  # type: ignore[method-assign]
+    GraphTrainee.write_back = kept  # type: ignore[method-assign]
     started = time.monotonic()
     report = convert("fashion:network", folder / "qat.onnx", recipe=recipe, **given)
     seconds = time.monotonic() - started
@@ -66,7 +66,7 @@ def fashion(folder: Path) -> None:
     print(f"    {report.details['training']['steps']} steps, best at {report.details['training']['best_step']}")
 
 
-def _accuracy(model: GraphTraining, test: Path) -> float:
+def _accuracy(model: GraphTrainee, test: Path) -> float:
     with np.load(test) as arrays:
         images, labels = torch.from_numpy(arrays["input"]), torch.from_numpy(arrays["labels"])
     right = 0

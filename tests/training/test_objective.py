@@ -21,7 +21,8 @@ from quantcli.planning.steps import parse_steps
 from quantcli.training import data
 from quantcli.training.data import TrainingData, train
 from quantcli.training.loop import Defaults
-from quantcli.training.objective import Batch, Objective, log_scores
+from quantcli.training.objective import Batch, Objective, Tally, log_scores, without_padding
+from quantcli.training.run import Run
 
 FLOAT, INT64 = np.dtype(np.float32), np.dtype(np.int64)
 PORTS = (Port("x", FLOAT, ("n", 4)),)
@@ -124,7 +125,7 @@ def test_padded_tokens_do_not_count() -> None:
     assert float(given({"logits": noise}, {"logits": wanted}, of)) == pytest.approx(0, abs=1e-6)
     hidden = objective(scores=None)({"hidden": noise}, {"hidden": wanted}, of)
     assert float(hidden) == 0
-    tally = given.tally()
+    tally = Tally(given)
     tally.add({"logits": -noise * kept.unsqueeze(-1) + noise * ~kept.unsqueeze(-1)}, {"logits": wanted}, of)
     assert tally.metrics()["top1_agreement"] == 0
 
@@ -133,6 +134,8 @@ def test_a_mask_as_long_as_there_are_classes_is_none_of_these() -> None:
     wanted, found = random(2, 5), random(2, 5, seed=1)
     of = batch(size=2, attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]))
     assert float(objective()({"logits": found}, {"logits": wanted}, of)) == pytest.approx(kl(wanted, found), rel=1e-5)
+    # So it is where scales are tuned.
+    assert without_padding(wanted, found, of.inputs) == (wanted, found)
 
 
 def test_metrics_are_shares_of_all_samples() -> None:
@@ -142,14 +145,14 @@ def test_metrics_are_shares_of_all_samples() -> None:
         ({}, True, "top1", 3), ({"labels": 0}, True, "top1_agreement", 2), ({}, False, "top1_agreement", 2),
     ):  # fmt: skip
         given = objective(labelled=labelled, **options)
-        tally = given.tally()
+        tally = Tally(given)
         losses = []
         for rows in (slice(0, 3), slice(3, 4)):
             part = batch(labels[rows], len(labels[rows]))
             tally.add({"logits": found[rows]}, {"logits": wanted[rows]}, part)
             losses += [float(given({"logits": found[rows]}, {"logits": wanted[rows]}, part))] * len(part)
         assert tally.metrics() == {"loss": pytest.approx(np.mean(losses)), name: right / 4}
-    assert objective().tally().metrics() == {"loss": None}
+    assert Tally(objective()).metrics() == {"loss": None}
 
 
 LOSSES = """
@@ -282,10 +285,7 @@ def test_sequences_with_a_mask_are_padded_into_one_batch(generators: None) -> No
 
 
 def test_more_samples_than_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Little:
-        available = 200
-
-    monkeypatch.setattr(data.psutil, "virtual_memory", Little)
+    monkeypatch.setattr(data, "free_memory_bytes", lambda: 200)
     with pytest.raises(InputError, match="5 of 10 samples take") as caught:
         TrainingData(samples(tmp_path), torch.device("cpu"))
     assert "--samples 4" in (caught.value.hint or "")
@@ -301,10 +301,8 @@ class Mute:
 def test_a_model_without_float_outputs(tmp_path: Path) -> None:
     data, options = TrainingData(samples(tmp_path), torch.device("cpu")), QatOptions()
     with pytest.raises(InputError, match="no output of floating point"):
-        train(
-            Mute(), data, options, Defaults(1, 1, 1.0, 1.0), seed=0, checkpoint=tmp_path / "c",  # type: ignore[arg-type]
-            tick=lambda _: None, say=lambda _: None,
-        )  # fmt: skip
+        run = Run.followed_by(None, 0, "cpu", tmp_path / "c")
+        train(Mute(), data, options, Defaults(1, 1, 1.0, 1.0), run)  # type: ignore[arg-type]
 
 
 def test_fewer_samples_evenly_spread(tmp_path: Path) -> None:

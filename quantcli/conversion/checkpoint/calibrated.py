@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from quantcli.blocks.batches import CalibrationBatches, load_batches
 from quantcli.blocks.model import hugging_face, plain_module
 from quantcli.blocks.structure import find_blocks
@@ -34,11 +32,14 @@ from quantcli.ptq.engine import BlockEngine, BlockOutcome, Chain, linear_layers
 from quantcli.ptq.memory_demand import foresee
 from quantcli.ptq.rounding import Coded
 from quantcli.system.devices import check_device
+from quantcli.system.files import whole_file
 from quantcli.system.hardware import free_memory_bytes, resident_bytes
 from quantcli.system.parallel import torch_threads
 from quantcli.system.text import format_bytes
 from quantcli.training.checkpoint import load_trained, save_trained, train_checkpoint
 from quantcli.training.loop import History
+from quantcli.training.parameters import Parameters
+from quantcli.training.run import Run
 
 #: Of the memory that the heaviest block leaves, one part in so many is for hidden states; others go to disk.
 _HIDDEN_SHARE = 2
@@ -180,12 +181,13 @@ class CalibratedWork:
     def _trains(self) -> bool:
         return any(step.name == "qat" for step in self.plan.steps.final)
 
-    def _written(self, output: Output) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-        """What was written of the blocks: codes, and other parameters in float32, by the names of tensors."""
+    def _written(self, output: Output) -> Parameters:
+        """The blocks' parameters as they were written."""
         artifact = open_checkpoint(output.folder)
         outcomes = [self._finished(path, artifact, output.results) for each in self._blocks for path in each.blocks]
         coded = {name: each.tensor for outcome in outcomes if outcome for name, each in outcome.coded.items()}
-        return coded, {name: values for outcome in outcomes if outcome for name, values in outcome.plain.items()}
+        plain = {name: values for outcome in outcomes if outcome for name, values in outcome.plain.items()}
+        return Parameters(coded, plain)
 
     def _train(self, output: Output, learned: Path) -> None:
         """Train what was written, into a file of its own: what is written stays whole."""
@@ -197,11 +199,13 @@ class CalibratedWork:
             self._blocks,
             self._written(output),
             self.data.samples,
-            seed=self.request.seed,
-            device=self.device,
-            checkpoint=output.scratch / "training.pt",
-            tick=lambda done: output.tick(1 - _TRAINING + _TRAINING * done),
-            say=output.say,
+            Run(
+                self.request.seed,
+                self.device,
+                output.scratch / "training.pt",
+                tick=lambda done: output.tick(1 - _TRAINING + _TRAINING * done),
+                say=output.say,
+            ),
         )
         self.skeleton.drop()
         save_trained(learned, trained, history)
@@ -210,7 +214,7 @@ class CalibratedWork:
         trained, self.history = load_trained(learned, self._by_name)
         for name, values in trained.plain.items():
             output.record(name, place_values(self._by_name[name], values, output.destinations))
-        for name, tensor in trained.coded.items():
+        for name, tensor in trained.quantized.items():
             layer = self._by_name[name]
             result = place_codes(layer, tensor, self.plan, output.destinations)
             # Where an interrupted run placed it already, that is said already.
@@ -235,16 +239,14 @@ class CalibratedWork:
 
         from quantcli.training.tuning import ModelTuning
 
-        coded, plain = self._written(output)
         options = self.plan.steps.options("tune")
-        tuning = ModelTuning(self.skeleton, self.plan, self._blocks, coded, plain, options)
+        tuning = ModelTuning(self.skeleton, self.plan, self._blocks, self._written(output), options)
         seed = self.request.seed
         tuned = tuning.run(self.data.batches, teacher, seed, lambda done: output.tick(_BLOCKS + _TUNE * done))
         self.skeleton.drop()
         output.scratch.mkdir(parents=True, exist_ok=True)
-        unfinished = learned.with_suffix(".partial")
-        save_file({name: each.contiguous() for name, each in (tuned.scales | tuned.norms).items()}, unfinished)
-        unfinished.replace(learned)
+        with whole_file(learned) as unfinished:
+            save_file({name: each.contiguous() for name, each in tuned.items()}, unfinished)
 
     def _place_tuned(self, output: Output, learned: Path) -> None:
         from safetensors.torch import load_file

@@ -307,6 +307,7 @@ class _Conversion:
         """Train the quantized graph, going on where the same command was interrupted."""
         from quantcli.training.onnx import fingerprint as training_fingerprint
         from quantcli.training.onnx import train_layers
+        from quantcli.training.run import Run
 
         step = training_step(self.recipe)
         assert step is not None and self.data is not None
@@ -319,10 +320,7 @@ class _Conversion:
             outcomes,
             samples,
             step.options,
-            seed=seed,
-            device=self.device,
-            checkpoint=staging.checkpoint,
-            progress=self.progress,
+            Run.followed_by(self.progress, seed, self.device, staging.checkpoint),
         )
         self.training = history.to_json()
         self.warnings += history.warnings
