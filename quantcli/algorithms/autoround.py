@@ -127,16 +127,8 @@ class LearnedRounding:
 def round_layers(layers: BlockLayers, options: Options) -> dict[str, RoundedTensor]:
     """As a calibrated rounding; see `run`."""
     assert layers.targets is not None
-    tensors = run(
-        layers.block,
-        layers.formats,
-        layers.calls,
-        layers.targets,
-        layers.scale_dtype,
-        options,
-        layers.seed,
-        layers.report,
-    )
+    block, formats, scale_dtype = layers.block, layers.formats, layers.scale_dtype
+    tensors = run(block, formats, layers.calls, layers.targets, scale_dtype, options, layers.seed, layers.report)
     return {name: RoundedTensor(tensor, Rounding("autoround")) for name, tensor in tensors.items()}
 
 

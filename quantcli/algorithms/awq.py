@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantcli.algorithms.base import BlockLayers, NoOptions, Readers
-from quantcli.algorithms.mse import RANGE_FRACTIONS, group_range, rounding_error
+from quantcli.algorithms.mse import clip_search, group_range, rounding_error
 from quantcli.core.numerics import choose_qparams, in_groups, quantize
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import QuantizedTensor, RoundedTensor, Rounding
@@ -141,18 +141,10 @@ def _clipped(
 
     ``groups`` is ``[groups, rows, size]`` here, and ``blocks`` ``[groups, size, size]``: one product for all.
     """
-    low, high = group_range(groups, number_format)
-    best = torch.full_like(high, torch.inf)
-    scale, zero_point = choose_qparams(low, high, number_format, scale_dtype)
     change, product = torch.empty_like(groups), torch.empty_like(groups)
-    for fraction in RANGE_FRACTIONS:
-        low_part = None if low is None else low * fraction
-        candidate, offset = choose_qparams(low_part, high * fraction, number_format, scale_dtype)
-        rounding_error(groups, candidate, offset, number_format, change)
-        error = torch.bmm(change, blocks, out=product).mul_(change).sum(-1)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale = torch.where(better, candidate, scale)
-        if offset is not None and zero_point is not None:
-            zero_point = torch.where(better, offset, zero_point)
-    return scale, zero_point
+
+    def error(scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        rounding_error(groups, scale, zero_point, number_format, change)
+        return torch.bmm(change, blocks, out=product).mul_(change).sum(-1)
+
+    return clip_search(groups, number_format, scale_dtype, error)

@@ -15,6 +15,8 @@ saves 12% of the squared error. It changes no kernel, since a group's scale only
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -54,28 +56,37 @@ def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor | N
 def run(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
     """Quantize ``weight``, float32 ``[rows, columns]``, with scales stored as ``scale_dtype``."""
     groups = in_groups(weight, number_format)
-    low, high = group_range(groups, number_format)
-    best = torch.full_like(high, torch.inf)
-    scale, zero_point = choose_qparams(low, high, number_format, scale_dtype)
     buffer = torch.empty_like(groups)
-    for fraction in RANGE_FRACTIONS:
-        low_part = None if low is None else low * fraction
-        candidate, offset = choose_qparams(low_part, high * fraction, number_format, scale_dtype)
-        error = _error(groups, candidate, offset, number_format, buffer)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale = torch.where(better, candidate, scale)
-        if offset is not None and zero_point is not None:
-            zero_point = torch.where(better, offset, zero_point)
+
+    def error(scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """L_p error of each group, to the power p, computed without allocating."""
+        return rounding_error(groups, scale, zero_point, number_format, buffer).abs_().pow_(ERROR_POWER).sum(-1)
+
+    scale, zero_point = clip_search(groups, number_format, scale_dtype, error)
     codes = quantize(groups, scale, zero_point, number_format).reshape(weight.shape)
     return QuantizedTensor(codes, scale, zero_point, tuple(weight.shape), number_format)
 
 
-def _error(
-    groups: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat, out: Tensor
-) -> Tensor:
-    """L_p error, to the power p, per group of rounding to the grid, computed in ``out`` without allocating."""
-    return rounding_error(groups, scale, zero_point, number_format, out).abs_().pow_(ERROR_POWER).sum(-1)
+def clip_search(
+    groups: Tensor,
+    number_format: NumberFormat,
+    scale_dtype: torch.dtype,
+    error: Callable[[Tensor, Tensor | None], Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of each group, those of the `RANGE_FRACTIONS` with the least ``error`` of all groups."""
+    low, high = group_range(groups, number_format)
+    best = torch.full_like(high, torch.inf)
+    scale, zero_point = choose_qparams(low, high, number_format, scale_dtype)
+    for fraction in RANGE_FRACTIONS:
+        low_part = None if low is None else low * fraction
+        candidate, offset = choose_qparams(low_part, high * fraction, number_format, scale_dtype)
+        errors = error(candidate, offset)
+        better = errors < best
+        best = torch.where(better, errors, best)
+        scale = torch.where(better, candidate, scale)
+        if offset is not None and zero_point is not None:
+            zero_point = torch.where(better, offset, zero_point)
+    return scale, zero_point
 
 
 def rounding_error(

@@ -65,17 +65,9 @@ def round_block(
         if not algorithm or needs_no_data(algorithm):
             coded |= {name: _plain(weights[name].cpu(), layer, dtype, "no token seen") for name, layer in own.items()}
             continue
-        work = BlockLayers(
-            block,
-            {name: weights[name] for name in own},
-            {name: _format(layer) for name, layer in own.items()},
-            stats,
-            calls,
-            targets,
-            dtype,
-            seed,
-            report,
-        )
+        own_weights = {name: weights[name] for name in own}
+        formats = {name: _format(layer) for name, layer in own.items()}
+        work = BlockLayers(block, own_weights, formats, stats, calls, targets, dtype, seed, report)
         rounded = algorithms.calibrated_rounding(algorithm).round_layers(work, plan.steps.options(algorithm))
         for name, each in rounded.items():
             coded[name] = Coded(each.tensor, each.rounding.algorithm, note=each.rounding.note)

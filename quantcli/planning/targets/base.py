@@ -73,11 +73,12 @@ def experts_taken_for_quantized(names: list[str], plan: Plan, target: Target) ->
     """What is said of experts that stay unquantized where the runtime takes all experts of a model for quantized."""
     if not names or quantization_config(plan) is None:
         return None
+    fused = any(layer.role == "experts" for layer in plan.layers)
     return Refusal(
         f"{listed(names)}: experts that stay unquantized, and {target.name} takes those of a {plan.format} model for "
         "quantized",
         "Quantize all experts, or cast the model with --scheme bf16"
-        + ("; without --target they are left with a warning." if fused_experts(plan) else "."),
+        + ("; without --target they are left with a warning." if fused else "."),
     )
 
 
@@ -91,19 +92,14 @@ def inputs_of_experts(named: list[LayerPlan], what: str, target: Target) -> Refu
     )
 
 
-def fused_experts(plan: Plan) -> list[str]:
-    """Names of the weights that hold all experts of a layer."""
-    return [layer.info.name for layer in plan.layers if layer.role == "experts"]
-
-
-def experts_left(plan: Plan) -> list[str]:
-    """Experts that the file holds one by one, and that stay unquantized."""
-    return [module_of(layer.info.name) for layer in single_experts(plan) if not scheme_of(layer)]
-
-
 def single_experts(plan: Plan) -> list[LayerPlan]:
     """Experts that the file holds one by one."""
     return [layer for layer in plan.layers if layer.role == "expert"]
+
+
+def experts_left(plan: Plan) -> list[str]:
+    """Those of them that stay unquantized."""
+    return [module_of(layer.info.name) for layer in single_experts(plan) if not scheme_of(layer)]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

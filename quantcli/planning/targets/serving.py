@@ -20,7 +20,6 @@ from quantcli.planning.targets.base import (
     declared_alone,
     experts_left,
     experts_taken_for_quantized,
-    fused_experts,
     heads_of_embeddings,
     inputs_of_experts,
     modules,
@@ -50,8 +49,9 @@ def unknown_format(plan: Plan, target: Target) -> Refusal | None:
 
 def unquantized_experts(plan: Plan, target: Target) -> Refusal | None:
     """Experts that stay unquantized; single ones are found by name in compressed-tensors."""
+    fused = [layer.info.name for layer in plan.layers if layer.role == "experts"]
     left = [] if plan.format == "compressed-tensors" else experts_left(plan)
-    return experts_taken_for_quantized([*fused_experts(plan), *left], plan, target)
+    return experts_taken_for_quantized([*fused, *left], plan, target)
 
 
 def quantized_inputs_of_experts(plan: Plan, target: Target) -> Refusal | None:
