@@ -78,12 +78,12 @@ def fake_quantize(
     restrict: Restriction | None = None,
 ) -> Tensor:
     """See `FakeQuantize`."""
-    found: Tensor = FakeQuantize.apply(values, scale, zero_point, number_format, in_steps, restrict)  # type: ignore[no-untyped-call]
-    return found
+    rounded: Tensor = FakeQuantize.apply(values, scale, zero_point, number_format, in_steps, restrict)  # type: ignore[no-untyped-call]
+    return rounded
 
 
 class LearnedWeight:
-    """A weight and its scales in training; its codes are what `tensor` says, and `values` is what these stand for."""
+    """A weight and its scales in training: `tensor` is the codes and scales, and `values` what they stand for."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class LearnedWeight:
             steps -= start.zero_point.float().unsqueeze(-1)
         #: The weight in steps of its grid, shaped as by `in_groups`.
         self.units = steps.contiguous().requires_grad_(True)
-        self.scales = Factors(start.scale, scale_dtype, scales=True)
+        self.scales = LearnedFactors(start.scale, scale_dtype, scales=True)
 
     def values(self) -> Tensor:
         """The weight as it would be stored now, float32 ``[rows, columns]``, with gradients."""
@@ -153,7 +153,7 @@ class LearnedRange:
         """``scale`` and ``zero_point`` are scalars; the format is per tensor."""
         self._zero_point = None if zero_point is None else zero_point.reshape(1, 1)
         self.number_format, self._largest = number_format, largest_scale
-        self.scale = Factors(scale.reshape(1, 1), scale_dtype, scales=True)
+        self.scale = LearnedFactors(scale.reshape(1, 1), scale_dtype, scales=True)
 
     def values(self) -> Tensor:
         """The scale as it would be stored now, ``[1, 1]``; a limit counts as having slope one."""
@@ -173,9 +173,9 @@ def dynamic_range(values: Tensor, number_format: NumberFormat) -> Tensor:
     Symmetric with a scale per token, or asymmetric over the whole tensor, as ONNX's DynamicQuantizeLinear has it.
     """
     kind: GranularityKind = "channel" if number_format.granularity.kind == "token" else "tensor"
-    found = NumberFormat(number_format.dtype, Granularity(kind), number_format.symmetric)
+    by_rows = NumberFormat(number_format.dtype, Granularity(kind), number_format.symmetric)
     with torch.no_grad():
-        rounded = rtn.fake_quantized(values.float().reshape(-1, values.shape[-1]), found).reshape(values.shape)
+        rounded = rtn.fake_quantized(values.float().reshape(-1, values.shape[-1]), by_rows).reshape(values.shape)
     return values + (rounded - values).detach()
 
 
@@ -196,7 +196,7 @@ class LearnedValues:
         return exact + (exact.to(self._dtype).float() - exact).detach()
 
 
-class Factors:
+class LearnedFactors:
     """Positive values that are learned as factors of what they start from, and stored in a dtype of their own."""
 
     def __init__(self, start: Tensor, dtype: torch.dtype, *, scales: bool) -> None:

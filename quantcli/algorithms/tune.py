@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quantcli.algorithms.base import AlgorithmOptions
-from quantcli.algorithms.fake_quantize import Factors
+from quantcli.algorithms.fake_quantize import LearnedFactors
 from quantcli.core.numerics import dequantize, in_groups
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import QuantizedTensor
@@ -33,16 +33,16 @@ class TunedLinear:
 
     def __init__(self, tensor: QuantizedTensor, scale_dtype: torch.dtype, bias: Tensor | None) -> None:
         self.tensor, self.bias = tensor, bias
-        self.scales = Factors(tensor.scale, scale_dtype, scales=True)
+        self.scales = LearnedFactors(tensor.scale, scale_dtype, scales=True)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The layer's output for ``[..., columns]``."""
-        output: Tensor = _CodedProduct.apply(inputs, self.scales.values(), self.tensor)  # type: ignore[no-untyped-call]
+        output: Tensor = _QuantizedProduct.apply(inputs, self.scales.values(), self.tensor)  # type: ignore[no-untyped-call]
         return output if self.bias is None else output + self.bias
 
 
-class _CodedProduct(torch.autograd.Function):
-    """``inputs @ weight.T`` for a weight of codes and scales, which is decoded anew where it is needed.
+class _QuantizedProduct(torch.autograd.Function):
+    """``inputs @ weight.T`` for a quantized weight, which is dequantized anew where it is needed.
 
     So a whole model in training holds a byte per weight, and no gradient as large as a weight but one.
     """

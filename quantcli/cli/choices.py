@@ -28,14 +28,16 @@ def formats() -> list[str]:
 
 def targets() -> list[str]:
     """Runtimes that a plan can be checked for."""
-    from quantcli.planning.targets.base import CHECKED
+    from quantcli.planning.targets import TARGETS
 
-    return [*CHECKED]
+    return [*TARGETS]
 
 
 def tasks() -> list[str]:
     """Tasks that `eval` has metrics for."""
-    return ["auto", "classification", "language-modeling", "embedding", "fidelity"]
+    from quantcli.evaluation.tasks import TASKS
+
+    return ["auto", *TASKS]
 
 
 def methods() -> list[str]:

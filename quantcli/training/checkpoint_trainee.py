@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from quantcli.algorithms.fake_quantize import LearnedRange, LearnedValues, LearnedWeight, dynamic_range
+from quantcli.algorithms.qat import Options as QatOptions
 from quantcli.blocks.capture import main_output, replaced_forward, without_cache
 from quantcli.blocks.skeleton import Skeleton
 from quantcli.blocks.structure import BlockList
@@ -29,6 +30,7 @@ from quantcli.ptq.rounding import round_unobserved
 from quantcli.system.devices import products
 from quantcli.system.hardware import free_memory_bytes
 from quantcli.system.text import format_bytes
+from quantcli.training.parameters import Parameters
 
 #: Bytes in memory for each quantized weight, and for every other one: of the trained model and of the original.
 _BYTES_LEARNED, _BYTES_KEPT = 25, 8
@@ -36,15 +38,7 @@ _BYTES_LEARNED, _BYTES_KEPT = 25, 8
 _OUTPUT = "output"
 
 
-@dataclass
-class Trained:
-    """What was learned, by the names of tensors: quantized weights, and others in float32."""
-
-    coded: dict[str, QuantizedTensor] = field(default_factory=dict)
-    plain: dict[str, Tensor] = field(default_factory=dict)
-
-
-class _Rounded:
+class _FrozenLinear:
     """A linear layer that stays as it is, and whose inputs are rounded."""
 
     def __init__(self, inputs: Callable[[Tensor], Tensor], module: nn.Module) -> None:
@@ -58,11 +52,16 @@ class _Rounded:
         return torch.nn.functional.linear(self.inputs(inputs), weight, parameters.get("bias"))
 
 
-class _Linear:
+class _LearnedLinear:
     """A linear layer whose weight, and whose inputs' range, are learned."""
 
     def __init__(self, weight: LearnedWeight, inputs: Callable[[Tensor], Tensor] | None, module: nn.Module) -> None:
         self.weight, self.inputs, self._module = weight, inputs, module
+
+    @property
+    def input_range(self) -> LearnedRange | None:
+        """The range of its inputs, where it is learned."""
+        return self.inputs if isinstance(self.inputs, LearnedRange) else None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The layer's output for ``[..., columns]``."""
@@ -81,12 +80,7 @@ def _move(module: nn.Module, device: torch.device) -> None:
             part._buffers[name] = None if values is None else values.to(device)
 
 
-def _learned(inputs: Callable[[Tensor], Tensor] | None) -> LearnedRange | None:
-    """What is learned of a layer's inputs."""
-    return inputs if isinstance(inputs, LearnedRange) else None
-
-
-class CheckpointTraining:
+class CheckpointTrainee:
     """The trainee that `quantcli.training.loop` trains."""
 
     def __init__(
@@ -95,12 +89,9 @@ class CheckpointTraining:
         original: Skeleton,
         plan: Plan,
         blocks: Sequence[BlockList],
-        coded: Mapping[str, QuantizedTensor],
-        plain: Mapping[str, Tensor],
+        written: Parameters,
         device: torch.device,
-        *,
-        norms: bool,
-        mixed_precision: bool,
+        options: QatOptions,
     ) -> None:
         """Put both models together.
 
@@ -109,27 +100,25 @@ class CheckpointTraining:
             original: the same model again, which it learns from.
             plan: dtypes of everything.
             blocks: the model's blocks.
-            coded: the blocks' quantized weights by the names of their tensors.
-            plain: the blocks' other parameters, float32.
+            written: the blocks' parameters, quantized.
             device: where it is trained.
-            norms: whether norms and biases learn, too.
-            mixed_precision: whether products take bfloat16 where that is faster.
+            options: whether norms and biases learn, too, and whether products take bfloat16 where that is faster.
 
         Raises:
             InputError: there is too little memory, or no layer that could learn.
         """
         self.skeleton, self.original, self.plan, self.device = skeleton, original, plan, device
-        self._norms, self._mixed = norms, mixed_precision
-        self._layers: dict[str, LayerPlan] = {layer.info.name: layer for layer in plan.layers}
-        self._linears: dict[str, _Linear] = {}
-        self._rounded: dict[str, _Rounded] = {}
+        self._options = options
+        self._layers = {layer.info.name: layer for layer in plan.layers}
+        self._linears: dict[str, _LearnedLinear] = {}
+        self._frozen: dict[str, _FrozenLinear] = {}
         self._values: dict[str, LearnedValues] = {}
-        self._require_memory(coded)
-        self._inside = tuple(f"{path}." for each in blocks for path in each.blocks)
+        self._require_memory(written.quantized)
+        inside_blocks = tuple(f"{path}." for block_list in blocks for path in block_list.blocks)
         skeleton.load_buffers()
         for name in skeleton.parameters():
-            if name.startswith(self._inside):
-                self._load(name, coded, plain)
+            if name.startswith(inside_blocks):
+                self._load(name, written)
             else:
                 skeleton.set(name, self._as_stored(name))
                 self._round_inputs(name)
@@ -139,8 +128,8 @@ class CheckpointTraining:
         for module in (skeleton.module, original.module):
             _move(module, device)
 
-    def _require_memory(self, coded: Mapping[str, QuantizedTensor]) -> None:
-        learned = sum(tensor.codes.numel() for tensor in coded.values())
+    def _require_memory(self, quantized: Mapping[str, QuantizedTensor]) -> None:
+        learned = sum(tensor.codes.numel() for tensor in quantized.values())
         others = sum(layer.info.numel for layer in self.plan.layers) - learned
         needed, free = _BYTES_LEARNED * learned + _BYTES_KEPT * others, free_memory_bytes()
         if self.device.type == "cuda":
@@ -152,29 +141,30 @@ class CheckpointTraining:
                 hint="Use tune in place of qat, which needs a byte per weight, or gptq alone.",
             )
 
-    def _load(self, name: str, coded: Mapping[str, QuantizedTensor], plain: Mapping[str, Tensor]) -> None:
+    def _load(self, name: str, written: Parameters) -> None:
         """A parameter of a block: one that learns, or as it was written."""
         owner, _, leaf = name.rpartition(".")
         info, module = self.skeleton.info(name), self.skeleton.module.get_submodule(owner)
-        layer = self._layers[info.name]
-        if info.name in coded and leaf == "weight" and isinstance(module, nn.Linear):
-            weight = LearnedWeight(coded[info.name], torch_dtype(self.plan.scale_dtype), device=self.device)
-            self._linears[owner] = _Linear(weight, self._inputs(layer, coded), module)
-        elif info.name in coded:
-            self.skeleton.set(name, decoded(coded[info.name]).reshape(info.shape))
-        else:
-            self.skeleton.set(name, plain[info.name])
-            if self._norms and (layer.role == "norm" or leaf == "bias"):
-                start = plain[info.name].to(self.device)
+        layer, quantized = self._layers[info.name], written.quantized.get(info.name)
+        if quantized is None:
+            values = written.plain[info.name]
+            self.skeleton.set(name, values)
+            if self._options.norms and (layer.role == "norm" or leaf == "bias"):
+                start = values.to(self.device)
                 self._values[name] = LearnedValues(start, torch_dtype(layer.dtype), factors=leaf != "bias")
+        elif leaf == "weight" and isinstance(module, nn.Linear):
+            weight = LearnedWeight(quantized, torch_dtype(self.plan.scale_dtype), device=self.device)
+            self._linears[owner] = _LearnedLinear(weight, self._inputs(layer, quantized.input_scale), module)
+        else:
+            self.skeleton.set(name, decoded(quantized).reshape(info.shape))
 
-    def _inputs(self, layer: LayerPlan, coded: Mapping[str, QuantizedTensor]) -> Callable[[Tensor], Tensor] | None:
+    def _inputs(self, layer: LayerPlan, scale: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        """How a layer's inputs are rounded: in ranges found at inference, or in one of this scale, which is learned."""
         number_format = layer.scheme.inputs if layer.scheme else None
         if number_format is None:
             return None
         if number_format.dynamic:
-            return lambda values: dynamic_range(values, number_format)
-        scale = coded[layer.info.name].input_scale
+            return partial(dynamic_range, number_format=number_format)
         assert scale is not None
         fixed = NumberFormat(number_format.dtype, symmetric=number_format.symmetric)
         return LearnedRange(scale.to(self.device), None, fixed, torch_dtype(self.plan.scale_dtype))
@@ -184,7 +174,7 @@ class CheckpointTraining:
         info = self.skeleton.info(name)
         values = self.skeleton.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape)
         layer = self._layers[info.name]
-        if layer.is_coded:
+        if layer.has_codes:
             return decoded(round_unobserved(values.float(), layer, self.plan).tensor).reshape(info.shape)
         return values.to(torch_dtype(layer.dtype)).float()
 
@@ -194,7 +184,7 @@ class CheckpointTraining:
         module, layer = self.skeleton.module.get_submodule(owner), self._layers[self.skeleton.info(name).name]
         number_format = layer.scheme.inputs if layer.scheme else None
         if number_format is not None and leaf == "weight" and isinstance(module, nn.Linear):
-            self._rounded[owner] = _Rounded(partial(dynamic_range, number_format=number_format), module)
+            self._frozen[owner] = _FrozenLinear(partial(dynamic_range, number_format=number_format), module)
 
     def weights(self) -> list[Tensor]:
         """Weights, in steps of their grids."""
@@ -202,46 +192,47 @@ class CheckpointTraining:
 
     def factors(self) -> list[Tensor]:
         """Factors of the scales of weights and inputs."""
-        ranges = [each.scale for linear in self._linears.values() if (each := _learned(linear.inputs))]
-        return [each.factor for each in [*(linear.weight.scales for linear in self._linears.values()), *ranges]]
+        linears = self._linears.values()
+        scales = [linear.weight.scales.factor for linear in linears]
+        return scales + [linear.input_range.scale.factor for linear in linears if linear.input_range]
 
     def values(self) -> list[Tensor]:
         """Changes of norms and biases."""
-        return [each.change for each in self._values.values()]
+        return [learned.change for learned in self._values.values()]
 
     def student(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The quantized model's output."""
-        learned = {name: each.values() for name, each in self._values.items()}
-        layers: dict[str, _Linear | _Rounded] = {**self._linears, **self._rounded}
+        parameters = {name: learned.values() for name, learned in self._values.items()}
+        layers: dict[str, _LearnedLinear | _FrozenLinear] = {**self._linears, **self._frozen}
         with ExitStack() as stack:
             for owner, linear in layers.items():
                 stack.enter_context(replaced_forward(self.skeleton.module.get_submodule(owner), linear))
-            return self._called(self.skeleton.module, learned, inputs)
+            return self._call(self.skeleton.module, parameters, inputs)
 
     def teacher(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The original model's output."""
-        return self._called(self.original.module, {}, inputs)
+        return self._call(self.original.module, {}, inputs)
 
-    def _called(
+    def _call(
         self, module: nn.Module, parameters: dict[str, Tensor], inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         with ExitStack() as stack:
-            if self._mixed:
+            if self._options.mixed_precision:
                 stack.enter_context(products(self.device))
             args, kwargs = hugging_face.arguments(module, inputs)
-            found = torch.func.functional_call(module, parameters, args, {**kwargs, **without_cache(module)})
-        output, classes = main_output(found)
+            outputs = torch.func.functional_call(module, parameters, args, {**kwargs, **without_cache(module)})
+        output, classes = main_output(outputs)
         return {"logits" if classes else _OUTPUT: output.float()}
 
     @torch.no_grad()
-    def result(self) -> Trained:
+    def result(self) -> Parameters:
         """What was learned."""
-        trained = Trained()
+        trained = Parameters()
         for owner, linear in self._linears.items():
             tensor = linear.weight.tensor()
-            if (inputs := _learned(linear.inputs)) is not None:
-                tensor = replace(tensor, input_scale=inputs.values().reshape(()).cpu())
-            trained.coded[self.skeleton.info(f"{owner}.weight").name] = tensor
+            if linear.input_range:
+                tensor = replace(tensor, input_scale=linear.input_range.values().reshape(()).cpu())
+            trained.quantized[self.skeleton.info(f"{owner}.weight").name] = tensor
         for name, values in self._values.items():
             trained.plain[self.skeleton.info(name).name] = values.values().cpu()
         return trained

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from quantcli.system.parallel import torch_threads
 from quantcli.system.text import format_bytes
 from quantcli.training.loop import Defaults, History, Trainee, Training
 from quantcli.training.objective import Batch, Objective
+from quantcli.training.run import Run
 
 #: Of the memory that is free, one part in so many may be training data.
 _MEMORY_SHARE = 3
@@ -32,19 +32,19 @@ class TrainingData:
         self,
         samples: Samples,
         device: torch.device,
-        further: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        complete: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ) -> None:
         """Read the samples.
 
         Args:
             samples: where they are from.
             device: where batches go.
-            further: makes a model's inputs of a batch, where it wants others than the samples hold.
+            complete: makes a model's inputs of a batch, where it takes others than the samples hold.
 
         Raises:
             InputError: there are none, or more than fit into memory.
         """
-        self.samples, self.device, self._further = samples, device, further
+        self.samples, self.device, self._complete = samples, device, complete
         self._samples = list(_within_memory(samples))
         if len(self._samples) < len(samples):
             raise InputError(
@@ -72,28 +72,18 @@ class TrainingData:
                 yield self._batch(group[start : start + size])
 
     def _batch(self, numbers: list[int]) -> Batch:
-        chosen = [self._samples[number] for number in numbers]
+        samples = [self._samples[number] for number in numbers]
         inputs = {
-            name: torch.from_numpy(_joined([sample.inputs[name] for sample in chosen])).to(self.device)
-            for name in chosen[0].inputs
+            name: torch.from_numpy(_joined([sample.inputs[name] for sample in samples])).to(self.device)
+            for name in samples[0].inputs
         }
-        if self._further is not None:
-            inputs = self._further(inputs)
-        labels = torch.tensor([sample.label for sample in chosen]).to(self.device) if self.labelled else None
+        if self._complete is not None:
+            inputs = self._complete(inputs)
+        labels = torch.tensor([sample.label for sample in samples]).to(self.device) if self.labelled else None
         return Batch(numbers, inputs, labels)
 
 
-def train(
-    trainee: Trainee,
-    data: TrainingData,
-    options: QatOptions,
-    defaults: Defaults,
-    *,
-    seed: int,
-    checkpoint: Path,
-    tick: Callable[[float], None],
-    say: Callable[[str], None],
-) -> History:
+def train(trainee: Trainee, data: TrainingData, options: QatOptions, defaults: Defaults, run: Run) -> History:
     """Train on samples; see `quantcli.training.loop.Training`.
 
     Raises:
@@ -101,16 +91,12 @@ def train(
             not finite from the start.
         UsageError: the recipe asks for labels that are not there.
     """
-    scores = _scores(trainee, data)
-    objective = Objective(options, labelled=data.labelled, scores=scores)
+    objective = Objective(options, labelled=data.labelled, scores=_output_of_scores(trainee, data))
     with torch_threads():
-        training = Training(
-            trainee, data, objective, options, defaults, seed=seed, checkpoint=checkpoint, tick=tick, say=say
-        )
-        return training.run()
+        return Training(trainee, data, objective, options, defaults, run).run()
 
 
-def _scores(trainee: Trainee, data: TrainingData) -> str | None:
+def _output_of_scores(trainee: Trainee, data: TrainingData) -> str | None:
     """The output that holds scores of classes, or None."""
     batch = next(data.batches(range(min(len(data), data.fixed_batch or 2))))
     with torch.no_grad():
@@ -124,8 +110,8 @@ def _scores(trainee: Trainee, data: TrainingData) -> str | None:
 def _is_masked(inputs: Mapping[str, np.ndarray]) -> bool:
     """Whether a sample is a sequence of whole numbers with a mask."""
     shapes = {array.shape for array in inputs.values()}
-    whole = all(array.dtype.kind in "iu" for array in inputs.values())
-    return _MASK in inputs and whole and len(shapes) == 1 and len(next(iter(shapes))) == 2
+    integers = all(array.dtype.kind in "iu" for array in inputs.values())
+    return _MASK in inputs and integers and len(shapes) == 1 and len(next(iter(shapes))) == 2
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

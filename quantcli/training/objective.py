@@ -16,14 +16,22 @@ from quantcli.system.user_functions import load_function
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """Mean Kullback-Leibler divergence in nats of logits ``[..., classes]``, a scalar."""
-    ours, theirs = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
-    return torch.nn.functional.kl_div(theirs, ours, reduction="none", log_target=True).sum(-1).mean()
+    target, predicted = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    return torch.nn.functional.kl_div(predicted, target, reduction="none", log_target=True).sum(-1).mean()
 
 
 def relative_error(teacher: Tensor, student: Tensor) -> Tensor:
     """Squared error of ``[..., channels]`` relative to the teacher's power, a scalar: for outputs without classes."""
     teacher, student = teacher.float(), student.float()
     return (teacher - student).square().sum() / teacher.square().sum()
+
+
+def without_padding(teacher: Tensor, student: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of outputs ``[samples, tokens, ...]`` those of tokens that a mask among the inputs does not call padding."""
+    mask = inputs.get("attention_mask")
+    if mask is None or teacher.ndim < 3 or mask.shape != teacher.shape[:2]:
+        return teacher, student
+    return teacher[mask.bool()], student[mask.bool()]
 
 
 Outputs = Mapping[str, Tensor]
@@ -62,43 +70,41 @@ class Objective:
         self.scores = scores
         self.distillation = options.distillation
         self.labels = options.labels if labelled and scores else 0.0
-        self.own = load_function(options.loss) if options.loss else None
-        self._own_name = options.loss
-        if self.own is None and not self.distillation and not self.labels:
-            why = "the data has no labels" if not labelled else "the model has no output with scores of classes"
-            raise UsageError(f"qat: distillation is 0, and {why}.", "Set distillation: 1 in the recipe.")
+        self._custom_loss = load_function(options.loss) if options.loss else None
+        self._custom_name = options.loss
+        if self._custom_loss is None and not self.distillation and not self.labels:
+            reason = "the data has no labels" if not labelled else "the model has no output with scores of classes"
+            raise UsageError(f"qat: distillation is 0, and {reason}.", "Set distillation: 1 in the recipe.")
 
     def describe(self) -> str:
         """In words."""
-        if self._own_name:
-            return self._own_name
+        if self._custom_name:
+            return self._custom_name
         return " + ".join(name for name in ("distillation", "labels") if getattr(self, name))
 
-    def __call__(self, found: Outputs, wanted: Outputs | None, batch: Batch) -> Tensor:
+    def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         """The mean loss of a batch, a scalar.
 
         Raises:
             InputError: a label is none of the classes, or the user's own loss fails.
         """
-        if self.own is not None:
-            return self._own_loss(self.own, found, wanted, batch)
+        if self._custom_loss is not None:
+            return self._custom(self._custom_loss, student, teacher, batch)
         parts = []
-        if self.distillation and wanted:
-            distances = [self._distance(name, wanted[name], values, batch) for name, values in found.items()]
+        if self.distillation and teacher:
+            distances = [self._distance(name, teacher[name], values, batch) for name, values in student.items()]
             parts.append(self.distillation * torch.stack(distances).mean())
         if self.labels and batch.labels is not None and self.scores:
-            scores = found[self.scores].float()
+            scores = student[self.scores].float()
             labels = self._checked(batch, scores)
             parts.append(self.labels * torch.nn.functional.nll_loss(log_scores(scores), labels))
         return torch.stack(parts).sum()
 
-    def _distance(self, name: str, wanted: Tensor, found: Tensor, batch: Batch) -> Tensor:
-        mask = batch.inputs.get("attention_mask")
-        if mask is not None and wanted.ndim > 2 and mask.shape == wanted.shape[:2]:
-            wanted, found = wanted[mask.bool()], found[mask.bool()]
+    def _distance(self, name: str, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:
+        teacher, student = without_padding(teacher, student, batch.inputs)
         if name == self.scores:
-            return divergence(log_scores(wanted.float()), log_scores(found.float()))
-        return relative_error(wanted, found)
+            return divergence(log_scores(teacher.float()), log_scores(student.float()))
+        return relative_error(teacher, student)
 
     def _checked(self, batch: Batch, scores: Tensor) -> Tensor:
         """The labels. Raises InputError where one is none of the model's classes, or there is not one for each row."""
@@ -109,9 +115,9 @@ class Objective:
                 "Set labels: 0 in the recipe to learn from the original's outputs alone.",
             )
         classes = scores.shape[-1]
-        wrong = (batch.labels < 0) | (batch.labels >= classes)
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0])
+        out_of_range = (batch.labels < 0) | (batch.labels >= classes)
+        if bool(out_of_range.any()):
+            row = int(out_of_range.nonzero()[0])
             raise InputError(
                 f"Sample {batch.numbers[row] + 1} has the label {int(batch.labels[row])}, and the model has {classes} "
                 f"classes, 0 to {classes - 1}.",
@@ -119,64 +125,64 @@ class Objective:
             )
         return batch.labels
 
-    def _own_loss(self, own: Callable[..., Any], found: Outputs, wanted: Outputs | None, batch: Batch) -> Tensor:
+    def _custom(self, custom: Callable[..., Any], student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        """The user's own loss."""
+        original, inputs = dict(teacher or {}), dict(batch.inputs)
         try:
-            loss = own(outputs=dict(found), original=dict(wanted or {}), labels=batch.labels, inputs=dict(batch.inputs))
+            loss = custom(outputs=dict(student), original=original, labels=batch.labels, inputs=inputs)
         except Exception as error:  # whatever the user's code raises
-            raise InputError(f"{self._own_name} failed: {type(error).__name__}: {error}".rstrip(".") + ".") from error
+            reason = f"{type(error).__name__}: {error}".rstrip(".")
+            raise InputError(f"{self._custom_name} failed: {reason}.") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not (loss.requires_grad or not torch.is_grad_enabled()):
-            what = _described(loss)
-            raise InputError(f"{self._own_name} returned {what}; expected is a scalar that depends on the outputs.")
+            raise InputError(
+                f"{self._custom_name} returned {_described(loss)}; expected is a scalar that depends on the outputs."
+            )
         return loss.reshape(())
-
-    def tally(self) -> Tally:
-        """To sum up many batches."""
-        return Tally(self)
 
 
 class Tally:
-    """Sums over batches."""
+    """Metrics of an objective over batches."""
 
     def __init__(self, objective: Objective) -> None:
-        self._objective, self._loss, self._right, self._count, self._places = objective, 0.0, 0, 0, 0
-        self._labelled = False
+        self._objective, self._loss, self._samples = objective, 0.0, 0
+        self._labelled, self._correct, self._predictions = False, 0, 0
 
-    def add(self, found: Outputs, wanted: Outputs | None, batch: Batch) -> None:
+    def add(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> None:
         """Count a batch."""
         objective = self._objective
-        self._loss += float(objective(found, wanted, batch)) * len(batch)
-        self._count += len(batch)
+        self._loss += float(objective(student, teacher, batch)) * len(batch)
+        self._samples += len(batch)
         if objective.scores is None:
             return
-        best = found[objective.scores].argmax(-1)
-        self._labelled = bool(objective.labels) and best.ndim == 1
-        right = batch.labels if self._labelled else None
-        if right is None and wanted:
-            right = wanted[objective.scores].argmax(-1)
-        if right is not None:
+        predictions = student[objective.scores].argmax(-1)
+        self._labelled = bool(objective.labels) and predictions.ndim == 1
+        targets = batch.labels if self._labelled else None
+        if targets is None and teacher:
+            targets = teacher[objective.scores].argmax(-1)
+        if targets is not None:
             mask = batch.inputs.get("attention_mask")
-            same = best == right
-            if mask is not None and mask.shape == same.shape:
-                same = same[mask.bool()]
-            self._right, self._places = self._right + int(same.sum()), self._places + same.numel()
+            correct = predictions == targets
+            if mask is not None and mask.shape == correct.shape:
+                correct = correct[mask.bool()]
+            self._correct += int(correct.sum())
+            self._predictions += correct.numel()
 
     def metrics(self) -> dict[str, float | None]:
         """``loss``, and where there are classes ``top1`` (by labels) or ``top1_agreement`` (with the original)."""
-        if not self._count:
+        if not self._samples:
             return {"loss": None}
-        found: dict[str, float | None] = {"loss": self._loss / self._count}
-        if self._places:
-            name = "top1" if self._labelled else "top1_agreement"
-            found[name] = self._right / self._places
-        return found
+        metrics: dict[str, float | None] = {"loss": self._loss / self._samples}
+        if self._predictions:
+            metrics["top1" if self._labelled else "top1_agreement"] = self._correct / self._predictions
+        return metrics
 
 
 def log_scores(scores: Tensor) -> Tensor:
     """Logarithms of probabilities ``[..., classes]``, from these or from logits."""
     with torch.no_grad():
         sums = scores.sum(-1)
-        probable = bool((scores >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all())
-    return scores.clamp(min=_LEAST_PROBABILITY).log() if probable else scores.log_softmax(-1)
+        probabilities = bool((scores >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all())
+    return scores.clamp(min=_LEAST_PROBABILITY).log() if probabilities else scores.log_softmax(-1)
 
 
 def _described(loss: Any) -> str:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.algorithms.qat import Options as QatOptions
-from quantcli.data.request import Calibration
 from quantcli.planning.recipe import Recipe
-from quantcli.system.progress import Progress, say
 from quantcli.training.data import TrainingData, train
 from quantcli.training.loop import Defaults, History
+from quantcli.training.run import Run
 from quantcli.version import __version__
 
 if TYPE_CHECKING:
@@ -26,19 +25,19 @@ if TYPE_CHECKING:
 
 #: What does well for small models on a CPU; a learning rate is in steps of a weight's grid.
 DEFAULTS = Defaults(epochs=5, batch_size=64, learning_rate=0.02, scale_learning_rate=2e-3)
-#: Of these are the fractions that progress is told in.
-_PARTS = 10_000
 
 
-def fingerprint(recipe: Recipe, model: OnnxModel, samples: Samples, given: Calibration, device: str) -> str:
-    """Hash of all that decides what a training becomes."""
+def fingerprint(
+    recipe: Recipe, model: OnnxModel, samples: Samples, statistics: Path | None, seed: int, device: str
+) -> str:
+    """Hash of all that decides what a training becomes; ``statistics`` is a STATS file."""
     identity = {
         "quantcli": __version__,
         "recipe": recipe.model_dump(),
         "model": model.sha256(),
         "data": samples.sha256,
-        "statistics": hashlib.sha256(given.stats.read_bytes()).hexdigest() if given.stats else None,
-        "seed": given.seed,
+        "statistics": hashlib.sha256(statistics.read_bytes()).hexdigest() if statistics else None,
+        "seed": seed,
         "device": device,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
@@ -50,11 +49,7 @@ def train_layers(
     outcomes: Sequence[LayerOutcome],
     samples: Samples,
     options: QatOptions,
-    *,
-    seed: int,
-    device: str,
-    checkpoint: Path,
-    progress: Progress | None,
+    run: Run,
 ) -> tuple[list[LayerOutcome], History]:
     """Train a quantized graph in place; returns what became of each layer, and how it went.
 
@@ -64,10 +59,7 @@ def train_layers(
         outcomes: what became of its layers when it was.
         samples: what it learns from, with or without labels.
         options: of the recipe.
-        seed: what is held out and the order of samples are drawn by it.
-        device: ``cpu`` or ``cuda``.
-        checkpoint: file that an interrupted training is continued from.
-        progress: told of steps.
+        run: its seed, device and checkpoint, and who is told how it goes.
 
     Raises:
         InputError: the graph cannot be trained, or the data does not suit it.
@@ -75,27 +67,17 @@ def train_layers(
     """
     import torch
 
-    from quantcli.training.onnx_trainee import GraphTraining
+    from quantcli.training.onnx_trainee import GraphTrainee
 
-    place = torch.device(device)
-    trainee = GraphTraining(original, quantized, place, norms=options.norms)
-    history = train(
-        trainee,
-        TrainingData(samples, place),
-        options,
-        DEFAULTS,
-        seed=seed,
-        checkpoint=checkpoint,
-        tick=lambda done: progress(round(done * _PARTS), _PARTS) if progress else None,
-        say=lambda text: say(progress, text),
-    )
-    losses = trainee.write_back()
+    device = torch.device(run.device)
+    trainee = GraphTrainee(original, quantized, device, norms=options.norms)
+    history = train(trainee, TrainingData(samples, device), options, DEFAULTS, run)
+    sqnrs = trainee.write_back()
 
     def trained(outcome: LayerOutcome) -> LayerOutcome:
         plan = outcome.plan
-        if plan.name not in losses:
+        if plan.name not in sqnrs:
             return outcome
-        became = replace(plan, algorithm=f"{plan.algorithm} + qat")
-        return replace(outcome, sqnr_db=losses[plan.name], plan=became)
+        return replace(outcome, sqnr_db=sqnrs[plan.name], plan=replace(plan, algorithm=f"{plan.algorithm} + qat"))
 
     return [trained(outcome) for outcome in outcomes], history

@@ -1,8 +1,8 @@
 """A quantized graph in training: what its nodes compute, with codes, scales, biases and norms that learn.
 
 The graph that is trained is the very one that will be written: each DequantizeLinear, each pair around a value and each
-n-bit node is replaced by a rounding with gradients (see `quantcli.algorithms.qat`), and everything else runs as it
-stands. What was learned is written back into the graph's constants.
+n-bit node is replaced by a rounding with gradients (`quantcli.algorithms.fake_quantize`), and everything else runs as
+it stands. What was learned is written back into the graph's constants.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from quantcli.onnx.execution.nbits_decode import NBITS_OPERATORS, decode
 from quantcli.onnx.graph.values import array, constant, input_of, integer, is_standard
 from quantcli.onnx.weights.integer import ORIGIN, Origin
 from quantcli.onnx.weights.stored import (
-    Bias,
-    Weight,
-    from_codes,
-    from_nbits,
-    rounded_bias,
+    StoredBias,
+    StoredWeight,
+    read_codes,
+    read_nbits,
     set_constant,
     write_codes,
     write_nbits,
@@ -49,17 +48,10 @@ _ACTIVATION = NumberFormat("int8", symmetric=False)
 _CODES, _CODE_SHIFT = 256, 128
 
 
-class GraphTraining:
+class GraphTrainee:
     """The trainee that `quantcli.training.loop` trains."""
 
-    def __init__(
-        self,
-        original: ir.Model,
-        quantized: ir.Model,
-        device: torch.device,
-        *,
-        norms: bool = True,
-    ) -> None:
+    def __init__(self, original: ir.Model, quantized: ir.Model, device: torch.device, *, norms: bool = True) -> None:
         """Find what is quantized, and get ready to learn it.
 
         Args:
@@ -74,9 +66,9 @@ class GraphTraining:
         self.model, self.device = quantized, device
         self._floats = original.graph.initializers
         self._replaced: dict[str, Replacement] = {}
-        self._weights: dict[str, Weight] = {}
+        self._weights: dict[str, StoredWeight] = {}
         self._ranges: dict[str, LearnedRange] = {}
-        self._biases: dict[str, Bias] = {}
+        self._biases: dict[str, StoredBias] = {}
         self._values: dict[str, LearnedValues] = {}
         nodes = list(quantized.graph)
         for node in nodes:
@@ -93,22 +85,22 @@ class GraphTraining:
 
     def weights(self) -> list[Tensor]:
         """Weights, in steps of their grids."""
-        return [each.learned.units for each in self._weights.values()]
+        return [weight.learned.units for weight in self._weights.values()]
 
     def factors(self) -> list[Tensor]:
         """Factors of the scales of weights and activations."""
-        scales = [each.learned.scales.factor for each in self._weights.values()]
-        return scales + [each.scale.factor for each in self._ranges.values()]
+        scales = [weight.learned.scales.factor for weight in self._weights.values()]
+        return scales + [learned.scale.factor for learned in self._ranges.values()]
 
     def values(self) -> list[Tensor]:
         """Changes of biases and norms."""
-        learned = [each.learned for each in self._biases.values()] + list(self._values.values())
-        return [each.change for each in learned]
+        biases = [bias.learned for bias in self._biases.values()]
+        return [learned.change for learned in (*biases, *self._values.values())]
 
     def student(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs of the quantized graph."""
-        learned = {name: each.values() for name, each in self._values.items()}
-        return _floating(self._student.run(inputs, values=learned, replaced=self._replaced))
+        values = {name: learned.values() for name, learned in self._values.items()}
+        return _floating(self._student.run(inputs, values=values, replaced=self._replaced))
 
     def teacher(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs of the original graph."""
@@ -119,7 +111,7 @@ class GraphTraining:
     def _replace(self, node: ir.Node) -> None:
         name = node.outputs[0].name or ""
         if is_standard(node, "QuantizeLinear"):
-            self._replaced[name] = partial(_only, self._range_of(node))
+            self._replaced[name] = partial(_first_input, self._range_of(node))
         elif is_standard(node, "DequantizeLinear"):
             self._replaced[name] = self._dequantized(node)
         elif is_standard(node, "DynamicQuantizeLinear"):
@@ -154,21 +146,23 @@ class GraphTraining:
 
     def _integer_weight(self, codes: ir.Value, scale: ir.Value | None) -> Callable[[], Tensor]:
         """An integer weight ``[channels, inputs]`` as the value that codes stand for, in their own shape."""
-        found = self._weight(codes, scale, nbits=False)
-        axis, shape = found.origin.codes_axis, found.origin.shape
-        return lambda: found.learned.values().reshape(shape).movedim(0, axis)
+        weight = self._weight(codes, scale, nbits=False)
+        axis, shape = weight.origin.codes_axis, weight.origin.shape
+        return lambda: weight.learned.values().reshape(shape).movedim(0, axis)
 
-    def _weight(self, codes: ir.Value, scale: ir.Value | None, zeros: ir.Value | None = None, *, nbits: bool) -> Weight:
+    def _weight(
+        self, codes: ir.Value, scale: ir.Value | None, zeros: ir.Value | None = None, *, nbits: bool
+    ) -> StoredWeight:
         """What learns behind some codes; nodes that share these share it."""
         key = _name(codes)
         if key not in self._weights:
             assert scale is not None
             origin: Origin = codes.meta[ORIGIN]
-            start = from_nbits(codes, scale, zeros, origin) if nbits else from_codes(codes, scale, origin)
+            start = read_nbits(codes, scale, zeros, origin) if nbits else read_codes(codes, scale, origin)
             dtype = torch.float16 if constant(scale).dtype.name == "FLOAT16" else torch.float32  # type: ignore[union-attr]
             restrict = origin.restricted if origin.pairs else None
             learned = LearnedWeight(start, dtype, restrict, self.device)
-            self._weights[key] = Weight(learned, codes, scale, origin, nbits)
+            self._weights[key] = StoredWeight(learned, codes, scale, origin, nbits)
         return self._weights[key]
 
     def _original(self, origin: Origin, columns: int) -> Tensor:
@@ -181,10 +175,9 @@ class GraphTraining:
 
     def _bias_values(self, node: ir.Node, _: Sequence[Tensor | None]) -> list[Tensor]:
         """An integer bias, rounded in units of the scales as they are now."""
-        bias = self._bias(node)
-        return [rounded_bias(bias)[0]]
+        return [self._bias(node).rounded()[0]]
 
-    def _bias(self, node: ir.Node) -> Bias:
+    def _bias(self, node: ir.Node) -> StoredBias:
         key = _name(node.outputs[0])
         if key not in self._biases:
             (reader,) = {use.node for use in node.outputs[0].uses()}
@@ -195,7 +188,7 @@ class GraphTraining:
             start = torch.from_numpy((codes.astype(np.float64) * scale).astype(np.float32)).to(self.device)
             weight = self._weight(weights.inputs[0], weights.inputs[1], nbits=False)  # type: ignore[arg-type]
             learned = LearnedValues(start, torch.float32)
-            self._biases[key] = Bias(learned, node.inputs[0], node.inputs[1], self._range_of(pair), weight)
+            self._biases[key] = StoredBias(learned, node.inputs[0], node.inputs[1], self._range_of(pair), weight)
         return self._biases[key]
 
     def _replace_integer_product(self, node: ir.Node) -> None:
@@ -219,9 +212,9 @@ class GraphTraining:
         codes = node.inputs[0 if lookup else 1]
         own = node.op_type == "MatMulNBits" and codes is not None and len(codes.uses()) == 1
         if own and codes is not None and ORIGIN in codes.meta:
-            found = self._weight(codes, node.inputs[2], input_of(node, 3), nbits=True)
+            weight = self._weight(codes, node.inputs[2], input_of(node, 3), nbits=True)
             columns = integer(node, "K", 0)
-            return lambda inputs: [_present(inputs[0]) @ found.learned.values()[:, :columns].T]
+            return lambda inputs: [_present(inputs[0]) @ weight.learned.values()[:, :columns].T]
         table = torch.from_numpy(decode(node)).to(self.device)
         if lookup:
             return lambda inputs: [table[_present(inputs[1])]]
@@ -254,21 +247,21 @@ class GraphTraining:
     @torch.no_grad()
     def write_back(self) -> dict[str, float | None]:
         """Put what was learned into the graph's constants; returns the SQNR in dB of each weight by its name."""
-        losses = {}
+        sqnrs = {}
         for weight in self._weights.values():
             tensor = weight.learned.tensor()
             original = self._original(weight.origin, tensor.codes.shape[1])
             write_nbits(weight, tensor) if weight.nbits else write_codes(weight, tensor)
-            losses[weight.origin.name] = decibels(*error_powers(in_groups(original, tensor.number_format), tensor))
+            sqnrs[weight.origin.name] = decibels(*error_powers(in_groups(original, tensor.number_format), tensor))
         for name, learned in self._ranges.items():
             set_constant(self.model.graph.initializers[name], learned.values().reshape(()).cpu().numpy())
         for bias in self._biases.values():
-            _, codes, scale = rounded_bias(bias)
+            _, codes, scale = bias.rounded()
             set_constant(bias.codes, codes.cpu().numpy())
             set_constant(bias.scale, scale.cpu().numpy())
         for name, values in self._values.items():
             set_constant(self.model.graph.initializers[name], values.values().cpu().numpy())
-        return losses
+        return sqnrs
 
 
 def _upper_bound(value: ir.Value | None) -> float | None:
@@ -283,7 +276,7 @@ def _reader(value: ir.Value, operator: str) -> ir.Node:
     return next(use.node for use in value.uses() if use.node.op_type == operator)
 
 
-def _only(function: Callable[[Tensor], Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
+def _first_input(function: Callable[[Tensor], Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
     return [function(_present(inputs[0]))]
 
 

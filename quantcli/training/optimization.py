@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import cos, pi
 from typing import Any
 
@@ -43,9 +44,11 @@ WARM_UP = 0.1
 FACTOR_RANGE = (0.5, 2.0)
 
 
-def clamp_factors(factor: Tensor) -> None:
-    """Keep a learned factor from running away."""
-    factor.clamp_(*FACTOR_RANGE)
+@torch.no_grad()
+def clamp_factors(factors: Iterable[Tensor]) -> None:
+    """Keep learned factors from running away."""
+    for factor in factors:
+        factor.clamp_(*FACTOR_RANGE)
 
 
 def rate_share(step: int, total: int, warm_up: float = WARM_UP) -> float:

@@ -191,7 +191,7 @@ def disturb(learned: LearnedWeight, seed: int) -> None:
         learned.units += 3 * random(*learned.units.shape, seed=seed)
         factor = learned.scales.factor
         factor *= torch.exp(0.4 * random(*factor.shape, seed=seed + 1))
-        clamp_factors(factor)
+        clamp_factors([factor])
 
 
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
@@ -215,7 +215,7 @@ def test_values_are_always_what_codes_and_scales_stand_for(
 
 def test_factors_do_not_run_away() -> None:
     factor = torch.tensor([-3.0, 0.1, 1.0, 9.0])
-    clamp_factors(factor)
+    clamp_factors([factor])
     assert factor.tolist() == [FACTOR_RANGE[0], FACTOR_RANGE[0], 1.0, FACTOR_RANGE[1]]
 
 

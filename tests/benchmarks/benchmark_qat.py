@@ -23,7 +23,7 @@ from harness import ROOT, line, main, show
 
 from quantcli import convert, evaluate
 from quantcli.planning.recipe import load_recipe
-from quantcli.training.onnx_trainee import GraphTraining
+from quantcli.training.onnx_trainee import GraphTrainee
 
 CONFIGS = ROOT / "configs"
 #: Accuracy that quantization must cost for its recovery to say anything.
@@ -39,14 +39,14 @@ def fashion(folder: Path) -> None:
     recipe = load_recipe(CONFIGS / "cnn-w4a8-qat.yaml")
     given = {"weights": weights, "data": train, "force": True}
     convert("fashion:network", folder / "ptq.onnx", recipe=recipe.model_copy(update={"steps": []}), **given)
-    trained: list[GraphTraining] = []
-    written = GraphTraining.write_back
+    trained: list[GraphTrainee] = []
+    written = GraphTrainee.write_back
 
-    def kept(self: GraphTraining) -> dict[str, float | None]:
+    def kept(self: GraphTrainee) -> dict[str, float | None]:
         trained.append(self)
         return written(self)
 
-    GraphTraining.write_back = kept  # type: ignore[method-assign]
+    GraphTrainee.write_back = kept  # type: ignore[method-assign]
     started = time.monotonic()
     report = convert("fashion:network", folder / "qat.onnx", recipe=recipe, **given)
     seconds = time.monotonic() - started
@@ -65,7 +65,7 @@ def fashion(folder: Path) -> None:
     print(f"    {report.details['training']['steps']} steps, best at {report.details['training']['best_step']}")
 
 
-def _accuracy(model: GraphTraining, test: Path) -> float:
+def _accuracy(model: GraphTrainee, test: Path) -> float:
     with np.load(test) as arrays:
         images, labels = torch.from_numpy(arrays["input"]), torch.from_numpy(arrays["labels"])
     right = 0

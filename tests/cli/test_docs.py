@@ -18,7 +18,6 @@ from quantcli.cli import help as grouped_help
 from quantcli.cli.app import main
 from quantcli.cli.choices import CHOICES
 from quantcli.cli.commands import app
-from quantcli.evaluation.tasks.base import TASKS
 
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -44,10 +43,6 @@ def test_every_name_is_explained_by_people(family: str) -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     words = set(text.replace("`", " ").replace(",", " ").replace("==", " ").split())
     assert not set(CHOICES[family]()) - {"auto"} - words
-
-
-def test_tasks_are_those_of_eval() -> None:
-    assert tuple(CHOICES["task"]()) == TASKS
 
 
 @pytest.mark.parametrize("columns", [80, 100, 160])

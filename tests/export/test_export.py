@@ -13,6 +13,7 @@ import torch
 import transformers as tf
 from safetensors.torch import save_file
 
+from quantcli.data.request import DataRequest
 from quantcli.errors import InputError
 from quantcli.export import export, source
 from quantcli.export.export import export_to_onnx
@@ -186,7 +187,9 @@ def test_data_gives_inputs_and_free_axes(code: str, tmp_path: Path) -> None:
 
 def test_data_from_a_path(code: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", image=np.ones((3, 1, 8, 8), np.float32))
-    session = Session(export_to_onnx(f"{code}:silent", tmp_path / "new" / "folder", data="data.npz").path, threads=1)
+    session = Session(
+        export_to_onnx(f"{code}:silent", tmp_path / "new" / "folder", data=DataRequest("data.npz")).path, threads=1
+    )
     assert session.inputs[0].shape == ("batch", 1, 8, 8)
 
 

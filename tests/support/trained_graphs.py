@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
-from quantcli.training import loop
+from quantcli.training import loop, resume
 from support.small_nets import SHAPES
 
 W4A8 = {
@@ -33,6 +34,11 @@ def inputs_of(name: str, count: int, seed: int = 0) -> np.ndarray:
 def decibels(wanted: np.ndarray, found: np.ndarray) -> float:
     noise = np.square(wanted.astype(np.float64) - found).sum()
     return float(10 * np.log10(np.square(wanted.astype(np.float64)).sum() / max(noise, 1e-300)))
+
+
+def checkpoints_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(resume, "_WRITING_TIMES", 0)
 
 
 def interrupting(stop: int) -> Callable[..., None]:

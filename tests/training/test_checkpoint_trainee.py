@@ -14,7 +14,7 @@ import torch
 import transformers
 from support.artifacts import contents, decoded, loaded, reference, tensors_of
 from support.plain_blocks import network, token_file
-from support.trained_graphs import decibels, interrupting
+from support.trained_graphs import checkpoints_in_every_step, decibels, interrupting
 from torch import Tensor
 
 from quantcli import convert
@@ -22,7 +22,7 @@ from quantcli.conversion.checkpoint import calibrated
 from quantcli.errors import InputError, UsageError
 from quantcli.planning.recipe import Recipe, validate
 from quantcli.training import loop
-from quantcli.training.checkpoint_trainee import CheckpointTraining
+from quantcli.training.checkpoint_trainee import CheckpointTrainee
 from quantcli.training.data import TrainingData
 from quantcli.training.loop import History
 
@@ -65,7 +65,7 @@ def make(models: Path, tmp_path: Path) -> Callable[..., Path]:
 class Seen:
     """The trainee of a conversion, a batch for it, and what it computed when it had moved."""
 
-    trainee: CheckpointTraining | None = None
+    trainee: CheckpointTrainee | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
     after: Tensor = field(default_factory=lambda: torch.zeros(0))
 
@@ -77,7 +77,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Seen]]:
     def install(size: float) -> Seen:
         seen = Seen()
 
-        def move(trainee: CheckpointTraining, data: TrainingData, *_: object, **__: object) -> History:
+        def move(trainee: CheckpointTrainee, data: TrainingData, *_: object, **__: object) -> History:
             seen.trainee, seen.inputs = trainee, dict(next(data.batches(range(8))).inputs)
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
@@ -236,7 +236,7 @@ def test_runs_are_equal_also_when_they_were_interrupted_anywhere(
 ) -> None:
     whole, again = make("whole", recipe()), make("again", recipe())
     assert contents(whole) == contents(again)
-    monkeypatch.setattr("quantcli.training.loop.CHECKPOINT_SECONDS", -1.0)
+    checkpoints_in_every_step(monkeypatch)
     for place in ("blocks", "training", "between", "placing"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupted_in(patch, place)
@@ -255,7 +255,7 @@ def test_runs_are_equal_also_when_they_were_interrupted_anywhere(
 def test_what_was_begun_with_another_recipe_is_refused(
     make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("quantcli.training.loop.CHECKPOINT_SECONDS", -1.0)
+    checkpoints_in_every_step(monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupted_in(patch, "training")
         make("out", recipe())
@@ -291,12 +291,9 @@ def test_smoothed_and_scaled_models_are_trained_too(models: Path, make: Callable
 
 
 def test_too_little_memory_is_foreseen(make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Little:
-        available = 1 << 20
-
-    monkeypatch.setattr("quantcli.training.checkpoint_trainee.psutil.virtual_memory", lambda: Little)
+    monkeypatch.setattr("quantcli.training.checkpoint_trainee.free_memory_bytes", lambda: 1 << 20)
     monkeypatch.setattr(calibrated.CalibratedWork, "_spare_memory", lambda *_: 1 << 30)
-    monkeypatch.setattr("quantcli.training.data.psutil.virtual_memory", lambda: Little)
+    monkeypatch.setattr("quantcli.training.data.free_memory_bytes", lambda: 1 << 20)
     with pytest.raises(InputError, match=r"Training needs .* of memory for the model and what it learns by") as caught:
         make("out", recipe())
     assert "Use tune" in (caught.value.hint or "")

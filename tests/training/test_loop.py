@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.trained_graphs import checkpoints_in_every_step
 from torch import Tensor
 
 from quantcli.algorithms.qat import Options as QatOptions
 from quantcli.errors import InputError
 from quantcli.training.loop import Defaults, History, Training
 from quantcli.training.objective import Batch, Objective
+from quantcli.training.run import Run
 
 CLASSES, WIDTH, COUNT = 5, 8, 40
 DEFAULTS = Defaults(epochs=3, batch_size=4, learning_rate=0.05, scale_learning_rate=0.01, held_out=0.2)
@@ -80,7 +82,7 @@ class Toy:
 
 
 @dataclass
-class Run:
+class Case:
     """A training and all that belongs to it."""
 
     place: Path
@@ -93,10 +95,8 @@ class Run:
     def prepare(self, **options: Any) -> Training:
         wishes = QatOptions.model_validate(options)
         objective = Objective(wishes, labelled=False, scores="logits")
-        return Training(
-            self.toy, self.data, objective, wishes, DEFAULTS, seed=self.seed,
-            checkpoint=self.place / "state.pt", tick=self._ticked, say=self.said.append,
-        )  # fmt: skip
+        run = Run(self.seed, "cpu", self.place / "state.pt", self._ticked, self.said.append)
+        return Training(self.toy, self.data, objective, wishes, DEFAULTS, run)
 
     def _ticked(self, done: float) -> None:
         self.tick(done)
@@ -115,7 +115,7 @@ class Run:
 
 
 def test_rates_rise_in_a_line_and_fall_in_a_cosine(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = Case(tmp_path)
     prepared = run.prepare(steps=20, warm_up=0.25, learning_rate=0.4, scale_learning_rate=0.1)
     rates: list[list[float]] = []
 
@@ -132,16 +132,16 @@ def test_rates_rise_in_a_line_and_fall_in_a_cosine(tmp_path: Path) -> None:
 
 
 def test_every_sample_comes_once_in_an_epoch_and_those_held_out_never(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = Case(tmp_path)
     prepared = run.prepare(epochs=3)
     history = prepared.run()
-    assert len(prepared.held_out) == 8 and sorted(prepared.kept + prepared.held_out) == list(range(COUNT))
+    assert len(prepared.held_out) == 8 and sorted(prepared.train_samples + prepared.held_out) == list(range(COUNT))
     assert history.steps == 24 and history.epochs == 3 and history.stopped == "finished"
     seen = [number for step in run.toy.seen for number in step]
     epochs = [seen[start : start + 32] for start in range(0, 96, 32)]
-    assert all(sorted(epoch) == sorted(prepared.kept) for epoch in epochs)
+    assert all(sorted(epoch) == sorted(prepared.train_samples) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    other, same = Run(tmp_path, seed=1), Run(tmp_path)
+    other, same = Case(tmp_path, seed=1), Case(tmp_path)
     assert other.prepare().held_out != prepared.held_out == same.prepare().held_out
     other.run(epochs=3)
     same.run(epochs=3)
@@ -149,7 +149,7 @@ def test_every_sample_comes_once_in_an_epoch_and_those_held_out_never(tmp_path: 
 
 
 def test_accumulated_batches_are_as_one_and_no_more_is_held_at_once(tmp_path: Path) -> None:
-    whole, parts = Run(tmp_path), Run(tmp_path)
+    whole, parts = Case(tmp_path), Case(tmp_path)
     first = whole.run(epochs=2, batch_size=8)
     second = parts.run(epochs=2, batch_size=2, accumulate=4)
     assert first.steps == second.steps == 8
@@ -158,7 +158,7 @@ def test_accumulated_batches_are_as_one_and_no_more_is_held_at_once(tmp_path: Pa
     for one, other in zip(whole.toy.learned(), parts.toy.learned(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     # Lengths that differ leave the mean of a step what it is.
-    ragged, apart = (Run(tmp_path, data=Rows(ragged=True)) for _ in range(2))
+    ragged, apart = (Case(tmp_path, data=Rows(ragged=True)) for _ in range(2))
     ragged.run(steps=3, batch_size=9)
     apart.run(steps=3, batch_size=3, accumulate=3)
     torch.testing.assert_close(ragged.toy.weight, apart.toy.weight, rtol=1e-3, atol=1e-4)
@@ -166,7 +166,7 @@ def test_accumulated_batches_are_as_one_and_no_more_is_held_at_once(tmp_path: Pa
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_it_learns_and_keeps_what_did_best(tmp_path: Path, optimizer: str) -> None:
-    run = Run(tmp_path)
+    run = Case(tmp_path)
     before = run.loss()
     history = run.run(epochs=12, optimizer=optimizer)
     after = run.loss()
@@ -181,7 +181,7 @@ def test_it_learns_and_keeps_what_did_best(tmp_path: Path, optimizer: str) -> No
 
 
 def test_what_only_does_worse_leaves_the_start(tmp_path: Path) -> None:
-    run = Run(tmp_path, Toy(away=0.0))
+    run = Case(tmp_path, Toy(away=0.0))
     start = run.toy.learned()
     history = run.run(epochs=2, learning_rate=5.0, scale_learning_rate=2.0)
     assert history.best_step == 0 and history.models["qat"] == history.models["ptq"]
@@ -189,13 +189,13 @@ def test_what_only_does_worse_leaves_the_start(tmp_path: Path) -> None:
 
 
 def test_factors_stay_within_their_limits(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = Case(tmp_path)
     run.run(steps=30, scale_learning_rate=3.0, held_out=0)
     assert float(run.toy.factor.detach().min()) >= 0.5 and float(run.toy.factor.detach().max()) <= 2.0
 
 
 def test_without_samples_held_out_the_last_state_is_kept(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = Case(tmp_path)
     history = run.run(epochs=2, held_out=0)
     assert history.best_step == history.steps == 20
     assert history.models["qat"] == {"loss": None}
@@ -203,7 +203,7 @@ def test_without_samples_held_out_the_last_state_is_kept(tmp_path: Path) -> None
 
 
 def test_patience_ends_it(tmp_path: Path) -> None:
-    run = Run(tmp_path, Toy(away=0.0))
+    run = Case(tmp_path, Toy(away=0.0))
     history = run.run(epochs=50, learning_rate=1.0, patience=3, evaluate_every=2)
     assert (history.stopped, history.steps, history.best_step) == ("early", 6, 0)
 
@@ -226,7 +226,7 @@ def test_what_is_no_longer_finite_ends_it_and_the_best_state_is_kept(tmp_path: P
             return logits
         return logits * nan if what == "loss" else Slope.apply(logits)  # type: ignore[no-any-return,no-untyped-call]
 
-    run, clean = Run(tmp_path), Run(tmp_path)
+    run, clean = Case(tmp_path), Case(tmp_path)
     run.toy.spoil = spoiled
     history = run.run(steps=20, evaluate_every=3)
     assert (history.stopped, history.steps, history.best_step) == ("not finite", 13, 12)
@@ -246,7 +246,7 @@ def test_what_is_no_longer_finite_ends_it_and_the_best_state_is_kept(tmp_path: P
 
 
 def test_what_is_never_finite_is_an_error(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = Case(tmp_path)
     run.toy.spoil = lambda _, logits: logits * nan
     with pytest.raises(InputError, match="became nan in step 1 of 24, before the model was better") as caught:
         run.run()
@@ -259,18 +259,18 @@ def test_a_run_that_is_continued_does_what_it_would_have_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, stop: int
 ) -> None:
     options: dict[str, Any] = {"epochs": 3, "optimizer": optimizer, "evaluate_every": 3}
-    whole = Run(tmp_path / "whole")
+    whole = Case(tmp_path / "whole")
     expected = whole.run(**options)
-    monkeypatch.setattr("quantcli.training.loop.CHECKPOINT_SECONDS", -1.0)
-    interrupted(Run(tmp_path), stop, options)
-    assert (tmp_path / "state.pt").exists() == (stop > 1) and not (tmp_path / "state.partial").exists()
-    again = Run(tmp_path)
+    checkpoints_in_every_step(monkeypatch)
+    interrupted(Case(tmp_path), stop, options)
+    assert (tmp_path / "state.pt").exists() == (stop > 1) and not list(tmp_path.glob("*.partial"))
+    again = Case(tmp_path)
     assert again.run(**options) == expected
     assert all(torch.equal(one, other) for one, other in zip(whole.toy.learned(), again.toy.learned(), strict=True))
     assert len(again.toy.seen) == 24 - (stop - 1)
 
 
-def interrupted(run: Run, stop: int, options: dict[str, Any]) -> None:
+def interrupted(run: Case, stop: int, options: dict[str, Any]) -> None:
     """Interrupt a training of 24 steps in a step, before its checkpoint."""
 
     def tick(done: float) -> None:
@@ -296,11 +296,11 @@ class Wide(Toy):
 
 def test_lengths_that_differ_change_nothing_about_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the original returns depends, in its last bits, on the batch that a sample was in."""
-    whole = Run(tmp_path / "whole", Wide(), Rows(ragged=True))
+    whole = Case(tmp_path / "whole", Wide(), Rows(ragged=True))
     expected = whole.run(epochs=3)
-    monkeypatch.setattr("quantcli.training.loop.CHECKPOINT_SECONDS", -1.0)
-    interrupted(Run(tmp_path, Wide(), Rows(ragged=True)), 14, {"epochs": 3})
-    again = Run(tmp_path, Wide(), Rows(ragged=True))
+    checkpoints_in_every_step(monkeypatch)
+    interrupted(Case(tmp_path, Wide(), Rows(ragged=True)), 14, {"epochs": 3})
+    again = Case(tmp_path, Wide(), Rows(ragged=True))
     assert again.run(epochs=3) == expected
     assert all(torch.equal(one, other) for one, other in zip(whole.toy.learned(), again.toy.learned(), strict=True))
 
@@ -309,8 +309,8 @@ def test_lengths_that_differ_change_nothing_about_that(tmp_path: Path, monkeypat
 def test_the_original_runs_once_for_a_sample_while_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    monkeypatch.setattr("quantcli.training.loop._KEPT_OUTPUT_BYTES", room)
-    run, taught = Run(tmp_path), Counter[int]()
+    monkeypatch.setattr("quantcli.training.teacher._KEPT_BYTES", room)
+    run, taught = Case(tmp_path), Counter[int]()
     original = run.toy.teacher
 
     def noted(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -320,20 +320,20 @@ def test_the_original_runs_once_for_a_sample_while_there_is_room(
     monkeypatch.setattr(run.toy, "teacher", noted)
     prepared = run.prepare(epochs=3)
     prepared.run()
-    counts = {taught[number] for number in prepared.kept}
+    counts = {taught[number] for number in prepared.train_samples}
     assert counts == ({1} if room > 200 else {3})
 
 
 def test_one_run_is_like_another(tmp_path: Path) -> None:
-    first, second = Run(tmp_path), Run(tmp_path)
+    first, second = Case(tmp_path), Case(tmp_path)
     assert first.run(epochs=2) == second.run(epochs=2)
     assert all(torch.equal(one, other) for one, other in zip(first.toy.learned(), second.toy.learned(), strict=True))
 
 
 def test_a_model_that_takes_a_fixed_number_of_samples(tmp_path: Path) -> None:
-    run = Run(tmp_path, data=Rows(30, fixed_batch=6))
+    run = Case(tmp_path, data=Rows(30, fixed_batch=6))
     prepared = run.prepare(epochs=2, batch_size=4)
-    assert (len(prepared.held_out), len(prepared.kept), prepared.batch_size) == (6, 24, 6)
+    assert (len(prepared.held_out), len(prepared.train_samples), prepared.batch_size) == (6, 24, 6)
     prepared.run()
     assert {len(numbers) for numbers in run.toy.seen} == {6} and len(run.toy.seen) == 8
 
@@ -341,12 +341,12 @@ def test_a_model_that_takes_a_fixed_number_of_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "fixed", "says"), [(1, None, "1 sample"), (6, 6, "6 samples"), (1, 1, "1 sample")])
 def test_too_few_samples(tmp_path: Path, count: int, fixed: int | None, says: str) -> None:
     with pytest.raises(InputError, match=f"The data has {says}, and training needs some to learn from") as caught:
-        Run(tmp_path, data=Rows(count, fixed_batch=fixed)).prepare()
+        Case(tmp_path, data=Rows(count, fixed_batch=fixed)).prepare()
     assert "held_out: 0" in (caught.value.hint or "")
-    assert Run(tmp_path, data=Rows(count, fixed_batch=fixed)).prepare(held_out=0).kept
+    assert Case(tmp_path, data=Rows(count, fixed_batch=fixed)).prepare(held_out=0).train_samples
 
 
 def test_fewer_samples_than_a_batch(tmp_path: Path) -> None:
-    run = Run(tmp_path, data=Rows(6))
+    run = Case(tmp_path, data=Rows(6))
     history = run.run(epochs=4, batch_size=64)
     assert history.steps == 4 and {len(numbers) for numbers in run.toy.seen} == {5}

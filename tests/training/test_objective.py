@@ -14,13 +14,15 @@ from torch import Tensor
 
 from quantcli.algorithms.qat import Options as QatOptions
 from quantcli.core.ports import Port
+from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.errors import InputError, UsageError
 from quantcli.planning.steps import parse_steps
 from quantcli.training import data
 from quantcli.training.data import TrainingData, train
 from quantcli.training.loop import Defaults
-from quantcli.training.objective import Batch, Objective, log_scores
+from quantcli.training.objective import Batch, Objective, Tally, log_scores, without_padding
+from quantcli.training.run import Run
 
 FLOAT, INT64 = np.dtype(np.float32), np.dtype(np.int64)
 PORTS = (Port("x", FLOAT, ("n", 4)),)
@@ -123,7 +125,7 @@ def test_padded_tokens_do_not_count() -> None:
     assert float(given({"logits": noise}, {"logits": wanted}, of)) == pytest.approx(0, abs=1e-6)
     hidden = objective(scores=None)({"hidden": noise}, {"hidden": wanted}, of)
     assert float(hidden) == 0
-    tally = given.tally()
+    tally = Tally(given)
     tally.add({"logits": -noise * kept.unsqueeze(-1) + noise * ~kept.unsqueeze(-1)}, {"logits": wanted}, of)
     assert tally.metrics()["top1_agreement"] == 0
 
@@ -132,6 +134,8 @@ def test_a_mask_as_long_as_there_are_classes_is_none_of_these() -> None:
     wanted, found = random(2, 5), random(2, 5, seed=1)
     of = batch(size=2, attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]))
     assert float(objective()({"logits": found}, {"logits": wanted}, of)) == pytest.approx(kl(wanted, found), rel=1e-5)
+    # So it is where scales are tuned.
+    assert without_padding(wanted, found, of.inputs) == (wanted, found)
 
 
 def test_metrics_are_shares_of_all_samples() -> None:
@@ -141,14 +145,14 @@ def test_metrics_are_shares_of_all_samples() -> None:
         ({}, True, "top1", 3), ({"labels": 0}, True, "top1_agreement", 2), ({}, False, "top1_agreement", 2),
     ):  # fmt: skip
         given = objective(labelled=labelled, **options)
-        tally = given.tally()
+        tally = Tally(given)
         losses = []
         for rows in (slice(0, 3), slice(3, 4)):
             part = batch(labels[rows], len(labels[rows]))
             tally.add({"logits": found[rows]}, {"logits": wanted[rows]}, part)
             losses += [float(given({"logits": found[rows]}, {"logits": wanted[rows]}, part))] * len(part)
         assert tally.metrics() == {"loss": pytest.approx(np.mean(losses)), name: right / 4}
-    assert objective().tally().metrics() == {"loss": None}
+    assert Tally(objective()).metrics() == {"loss": None}
 
 
 LOSSES = """
@@ -211,7 +215,7 @@ def test_a_loss_that_does_not_exist(losses: None) -> None:
 def samples(folder: Path, ports: tuple[Port, ...] = PORTS, count: int = 10, labels: object = None) -> Samples:
     arrays = {"x": random(count, 4).numpy()} | ({} if labels is None else {"labels": np.asarray(labels)})
     np.savez(folder / "data.npz", **arrays)
-    return load_samples(str(folder / "data.npz"), ports, folder=None)
+    return load_samples(DataRequest(str(folder / "data.npz")), ports, folder=None)
 
 
 def test_batches_are_of_the_samples_asked_for_in_order(tmp_path: Path) -> None:
@@ -259,14 +263,14 @@ def generators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def test_a_function_that_yields_fewer_the_second_time(generators: None) -> None:
-    given = load_samples("own_samples:dry", PORTS, folder=None)
+    given = load_samples(DataRequest("own_samples:dry"), PORTS, folder=None)
     with pytest.raises(InputError, match="own_samples:dry gave 7 of 10 samples the second time") as caught:
         TrainingData(given, torch.device("cpu"))
     assert "the same samples each time" in (caught.value.hint or "")
 
 
 def test_samples_of_one_shape_go_together(generators: None) -> None:
-    data = TrainingData(load_samples("own_samples:ragged", TOKENS, folder=None), torch.device("cpu"))
+    data = TrainingData(load_samples(DataRequest("own_samples:ragged"), TOKENS, folder=None), torch.device("cpu"))
     found = list(data.batches(range(8)))
     assert [each.numbers for each in found] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert [each.inputs["ids"].shape for each in found] == [(4, 3), (4, 4)]
@@ -274,17 +278,14 @@ def test_samples_of_one_shape_go_together(generators: None) -> None:
 
 def test_sequences_with_a_mask_are_padded_into_one_batch(generators: None) -> None:
     ports = (*TOKENS, Port("attention_mask", INT64, ("n", "length")))
-    data = TrainingData(load_samples("own_samples:masked", ports, folder=None), torch.device("cpu"))
+    data = TrainingData(load_samples(DataRequest("own_samples:masked"), ports, folder=None), torch.device("cpu"))
     (found,) = data.batches([1, 2])
     assert found.inputs["ids"].tolist() == [[1, 1, 1, 1], [2, 2, 2, 0]]
     assert found.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
 def test_more_samples_than_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Little:
-        available = 200
-
-    monkeypatch.setattr(data.psutil, "virtual_memory", Little)
+    monkeypatch.setattr(data, "free_memory_bytes", lambda: 200)
     with pytest.raises(InputError, match="5 of 10 samples take") as caught:
         TrainingData(samples(tmp_path), torch.device("cpu"))
     assert "--samples 4" in (caught.value.hint or "")
@@ -300,10 +301,8 @@ class Mute:
 def test_a_model_without_float_outputs(tmp_path: Path) -> None:
     data, options = TrainingData(samples(tmp_path), torch.device("cpu")), QatOptions()
     with pytest.raises(InputError, match="no output of floating point"):
-        train(
-            Mute(), data, options, Defaults(1, 1, 1.0, 1.0), seed=0, checkpoint=tmp_path / "c",  # type: ignore[arg-type]
-            tick=lambda _: None, say=lambda _: None,
-        )  # fmt: skip
+        run = Run.followed_by(None, 0, "cpu", tmp_path / "c")
+        train(Mute(), data, options, Defaults(1, 1, 1.0, 1.0), run)  # type: ignore[arg-type]
 
 
 def test_fewer_samples_evenly_spread(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from support.oracles import pair_sum
 from support.small_nets import CLASSES, SHAPES
-from support.trained_graphs import SCHEMES, decibels, inputs_of, interrupting
+from support.trained_graphs import SCHEMES, checkpoints_in_every_step, decibels, inputs_of, interrupting
 
 from quantcli import convert
 from quantcli.export.export import export_to_onnx
@@ -24,7 +24,7 @@ from quantcli.reporting.report import Report
 from quantcli.training import loop
 from quantcli.training.data import TrainingData
 from quantcli.training.loop import History
-from quantcli.training.onnx_trainee import GraphTraining
+from quantcli.training.onnx_trainee import GraphTrainee
 
 #: Which of these are tried on which model: convolutions have no dynamic form.
 CASES = [("cnn", each) for each in ("static", "W4A8", "per tensor", "int8", "int4")]
@@ -63,7 +63,7 @@ def converted(
 class Seen:
     """The trainee of a conversion, and what it computed before and when it had moved."""
 
-    trainee: GraphTraining | None = None
+    trainee: GraphTrainee | None = None
     before: np.ndarray | None = None
     after: np.ndarray | None = None
 
@@ -75,7 +75,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Seen]]:
     def install(size: float) -> Seen:
         seen = Seen()
 
-        def move(trainee: GraphTraining, data: TrainingData, *_: object, **__: object) -> History:
+        def move(trainee: GraphTrainee, data: TrainingData, *_: object, **__: object) -> History:
             seen.trainee = trainee
             inputs = next(data.batches(range(32))).inputs
             generator = torch.Generator().manual_seed(0)
@@ -241,7 +241,7 @@ def test_training_brings_outputs_nearer_and_equal_runs_are_equal(
     converted(home, tmp_path / "second.onnx", name, scheme, "rtn", **LEARNS)
     assert (tmp_path / "first.onnx").read_bytes() == (tmp_path / "second.onnx").read_bytes()
     # And so is one that was interrupted, twice.
-    monkeypatch.setattr("quantcli.training.loop.CHECKPOINT_SECONDS", -1.0)
+    checkpoints_in_every_step(monkeypatch)
     for stop in (7, 15):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(loop.Training, "_log", interrupting(stop))

@@ -18,7 +18,7 @@ from support import real_models
 from support.graphs import model, node, normal
 from support.onnx_models import halved
 from support.small_nets import CLASSES, cnn
-from support.trained_graphs import SCHEMES, inputs_of, interrupting
+from support.trained_graphs import SCHEMES, checkpoints_in_every_step, inputs_of, interrupting
 
 from quantcli import convert, evaluate
 from quantcli.cli.app import main
@@ -247,7 +247,7 @@ def test_a_dry_run_writes_nothing(home: Path, tmp_path: Path, done: Convert) -> 
 def test_what_was_interrupted_is_continued_by_the_same_command_alone(
     home: Path, tmp_path: Path, done: Convert, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantcli.training.loop.CHECKPOINT_SECONDS", -1.0)
+    checkpoints_in_every_step(monkeypatch)
     data, out, state = home / "plain.npz", tmp_path / "out.onnx", tmp_path / ".out.onnx.partial" / "training.pt"
     with monkeypatch.context() as patch:
         patch.setattr(loop.Training, "_log", interrupting(3))
@@ -288,7 +288,7 @@ def test_what_gptq_chose_is_trained_and_continued(home: Path, tmp_path: Path, mo
     np.savez(tmp_path / "x.npz", x=inputs_of("cnn", 24))
     wishes: dict[str, Any] = {"recipe": recipe, "data": tmp_path / "x.npz", "weights": home / "cnn.pt", "threads": 1}
     convert("support.small_nets:cnn", tmp_path / "whole.onnx", **wishes)
-    monkeypatch.setattr("quantcli.training.loop.CHECKPOINT_SECONDS", -1.0)
+    checkpoints_in_every_step(monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop.Training, "_log", interrupting(4))
         convert("support.small_nets:cnn", tmp_path / "out.onnx", **wishes)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantcli import convert
 from quantcli.algorithms import rtn
-from quantcli.algorithms.fake_quantize import Factors
+from quantcli.algorithms.fake_quantize import LearnedFactors
 from quantcli.algorithms.tune import Options as TuneOptions
 from quantcli.algorithms.tune import TunedLinear
 from quantcli.core.scheme import Granularity, NumberFormat
@@ -72,15 +72,15 @@ def test_scales_that_are_off_are_found() -> None:
         rows = inputs[sample * 4 : sample * 4 + 4]
         return objective.relative_error(rows @ wanted.T, linear(rows))
 
-    losses = tuning.run([linear.scales], loss, 8, options, seed=0, report=lambda _: None)
+    losses = tuning.learn_factors([linear.scales], loss, 8, options, seed=0, tick=lambda _: None)
     assert len(losses) == 160
     assert losses[-1] < 0.01 * losses[0]
     assert float((linear.scales.values().detach() / right - 1).abs().amax()) < 0.01
 
 
 def test_what_is_learned_is_what_will_be_stored() -> None:
-    scales = Factors(random(8, 4).abs() + 1e-3, torch.bfloat16, scales=True)
-    norms = Factors(random(64), torch.float16, scales=False)
+    scales = LearnedFactors(random(8, 4).abs() + 1e-3, torch.bfloat16, scales=True)
+    norms = LearnedFactors(random(64), torch.float16, scales=False)
     with torch.no_grad():
         scales.factor += 0.3 * random(8, 4, seed=1)
         norms.factor *= 1.001
@@ -99,10 +99,14 @@ def test_divergence_is_zero_for_equal_outputs_and_as_defined_for_others() -> Non
 
 
 def test_a_loss_that_is_not_finite_ends_it_and_names_the_step() -> None:
-    factors = Factors(torch.ones(3), torch.float32, scales=True)
+    factors = LearnedFactors(torch.ones(3), torch.float32, scales=True)
     values = iter([1.0, 1.0, float("nan")])
+
+    def loss(_: int) -> Tensor:
+        return factors.factor.sum() * next(values)
+
     with pytest.raises(InputError, match="nan in step 3 of 4") as caught:
-        tuning.run([factors], lambda _: factors.factor.sum() * next(values), 4, TuneOptions(), 0, lambda _: None)
+        tuning.learn_factors([factors], loss, 4, TuneOptions(), 0, lambda _: None)
     assert "learning_rate" in (caught.value.hint or "")
 
 
@@ -119,7 +123,7 @@ def make(models: Path, tmp_path: Path) -> Callable[..., Path]:
     data = token_file(tmp_path / "ids.npz")
 
     def run(name: str, *steps: str | dict[str, Any], model: str = "llama") -> Path:
-        convert(models / model, tmp_path / name, recipe=recipe(*steps), data=data)
+        convert(models / model, tmp_path / name, recipe=recipe(*steps), data=data, threads=1)
         return tmp_path / name
 
     return run
@@ -168,7 +172,7 @@ def test_two_runs_are_equal_and_so_is_one_that_was_interrupted(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("quantcli.training.tuning.run", interrupted)
+        patch.setattr("quantcli.training.tuning.learn_factors", interrupted)
         make("resumed", "gptq", TUNE)
     from quantcli.conversion.checkpoint import calibrated
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from quantcli.blocks.batches import CalibrationBatches, load_batches
 from quantcli.blocks.model import hugging_face, plain_module
 from quantcli.blocks.structure import find_blocks
@@ -26,7 +24,7 @@ from quantcli.core.manifest import FINGERPRINT_KEY
 from quantcli.core.numerics import error_powers, in_groups
 from quantcli.core.tensors import QuantizedTensor
 from quantcli.data.fingerprint import fingerprint
-from quantcli.data.request import Calibration
+from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.planning.resolve import resolve
@@ -34,11 +32,14 @@ from quantcli.ptq.engine import BlockEngine, BlockOutcome, Chain, linear_layers
 from quantcli.ptq.memory_demand import foresee
 from quantcli.ptq.rounding import Coded
 from quantcli.system.devices import check_device
+from quantcli.system.files import whole_file
 from quantcli.system.hardware import free_memory_bytes, resident_bytes
 from quantcli.system.parallel import torch_threads
 from quantcli.system.text import format_bytes
 from quantcli.training.checkpoint import load_trained, save_trained, train_checkpoint
 from quantcli.training.loop import History
+from quantcli.training.parameters import Parameters
+from quantcli.training.run import Run
 
 #: Of the memory that the heaviest block leaves, one part in so many is for hidden states; others go to disk.
 _HIDDEN_SHARE = 2
@@ -66,7 +67,7 @@ class CalibratedWork:
         self,
         checkpoint: Checkpoint,
         plan: Plan,
-        given: Calibration,
+        request: DataRequest,
         *,
         function: str | None = None,
         device: str,
@@ -74,14 +75,14 @@ class CalibratedWork:
     ) -> None:
         """Get ready. The checkpoint is a Hugging Face folder, or holds the weights of the module of ``function``."""
         check_device(device)
-        self.checkpoint, self.plan, self.given, self.device = checkpoint, plan, given, device
+        self.checkpoint, self.plan, self.request, self.device = checkpoint, plan, request, device
         model = plain_module(function, checkpoint) if function else hugging_face(checkpoint)
         self._function, self._model, self.skeleton = function, model, model.skeleton
         self.history: History | None = None
-        self.data: CalibrationBatches = load_batches(model, given, trains=self._trains)
+        self.data: CalibrationBatches = load_batches(model, request, trains=self._trains)
         linear = linear_layers(self.skeleton, plan)
         self._blocks = find_blocks(self.skeleton.module, linear, plan.recipe.blocks)
-        model.require_own_weights(self._blocks, {layer.info.name for layer in plan.layers if layer.is_coded})
+        model.require_own_weights(self._blocks, {layer.info.name for layer in plan.layers if layer.has_codes})
         inside = self.names()
         seen = {layer.info.name for layer in linear.values()} & inside
         unseen = {layer.info.name for layer in plan.quantized if layer.scheme and layer.scheme.is_static} - seen
@@ -124,7 +125,7 @@ class CalibratedWork:
     def fingerprint(self) -> dict[str, Any]:
         """What of the data, and of how it goes through the model, decides the output."""
         function = {"function": self._function} if self._function else {}
-        return {"data_sha256": self.data.samples.sha256, "seed": self.given.seed, "device": self.device} | function
+        return {"data_sha256": self.data.samples.sha256, "seed": self.request.seed, "device": self.device} | function
 
     def manifest(self) -> dict[str, Any]:
         """Entries of the manifest that tell of the data: hashes and counts, no path and no text."""
@@ -163,7 +164,7 @@ class CalibratedWork:
             scratch=output.scratch,
             memory_limit=self._hidden_bytes,
             device=self.device,
-            seed=self.given.seed,
+            seed=self.request.seed,
             tick=lambda done: output.tick(share * done),
         )
         artifact = open_checkpoint(output.folder) if output.results else None
@@ -180,12 +181,13 @@ class CalibratedWork:
     def _trains(self) -> bool:
         return any(step.name == "qat" for step in self.plan.steps.final)
 
-    def _written(self, output: Output) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-        """What was written of the blocks: codes, and other parameters in float32, by the names of tensors."""
+    def _written(self, output: Output) -> Parameters:
+        """The blocks' parameters as they were written."""
         artifact = open_checkpoint(output.folder)
         outcomes = [self._finished(path, artifact, output.results) for each in self._blocks for path in each.blocks]
         coded = {name: each.tensor for outcome in outcomes if outcome for name, each in outcome.coded.items()}
-        return coded, {name: values for outcome in outcomes if outcome for name, values in outcome.plain.items()}
+        plain = {name: values for outcome in outcomes if outcome for name, values in outcome.plain.items()}
+        return Parameters(coded, plain)
 
     def _train(self, output: Output, learned: Path) -> None:
         """Train what was written, into a file of its own: what is written stays whole."""
@@ -197,11 +199,13 @@ class CalibratedWork:
             self._blocks,
             self._written(output),
             self.data.samples,
-            seed=self.given.seed,
-            device=self.device,
-            checkpoint=output.scratch / "training.pt",
-            tick=lambda done: output.tick(1 - _TRAINING + _TRAINING * done),
-            say=output.say,
+            Run(
+                self.request.seed,
+                self.device,
+                output.scratch / "training.pt",
+                tick=lambda done: output.tick(1 - _TRAINING + _TRAINING * done),
+                say=output.say,
+            ),
         )
         self.skeleton.drop()
         save_trained(learned, trained, history)
@@ -210,7 +214,7 @@ class CalibratedWork:
         trained, self.history = load_trained(learned, self._by_name)
         for name, values in trained.plain.items():
             output.record(name, place_values(self._by_name[name], values, output.destinations))
-        for name, tensor in trained.coded.items():
+        for name, tensor in trained.quantized.items():
             layer = self._by_name[name]
             result = place_codes(layer, tensor, self.plan, output.destinations)
             # Where an interrupted run placed it already, that is said already.
@@ -235,16 +239,14 @@ class CalibratedWork:
 
         from quantcli.training.tuning import ModelTuning
 
-        coded, plain = self._written(output)
         options = self.plan.steps.options("tune")
-        tuning = ModelTuning(self.skeleton, self.plan, self._blocks, coded, plain, options)
-        seed = self.given.seed
+        tuning = ModelTuning(self.skeleton, self.plan, self._blocks, self._written(output), options)
+        seed = self.request.seed
         tuned = tuning.run(self.data.batches, teacher, seed, lambda done: output.tick(_BLOCKS + _TUNE * done))
         self.skeleton.drop()
         output.scratch.mkdir(parents=True, exist_ok=True)
-        unfinished = learned.with_suffix(".partial")
-        save_file({name: each.contiguous() for name, each in (tuned.scales | tuned.norms).items()}, unfinished)
-        unfinished.replace(learned)
+        with whole_file(learned) as unfinished:
+            save_file({name: each.contiguous() for name, each in tuned.items()}, unfinished)
 
     def _place_tuned(self, output: Output, learned: Path) -> None:
         from safetensors.torch import load_file
@@ -252,7 +254,7 @@ class CalibratedWork:
         artifact = open_checkpoint(output.folder)
         for name, values in load_file(learned).items():
             layer = self._by_name[name]
-            if not layer.is_coded:
+            if not layer.has_codes:
                 output.record(name, place_values(layer, values, output.destinations))
                 continue
             tensor = replace(read_codes(layer, self.plan, artifact), scale=values)
@@ -280,7 +282,7 @@ class CalibratedWork:
         outcome = BlockOutcome(path)
         for name in names:
             layer = self._by_name[name]
-            if layer.is_coded:
+            if layer.has_codes:
                 outcome.coded[name] = Coded(read_codes(layer, self.plan, artifact), results[name].algorithm)
             else:
                 outcome.plain[name] = artifact.load(name).float()

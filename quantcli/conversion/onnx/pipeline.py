@@ -23,10 +23,10 @@ from quantcli.conversion.onnx.rows import layer_entries, layer_rows, left_rows
 from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import FINGERPRINT_KEY, MANIFEST_KEY
 from quantcli.data.fingerprint import fingerprint
-from quantcli.data.request import Calibration
+from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.models.kernels import prove
-from quantcli.models.source import open_subject, subject_sha256
+from quantcli.models.source import open_model, source_sha256
 from quantcli.onnx.graph.model import OnnxModel, constants, onnx_file, open_onnx
 from quantcli.onnx.graph.opset import upgrade
 from quantcli.onnx.graph.prepare import prepare
@@ -40,6 +40,7 @@ from quantcli.onnx.rewrite.four_bit_storage import store_in_four_bits
 from quantcli.onnx.rewrite.transform import LayerOutcome, transform
 from quantcli.planning.recipe import Recipe, dequantizes
 from quantcli.planning.steps import training_step
+from quantcli.planning.targets import require_onnx
 from quantcli.reporting.report import ModelRow, Report
 from quantcli.system.files import check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
@@ -68,7 +69,8 @@ def convert_onnx(
     model: str | Path,
     output: Path,
     recipe: Recipe,
-    calibration: Calibration,
+    data: DataRequest | None,
+    statistics: Path | None,
     *,
     weights: Path | None = None,
     device: str = "cpu",
@@ -87,16 +89,15 @@ def convert_onnx(
     started = time.monotonic()
     if recipe.format not in (None, "onnx"):
         raise UsageError(f"An ONNX model cannot be written as {recipe.format}.", "Leave --format out.")
-    runtime, version = recipe.runtime
-    if runtime not in (None, "onnxruntime"):
-        raise UsageError(f"{runtime} does not load ONNX.", "Use --target onnxruntime, or another format.")
+    require_onnx(recipe)
+    _, version = recipe.runtime
     _check_places(str(model), output, force=force or dry_run)
     trains = training_step(recipe) is not None
     with open_staging(output) as staging:
         if not trains:
             staging.begin_anew()
         try:
-            conversion = _Conversion(str(model), output, recipe, calibration, weights, version, device, progress)
+            conversion = _Conversion(str(model), output, recipe, data, statistics, weights, version, device, progress)
             report = conversion.run(staging, dry_run=dry_run, force=force)
             if conversion.single_file and not (force or dry_run):
                 _refuse_to_overwrite(staging.out, output)
@@ -143,25 +144,26 @@ class _Conversion:
         model: str,
         output: Path,
         recipe: Recipe,
-        calibration: Calibration,
+        data: DataRequest | None,
+        statistics: Path | None,
         weights: Path | None,
         version: str | None,
         device: str,
         progress: Progress | None,
     ) -> None:
-        self.output, self.recipe, self.calibration = output, recipe, calibration
+        self.output, self.recipe, self.data, self.stats = output, recipe, data, statistics
         self.version, self.device, self.progress = version, device, progress
         self.training: dict[str, Any] | None = None
         self.warnings: list[str] = []
         self.comparison: Comparison | None = None
         self.origin: dict[str, Any] | None = None
-        self.subject = open_subject(model, weights)
+        self.source = open_model(model, weights)
         self.codes = self._given_codes()
         self.single_file = output.name if output.suffix == ".onnx" else None
 
     def _given_codes(self) -> GivenCodes | None:
         """The codes of a checkpoint that is quantized, unless they are to be values again."""
-        checkpoint = self.subject.checkpoint
+        checkpoint = self.source.checkpoint
         if checkpoint is None or not is_quantized(checkpoint):
             return None
         coded = open_coded(checkpoint)
@@ -228,12 +230,12 @@ class _Conversion:
         return save_graph(graph, target)
 
     def _open(self, folder: Path) -> OnnxModel:
-        if self.subject.onnx is not None:
-            return self.subject.onnx
+        if self.source.onnx is not None:
+            return self.source.onnx
         from quantcli.export.export import export_to_onnx
 
-        given, data = self.subject, self.calibration.data
-        exported = export_to_onnx(given.path, folder / "export", data=data, weights=given.weights)
+        given = self.source
+        exported = export_to_onnx(given.path, folder / "export", data=self.data, weights=given.weights)
         self.warnings += exported.warnings
         return open_onnx(exported.path)
 
@@ -247,33 +249,25 @@ class _Conversion:
         if opset > original.opset:
             graph = upgrade(graph, opset)
             plan = resolve_graph(self.recipe, graph, original.path)
-        if plan.of_mode("static") and not (self.calibration.stats or self.calibration.data):
+        if plan.of_mode("static") and not (self.stats or self.data):
             raise UsageError(
                 f"{plan.scheme} needs the ranges of activations.",
                 "Give --data DATA to take them now, or --calibration STATS from quantcli calibrate.",
             )
-        if self.trains and not self.calibration.data:
+        if self.trains and not self.data:
             raise UsageError("qat learns from data.", "Name some with --data; nothing is fetched or made up.")
-        if plan.needs_inputs and not self.calibration.data:
-            why = "STATS hold the ranges of activations alone." if self.calibration.stats else None
+        if plan.needs_inputs and not self.data:
+            why = "STATS hold the ranges of activations alone." if self.stats else None
             raise UsageError("gptq needs calibration data: give --data.", why)
         return graph, plan
 
     def _samples(self, original: OnnxModel) -> Samples | None:
-        if self.calibration.data is None:
+        if self.data is None:
             return None
         from quantcli.data.samples import load_samples
 
-        found = load_samples(
-            self.calibration.data,
-            original.inputs,
-            folder=self.subject.folder,
-            tokenizer=self.calibration.tokenizer,
-            preprocess=self.calibration.preprocess,
-            samples=self.calibration.samples or (None if self.trains else DEFAULT_SAMPLES),
-            seq_len=self.calibration.seq_len,
-            seed=self.calibration.seed,
-        )
+        request = self.data.at_most(None if self.trains else DEFAULT_SAMPLES)
+        found = load_samples(request, original.inputs, folder=self.source.folder)
         self.warnings += found.warnings
         return found
 
@@ -283,18 +277,16 @@ class _Conversion:
         # Static layers need ranges; the biases of other convolutions profit from the means of what they read.
         static = plan.of_mode("static")
         read = [node.node.inputs[0] for node in plan.of_mode("weights") if node.node.op_type == "Conv"]
-        if not static and not (read and (samples or self.calibration.stats)):
+        if not static and not (read and (samples or self.stats)):
             return None
-        sha256 = subject_sha256(self.subject)
-        if self.calibration.stats is not None:
-            statistics = CalibrationStats.load(self.calibration.stats)
+        sha256 = source_sha256(self.source)
+        if self.stats is not None:
+            statistics = CalibrationStats.load(self.stats)
             statistics.require_model(sha256)
             return statistics
-        assert samples is not None
+        assert samples is not None and self.data is not None
         observed = None if static else list(dict.fromkeys(value.name for value in read if value and value.name))
-        return collect(
-            graph, samples, observed, model_sha256=sha256, seed=self.calibration.seed, progress=self.progress
-        )
+        return collect(graph, samples, observed, model_sha256=sha256, seed=self.data.seed, progress=self.progress)
 
     @property
     def trains(self) -> bool:
@@ -315,20 +307,20 @@ class _Conversion:
         """Train the quantized graph, going on where the same command was interrupted."""
         from quantcli.training.onnx import fingerprint as training_fingerprint
         from quantcli.training.onnx import train_layers
+        from quantcli.training.run import Run
 
         step = training_step(self.recipe)
-        assert step is not None
-        staging.begin(training_fingerprint(self.recipe, original, samples, self.calibration, self.device), force=force)
+        assert step is not None and self.data is not None
+        seed = self.data.seed
+        fingerprint = training_fingerprint(self.recipe, original, samples, self.stats, seed, self.device)
+        staging.begin(fingerprint, force=force)
         trained, history = train_layers(
             unquantized,
             graph,
             outcomes,
             samples,
             step.options,
-            seed=self.calibration.seed,
-            device=self.device,
-            checkpoint=staging.checkpoint,
-            progress=self.progress,
+            Run.followed_by(self.progress, seed, self.device, staging.checkpoint),
         )
         self.training = history.to_json()
         self.warnings += history.warnings
@@ -358,7 +350,7 @@ class _Conversion:
             )
 
     def _copy_companions(self, original: OnnxModel, out: Path) -> None:
-        folder = Path(self.subject.path)
+        folder = Path(self.source.path)
         if self.single_file or not folder.is_dir():
             return
         for relative in companions(folder):
@@ -399,7 +391,7 @@ class _Conversion:
             "sqnr_db_min": min(measured, default=None),
             **metrics,
         }
-        source = ModelRow(self.subject.path, "reference", "onnx", None, original.sha256(), before)
+        source = ModelRow(self.source.path, "reference", "onnx", None, original.sha256(), before)
         artifact = ModelRow(
             str(self.output), "candidate", "onnx", plan.scheme, None, size, metrics, {"algorithm": plan.algorithm}
         )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Weight:
+class StoredWeight:
     """A learned weight, and where it stands in the graph."""
 
     learned: LearnedWeight
@@ -31,38 +31,37 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Bias:
-    """An integer bias: its values, and the scales that its own is the product of."""
+class StoredBias:
+    """A learned integer bias, where it stands in the graph, and the scales that its own is the product of."""
 
     learned: LearnedValues
     codes: ir.Value
     scale: ir.Value
     inputs: LearnedRange
-    weight: Weight
+    weight: StoredWeight
+
+    def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Values with gradients, int32 codes, and scales ``[channels]``: products of the scales of input and weight."""
+        exact = self.learned.values()
+        with torch.no_grad():
+            weight = self.weight.learned.scales.values().reshape(-1)
+            scale = (self.inputs.values().reshape(()) * weight).expand(exact.shape).contiguous()
+            codes = (exact.double() / scale.double()).round().clamp(-(2.0**31), 2.0**31 - 1)
+            rounded = (codes * scale.double()).float()
+        return exact + (rounded - exact).detach(), codes.to(torch.int32), scale
 
 
-def rounded_bias(bias: Bias) -> tuple[Tensor, Tensor, Tensor]:
-    """Values with gradients, int32 codes, and scales ``[channels]``: the product of the scales of input and weight."""
-    exact = bias.learned.values()
-    with torch.no_grad():
-        weight = bias.weight.learned.scales.values().reshape(-1)
-        scale = (bias.inputs.values().reshape(()) * weight).expand(exact.shape).contiguous()
-        codes = (exact.double() / scale.double()).round().clamp(-(2.0**31), 2.0**31 - 1)
-        rounded = (codes * scale.double()).float()
-    return exact + (rounded - exact).detach(), codes.to(torch.int32), scale
-
-
-def from_codes(codes: ir.Value, scale: ir.Value, origin: Origin) -> QuantizedTensor:
-    """An integer weight as the noun of quantization."""
+def read_codes(codes: ir.Value, scale: ir.Value, origin: Origin) -> QuantizedTensor:
+    """An integer weight as a quantized matrix ``[channels, inputs]``."""
     stored, scales = array(codes), array(scale)
     assert stored is not None and scales is not None
     rows = np.ascontiguousarray(np.moveaxis(stored, origin.codes_axis, 0))
     matrix = torch.from_numpy(rows.reshape(len(rows), -1))
-    one = torch.from_numpy(np.array(scales, np.float32).reshape(-1, 1))
-    return QuantizedTensor(matrix, one, None, tuple(matrix.shape), origin.number_format)
+    scale_column = torch.from_numpy(np.array(scales, np.float32).reshape(-1, 1))
+    return QuantizedTensor(matrix, scale_column, None, tuple(matrix.shape), origin.number_format)
 
 
-def write_codes(weight: Weight, tensor: QuantizedTensor) -> None:
+def write_codes(weight: StoredWeight, tensor: QuantizedTensor) -> None:
     """Put codes and scale where a DequantizeLinear reads them."""
     origin = weight.origin
     set_constant(weight.codes, np.moveaxis(tensor.codes.numpy().reshape(origin.shape), 0, origin.codes_axis))
@@ -70,8 +69,8 @@ def write_codes(weight: Weight, tensor: QuantizedTensor) -> None:
     set_constant(weight.scale, scales if len(constant(weight.scale).shape) else scales.reshape(()))  # type: ignore[union-attr]
 
 
-def from_nbits(codes: ir.Value, scale: ir.Value, zeros: ir.Value | None, origin: Origin) -> QuantizedTensor:
-    """The matrix of an n-bit product as the noun of quantization, its last block whole."""
+def read_nbits(codes: ir.Value, scale: ir.Value, zeros: ir.Value | None, origin: Origin) -> QuantizedTensor:
+    """The quantized matrix of an n-bit product, its last block whole."""
     stored, scales, points = array(codes), array(scale), array(zeros)
     assert stored is not None and scales is not None
     rows, bits = origin.shape[0], origin.number_format.bits
@@ -83,8 +82,8 @@ def from_nbits(codes: ir.Value, scale: ir.Value, zeros: ir.Value | None, origin:
     return QuantizedTensor(unpacked, values, zero_point, tuple(unpacked.shape), origin.number_format)
 
 
-def write_nbits(weight: Weight, tensor: QuantizedTensor) -> None:
-    """Put codes, scales and zero points where an n-bit operator reads them."""
+def write_nbits(weight: StoredWeight, tensor: QuantizedTensor) -> None:
+    """Put codes and scales where an n-bit operator reads them; zero points stay as they are."""
     stored, scales = constant(weight.codes), constant(weight.scale)
     assert stored is not None and scales is not None
     packed = pack_codes(tensor, scales.dtype.numpy(), "qat")
