@@ -28,6 +28,11 @@ FILES = ("weights.safetensors", "train.npz", "test.npz")
 EPOCHS, BATCH = 6, 128
 
 
+def data_name() -> str:
+    """What `data` gives here."""
+    return "Fashion-MNIST" if PACKAGE.is_dir() else "scikit-learn's digits (dataset-fashion-mnist is not installed)"
+
+
 def data() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """``train`` and ``test``: pictures float32 ``[n, 1, height, width]`` from -1 to 1, and labels."""
     if PACKAGE.is_dir():
@@ -71,7 +76,7 @@ def network() -> nn.Module:
         *_separable(24, 48, 2), *_separable(48, 96, 2), *_separable(96, 96, 1), *_separable(96, 96, 1),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10),
     )  # fmt: skip
-    layers.example_input_array = torch.zeros(2, 1, 28, 28)
+    layers.example_input_array = torch.zeros(2, 1, *[28 if PACKAGE.is_dir() else 8] * 2)
     return layers.eval()
 
 

@@ -218,6 +218,7 @@ def test_every_command_and_option_is_documented(capsys: pytest.CaptureFixture[st
     assert commands.keys() == CONTRACT.keys()
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
+    assert all(f"  {option} " in overview for option in ("--version", "--install-completion", "--show-completion"))
     for name, command in commands.items():
         assert f"\n  {name} " in overview
         assert main([name, "--help"]) == 0

@@ -20,7 +20,9 @@ def help_rows(command: Any, context: Any) -> dict[str, list[tuple[str, str]]]:
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is not None:
-            text = record[1].replace("{choices}", choices_text(parameter.name)).replace("x>=", "at least ")
+            # Older versions of typer escape brackets, though nobody renders them.
+            text = record[1].replace("\\[", "[").replace("x>=", "at least ")
+            text = text.replace("{choices}", choices_text(parameter.name))
             # Newer versions of typer put the type behind the name of an argument.
             name = parameter.metavar if parameter.param_type_name == "argument" else record[0]
             groups[getattr(parameter, "rich_help_panel", None) or REPORTS].append((name, text))

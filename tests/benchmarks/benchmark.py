@@ -15,15 +15,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
-COMMAND = str(Path(sys.executable).with_name("quantcli"))
+from harness import COMMAND, line, main
 
 _LOAD_AND_SAVE = """
 import sys, time
@@ -36,11 +33,6 @@ for shard in sorted(source.glob("*.safetensors")):
     save_file(load_file(shard), target / shard.name)
 print(time.monotonic() - start)
 """
-
-
-def line(what: str, value: str, limit: str, holds: bool) -> None:
-    """One figure beside its limit."""
-    print(f"{what:58} {value:>16}   {limit:24} {'ok' if holds else 'MISSED'}", flush=True)
 
 
 def run(*arguments: object) -> str:
@@ -138,10 +130,11 @@ def accuracy(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parts = {"startup": startup, "conversion": conversion, "accuracy": accuracy}
-    unknown = set(sys.argv[1:]) - parts.keys()
-    if unknown:
-        sys.exit(__doc__)
-    for name in sys.argv[1:] or parts:
-        with tempfile.TemporaryDirectory() as scratch:
-            parts[name](Path(scratch))
+    main(
+        __doc__,
+        {
+            "startup": (startup, "a synthetic Llama checkpoint of 1.5 GB in 64 shards"),
+            "conversion": (conversion, "a synthetic Llama checkpoint of 4 GB in bfloat16"),
+            "accuracy": (accuracy, "SmolLM2-135M on prose, the help texts that come with Python"),
+        },
+    )

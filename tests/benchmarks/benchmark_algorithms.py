@@ -19,25 +19,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import peers
 import torch
+from harness import COMMAND, ROOT, line, main
 from safetensors.torch import save_file
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")
-
-import peers  # noqa: E402
-from benchmarks.benchmark import line  # noqa: E402
-
-COMMAND = Path(sys.executable).with_name("quantcli")
 CACHE = Path(os.environ.get("QUANTCLI_BENCHMARK_CACHE", ROOT / ".benchmark-cache"))
 THREADS, GROUP_SIZE, SEQUENCES, TOKENS, ITERATIONS = 2, 64, 64, 512, 60
 #: Share of the prose that is calibrated on: just enough for all sequences.
@@ -247,9 +238,13 @@ def memory(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parts = {"smollm2": smollm2, "int8": int8, "minilm": minilm, "memory": memory}
-    if set(sys.argv[1:]) - parts.keys():
-        sys.exit(__doc__)
-    for name in sys.argv[1:] or parts:
-        with tempfile.TemporaryDirectory() as scratch:
-            parts[name](Path(scratch))
+    prose = "prose, the help texts that come with Python"
+    main(
+        __doc__,
+        {
+            "smollm2": (smollm2, f"SmolLM2-135M on {prose}, on scikit-learn's descriptions of data sets, on Python"),
+            "int8": (int8, f"SmolLM2-135M on {prose}"),
+            "minilm": (minilm, f"all-MiniLM-L6-v2 on {prose}"),
+            "memory": (memory, "a synthetic Llama checkpoint of 4 GB, random tokens"),
+        },
+    )

@@ -17,13 +17,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import scoring, theirs
-from benchmarks.benchmark import line
+import scoring
+import theirs
+from harness import line, main, show
 from support import real_models
 
 import quantcli
@@ -67,11 +67,6 @@ calibrator.collect_data(Reader())
 found = calibrator.compute_data()
 print(json.dumps([time.monotonic() - start, peak_rss_bytes(), len(found.data)]))
 """
-
-
-def show(what: str, value: str) -> None:
-    """A figure without a limit."""
-    print(f"{what:58} {value:>16}", flush=True)
 
 
 def ratio(report: Report) -> float:
@@ -262,18 +257,15 @@ def calibration(folder: Path) -> None:
     line(f"our time, {THEIRS} samples", f"{ours[0]:.1f} s ({share:.3f}x)", "at most 0.333x", share <= 1 / 3)
 
 
-PARTS: dict[str, Callable[[Path], None]] = {
-    "digits": digits,
-    "efficientnet": efficientnet,
-    "minilm": minilm,
-    "ocr": ocr,
-    "calibration": calibration,
-}
-
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or [*PARTS]
-    if not set(wanted) <= set(PARTS):
-        sys.exit(__doc__)
-    for name in wanted:
-        with tempfile.TemporaryDirectory() as scratch:
-            PARTS[name](Path(scratch))
+    prose = "prose, the help texts that come with Python"
+    main(
+        __doc__,
+        {
+            "digits": (digits, "the CNN of examples/digits.py on scikit-learn's digits"),
+            "efficientnet": (efficientnet, "EfficientNet-Lite0 on crops of scikit-learn's two photographs"),
+            "minilm": (minilm, f"all-MiniLM-L6-v2 on {prose}"),
+            "ocr": (ocr, "PP-OCRv4 detector, recognizer and classifier on rendered pictures of text"),
+            "calibration": (calibration, "EfficientNet-Lite0 on synthetic images"),
+        },
+    )

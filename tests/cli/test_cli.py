@@ -14,9 +14,7 @@ from safetensors.torch import save_file
 
 from quantcli.cli.app import main
 from quantcli.cli.terminal import Ui
-from quantcli.reporting.report import GateRow, LayerRow, ModelRow, Report, Table
-from quantcli.reporting.tables.common import collapse, short_names
-from quantcli.system.text import format_bytes, format_seconds, parse_bytes
+from quantcli.reporting.report import ModelRow, Report, Table
 
 
 @pytest.fixture
@@ -127,54 +125,6 @@ def test_no_color_and_no_terminal_mean_plain_text(weights: Path) -> None:
     assert "\x1b" not in done.stdout + done.stderr
 
 
-def test_report_json_has_no_infinities() -> None:
-    report = Report("eval", [ModelRow("a", "reference", metrics={"x": float("nan"), "y": float("inf"), "z": 1.5})])
-    report.layers = [LayerRow("l", None, 1, 1, float("-inf"))]
-    report.gates = [GateRow("x < 1", "a", None, passed=False)]
-    document = json.loads(report.to_json())
-    assert document["models"][0]["metrics"] == {"x": None, "y": None, "z": 1.5}
-    assert document["layers"][0]["sqnr_db"] is None
-    assert not report.passed
-
-
-def test_markdown_tables_escape_pipes() -> None:
-    table = Table("T", ("A", "Size"), [("x|y", "1")], frozenset({"Size"}), "note")
-    assert table.to_markdown() == "### T\n\n| A | Size |\n| --- | ---: |\n| x\\|y | 1 |\n\nnote\n"
-
-
-def test_alike_layers_share_a_row() -> None:
-    rows = [LayerRow(f"m.layers.{i}.fc.weight", "int4", 1, 1) for i in (0, 1, 2)] + [
-        LayerRow("head.weight", "int4", 1, 1)
-    ]
-    names = [(name, len(members)) for name, members in collapse(rows, key=lambda row: row.scheme or "")]
-    assert names == [("m.layers.{0-2}.fc.weight x 3", 3), ("head.weight", 1)]
-
-
-def test_many_rows_that_differ_in_any_number_share_one() -> None:
-    def names(count: int) -> list[str]:
-        rows = [LayerRow(f"conv2d_{i}.w_0", "int8", 1, 1) for i in range(10, 10 + count)]
-        return [name for name, _ in collapse([*rows, LayerRow("fc1.w", None, 1, 1)], key=lambda row: row.scheme or "")]
-
-    assert names(30) == ["conv2d_{10-39}.w_0 x 30", "fc1.w"]
-    assert len(names(8)) == 9
-
-
-@pytest.mark.parametrize(
-    ("paths", "names", "folder"),
-    [
-        (["out/a.onnx", "out/b/c.onnx"], ["a.onnx", "b/c.onnx"], ", models in out"),
-        (["/t/m", "/t/int8"], ["m", "int8"], ", models in /t"),
-        (["out/a.onnx"], ["out/a.onnx"], ""),
-        (["/a/m", "/b/m"], ["/a/m", "/b/m"], ""),
-        (["/a/m", "a/n"], ["/a/m", "a/n"], ""),
-        (["package.module:function", "out/a.onnx"], ["package.module:function", "out/a.onnx"], ""),
-    ],
-)
-def test_the_folder_that_models_share_is_named_once(paths: list[str], names: list[str], folder: str) -> None:
-    found, shared = short_names([ModelRow(path, "reference") for path in paths])
-    assert ([found[path] for path in paths], shared) == (names, folder)
-
-
 @pytest.mark.parametrize("width", [120, 80, 40, 10])
 def test_tables_fit_and_break_words_last(
     width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -189,31 +139,3 @@ def test_tables_fit_and_break_words_last(
     if width >= 80:
         assert lines[0] == table.title
         assert "QLinearGlobalAveragePool" in "".join(lines)
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("80MB", 80_000_000), ("1.5GiB", 1_610_612_736), ("12", 12), ("3 kB", 3000), ("2g", 2 * 10**9)]
-)
-def test_sizes_are_read(text: str, count: int) -> None:
-    assert parse_bytes(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "MB", "1.2.3MB", "-5MB", "5 parsecs", "inf"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="80MB"):
-        parse_bytes(text)
-
-
-def test_units_for_people() -> None:
-    assert [format_bytes(count) for count in (12, 1500, 999_600_000, 1_610_612_736)] == [
-        "12 B",
-        "1.5 kB",
-        "1 GB",
-        "1.61 GB",
-    ]
-    assert [format_seconds(seconds) for seconds in (0.25, 42.4, 75, 7300)] == [
-        "0.25 s",
-        "42 s",
-        "1 min 15 s",
-        "2 h 1 min",
-    ]

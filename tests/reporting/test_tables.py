@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from quantcli.reporting.metric_labels import decibel_text, metric_label, metric_
 from quantcli.reporting.report import GateRow, LayerRow, ModelRow, Report, Table
 from quantcli.reporting.tables.bench import bench_tables
 from quantcli.reporting.tables.calibrate import calibrate_tables
-from quantcli.reporting.tables.common import gate_table, scheme_text
+from quantcli.reporting.tables.common import collapse, gate_table, scheme_text, short_names
 from quantcli.reporting.tables.convert import convert_tables
 from quantcli.reporting.tables.evaluate import eval_tables
 from quantcli.reporting.tables.inspect import inspect_tables
@@ -258,3 +259,51 @@ def test_metrics_are_written_as_people_read_them() -> None:
     assert metric_text({"x": 1.0, "x_se": 0.5}, "x") == "1 +- 0.5"
     assert metric_text({"x": None}, "x") == metric_text({}, "x") == decibel_text(None) == "-"
     assert (metric_label("kl_nats"), metric_label("mine")) == ("KL (nats)", "mine")
+
+
+def test_report_json_has_no_infinities() -> None:
+    report = Report("eval", [ModelRow("a", "reference", metrics={"x": float("nan"), "y": float("inf"), "z": 1.5})])
+    report.layers = [LayerRow("l", None, 1, 1, float("-inf"))]
+    report.gates = [GateRow("x < 1", "a", None, passed=False)]
+    document = json.loads(report.to_json())
+    assert document["models"][0]["metrics"] == {"x": None, "y": None, "z": 1.5}
+    assert document["layers"][0]["sqnr_db"] is None
+    assert not report.passed
+
+
+def test_markdown_tables_escape_pipes() -> None:
+    table = Table("T", ("A", "Size"), [("x|y", "1")], frozenset({"Size"}), "note")
+    assert table.to_markdown() == "### T\n\n| A | Size |\n| --- | ---: |\n| x\\|y | 1 |\n\nnote\n"
+
+
+def test_alike_layers_share_a_row() -> None:
+    rows = [LayerRow(f"m.layers.{i}.fc.weight", "int4", 1, 1) for i in (0, 1, 2)] + [
+        LayerRow("head.weight", "int4", 1, 1)
+    ]
+    names = [(name, len(members)) for name, members in collapse(rows, key=lambda row: row.scheme or "")]
+    assert names == [("m.layers.{0-2}.fc.weight x 3", 3), ("head.weight", 1)]
+
+
+def test_many_rows_that_differ_in_any_number_share_one() -> None:
+    def names(count: int) -> list[str]:
+        rows = [LayerRow(f"conv2d_{i}.w_0", "int8", 1, 1) for i in range(10, 10 + count)]
+        return [name for name, _ in collapse([*rows, LayerRow("fc1.w", None, 1, 1)], key=lambda row: row.scheme or "")]
+
+    assert names(30) == ["conv2d_{10-39}.w_0 x 30", "fc1.w"]
+    assert len(names(8)) == 9
+
+
+@pytest.mark.parametrize(
+    ("paths", "names", "folder"),
+    [
+        (["out/a.onnx", "out/b/c.onnx"], ["a.onnx", "b/c.onnx"], ", models in out"),
+        (["/t/m", "/t/int8"], ["m", "int8"], ", models in /t"),
+        (["out/a.onnx"], ["out/a.onnx"], ""),
+        (["/a/m", "/b/m"], ["/a/m", "/b/m"], ""),
+        (["/a/m", "a/n"], ["/a/m", "a/n"], ""),
+        (["package.module:function", "out/a.onnx"], ["package.module:function", "out/a.onnx"], ""),
+    ],
+)
+def test_the_folder_that_models_share_is_named_once(paths: list[str], names: list[str], folder: str) -> None:
+    found, shared = short_names([ModelRow(path, "reference") for path in paths])
+    assert ([found[path] for path in paths], shared) == (names, folder)
