@@ -20,6 +20,7 @@ from quantcli.checkpoint.positional import PositionalFile
 from quantcli.core.dtypes import DTYPE_BYTES, DTYPE_OF_TORCH_NAME
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError
+from quantcli.system.files import stored_member_offset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,11 +139,7 @@ def _read_archive(stream: IO[bytes], path: Path) -> tuple[Any, _Places]:
         for info in archive.infolist():
             folder, _, key = info.filename.rpartition("/")
             if f"{folder}/" == f"{prefix}data/" and info.compress_type == zipfile.ZIP_STORED:
-                # A stored member's bytes start behind its local header (APPNOTE.TXT 4.3.7).
-                stream.seek(info.header_offset + 26)
-                lengths = stream.read(4)
-                start = stream.tell() + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-                places[key] = (start, info.file_size)
+                places[key] = (stored_member_offset(stream, info), info.file_size)
         return loaded, places
 
 

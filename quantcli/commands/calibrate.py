@@ -87,10 +87,10 @@ def calibrate(
         names = observed_tensors(graph)
         if not names:
             raise InputError(f"{given} has nothing to calibrate: no operator that static quantization covers.")
-        found = load_samples(request.at_most(DEFAULT_SAMPLES), onnx.inputs, folder=source.folder)
+        chosen = load_samples(request.at_most(DEFAULT_SAMPLES), onnx.inputs, folder=source.folder)
         stats = collect(
             graph,
-            found,
+            chosen,
             names,
             model_sha256=source_sha256(source),
             method=method,
@@ -99,7 +99,7 @@ def calibrate(
             progress=progress,
         )
     stats.save(target)
-    return _report(source, found, stats, target, [*warnings, *found.warnings])
+    return _report(source, chosen, stats, target, [*warnings, *chosen.warnings])
 
 
 def _as_onnx(source: ModelSource, scratch: Path, request: DataRequest) -> tuple[OnnxModel, Sequence[str]]:

@@ -7,11 +7,13 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from quantcli.core.ports import Port
 from quantcli.errors import InputError
+from quantcli.system.files import stored_member_offset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +45,7 @@ class ArrayFile:
                     dtype, shape, fortran, start = _header(stream)
                 return {needed[0]: self._mapped(self.path, dtype, shape, fortran, start)}
             with zipfile.ZipFile(self.path) as archive:
-                found = {
+                arrays = {
                     entry.filename.removesuffix(".npy"): self._member(archive, entry) for entry in archive.infolist()
                 }
         except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
@@ -53,23 +55,20 @@ class ArrayFile:
             raise InputError(f"{self.path} is not a readable numpy file: {reason}.") from error
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error.strerror or error}.") from error
-        names = [name for name in found if name != LABELS]
+        names = [name for name in arrays if name != LABELS]
         if names == ["arr_0"] and len(needed) == 1:  # numpy's name for an array that was given none
-            found[needed[0]] = found.pop("arr_0")
-        return found
+            arrays[needed[0]] = arrays.pop("arr_0")
+        return arrays
 
     def _member(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
         """One array of an archive, mapped from where it lies if it is not compressed."""
         with archive.open(entry) as stream:
             dtype, shape, fortran, start = _header(stream)
-        if entry.file_size < start + dtype.itemsize * _product(shape):
+        if entry.file_size < start + dtype.itemsize * prod(shape):
             raise ValueError(f"{entry.filename} is truncated")
         if entry.compress_type == zipfile.ZIP_STORED:
             with self.path.open("rb") as raw:
-                raw.seek(entry.header_offset + 26)
-                lengths = raw.read(4)
-            start += entry.header_offset + 30 + int.from_bytes(lengths[:2], "little")
-            start += int.from_bytes(lengths[2:], "little")
+                start += stored_member_offset(raw, entry)
             return self._mapped(self.path, dtype, shape, fortran, start)
         return self._mapped(self._extracted(archive, entry), dtype, shape, fortran, start)
 
@@ -78,9 +77,9 @@ class ArrayFile:
     ) -> np.ndarray:
         import numpy as np
 
-        if path.stat().st_size < start + dtype.itemsize * _product(shape):
+        if path.stat().st_size < start + dtype.itemsize * prod(shape):
             raise ValueError(f"it is truncated: {dtype} {' x '.join(map(str, shape))} do not fit into it")
-        if not _product(shape):
+        if not prod(shape):
             return np.zeros(shape, dtype)
         with path.open("rb") as stream:
             mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -119,10 +118,3 @@ def _header(stream: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...], bool, in
     if dtype.hasobject:
         raise ValueError("Object arrays cannot be loaded")
     return dtype, shape, fortran, stream.tell()
-
-
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -22,7 +22,7 @@ from quantcli.errors import InputError
 from quantcli.export.function import function_source
 from quantcli.export.hugging_face import hugging_face_source
 from quantcli.export.program import program_source
-from quantcli.export.source import Data, Example, Source
+from quantcli.export.source import Data, Example, ExportSource
 from quantcli.models.inputs import fit
 from quantcli.models.runner import ProgramRunner, TorchRunner, open_runner
 from quantcli.system.user_functions import is_function
@@ -79,7 +79,7 @@ def export_to_onnx(
     return Exported(path, _compare(path, source), messages)
 
 
-def _export(source: Source, messages: list[str]) -> ir.Model:
+def _export(source: ExportSource, messages: list[str]) -> ir.Model:
     """The graph; where no free batch can be had, one for the first example's shapes."""
     try:
         return _trace(source, source.dynamic)
@@ -94,7 +94,7 @@ def _export(source: Source, messages: list[str]) -> ir.Model:
         raise _failure(source, error) from error
 
 
-def _trace(source: Source, dynamic: Any) -> ir.Model:
+def _trace(source: ExportSource, dynamic: Any) -> ir.Model:
     import torch
 
     with _silence(), torch.no_grad():
@@ -111,7 +111,7 @@ def _trace(source: Source, dynamic: Any) -> ir.Model:
     return program.model
 
 
-def _write(model: ir.Model, source: Source, path: Path) -> None:
+def _write(model: ir.Model, source: ExportSource, path: Path) -> None:
     import torch
 
     from quantcli.onnx.graph.names import name_by_modules, strip_metadata
@@ -124,7 +124,7 @@ def _write(model: ir.Model, source: Source, path: Path) -> None:
     save_graph(model, path)
 
 
-def _compare(path: Path, source: Source) -> float | None:
+def _compare(path: Path, source: ExportSource) -> float | None:
     """Lowest SQNR in dB over outputs and examples; None where nothing differs. Raises InputError below the least."""
     from quantcli.models.session import Session
 
@@ -174,7 +174,7 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def _failure(source: Source, error: Exception) -> InputError:
+def _failure(source: ExportSource, error: Exception) -> InputError:
     """The innermost reason: the exporter wraps it in pages of advice to its own developers."""
     cause: BaseException = error
     while cause.__cause__ is not None:
@@ -190,7 +190,7 @@ def _failure(source: Source, error: Exception) -> InputError:
 _SAMPLES = 8
 
 
-def read_source(model: str | Path, data: Data, weights: Path | None) -> Source:
+def read_source(model: str | Path, data: Data, weights: Path | None) -> ExportSource:
     """Load a torch model of any kind. Arguments and errors are those of `quantcli.export.export.export_to_onnx`."""
     if not is_function(str(model)) and Path(model).suffix != ".pt2":
         return hugging_face_source(Path(model))

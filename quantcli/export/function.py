@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from quantcli.errors import InputError
-from quantcli.export.source import Example, Source, arrays, moving_with_inputs, named
+from quantcli.export.source import Example, ExportSource, arrays, named, non_constant
 from quantcli.models.runner import TorchRunner
 from quantcli.system.user_functions import load_function
 
-if TYPE_CHECKING:
-    pass
 
-
-def function_source(spec: str, runner: TorchRunner, samples: list[Example]) -> Source:
+def function_source(spec: str, runner: TorchRunner, samples: list[Example]) -> ExportSource:
     """The module that a function returns, with samples, or its own example, as inputs."""
     if not samples:
         names = [port.name for port in runner.inputs]
         samples = [named(_own_example(spec, runner.module), names, spec)]
     examples, dynamic = _varied(samples)
     outputs = list(runner.run(arrays(samples[0])))
-    return Source(
+    return ExportSource(
         spec, runner.module, lambda example: runner.run(arrays(example)), examples, dynamic, outputs,
         may_be_fixed=True, plain=samples[0],
     )  # fmt: skip
@@ -31,9 +28,9 @@ def function_source(spec: str, runner: TorchRunner, samples: list[Example]) -> S
 
 def _own_example(spec: str, module: nn.Module) -> Any:
     for owner, name in ((load_function(spec), "example_inputs"), (module, "example_input_array")):
-        found = getattr(owner, name, None)
-        if found is not None:
-            return found() if callable(found) else found
+        example = getattr(owner, name, None)
+        if example is not None:
+            return example() if callable(example) else example
     raise InputError(
         f"Nothing tells what inputs {spec} is to be traced with.",
         "Give --data, or set the function's attribute example_inputs, for example "
@@ -61,4 +58,4 @@ def _varied(samples: list[Example]) -> tuple[list[Example], dict[str, dict[int, 
         return {name: torch.cat([value] * times) if name in batched else value for name, value in example.items()}
 
     examples = [repeated(first, 2), repeated(second, 3)]
-    return [{name: moving_with_inputs(value) for name, value in example.items()} for example in examples], dynamic
+    return [{name: non_constant(value) for name, value in example.items()} for example in examples], dynamic

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +12,9 @@ from torch import Tensor, nn
 
 from quantcli.checkpoint.hugging_face import load_json
 from quantcli.errors import InputError
-from quantcli.export.source import Example, Source, wave
+from quantcli.export.source import Example, ExportSource, wave
 from quantcli.models import hugging_face
 from quantcli.models.runner import TorchRunner, open_runner
-
-if TYPE_CHECKING:
-    pass
 
 #: Classes whose head is what the model is for; others are exported without one.
 _HEADED = ("ForSequenceClassification", "ForImageClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -33,8 +30,8 @@ class _Outputs(nn.Module):
         self.model = model
 
         def forward(**given: Tensor) -> tuple[Tensor, ...]:
-            found = model(**given, **options)
-            return tuple(found[name] for name in outputs)
+            returned = model(**given, **options)
+            return tuple(returned[name] for name in outputs)
 
         # torch.export matches free axes with the parameters' names, and confuses those of a plain **given.
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -42,7 +39,7 @@ class _Outputs(nn.Module):
         self.forward = forward
 
 
-def hugging_face_source(path: Path) -> Source:
+def hugging_face_source(path: Path) -> ExportSource:
     """The model of a folder, with made-up tokens or images as inputs."""
     config = load_json(hugging_face.require_folder(path) / "config.json")
     headed = any(str(name).endswith(_HEADED) for name in config.get("architectures") or [])
@@ -64,16 +61,16 @@ def hugging_face_source(path: Path) -> Source:
             return {name: value.numpy() for name, value in zip(outputs, wrapped(**example), strict=True)}
 
     dynamic = dict.fromkeys(names, axes)
-    return Source(str(path), wrapped, run, examples, dynamic, outputs, prefix="model.")
+    return ExportSource(str(path), wrapped, run, examples, dynamic, outputs, prefix="model.")
 
 
 def _output_names(module: nn.Module, example: Example, options: dict[str, Any], path: Path) -> list[str]:
     with torch.inference_mode():
-        found = module(**example, **options)
-    names = [name for name in found if name == "logits" or name.endswith("_logits")]
-    names = names or [name for name in found if name == "last_hidden_state"]
+        returned = module(**example, **options)
+    names = [name for name in returned if name == "logits" or name.endswith("_logits")]
+    names = names or [name for name in returned if name == "last_hidden_state"]
     if not names:
-        raise InputError(f"{path} returns {', '.join(found)}, neither logits nor a last_hidden_state.")
+        raise InputError(f"{path} returns {', '.join(returned)}, neither logits nor a last_hidden_state.")
     return names
 
 
@@ -103,8 +100,8 @@ def _image_size(module: nn.Module, path: Path) -> tuple[int, int]:
     size = getattr(module.config, "image_size", None)
     preprocessor = path / "preprocessor_config.json"
     if size is None and preprocessor.is_file():
-        found = load_json(preprocessor)
-        size = found.get("crop_size") or found.get("size")
+        settings = load_json(preprocessor)
+        size = settings.get("crop_size") or settings.get("size")
     if isinstance(size, dict):
         size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
     if isinstance(size, (list, tuple)):

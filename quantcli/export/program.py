@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.export.source import Example, Source, arrays, moving_with_inputs, named
+from quantcli.export.source import Example, ExportSource, arrays, named, non_constant
 from quantcli.models.runner import ProgramRunner
 
-if TYPE_CHECKING:
-    pass
 
-
-def program_source(path: Path, runner: ProgramRunner, samples: list[Example]) -> Source:
+def program_source(path: Path, runner: ProgramRunner, samples: list[Example]) -> ExportSource:
     """A ``.pt2`` program, with samples, or its own example, as inputs."""
     program = torch.export.load(path)
     names = [port.name for port in runner.inputs]
@@ -29,12 +26,12 @@ def program_source(path: Path, runner: ProgramRunner, samples: list[Example]) ->
         example = named(flat, names, str(path))
     else:
         raise InputError(f"{path} brings no example inputs to check its export with.", "Give --data.")
-    example = {name: moving_with_inputs(value) for name, value in example.items()}
+    example = {name: non_constant(value) for name, value in example.items()}
     free = {str(symbol): limits.upper for symbol, limits in program.range_constraints.items()}
     doubled = {port.name: _doubled(example[port.name], port.shape or (), free) for port in runner.inputs}
     grown = any(doubled[name].shape != example[name].shape for name in names)
     outputs = list(runner.run(arrays(example)))
-    return Source(
+    return ExportSource(
         str(path), program, lambda each: runner.run(arrays(each)), [example, doubled] if grown else [example], None,
         outputs,
     )  # fmt: skip

@@ -26,7 +26,7 @@ Data: TypeAlias = "DataRequest | Sequence[Mapping[str, np.ndarray]] | None"
 
 
 @dataclass
-class Source:
+class ExportSource:
     """A model ready to be traced.
 
     ``examples`` are two where shapes are free, the first being the one to trace. ``prefix`` stands in front of the
@@ -51,25 +51,25 @@ class Source:
 
     def fix_shapes(self) -> None:
         """Fall back to the example as it was given."""
-        example = {name: moving_with_inputs(value) for name, value in self.plain.items()}
+        example = {name: non_constant(value) for name, value in self.plain.items()}
         self.examples, self.dynamic, self.may_be_fixed = [example], None, False
 
 
 def named(example: Any, names: list[str], spec: str) -> Example:
     """A tensor, a sequence of them in order, or a mapping, by the module's parameter names."""
     if isinstance(example, Mapping):
-        found = dict(example)
+        tensors = dict(example)
     else:
-        found = dict(zip(names, [example] if isinstance(example, Tensor) else list(example), strict=False))
-    if set(found) != set(names) or not all(isinstance(value, Tensor) for value in found.values()):
+        tensors = dict(zip(names, [example] if isinstance(example, Tensor) else list(example), strict=False))
+    if set(tensors) != set(names) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(
-            f"The example inputs of {spec} are {', '.join(found) or 'empty'}; its module takes {', '.join(names)}.",
+            f"The example inputs of {spec} are {', '.join(tensors) or 'empty'}; its module takes {', '.join(names)}.",
             "Give one tensor for each.",
         )
-    return {name: found[name] for name in names}
+    return {name: tensors[name] for name in names}
 
 
-def moving_with_inputs(value: Tensor) -> Tensor:
+def non_constant(value: Tensor) -> Tensor:
     """A float tensor of one value, such as torch.zeros, with a wave on it: else nothing would be compared."""
     if not value.is_floating_point() or value.numel() < 2 or bool((value != value.reshape(-1)[0]).any()):
         return value

@@ -31,17 +31,17 @@ def fit(feeds: Mapping[str, np.ndarray], inputs: Sequence[Port], name: str) -> A
     Raises:
         InputError: an input is missing, or of another kind than the model's.
     """
-    found = dict(feeds)
-    missing = [port for port in inputs if port.name not in found]
-    if missing and "input_ids" in found:
-        found = derived_inputs(found["input_ids"]) | found
-        missing = [port for port in inputs if port.name not in found]
+    arrays = dict(feeds)
+    missing = [port for port in inputs if port.name not in arrays]
+    if missing and "input_ids" in arrays:
+        arrays = derived_inputs(arrays["input_ids"]) | arrays
+        missing = [port for port in inputs if port.name not in arrays]
     if missing and len(feeds) == len(inputs):
-        found = {port.name: value for port, value in zip(inputs, feeds.values(), strict=True)}
+        arrays = {port.name: value for port, value in zip(inputs, feeds.values(), strict=True)}
     elif missing:
         wanted = "; ".join(str(port) for port in inputs)
         raise InputError(f"{name} needs inputs that the data lacks. Expected {wanted}; got {', '.join(feeds)}.")
-    return {port.name: _cast(found[port.name], port, name) for port in inputs}
+    return {port.name: _cast(arrays[port.name], port, name) for port in inputs}
 
 
 def require_shape(value: np.ndarray, port: Port, name: str) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from quantcli.core.ports import Arrays, dtype_family
 from quantcli.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 def paired(
@@ -56,13 +53,13 @@ def floats(outputs: Mapping[str, np.ndarray]) -> Arrays:
     }
 
 
-def named(found: Any, name: str) -> Arrays:
+def named(returned: Any, name: str) -> Arrays:
     """Tensors among what a module returned: by key, or as output_0, output_1 and so on."""
-    if isinstance(found, torch.Tensor):
-        found = [found]
-    if isinstance(found, (list, tuple)):
-        found = {f"output_{index}": value for index, value in enumerate(found)}
-    values = found.items() if isinstance(found, Mapping) else ()
+    if isinstance(returned, torch.Tensor):
+        returned = [returned]
+    if isinstance(returned, (list, tuple)):
+        returned = {f"output_{index}": value for index, value in enumerate(returned)}
+    values = returned.items() if isinstance(returned, Mapping) else ()
     named = {str(key): _array(value) for key, value in values if isinstance(value, torch.Tensor)}
     if not named:
         raise InputError(f"{name} returns no tensor.")
@@ -70,7 +67,6 @@ def named(found: Any, name: str) -> Arrays:
 
 
 def _array(tensor: Any) -> np.ndarray:
-
     tensor = tensor.detach()
     return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
 
@@ -84,8 +80,8 @@ def class_scores(outputs: Arrays, name: str) -> np.ndarray:
     Raises:
         InputError: there is no such output.
     """
-    found = floats(outputs)
-    for value in (found.get("logits"), *found.values()):
+    candidates = floats(outputs)
+    for value in (candidates.get("logits"), *candidates.values()):
         if value is not None and value.shape[:1] == (1,) and value.size == max(value.shape) > 1:
             return value.reshape(-1)
     raise InputError(
@@ -103,9 +99,10 @@ def is_classes(name: str, values: np.ndarray) -> bool:
     return values.ndim == 2 and not any(part in name.lower() for part in _NOT_CLASSES)
 
 
-def is_distribution(values: np.ndarray) -> bool:
-    """Whether every row holds probabilities that sum to one."""
-    return bool(values.min() >= 0 and np.allclose(values.sum(-1, dtype=np.float64), 1, atol=1e-2))
+def is_distribution(values: np.ndarray | torch.Tensor) -> bool:
+    """Whether every row ``[..., classes]`` holds probabilities that sum to one, rather than logits."""
+    rows = torch.as_tensor(values).detach()
+    return bool((rows >= 0).all()) and bool(((rows.double().sum(-1) - 1).abs() < 1e-2).all())
 
 
 def shapes(outputs: Arrays) -> str:

@@ -91,7 +91,7 @@ def _port(node: Any) -> Port:
     import ml_dtypes
     import numpy as np
 
-    names = {"float": "float32", "double": "float64", "tensor(string)": "object"}
+    names = {"float": "float32", "double": "float64", "string": "object"}
     kind = node.type.removeprefix("tensor(").removesuffix(")")
     dtype = np.dtype(ml_dtypes.bfloat16) if kind == "bfloat16" else np.dtype(names.get(kind, kind))
     return Port(node.name, dtype, tuple(node.shape) if node.shape is not None else None)

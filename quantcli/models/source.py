@@ -37,9 +37,9 @@ def model_sha256(model: str | Path, weights: Path | None = None) -> str:
 
 def source_sha256(source: ModelSource) -> str:
     """As `model_sha256`, of a model that is open."""
-    found = source.sha256()
-    if found is not None:
-        return found
+    sha256 = source.sha256()
+    if sha256 is not None:
+        return sha256
     import torch
 
     digest = hashlib.sha256()
@@ -87,8 +87,8 @@ class ModelSource:
     @property
     def manifest(self) -> dict[str, Any]:
         """What quantcli recorded of how it made this model; empty where it did not make it."""
-        found = self.checkpoint.manifest if self.checkpoint else self.onnx.manifest if self.onnx else None
-        return found or {}
+        manifest = self.checkpoint.manifest if self.checkpoint else self.onnx.manifest if self.onnx else None
+        return manifest or {}
 
     @property
     def format(self) -> str:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from quantcli.errors import InputError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
+
+
+def stored_member_offset(stream: IO[bytes], entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of an uncompressed member of a zip archive start: behind its local header (APPNOTE.TXT 4.3.7)."""
+    stream.seek(entry.header_offset + 26)
+    lengths = stream.read(4)
+    return stream.tell() + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
 
 
 def check_target(target: Path, source: Path, *, force: bool) -> None:

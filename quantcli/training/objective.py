@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantcli.algorithms.qat import Options as QatOptions
 from quantcli.errors import InputError, UsageError
+from quantcli.models.outputs import is_distribution
 from quantcli.system.user_functions import load_function
 
 
@@ -179,10 +180,7 @@ class Tally:
 
 def log_scores(scores: Tensor) -> Tensor:
     """Logarithms of probabilities ``[..., classes]``, from these or from logits."""
-    with torch.no_grad():
-        sums = scores.sum(-1)
-        probabilities = bool((scores >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all())
-    return scores.clamp(min=_LEAST_PROBABILITY).log() if probabilities else scores.log_softmax(-1)
+    return scores.clamp(min=_LEAST_PROBABILITY).log() if is_distribution(scores) else scores.log_softmax(-1)
 
 
 def _described(loss: Any) -> str:

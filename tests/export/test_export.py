@@ -243,7 +243,7 @@ def test_an_export_that_computes_something_else_is_refused(
 ) -> None:
     read = export.read_source
 
-    def altered(*arguments: Any) -> source.Source:
+    def altered(*arguments: Any) -> source.ExportSource:
         source = read(*arguments)
         run = source.run
         source.run = lambda example: {name: value * 1.01 for name, value in run(example).items()}

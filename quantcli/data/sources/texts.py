@@ -102,14 +102,14 @@ class TextSource:
 
         names = {port.name for port in self._ports}
         if self._windows is None:
-            found = {key: np.asarray(value) for key, value in self._encoded(self._texts[index]).items()}
+            encoded = {key: np.asarray(value) for key, value in self._encoded(self._texts[index]).items()}
         else:
-            found = {_IDS: self._windows[index : index + 1]}
-        found.setdefault(_MASK, np.ones_like(found[_IDS]))
+            encoded = {_IDS: self._windows[index : index + 1]}
+        encoded.setdefault(_MASK, np.ones_like(encoded[_IDS]))
         if "token_type_ids" in names:
-            found.setdefault("token_type_ids", np.zeros_like(found[_IDS]))
-        found[_POSITIONS] = np.maximum(np.cumsum(found[_MASK], 1) - 1, 0)
-        return {name: value for name, value in found.items() if name in names}
+            encoded.setdefault("token_type_ids", np.zeros_like(encoded[_IDS]))
+        encoded[_POSITIONS] = np.maximum(np.cumsum(encoded[_MASK], 1) - 1, 0)
+        return {name: value for name, value in encoded.items() if name in names}
 
     def _encoded(self, text: str) -> dict[str, Any]:
         if self._fixed and self._tokenizer.pad_token is None:

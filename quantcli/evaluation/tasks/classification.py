@@ -48,10 +48,10 @@ class Classification:
 
     def metrics(self) -> Metrics:
         """Shares with standard errors; top5 only where there are more classes than that."""
-        found = with_error("top1", self._top1)
+        shares = with_error("top1", self._top1)
         if self._classes > 5:
-            found |= with_error("top5", self._top5)
-        return found | (with_error("argmax_agreement", self._agreement) if self._agreement.values else {})
+            shares |= with_error("top5", self._top5)
+        return shares | (with_error("argmax_agreement", self._agreement) if self._agreement.values else {})
 
     def details(self) -> dict[str, Any]:
         """Nothing."""

@@ -54,13 +54,13 @@ class Custom:
         """What the function says. Raises InputError where it fails or returns something else."""
         labels = None if any(label is None for label in self._labels) else self._labels
         try:
-            found = self._function(self._outputs, labels)
+            returned = self._function(self._outputs, labels)
         except Exception as error:  # the user's code
             raise InputError(f"{self.spec} failed on {self.name}: {type(error).__name__}: {error}") from error
-        if not isinstance(found, Mapping):
-            found = {self.spec.rpartition(":")[2]: found}
+        if not isinstance(returned, Mapping):
+            returned = {self.spec.rpartition(":")[2]: returned}
         metrics: Metrics = {}
-        for key, value in found.items():
+        for key, value in returned.items():
             try:
                 number = float(value)
             except (TypeError, ValueError) as error:

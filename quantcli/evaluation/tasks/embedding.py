@@ -53,18 +53,18 @@ class Embedding:
         self._cosine.add(cosine(ours, theirs))
 
     def _vector(self, outputs: Arrays, feeds: Arrays) -> Tensor:
-        found = floats(outputs)
+        vectors = floats(outputs)
         mask = feeds.get("attention_mask")
-        for name in ("last_hidden_state", "token_embeddings", *found):
-            value = found.get(name)
+        for name in ("last_hidden_state", "token_embeddings", *vectors):
+            value = vectors.get(name)
             if mask is not None and value is not None and value.ndim == 3 and value.shape[:2] == mask.shape:
                 kept = torch.from_numpy(value[0]).double()[torch.from_numpy(mask[0].astype(bool))]
                 if self.pooling == "mean":
                     return kept.mean(0)
                 return kept[0] if self.pooling == "cls" else kept[-1]
-        if not found:
+        if not vectors:
             raise InputError(f"{self.name} returns no floating-point output to embed with.")
-        chosen = next((found[name] for name in _EMBEDDINGS if name in found), next(iter(found.values())))
+        chosen = next((vectors[name] for name in _EMBEDDINGS if name in vectors), next(iter(vectors.values())))
         return torch.from_numpy(chosen).double().flatten()
 
     def metrics(self) -> Metrics:
