@@ -90,7 +90,7 @@ def _leave(work: Callable[[], Any], folder: Path) -> None:
     try:
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600), number)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115, PTH123
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         (folder / "value.json").write_text(json.dumps(work()))
         status = 0
     except BaseException:
@@ -267,7 +267,9 @@ def sweep(
             if process not in running:
                 continue
             name, result = running.pop(process)
-            row = json.loads(result.read_text()) if result.is_file() else {"case": {"verdict": FAULT, "why": f"{status}"}}
+            row = (
+                json.loads(result.read_text()) if result.is_file() else {"case": {"verdict": FAULT, "why": f"{status}"}}
+            )
             found[name] = {column: Outcome(**value) for column, value in row.items()}
             print(_line(name, found[name]), flush=True)
             if file:

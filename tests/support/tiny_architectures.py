@@ -47,7 +47,10 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"(\w+_)?(num|n)?_?(\w+_)?(layers?|blocks|depth)", 2),
     (r"hidden_size_per_layer_input|(\w+_)?(image|crop|input)_size", 32),
     (r"(\w+_)?patch_size", 8),
-    (r"(\w+_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|model_dim|embedding_size|emb_dim)(_\w+)?|dim|width", HIDDEN),
+    (
+        r"(\w+_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|model_dim|embedding_size|emb_dim)(_\w+)?|dim|width",
+        HIDDEN,
+    ),
     (r"(\w+_)?(proj|projection|projector|out|output|lru)_(dim|width|size|hidden_size)|conv_dim|embedding_dim", HIDDEN),
     (r"(mamba_|ssm_)?(d_state|state_size|ssm_state_size)", 16),
     (r"(\w+_)?chunk_size\w*", 16),
@@ -67,7 +70,6 @@ class NotBuiltError(Exception):
 def architectures() -> dict[str, str]:
     """``kind:model_type`` -> the name of the model's class, one kind for each class of model. Imports no model."""
     import transformers.models.auto.modeling_auto as auto
-
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     found: dict[str, tuple[str, bool]] = {}
@@ -75,7 +77,9 @@ def architectures() -> dict[str, str]:
         for model_type, names in getattr(auto, f"{mapping}_NAMES").items():
             name = names if isinstance(names, str) else names[0]
             # Of several types with one class, the one that the class was made for.
-            own = CONFIG_MAPPING_NAMES.get(model_type, "").removesuffix("Config") == re.split("For|LMHead|Model", name)[0]
+            own = (
+                CONFIG_MAPPING_NAMES.get(model_type, "").removesuffix("Config") == re.split("For|LMHead|Model", name)[0]
+            )
             if name not in found or (own and not found[name][1]):
                 found[name] = (found[name][0].partition(":")[0] if name in found else kind) + f":{model_type}", own
     return {case: name for name, (case, _) in found.items()}
@@ -167,7 +171,7 @@ def _shrunk(config_class: type, lists: str, overrides: Mapping[str, Any], defaul
                 wanted[key] = value
     for key, value in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
         known = values.get(key)
-        if isinstance(known, int) and known >= VOCAB or (key in values and known is None and key == "pad_token_id"):
+        if (isinstance(known, int) and known >= VOCAB) or (key in values and known is None and key == "pad_token_id"):
             wanted[key] = value
     return config_class(**wanted)
 
@@ -287,5 +291,3 @@ def _save_data(inputs: Mapping[str, Any], file: Path) -> None:
     import numpy
 
     numpy.savez(file, **{name: value.numpy() for name, value in inputs.items()})
-
-
