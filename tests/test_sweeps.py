@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,8 +67,8 @@ def test_a_fork_that_fails_says_why() -> None:
 
 
 def test_a_fork_that_is_killed_is_a_fault() -> None:
-    done = sweeping.forked(lambda: os.kill(os.getpid(), 11), 20)
-    assert done.status == -11
+    done = sweeping.forked(lambda: os.kill(os.getpid(), signal.SIGKILL), 20)
+    assert done.status == -signal.SIGKILL
     assert sweeping.judged(done).verdict == FAULT
 
 

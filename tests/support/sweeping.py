@@ -267,9 +267,8 @@ def sweep(
             if process not in running:
                 continue
             name, result = running.pop(process)
-            row = (
-                json.loads(result.read_text()) if result.is_file() else {"case": {"verdict": FAULT, "why": f"{status}"}}
-            )
+            died = {"sweep": asdict(Outcome(FAULT, f"the sweep itself ended with wait status {status}"))}
+            row = json.loads(result.read_text()) if result.is_file() else died
             found[name] = {column: Outcome(**value) for column, value in row.items()}
             print(_line(name, found[name]), flush=True)
             if file:
@@ -294,7 +293,9 @@ def _line(name: str, row: Mapping[str, Outcome]) -> str:
 def write(file: Path, found: Mapping[str, Mapping[str, Outcome]]) -> None:
     """Every verdict, with its reason."""
     rows = {name: {column: asdict(outcome) for column, outcome in row.items()} for name, row in found.items()}
-    file.write_text(json.dumps(rows, indent=1) + "\n")
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(rows, indent=1) + "\n")
+    part.replace(file)
 
 
 def print_matrix(found: Mapping[str, Mapping[str, Outcome]]) -> None:

@@ -48,10 +48,13 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"hidden_size_per_layer_input|(\w+_)?(image|crop|input)_size", 32),
     (r"(\w+_)?patch_size", 8),
     (
-        r"(\w+_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|model_dim|embedding_size|emb_dim)(_\w+)?|dim|width",
+        r"(\w+_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|model_dim|embedding_size|emb_dim)(_\w+)?",
         HIDDEN,
     ),
-    (r"(\w+_)?(proj|projection|projector|out|output|lru)_(dim|width|size|hidden_size)|conv_dim|embedding_dim", HIDDEN),
+    (
+        r"(\w+_)?(proj|projection|projector|out|output|lru)_(dim|width|size|hidden_size)|conv_dim|embedding_dim|dim|width",
+        HIDDEN,
+    ),
     (r"(mamba_|ssm_)?(d_state|state_size|ssm_state_size)", 16),
     (r"(\w+_)?chunk_size\w*", 16),
     (r"(\w+_)?(max_\w*position\w*|n_positions|n_ctx|max_seq_len|seq_length|max_sequence_length)", 256),
@@ -77,9 +80,8 @@ def architectures() -> dict[str, str]:
         for model_type, names in getattr(auto, f"{mapping}_NAMES").items():
             name = names if isinstance(names, str) else names[0]
             # Of several types with one class, the one that the class was made for.
-            own = (
-                CONFIG_MAPPING_NAMES.get(model_type, "").removesuffix("Config") == re.split("For|LMHead|Model", name)[0]
-            )
+            stem = CONFIG_MAPPING_NAMES.get(model_type, "").removesuffix("Config")
+            own = stem == re.split("For|LMHead|Model", name)[0]
             if name not in found or (own and not found[name][1]):
                 found[name] = (found[name][0].partition(":")[0] if name in found else kind) + f":{model_type}", own
     return {case: name for name, (case, _) in found.items()}
