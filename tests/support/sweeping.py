@@ -10,6 +10,7 @@ import argparse
 import fnmatch
 import json
 import os
+import random
 import re
 import signal
 import sys
@@ -252,8 +253,11 @@ def chosen(names: Iterable[str], only: Sequence[str] | None, limit: int | None) 
 def sweep(
     names: Sequence[str], run: Callable[[str], dict[str, Outcome]], jobs: int, file: Path | None = None
 ) -> dict[str, dict[str, Outcome]]:
-    """Run every case in a fork, ``jobs`` at a time, and print each as it ends."""
-    waiting, running, found = list(reversed(names)), {}, {}
+    """Run every case in a fork, ``jobs`` at a time, and print each as it ends.
+
+    In a random order, the same each time, so that a sweep that is cut short has seen some of everything.
+    """
+    waiting, running, found = random.Random(0).sample(names, len(names)), {}, {}
     with tempfile.TemporaryDirectory(prefix="sweep-") as place:
         while waiting or running:
             while waiting and len(running) < jobs:

@@ -41,6 +41,8 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"(moe|expert|shared_expert)\w*(intermediate|ffn|inner)\w*(size|dim)|moe_\w*intermediate_size\w*", 128),
     (r"(\w+_)?intermediate_(size|dim)(_\w+)?|(\w+_)?ffn_(dim|hidden_size)|d_ff|n_inner|(\w+_)?mlp_dim|d_inner", 256),
     (r"(\w+_)?feed_?forward_(\w+)|ffn_hidden_dim|ff_expansion_size|linear_units|attention_inner_dim", 256),
+    (r"(attn|expert|attention)_layer_period|full_attention_interval|attn_every_n_layers", 2),
+    (r"(attn|expert|attention)_layer_offset", 1),
     (r"(\w+_)?first_k_dense_replace|num_dense_layers|first_dense_layers|num_kv_shared_layers", 1),
     (r"(\w+_)?layers_per_block", 1),
     (r"num_nextn_predict_layers|mtp_num_hidden_layers|num_mtp_\w*layers", 0),
@@ -61,7 +63,15 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"sliding_window|attention_window\w*|window_size|attention_chunk_size|local_attention", 32),
     (r"num_mel_bins|feature_size", 80),
 )
-#: A setting that grows with the rest of the configuration, and is only ever made smaller.
+#: What is tried where the rules alone give no model that runs: heads that do not share keys, no size of a head.
+_OVERRIDES: tuple[dict[str, Any], ...] = (
+    {},
+    {"head_dim": None},
+    {"num_key_value_heads": 4},
+    {"num_key_value_heads": 4, "head_dim": None},
+    {"num_attention_heads": 8, "num_key_value_heads": 8, "objects": True},
+)
+#: Settings that are numbers of tokens, and have to lie within the vocabulary.
 _SPECIAL = re.compile(r"\w*(token_id|token_index|_tok_id|token_ids|_start_id|_end_id|_id)")
 _KEPT = re.compile(r"layer_norm\w*|use_\w+|num_labels|num_channels|in_channels|output_\w+|return_\w+|tie_\w+")
 
@@ -98,7 +108,7 @@ def build(case: str, folder: Path) -> dict[str, Any]:
         Its parameters' number, its class, and the names of the inputs of a forward pass.
 
     Raises:
-        NotBuiltError: with what was said at the last of several tries.
+        NotBuiltError: with what was said at the first of several tries that came furthest.
     """
     import torch
     import transformers
@@ -110,35 +120,43 @@ def build(case: str, folder: Path) -> dict[str, Any]:
     except (AttributeError, KeyError, ImportError) as error:
         raise NotBuiltError(f"no class: {error}") from error
     config_class = getattr(model_class, "config_class", None) or config_class
-    last = "no configuration"
+    why: dict[str, str] = {}
     for config in _configs(config_class):
         try:
             with torch.device("meta"):
                 size = sum(p.numel() for p in model_class._from_config(copy.deepcopy(config)).parameters())
             if size > MAX_PARAMETERS:
-                last = f"{size / 1e6:.0f} M parameters are left"
+                why.setdefault("size", f"{size / 1e6:.0f} M parameters are left")
                 continue
             torch.manual_seed(0)
             model = model_class._from_config(config).float().eval()
             _refill(model)
+        except Exception as error:
+            why.setdefault("class", _said(error))
+            continue
+        try:
             inputs = _inputs(model)
         except Exception as error:
-            last = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            why.setdefault("forward", _said(error))
             continue
         model.save_pretrained(folder)
         _save_data(inputs, folder.with_name("data.npz"))
         return {"parameters": size, "class": name, "inputs": sorted(inputs)}
-    raise NotBuiltError(last)
+    raise NotBuiltError(why.get("forward") or why.get("class") or why.get("size") or "no configuration")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _configs(config_class: type) -> Iterator[Any]:
     """Smaller configurations, the likeliest first."""
     for lists in ("derived", "cut"):
-        for overrides in ({}, {"kv": 4}, {"heads": 8, "kv": 8}, {"head_dim": None}):
+        for overrides in _OVERRIDES:
             try:
                 yield _shrunk(config_class, lists, overrides)
             except Exception:
-                # The next try is the answer; build() says what the last one gave.
+                # The next try is the answer; build() says that there was none.
                 continue
 
 
@@ -150,7 +168,11 @@ def _shrunk(config_class: type, lists: str, overrides: Mapping[str, Any], defaul
     special = iter(range(VOCAB - 2, 10, -1))
     for key, value in values.items():
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
-            wanted[key] = _shrunk(type(value), lists, overrides, value).to_dict()
+            part = _shrunk(type(value), lists, overrides, value)
+            wanted[key] = part if overrides.get("objects") else part.to_dict()
+        elif isinstance(value, dict) and sum(value.get("mrope_section") or [0]) > 16:
+            sizes = [size * 16 // sum(value["mrope_section"]) for size in value["mrope_section"]]
+            wanted[key] = value | {"mrope_section": [16 - sum(sizes[1:]), *sizes[1:]]}
         elif isinstance(value, bool) or value is None:
             continue
         elif isinstance(value, int):
@@ -164,13 +186,11 @@ def _shrunk(config_class: type, lists: str, overrides: Mapping[str, Any], defaul
                 wanted[key] = [next(special)]
             elif re.search(r"hidden_sizes|embed_dims|depths|channels|dims", key):
                 wanted[key] = [min(v, 2) if "depth" in key else min(v, 64 * (i + 1)) for i, v in enumerate(value)]
-    for name, value in overrides.items():
-        keys = {"kv": ("num_key_value_heads",), "heads": ("num_attention_heads",), "head_dim": ("head_dim",)}[name]
-        for key in keys:
-            if key in wanted and value is None:
-                wanted.pop(key)
-            elif key in wanted:
-                wanted[key] = value
+    for key, value in overrides.items():
+        if key in wanted and value is None:
+            wanted.pop(key)
+        elif key in wanted:
+            wanted[key] = value
     for key, value in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
         known = values.get(key)
         if (isinstance(known, int) and known >= VOCAB) or (key in values and known is None and key == "pad_token_id"):
@@ -208,19 +228,22 @@ def _refill(model: Any) -> None:
 
 
 def _inputs(model: Any) -> dict[str, Any]:
-    """The first inputs with which a forward pass works."""
-    last: Exception | None = None
+    """The first inputs with which a forward pass works, those of the model's own kind first."""
+    made = []
     for make in (_text, _text_to_text, _pixels, _sound, _features):
+        made.append(make(model.config))
+    made.sort(key=lambda inputs: model.main_input_name not in inputs)
+    first: Exception | None = None
+    for inputs in made:
         try:
-            inputs = make(model.config)
             logits = outputs(model, inputs)
         except Exception as error:
-            last = last or error
+            first = first or error
             continue
         if logits and all(bool(value.isfinite().all()) for value in logits.values()):
             return inputs
-        last = last or ValueError("outputs are not finite")
-    raise last or ValueError("no forward pass")
+        first = first or ValueError("outputs are not finite, or there are none")
+    raise first or ValueError("no forward pass")
 
 
 def outputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
