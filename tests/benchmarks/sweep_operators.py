@@ -185,9 +185,9 @@ def _column(
     if scheme == "int8-static":
         command += ["--data", str(place / "data")]
     outcome = sweeping.judged(_command(command))
-    if outcome.verdict == REFUSED and expected is not None and (scheme == "inspect" or _INVALID.search(outcome.why)):
-        if not _OLD.search(outcome.why):
-            return Outcome(FAULT, f"a graph that runs is refused: {outcome.why}", outcome.seconds)
+    refused = outcome.verdict == REFUSED and expected is not None and not _OLD.search(outcome.why)
+    if refused and (scheme == "inspect" or _INVALID.search(outcome.why)):
+        return Outcome(FAULT, f"a graph that runs is refused: {outcome.why}", outcome.seconds)
     if outcome.verdict != OK or scheme == "inspect":
         return outcome
     if expected is None:
