@@ -3,10 +3,13 @@
 Run: .venv/bin/python tests/benchmarks/sweep_operators.py [--only GLOB] [--schemes ...] [--jobs N] [--limit N]
      [--json FILE] [--quick]
 
-Each graph is tried in three forms: ``as-is``; ``product``, two MatMul (of a rank-4 output two Conv beside them) with
+Each graph is tried in six forms: ``as-is``; ``product``, two MatMul (of a rank-4 output two Conv beside them) with
 constant weights behind its first float output; and ``constants``, the same with all inputs but the first turned
-into initializers. Each is inspected and converted with every scheme; what is written is run by onnxruntime beside the
-original on the test's own inputs.
+into initializers. ``listed`` is ``constants`` whose initializers are graph inputs, too, as before IR 4; ``external``
+is ``product`` with its weights in a file beside it; ``alias`` is ``product`` whose output is an output twice, the
+second time by an Identity. Each is inspected and converted with every scheme; what is written is run by onnxruntime
+beside the original on the test's own inputs. ``int8-static`` is given data, ``calibrated`` is int8-static of ranges
+that ``quantcli calibrate`` found.
 
 ok       exit status 0, the outputs' number, names, order, types and shapes are the original's, and their error is
          what weights of that many bits explain
@@ -38,8 +41,8 @@ if TYPE_CHECKING:
     import numpy
     import onnx
 
-SCHEMES = ("inspect", "fp16", "int8", "int4", "int8-dynamic", "int8-static")
-FORMS = ("as-is", "product", "constants")
+SCHEMES = ("inspect", "fp16", "int8", "int4", "int8-dynamic", "int8-static", "calibrated")
+FORMS = ("as-is", "product", "constants", "listed", "external", "alias")
 #: Of many operators of different kinds, in CI.
 QUICK = (
     *("test_gemm_default_matrix_bias", "test_matmul_3d", "test_conv_with_strides_padding", "test_lstm_defaults"),
@@ -51,7 +54,7 @@ QUICK = (
 )
 #: Decibels under which the error is not that of weights of so many bits (and of activations of eight). Operator
 #: tests are small and unkind: a threshold or an index behind a product turns a small error into another value.
-LEAST = {"fp16": 30.0, "int8": 18.0, "int4": 5.0, "int8-dynamic": 8.0, "int8-static": 5.0}
+LEAST = {"fp16": 30.0, "int8": 18.0, "int4": 5.0, "int8-dynamic": 8.0, "int8-static": 5.0, "calibrated": 5.0}
 #: Seconds for one command, and for one form of a graph through all of them.
 COMMAND, CASE = 30, 150
 #: How a message says that a graph, which does run, does not.
@@ -70,7 +73,7 @@ def graphs() -> dict[str, Any]:
 
 
 def formed(case: Any, form: str) -> tuple[onnx.ModelProto, dict[str, Any]] | None:
-    """A graph in one of the three forms, and what it is fed; None where this form of it would be another one."""
+    """A graph in one of the forms, and what it is fed; None where this form of it would be another one."""
     import numpy
     import onnx
 
@@ -80,14 +83,20 @@ def formed(case: Any, form: str) -> tuple[onnx.ModelProto, dict[str, Any]] | Non
     feeds = dict(zip([entry.name for entry in model.graph.input], values, strict=False))
     if form != "as-is" and not _append_product(model):
         return None
-    if form == "constants":
+    if form == "alias":
+        first = model.graph.output[0]
+        model.graph.node.append(onnx.helper.make_node("Identity", [first.name], ["sweep_alias"]))
+        model.graph.output.append(first)
+        model.graph.output[-1].name = "sweep_alias"
+    if form in ("constants", "listed"):
         fixed = [name for name, value in list(feeds.items())[1:] if isinstance(value, numpy.ndarray)]
         fixed = [name for name in fixed if feeds[name].dtype.kind in "fiub"]
         if not fixed:
             return None
         for name in fixed:
             model.graph.initializer.append(onnx.numpy_helper.from_array(feeds.pop(name), name))
-        kept = [entry for entry in model.graph.input if entry.name in feeds]
+        listed = form == "listed"
+        kept = [entry for entry in model.graph.input if listed or entry.name in feeds]
         del model.graph.input[:]
         model.graph.input.extend(kept)
     return model, feeds
@@ -156,19 +165,23 @@ def _columns(name: str, case: Any, schemes: Sequence[str], place: Path, log: Pat
     """In a fork: the columns one after another, each written down as soon as it is known."""
     import onnx
 
-    made = formed(case, name.rpartition("/")[2])
+    test, _, form = name.rpartition("/")
+    made = formed(case, form)
     if made is None:
         return "none"
     model, feeds = made
     file = place / "model.onnx"
-    onnx.save(model, file)
+    external = form == "external"
+    onnx.save(
+        model, file, save_as_external_data=external, location="weights.bin" if external else None, size_threshold=0
+    )
     try:
         expected = _run(file, feeds)
     except Exception:
         expected = None
     _save_data(feeds, place / "data")
     for scheme in schemes:
-        outcome = _column(file, scheme, place, feeds, expected, bool(_JUMPS.search(name)))
+        outcome = _column(file, scheme, place, feeds, expected, bool(_JUMPS.search(test)))
         why = " ".join(outcome.why.split())
         with log.open("a") as lines:
             lines.write(f"{scheme}\t{outcome.verdict}\t{why}\t{outcome.seconds:.2f}\n")
@@ -184,7 +197,14 @@ def _column(
         command = ["inspect", str(file), "--scheme", "int8"]
     if scheme == "int8-static":
         command += ["--data", str(place / "data")]
-    outcome = sweeping.judged(_command(command))
+    if scheme == "calibrated":
+        ranges = str(place / "ranges.safetensors")
+        command[command.index("--scheme") + 1] = "int8-static"
+        command += ["--calibration", ranges]
+        collected = _command(["calibrate", str(file), "--data", str(place / "data"), "-o", ranges])
+        outcome = sweeping.judged(collected if collected.value else _command(command))
+    else:
+        outcome = sweeping.judged(_command(command))
     refused = outcome.verdict == REFUSED and expected is not None and not _OLD.search(outcome.why)
     if refused and (scheme == "inspect" or _INVALID.search(outcome.why)):
         return Outcome(FAULT, f"a graph that runs is refused: {outcome.why}", outcome.seconds)
@@ -330,7 +350,9 @@ def quick(jobs: int = 2) -> dict[str, dict[str, Outcome]]:
     """The part that runs in CI."""
     preload()
     known = graphs()
-    names = [name for name in known if name.rpartition("/")[0] in QUICK]
+    # The last three forms are the same work whatever the operator: one of them each.
+    every = [name for name in known if name.rpartition("/")[0] in QUICK]
+    names = [n for n in every if n.rpartition("/")[2] in FORMS[:3] or n.startswith((QUICK[0], QUICK[5]))]
     return swept(names, known, SCHEMES, jobs)
 
 

@@ -83,15 +83,13 @@ class NotBuiltError(Exception):
 def architectures() -> dict[str, str]:
     """``kind:model_type`` -> the name of the model's class, one kind for each class of model. Imports no model."""
     import transformers.models.auto.modeling_auto as auto
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     found: dict[str, tuple[str, bool]] = {}
     for kind, mapping in KINDS.items():
         for model_type, names in getattr(auto, f"{mapping}_NAMES").items():
             name = names if isinstance(names, str) else names[0]
             # Of several types with one class, the one that the class was made for.
-            stem = CONFIG_MAPPING_NAMES.get(model_type, "").removesuffix("Config")
-            own = stem == re.split("For|LMHead|Model", name)[0]
+            own = re.sub("[-_]", "", model_type) == re.split("For|LMHead|Model", name)[0].lower()
             if name not in found or (own and not found[name][1]):
                 found[name] = (found[name][0].partition(":")[0] if name in found else kind) + f":{model_type}", own
     return {case: name for name, (case, _) in found.items()}
