@@ -57,8 +57,12 @@ QUICK = (
 LEAST = {"fp16": 30.0, "int8": 18.0, "int4": 5.0, "int8-dynamic": 8.0, "int8-static": 5.0, "calibrated": 5.0}
 #: Seconds for one command, and for one form of a graph through all of them.
 COMMAND, CASE = 30, 150
-#: How a message says that a graph, which does run, does not.
-_INVALID = re.compile(r"invalid|not (a )?valid|corrupt|damaged|malformed|not parse|could not run|cannot run", re.I)
+#: How a message says that a graph, which does run, does not; or that what it was just fed does not fit it.
+_UNTRUE = re.compile(
+    r"invalid|not (a )?valid|corrupt|damaged|malformed|not parse|could not run|cannot run|cannot be (loaded|written)"
+    r"|which is missing|consistent ONNX|different numbers of samples|: ([\w ]+) is expected, got \3[;.]",
+    re.IGNORECASE,
+)
 #: Operator sets that no upgrade reaches may be refused.
 _OLD = re.compile(r"uses operator set [1-6];")
 #: Outputs that follow an error without measure, and so are compared by count, name, type and shape alone.
@@ -206,7 +210,7 @@ def _column(
     else:
         outcome = sweeping.judged(_command(command))
     refused = outcome.verdict == REFUSED and expected is not None and not _OLD.search(outcome.why)
-    if refused and (scheme == "inspect" or _INVALID.search(outcome.why)):
+    if refused and (scheme == "inspect" or _UNTRUE.search(outcome.why)):
         return Outcome(FAULT, f"a graph that runs is refused: {outcome.why}", outcome.seconds)
     if outcome.verdict != OK or scheme == "inspect":
         return outcome
