@@ -76,9 +76,6 @@ KNOWN_OPERATORS = {
         "test_scan9_sum/constants": "inspect",
         "test_strnormalizer_nostopwords_nochangecase/as-is": "inspect",
     },
-    "Types are lost where a graph's optional is simplified away.": {
-        "test_optional_get_element_tensor/product": "fp16 int8-dynamic int8-static calibrated",
-    },
 }
 
 

@@ -70,6 +70,8 @@ _OVERRIDES: tuple[dict[str, Any], ...] = (
     {"num_key_value_heads": 4},
     {"num_key_value_heads": 4, "head_dim": None},
     {"num_attention_heads": 8, "num_key_value_heads": 8, "objects": True},
+    # Heads of 128: of positions in three axes, whose shares are fixed.
+    {"hidden_size": 4 * HIDDEN, "head_dim": None, "objects": True},
 )
 #: Settings that are numbers of tokens, and have to lie within the vocabulary.
 _SPECIAL = re.compile(r"\w*(token_id|token_index|_tok_id|token_ids|_start_id|_end_id|_id)")
