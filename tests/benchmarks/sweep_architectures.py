@@ -1,0 +1,259 @@
+"""Every architecture of the installed transformers through every scheme: does what ends with exit status 0 run?
+
+Run: .venv/bin/python tests/benchmarks/sweep_architectures.py [--only GLOB] [--schemes ...] [--jobs N] [--limit N]
+     [--json FILE] [--quick]
+
+A tiny random model of each (tests/support/tiny_architectures.py) is converted in a process of its own, with a limit
+of time. What comes of it:
+
+ok       exit status 0, and the artifact, loaded by transformers (bitsandbytes, onnxruntime), computes what the
+         original computes with its weights replaced by the decoded ones
+refused  exit status 2 or 3, and --dry-run says the same
+LATE     exit status 2 or 3 after work that --dry-run had called possible
+FAULT    anything else: exit status 4, a traceback, a crash, no end; an artifact with exit status 0 that transformers
+         does not load or run, or whose outputs are far from those of its own codes
+
+``int8-eval`` and ``nf4-eval`` are ``quantcli eval`` of an artifact beside the original.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+from support import sweeping, tiny_architectures  # noqa: E402
+from support.sweeping import FAULT, OK, REFUSED, SKIPPED, Outcome  # noqa: E402
+
+#: Columns: what convert is asked for. Those behind ``-eval`` are evaluations of the artifact of that name.
+ARGUMENTS = {
+    "int8": ["--scheme", "int8"],
+    "int4": ["--scheme", "int4"],
+    "nf4": ["--scheme", "nf4"],
+    "int8-dynamic": ["--scheme", "int8-dynamic"],
+    "gptq": ["--scheme", "int4", "--algorithm", "gptq", "--data", "DATA"],
+    "awq": ["--scheme", "int4", "--algorithm", "awq", "--data", "DATA"],
+    "onnx": ["--scheme", "int8-dynamic", "--format", "onnx"],
+}
+EVALUATIONS = ("int8-eval", "nf4-eval")
+SCHEMES = (*ARGUMENTS, *EVALUATIONS)
+#: Architectures of different kinds, and what they are asked for, in CI.
+QUICK = (
+    *("causal:llama", "causal:gpt2", "causal:mixtral", "causal:mamba", "masked:bert", "masked:modernbert"),
+    *("seq2seq:t5", "vl:llava", "image:vit", "speech:whisper"),
+)
+QUICK_SCHEMES = ("int8", "nf4")
+#: Seconds for one command, one check, and one export with its conversion.
+COMMAND, CHECK, EXPORT = 150, 120, 300
+#: Decibels over which outputs are those of the same codes, and those of the same codes with int8 activations.
+SAME, DYNAMIC = 20.0, 8.0
+
+
+class _Mismatch(Exception):
+    """The artifact runs, and does not compute what its codes say."""
+
+
+def run(case: str, schemes: tuple[str, ...]) -> dict[str, Outcome]:
+    """One architecture through all columns."""
+    with tempfile.TemporaryDirectory(prefix="sweep-") as place:
+        model = Path(place) / "model"
+        built = sweeping.forked(lambda: tiny_architectures.build(case, model), CHECK)
+        if not built.value:
+            return {"built": Outcome(SKIPPED, built.last_line, built.seconds)}
+        row = {"built": Outcome(OK, f"{built.value}", built.seconds)}
+        for scheme in schemes:
+            artifact = Path(place) / scheme.removesuffix("-eval")
+            if scheme in EVALUATIONS:
+                row[scheme] = _evaluated(model, artifact)
+            else:
+                row[scheme] = _converted(model, artifact, scheme)
+                if scheme + "-eval" not in schemes:
+                    shutil.rmtree(artifact, ignore_errors=True)
+        return row
+
+
+def _converted(model: Path, artifact: Path, scheme: str) -> Outcome:
+    data = model.with_name("data.npz")
+    arguments = [str(data) if value == "DATA" else value for value in ARGUMENTS[scheme]]
+    onnx = scheme == "onnx"
+    output = artifact / "model.onnx" if onnx else artifact
+    if onnx:
+        artifact.mkdir()
+    command: list[str | Path] = ["convert", model, "-o", output, *arguments, "--threads", "1"]
+    seconds = EXPORT if onnx else COMMAND
+    done = sweeping.quantcli(command, seconds)
+    outcome = sweeping.judged(done, lambda: sweeping.quantcli([*command, "--dry-run"], seconds))
+    if outcome.verdict != OK:
+        return outcome
+    check: Callable[[], float] = lambda: compare_onnx(model, output) if onnx else compare(model, artifact, data, scheme)  # noqa: E731
+    proof = sweeping.forked(check, CHECK)
+    if proof.status == 0:
+        return Outcome(OK, f"{proof.value:.1f} dB", outcome.seconds)
+    why = f"exit 0, and: {proof.last_line}" if proof.status is not None else f"exit 0, and no forward in {CHECK} s"
+    return Outcome(FAULT, " ".join(why.split())[:500], outcome.seconds)
+
+
+def _evaluated(model: Path, artifact: Path) -> Outcome:
+    if not artifact.exists():
+        return Outcome(SKIPPED, "no artifact")
+    command = ["eval", model, artifact, "--data", model.with_name("data.npz"), "--task", "fidelity", "--samples", "2"]
+    outcome = sweeping.judged(sweeping.quantcli(command, COMMAND))
+    # The sweep's data fits the model, which it has run on: there is nothing to refuse.
+    return Outcome(FAULT, outcome.why, outcome.seconds) if outcome.verdict == REFUSED else outcome
+
+
+def compare(model: Path, artifact: Path, data: Path, scheme: str) -> float:
+    """The least SQNR of an artifact's outputs, beside those of the original with decoded weights.
+
+    Raises:
+        _Mismatch: it is too low, or outputs differ in name, shape or in what is finite.
+        Exception: whatever transformers says where it cannot load or run the artifact.
+    """
+    import numpy
+    import torch
+
+    with numpy.load(data) as arrays:
+        inputs = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    expected = tiny_architectures.outputs(_load(_decoded(model, artifact), torch.float32), inputs)
+    loaded = _load(artifact)
+    # Pictures and sound in the type that the artifact computes in, as a processor's user gives them.
+    fed = {name: value.to(loaded.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    return _least(expected, tiny_architectures.outputs(loaded, fed), DYNAMIC if "dynamic" in scheme else SAME)
+
+
+def _load(folder: Path, dtype: Any = "auto") -> Any:
+    """A model by its own class, as people load it."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    loader: Any = getattr(transformers, config.architectures[0])
+    torch.manual_seed(0)
+    return loader.from_pretrained(folder, dtype=dtype).eval()
+
+
+def _decoded(model: Path, artifact: Path) -> Path:
+    """A folder with the original's configuration and names, and the values that the artifact's codes stand for."""
+    from safetensors.torch import save_file
+
+    from quantcli.checkpoint.checkpoint import open_checkpoint
+    from quantcli.checkpoint.decoded import DecodedCheckpoint
+    from quantcli.checkpoint.quantized import is_quantized, open_coded
+
+    original, written = open_checkpoint(model), open_checkpoint(artifact)
+    if is_quantized(written):
+        written = DecodedCheckpoint(open_coded(written))
+    values = {info.name: written.load(info.name).float().contiguous() for info in written.infos()}
+    lost = {info.name for info in original.infos()} - values.keys()
+    # Experts that the library holds in one tensor are written apart; then names differ, and all are checked by it.
+    if lost and not any("expert" in name for name in lost):
+        raise _Mismatch(f"tensors of the model are missing: {sorted(lost)[:3]}")
+    folder = artifact.with_name(f"{artifact.name}-decoded")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file in model.glob("*.json"):
+        shutil.copy(file, folder)
+    save_file(values, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def compare_onnx(model: Path, artifact: Path) -> float:
+    """The SQNR of an ONNX artifact's first output in onnxruntime, beside the original's in transformers."""
+    import numpy
+    import onnxruntime
+    import torch
+
+    onnxruntime.set_default_logger_severity(4)
+    session = onnxruntime.InferenceSession(artifact, providers=["CPUExecutionProvider"])
+    with numpy.load(model.with_name("data.npz")) as arrays:
+        known = {name: arrays[name][:2] for name in arrays.files}
+    length = next(iter(known.values())).shape[1]
+    feeds, used = {}, {}
+    for entry in session.get_inputs():
+        kind = entry.type.removeprefix("tensor(").removesuffix(")")
+        dtype = {"float": "float32", "int64": "int64", "int32": "int32", "bool": "bool"}.get(kind, "float32")
+        if entry.name in known:
+            feeds[entry.name] = used[entry.name] = known[entry.name].astype(dtype)
+        elif entry.name == "position_ids":
+            feeds[entry.name] = numpy.tile(numpy.arange(length), (2, 1))
+        else:
+            # A cache is empty; whatever else the graph asks for is as long as the text.
+            length_of = 0 if "past" in entry.name or "cache" in entry.name else length
+            sizes = [2 if index == 0 else length_of for index in range(len(entry.shape))]
+            shape = [given if isinstance(given, int) else size for given, size in zip(entry.shape, sizes, strict=True)]
+            feeds[entry.name] = numpy.zeros(shape, dtype)
+    got = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
+    tensors = {name: torch.from_numpy(value) for name, value in (used or known).items()}
+    expected = tiny_architectures.outputs(_load(model, torch.float32), tensors)
+    both = [name for name in expected if name in got]
+    if not both:
+        raise _Mismatch(f"outputs {sorted(got)[:4]} are not those of the model, {sorted(expected)[:4]}")
+    return _least({both[0]: expected[both[0]]}, {both[0]: torch.from_numpy(got[both[0]]).float()}, DYNAMIC)
+
+
+def _least(expected: dict[str, Any], got: dict[str, Any], limit: float) -> float:
+    if expected.keys() != got.keys():
+        raise _Mismatch(f"outputs are {sorted(got)}, expected {sorted(expected)}")
+    least = 200.0
+    for name, value in expected.items():
+        if value.shape != got[name].shape:
+            raise _Mismatch(f"{name} has shape {tuple(got[name].shape)}, expected {tuple(value.shape)}")
+        if not bool((value.isfinite() == got[name].isfinite()).all()):
+            raise _Mismatch(f"{name} is not finite where it should be")
+        both = value.isfinite()
+        signal, noise = value[both].double().square().sum(), (value[both] - got[name][both]).double().square().sum()
+        decibels = float(10 * (signal / noise).log10()) if noise > 0 and signal > 0 else 200.0
+        least = min(least, decibels)
+        if decibels < limit:
+            raise _Mismatch(f"{name} is {decibels:.1f} dB from what its codes say")
+    return least
+
+
+def preload() -> None:
+    """Import once what every case needs, before the first fork; nothing of it may start a thread."""
+    os.environ.update(sweeping.ENVIRONMENT)
+    import bitsandbytes  # noqa: F401
+    import compressed_tensors  # noqa: F401
+    import torch
+    import transformers
+
+    import quantcli.cli.app
+    import quantcli.commands.convert
+    import quantcli.commands.evaluate
+    import quantcli.conversion.checkpoint.pipeline
+    import quantcli.conversion.checkpoint.transformers_check  # noqa: F401
+
+    torch.set_num_threads(1)
+    for name in ("PreTrainedModel", "PreTrainedConfig", "AutoModel", "AutoConfig"):
+        getattr(transformers, name)
+
+
+def quick(jobs: int = 2) -> dict[str, dict[str, Outcome]]:
+    """The part that runs in CI."""
+    preload()
+    return sweeping.sweep(QUICK, lambda case: run(case, QUICK_SCHEMES), jobs)
+
+
+def main() -> int:
+    wanted = sweeping.options(__doc__, SCHEMES).parse_args()
+    preload()
+    if wanted.quick:
+        found = quick(wanted.jobs)
+    else:
+        names = sweeping.chosen(tiny_architectures.architectures(), wanted.only, wanted.limit)
+        schemes = tuple(wanted.schemes.split(","))
+        found = sweeping.sweep(names, lambda case: run(case, schemes), wanted.jobs, wanted.json)
+    sweeping.print_matrix(found)
+    if wanted.json:
+        sweeping.write(wanted.json, found)
+    return bool(sweeping.faults(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""What the sweeps share: a command in a forked process with a time limit, and the matrix of what came of it.
+
+A process that has imported torch, transformers and onnx once is forked for every case, so that a case costs
+milliseconds instead of the ten seconds of those imports, and a crash, a leak or an endless loop ends with its case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+OK, REFUSED, LATE, FAULT, SKIPPED = "ok", "refused", "late", "fault", "-"
+#: What the environment has to say before anything is imported.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+    "NO_COLOR": "1",
+    "COLUMNS": "200",
+}
+_LETTERS = {OK: "ok", REFUSED: "refused", LATE: "LATE", FAULT: "FAULT", SKIPPED: "-"}
+
+
+@dataclass
+class Outcome:
+    """What came of one run: one of the five words, and the sentence that says why."""
+
+    verdict: str
+    why: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Ended:
+    """A forked process that ended. ``status`` is negative for a signal, None where its time was up."""
+
+    status: int | None
+    value: Any
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def last_line(self) -> str:
+        """Of what it said on stderr."""
+        lines = self.stderr.strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+def forked(work: Callable[[], Any], seconds: float) -> Ended:
+    """Run ``work`` in a fork of this process, output captured; it and all that it started end after ``seconds``.
+
+    What it returns has to be JSON; an exception is status 70, with its traceback on stderr.
+    """
+    with tempfile.TemporaryDirectory(prefix="sweep-") as place:
+        folder, start = Path(place), time.monotonic()
+        process = os.fork()
+        if process == 0:
+            os.setsid()
+            _leave(work, folder)
+        status = _wait(process, start + seconds)
+        value = folder / "value.json"
+        return Ended(
+            status,
+            json.loads(value.read_text()) if value.is_file() else None,
+            (folder / "stdout").read_text(errors="replace"),
+            (folder / "stderr").read_text(errors="replace"),
+            time.monotonic() - start,
+        )
+
+
+def _leave(work: Callable[[], Any], folder: Path) -> None:
+    """In the fork: work, and never return."""
+    status = 70
+    try:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600), number)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        (folder / "value.json").write_text(json.dumps(work()))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _wait(process: int, until: float) -> int | None:
+    pause = 0.002
+    while True:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            _kill_group(process)
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            _kill_group(process)
+            os.waitpid(process, 0)
+            return None
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.1)
+
+
+def _kill_group(leader: int) -> None:
+    """End what the fork started and left behind; its own group, made by setsid."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def quantcli(arguments: Sequence[str | Path], seconds: float) -> Ended:
+    """Run the command line in a fork. ``value`` is its exit status; None where it ended otherwise."""
+    return forked(lambda: _command(arguments), seconds)
+
+
+def _command(arguments: Sequence[str | Path]) -> int:
+    from quantcli.cli.app import main
+    from quantcli.system import child
+
+    # Before there are threads: a fork that waits to be the processes that quantcli starts for its checks.
+    child.subprocess = SimpleNamespace(  # type: ignore[assignment]
+        **{name: getattr(child.subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}, Popen=_Helpers().start
+    )
+    return main([str(argument) for argument in arguments])
+
+
+class _Helpers:
+    """A single-threaded fork that forks once more for each process asked for, and says how it ended."""
+
+    def __init__(self) -> None:
+        asked, self._ask = os.pipe()
+        self._answers, answer = os.pipe()
+        if os.fork() == 0:
+            os.close(self._ask)
+            try:
+                for line in os.fdopen(asked):
+                    os.write(answer, f"{self._serve(json.loads(line))}\n".encode())
+            finally:
+                os._exit(0)
+        os.close(asked)
+
+    @staticmethod
+    def _serve(request: Mapping[str, Any]) -> int:
+        process = os.fork()
+        if process == 0:
+            status = 1
+            try:
+                os.dup2(os.open(request["stderr"], os.O_WRONLY | os.O_CREAT), 2)
+                os.environ.update(request["env"])
+                from quantcli.system.child import main
+
+                main(*request["call"])
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+    def start(self, command: Sequence[str], *, stderr: Any, env: Mapping[str, str], **_: Any) -> Any:
+        """Like subprocess.Popen, for the one way in which quantcli.system.child uses it."""
+        request = {"call": list(command[-2:]), "stderr": stderr.name, "env": dict(env)}
+        os.write(self._ask, (json.dumps(request) + "\n").encode())
+        return _Process(self._answers)
+
+
+class _Process:
+    def __init__(self, answers: int) -> None:
+        self._answers, self._status = answers, None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self._status is None:
+            text = b""
+            while not text.endswith(b"\n"):
+                text += os.read(self._answers, 1) or b"1\n"
+            self._status = int(text)
+        return self._status
+
+    def poll(self) -> int | None:
+        return self._status
+
+    def kill(self) -> None:
+        """The whole group ends with the case."""
+        self._status = -9
+
+
+def judged(done: Ended, dry: Callable[[], Ended] | None = None) -> Outcome:
+    """A verdict on a run of the command line by its exit status alone; ``ok`` is still to be proven.
+
+    Args:
+        done: the run.
+        dry: the same run with ``--dry-run``; a refusal that it does not know comes late.
+    """
+    message = error_of(done.stderr)
+    if done.status is None:
+        return Outcome(FAULT, f"no end within {done.seconds:.0f} s", done.seconds)
+    if done.value is None:
+        return Outcome(FAULT, f"ended with status {done.status}: {done.last_line}", done.seconds)
+    if "Traceback (most recent call last)" in done.stderr:
+        return Outcome(FAULT, f"exit {done.value} with a traceback: {done.last_line}", done.seconds)
+    if done.value == 0:
+        return Outcome(OK, "", done.seconds)
+    if done.value in (2, 3):
+        late = dry is not None and dry().value == 0
+        return Outcome(LATE if late else REFUSED, message, done.seconds)
+    return Outcome(FAULT, f"exit {done.value}: {message}", done.seconds)
+
+
+def error_of(stderr: str) -> str:
+    """The paragraph that says what is wrong, without names of temporary folders."""
+    found = re.search(r"Error: .*", stderr, re.DOTALL)
+    text = " ".join((found.group() if found else stderr[-600:]).split())
+    return re.sub(r"/[\w./-]*/(?=[\w.-])", "", text)[:500]
+
+
+def options(description: str | None, schemes: Sequence[str]) -> argparse.ArgumentParser:
+    """The flags that both sweeps have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", metavar="GLOB", help="cases by name; may be repeated")
+    parser.add_argument("--schemes", default=",".join(schemes), help="columns, by commas")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cases at a time")
+    parser.add_argument("--limit", type=int, metavar="N", help="that many cases, spread over all of them")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every verdict with its reason")
+    parser.add_argument("--quick", action="store_true", help="a few cases of different kinds")
+    return parser
+
+
+def chosen(names: Iterable[str], only: Sequence[str] | None, limit: int | None) -> list[str]:
+    """Names that match, thinned out evenly."""
+    found = [n for n in names if not only or any(fnmatch.fnmatch(n, pattern) for pattern in only)]
+    if limit and len(found) > limit:
+        found = [found[index * len(found) // limit] for index in range(limit)]
+    return found
+
+
+def sweep(
+    names: Sequence[str], run: Callable[[str], dict[str, Outcome]], jobs: int, file: Path | None = None
+) -> dict[str, dict[str, Outcome]]:
+    """Run every case in a fork, ``jobs`` at a time, and print each as it ends.
+
+    In a random order, the same each time, so that a sweep that is cut short has seen some of everything.
+    """
+    waiting, running, found = random.Random(0).sample(names, len(names)), {}, {}
+    with tempfile.TemporaryDirectory(prefix="sweep-") as place:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop()
+                result = Path(place) / f"{len(waiting)}.json"
+                process = os.fork()
+                if process == 0:
+                    _case(run, name, result)
+                running[process] = (name, result)
+            process, status = os.wait()
+            if process not in running:
+                continue
+            name, result = running.pop(process)
+            died = {"sweep": asdict(Outcome(FAULT, f"the sweep itself ended with wait status {status}"))}
+            row = json.loads(result.read_text()) if result.is_file() else died
+            found[name] = {column: Outcome(**value) for column, value in row.items()}
+            print(_line(name, found[name]), flush=True)
+            if file:
+                write(file, found)
+    return {name: found[name] for name in names}
+
+
+def _case(run: Callable[[str], dict[str, Outcome]], name: str, result: Path) -> None:
+    try:
+        row = {column: asdict(outcome) for column, outcome in run(name).items()}
+    except BaseException as error:
+        traceback.print_exc()
+        row = {"sweep": asdict(Outcome(FAULT, f"the sweep itself: {type(error).__name__}: {error}"))}
+    result.write_text(json.dumps(row))
+    os._exit(0)
+
+
+def _line(name: str, row: Mapping[str, Outcome]) -> str:
+    return f"{name:52} " + " ".join(f"{column}={_LETTERS[outcome.verdict]}" for column, outcome in row.items())
+
+
+def write(file: Path, found: Mapping[str, Mapping[str, Outcome]]) -> None:
+    """Every verdict, with its reason."""
+    rows = {name: {column: asdict(outcome) for column, outcome in row.items()} for name, row in found.items()}
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(rows, indent=1) + "\n")
+    part.replace(file)
+
+
+def print_matrix(found: Mapping[str, Mapping[str, Outcome]]) -> None:
+    """The matrix, totals per column, and each reason with how many cases it has."""
+    columns = list(dict.fromkeys(column for row in found.values() for column in row))
+    print("\n" + " " * 52, *(f"{column:>14}" for column in columns))
+    for name, row in found.items():
+        print(f"{name:52}", *(f"{_LETTERS[row[c].verdict] if c in row else '':>14}" for c in columns))
+    for verdict in (OK, REFUSED, LATE, FAULT):
+        counts = [sum(row[c].verdict == verdict for row in found.values() if c in row) for c in columns]
+        print(f"{verdict:52}", *(f"{count:>14}" for count in counts))
+    for verdict in (FAULT, LATE, REFUSED):
+        reasons = Counter(kind(o.why) for row in found.values() for o in row.values() if o.verdict == verdict)
+        print(f"\n{verdict}: {sum(reasons.values())}")
+        for reason, count in reasons.most_common():
+            print(f"  {count:4}  {reason[:230]}")
+
+
+def kind(why: str) -> str:
+    """A reason without what differs from case to case: names in quotes, numbers."""
+    return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"'[^']*'|\"[^\"]*\"", "'…'", why))
+
+
+def faults(found: Mapping[str, Mapping[str, Outcome]]) -> set[str]:
+    """What a test compares with the faults that are known: ``case column`` of every fault and late refusal."""
+    return {f"{n} {c}" for n, row in found.items() for c, o in row.items() if o.verdict in (FAULT, LATE)}
