@@ -46,7 +46,7 @@ def fashion(folder: Path) -> None:
     trained: list[GraphTraining] = []
     written = GraphTraining.write_back
 
-    def kept(self: GraphTraining) -> dict[str, float | None]:
+    def kept(self: GraphTraining) -> dict[str, tuple[float, float]]:
         trained.append(self)
         return written(self)
 

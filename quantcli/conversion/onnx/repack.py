@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 
 
-class GivenCodes:
+class CheckpointCodes:
     """The codes of a checkpoint, for the nodes of its export."""
 
     def __init__(self, checkpoint: Checkpoint, coded: CodedCheckpoint, recipe: Recipe) -> None:
@@ -104,7 +104,7 @@ class GivenCodes:
         _refuse(name, nbits.supports(plan.node, scheme))
         self._of[plan.name] = name
         algorithm = self.coded.algorithm(name) or "carried over"
-        return replace(plan, mode="weights", scheme=scheme, label=weights.dtype, algorithm=algorithm, note=note)
+        return replace(plan, form="nbits", scheme=scheme, label=weights.dtype, algorithm=algorithm, note=note)
 
     def _values(self, name: str) -> Tensor:
         info = self._infos[name]

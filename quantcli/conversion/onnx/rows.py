@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.onnx.plan.plan import GraphPlan, tensor_info
-from quantcli.onnx.rewrite.transform import LayerOutcome
+from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome, tensor_info
 from quantcli.reporting.report import LayerRow
 
 if TYPE_CHECKING:

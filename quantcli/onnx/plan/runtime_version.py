@@ -27,7 +27,7 @@ def require_version(plan: GraphPlan, model: ir.Model, opset: int, version: str) 
         known = f"knows operator sets up to {highest}" if highest else "is older than any that was tried"
         raise InputError(f"The model needs operator set {needed}; onnxruntime {version} {known}.")
     for node in plan.nodes:
-        if node.mode != "weights" or node.scheme is None or node.role == "conv":
+        if node.form != "nbits" or node.scheme is None:
             continue
         first = nbits.oldest_runtime(node.node, node.scheme)
         if wanted < tuple(int(part) for part in first.split(".")):

@@ -1,0 +1,122 @@
+"""What a conversion learns of activations before it chooses codes, and what that changes in its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
+from quantcli.calibration.hessians import collect_hessians
+from quantcli.calibration.statistics import CalibrationStats
+from quantcli.conversion.onnx.source import Source
+from quantcli.data.fingerprint import fingerprint
+from quantcli.data.request import Calibration
+from quantcli.models.source import subject_sha256
+from quantcli.onnx.plan.evidence import Evidence
+from quantcli.onnx.plan.judge import without_inputs, without_outliers
+from quantcli.onnx.plan.placement import place
+from quantcli.onnx.plan.plan import GraphPlan, require_work
+from quantcli.system.progress import Progress
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from quantcli.data.samples import Samples
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Evidence, the plan that stands in its light, and what the data is told apart by."""
+
+    plan: GraphPlan
+    evidence: Evidence
+    fingerprint: Mapping[str, Any] | None
+    warnings: tuple[str, ...]
+
+
+def load(source: Source, calibration: Calibration, *, trains: bool) -> Samples | None:
+    """The samples that the user gave, if any; a training takes all of them.
+
+    Raises:
+        InputError: they are missing, damaged or do not suit the model.
+    """
+    if calibration.data is None:
+        return None
+    from quantcli.data.samples import load_samples
+
+    return load_samples(
+        calibration.data,
+        source.model.inputs,
+        folder=source.subject.folder,
+        tokenizer=calibration.tokenizer,
+        preprocess=calibration.preprocess,
+        samples=calibration.samples or (None if trains else DEFAULT_SAMPLES),
+        seq_len=calibration.seq_len,
+        seed=calibration.seed,
+    )
+
+
+def gather(
+    source: Source,
+    graph: ir.Model,
+    plan: GraphPlan,
+    calibration: Calibration,
+    samples: Samples | None,
+    folder: Path,
+    progress: Progress | None,
+) -> Gathered:
+    """Take the statistics and Hessians that a plan needs; layers that they speak against are planned otherwise.
+
+    Args:
+        source: what is converted.
+        graph: the graph that the plan was made for; it is left as it is.
+        plan: says which layers need what.
+        calibration: may name statistics of an earlier `calibrate`.
+        samples: what else they are taken from.
+        folder: where Hessians are kept.
+        progress: called with sample runs done and in all.
+
+    Raises:
+        InputError: statistics are another model's, the graph cannot be run, or nothing is left to be quantized.
+    """
+    statistics = _statistics(source, graph, plan, calibration, samples, progress)
+    if statistics is not None:
+        plan = without_outliers(plan, statistics)
+        require_work(plan, source.model.path)
+    hessians = None
+    if plan.needs_inputs and samples is not None:
+        hessians = collect_hessians(graph, plan, samples, folder, progress=progress)
+        plan = without_inputs(plan, hessians)
+    warnings: list[str] = []
+    if statistics is not None:
+        placed = place(graph, (node.node for node in plan.of_mode("static"))).values
+        warnings = statistics.warnings({value.name or "" for value in placed})
+    seen = statistics.provenance.fingerprint if statistics else None
+    if hessians is not None and samples is not None and seen is None:
+        seen = fingerprint(sample.inputs for sample in samples)
+    return Gathered(plan, Evidence(statistics, hessians, source.codes), seen, tuple(warnings))
+
+
+def _statistics(
+    source: Source,
+    graph: ir.Model,
+    plan: GraphPlan,
+    calibration: Calibration,
+    samples: Samples | None,
+    progress: Progress | None,
+) -> CalibrationStats | None:
+    # Static layers need ranges; the biases of other convolutions profit from the means of what they read.
+    static = plan.of_mode("static")
+    read = [node.data for node in plan.of_mode("weights") if node.node.op_type == "Conv"]
+    if not static and not (read and (samples or calibration.stats)):
+        return None
+    sha256 = subject_sha256(source.subject)
+    if calibration.stats is not None:
+        statistics = CalibrationStats.load(calibration.stats)
+        statistics.require_model(sha256)
+        return statistics
+    assert samples is not None
+    observed = None if static else list(dict.fromkeys(name for name in read if name))
+    return collect(graph, samples, observed, model_sha256=sha256, seed=calibration.seed, progress=progress)
