@@ -23,12 +23,12 @@ def layer_rows(outcomes: Sequence[LayerOutcome]) -> list[LayerRow]:
             label = node.label
             if node.scheme.weights.granularity.kind in ("group", "block"):
                 label = f"{label} {node.scheme.weights.granularity}"
-        known = labels.setdefault(node.name, set())
-        if label in known:
+        listed = labels.setdefault(node.name, set())
+        if label in listed:
             continue
-        before = 0 if known else node.info.nbytes
-        after = 0 if known and label is None else outcome.bytes_after
-        known.add(label)
+        before = 0 if listed else node.info.nbytes
+        after = 0 if listed and label is None else outcome.bytes_after
+        listed.add(label)
         details = {"shape": list(node.info.shape), "role": node.role, "node": node.node.name}
         if node.note:
             details["note"] = node.note

@@ -124,10 +124,10 @@ class StaticQuantizer:
         ]
         quantize = ir.Node("", "QuantizeLinear", [value, *parts], name=f"{value.name}_quantize")
         dequantize = ir.Node("", "DequantizeLinear", [quantize.outputs[0], *parts], name=f"{value.name}_dequantize")
-        coded, restored = quantize.outputs[0], dequantize.outputs[0]
-        coded.name, restored.name = f"{value.name}_quantized", f"{value.name}_dequantized"
-        restored.type, restored.shape, coded.shape = value.type, value.shape, value.shape
-        coded.type = ir.TensorType(ir.DataType.UINT8)
+        quantized, restored = quantize.outputs[0], dequantize.outputs[0]
+        quantized.name, restored.name = f"{value.name}_quantized", f"{value.name}_dequantized"
+        restored.type, restored.shape, quantized.shape = value.type, value.shape, value.shape
+        quantized.type = ir.TensorType(ir.DataType.UINT8)
         self._scales[restored] = scale
         producer = value.producer()
         readers = [use for use in value.uses() if use.node is not quantize]
@@ -216,9 +216,9 @@ class StaticQuantizer:
         codes = np.rint(values.astype(np.float64) / scales)
         codes = np.clip(codes, -(2**31), 2**31 - 1).astype(np.int32)
         name = bias.name or "bias"
-        coded = add_initializer(self.graph, free_name(self.graph, f"{name}_quantized"), codes)
+        stored = add_initializer(self.graph, free_name(self.graph, f"{name}_quantized"), codes)
         scale = add_initializer(self.graph, free_name(self.graph, f"{name}_scale"), np.ascontiguousarray(scales))
-        node.replace_input_with(2, dequantized(self.graph, [coded, scale], 0, bias))
+        node.replace_input_with(2, dequantized(self.graph, [stored, scale], 0, bias))
         drop_unused(self.graph, bias)
 
 

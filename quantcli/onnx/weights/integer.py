@@ -173,10 +173,10 @@ def integer_weight(
     def register(part: str, values: np.ndarray) -> ir.Value:
         return add_initializer(graph, free_name(graph, f"{value.name}_{part}"), values)
 
-    coded = register("quantized", np.ascontiguousarray(codes))
-    coded.meta[ORIGIN] = Origin(value.name or "", number_format, axis, tuple(rows.shape), kind)
+    stored_codes = register("quantized", np.ascontiguousarray(codes))
+    stored_codes.meta[ORIGIN] = Origin(value.name or "", number_format, axis, tuple(rows.shape), kind)
     return IntegerWeight(
-        coded,
+        stored_codes,
         register("scale", stored),
         # Zeros, and yet they must be there: without them the runtime does not fuse Gemm.
         register("zero_point", np.zeros(stored.shape, dtype=np.int8)),
