@@ -7,25 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from quantcli.core.scheme import Scheme
 from quantcli.onnx.graph.values import add_initializer, array, drop_unused, input_of
 from quantcli.onnx.plan.evidence import Evidence
+from quantcli.onnx.plan.forms import Form
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
 from quantcli.onnx.weights.integer import integer_weight
-
-MODE = "conv-integer"
-
-
-def takes(scheme: Scheme) -> bool:
-    return scheme.inputs is not None and scheme.inputs.dynamic
-
-
-def supports(layer: NodePlan, scheme: Scheme) -> str | None:
-    return None if layer.node.op_type == "Conv" else "it is no convolution"
-
-
-def opset(layer: NodePlan) -> int:
-    return 13
 
 
 def rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
@@ -53,3 +39,12 @@ def rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) ->
         return LayerOutcome.quantized(layer, weight.nbytes, weight.rounding)
 
     return rewrite
+
+
+FORM = Form(
+    "conv-integer",
+    lambda scheme: scheme.inputs is not None and scheme.inputs.dynamic,
+    lambda layer, scheme: None if layer.node.op_type == "Conv" else "it is no convolution",
+    rewriter,
+    lambda layer: 13,
+)

@@ -69,14 +69,8 @@ def gather(
 ) -> Gathered:
     """Take the statistics and Hessians that a plan needs; layers that they speak against are planned otherwise.
 
-    Args:
-        source: what is converted.
-        graph: the graph that the plan was made for; it is left as it is.
-        plan: says which layers need what.
-        calibration: may name statistics of an earlier `calibrate`.
-        samples: what else they are taken from.
-        folder: where Hessians are kept.
-        progress: called with sample runs done and in all.
+    ``graph`` is the one that the plan was made for, and is left as it is. Statistics are taken from ``samples`` unless
+    ``calibration`` names those of an earlier `calibrate`; Hessians are kept in ``folder``.
 
     Raises:
         InputError: statistics are another model's, the graph cannot be run, or nothing is left to be quantized.

@@ -61,6 +61,11 @@ def weight_input(node: ir.Node) -> ir.Value | None:
     return input_of(node, 0 if node.op_type == "Gather" else 1)
 
 
+def channel_axis(node: ir.Node) -> int:
+    """The dimension of a convolution's or product's weight that runs over its output channels."""
+    return 0 if node.op_type == "Conv" or (node.op_type == "Gemm" and integer(node, "transB", 0)) else 1
+
+
 def operand_of(node: ir.Node) -> Operand | str:
     """The weight of a MatMul, Gemm or Gather, or why there is none that can be quantized."""
     if not is_standard(node, *_WEIGHT_ONLY):

@@ -6,7 +6,8 @@ The table stands with the plan, which asks a form what it supports; it imports n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from quantcli.core.scheme import Scheme
 from quantcli.system.text import lookup
@@ -27,46 +28,38 @@ FORMS = {
 }
 
 
-class Form(Protocol):
-    """What a form's module holds, and perhaps a function `substitute` beside it.
+@dataclass(frozen=True)
+class Form:
+    """What a form's module calls ``FORM``.
 
-    ``MODE`` is what manifests call the form; layers of one mode are rewritten together.
+    - ``mode``: its name in manifests; layers of one mode are rewritten together.
+    - ``takes``: whether it is a form for schemes of this kind.
+    - ``supports``: why a layer cannot take it with such a scheme, or None. No weight is read.
+    - ``rewriter``: given all the layers of a graph that take it, what rewrites one after the other in graph order.
+    - ``opset``: the operator set that a planned layer is written in; 0: any.
+    - ``substitute``: the scheme that a layer gets in place of one the form has not, and why; None: it gets its own.
     """
 
-    MODE: str
-
-    def takes(self, scheme: Scheme) -> bool:
-        """Whether this is a form for schemes of this kind."""
-
-    def supports(self, layer: NodePlan, scheme: Scheme) -> str | None:
-        """Why a layer cannot take this form with such a scheme, or None. No weight is read."""
-
-    def opset(self, layer: NodePlan) -> int:
-        """The operator set that a planned layer is written in; 0: any."""
-
-    def rewriter(
-        self, model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence
-    ) -> Callable[[NodePlan], LayerOutcome]:
-        """What rewrites, one after the other in graph order, all the layers of a graph that take this form."""
+    mode: str
+    takes: Callable[[Scheme], bool]
+    supports: Callable[[NodePlan, Scheme], str | None]
+    rewriter: Callable[[ir.Model, Sequence[NodePlan], Evidence], Callable[[NodePlan], LayerOutcome]]
+    opset: Callable[[NodePlan], int] = lambda layer: 0
+    substitute: Callable[[NodePlan, Scheme], tuple[Scheme, str] | None] = lambda layer, scheme: None
 
 
 def form(name: str) -> Form:
     """The form of this name."""
-    return cast(Form, lookup(FORMS, "ONNX form", name))
+    return cast(Form, lookup(FORMS, "ONNX form", name).FORM)
 
 
-def substitute(layer: NodePlan, scheme: Scheme) -> tuple[Scheme, str] | None:
-    """The scheme that a layer gets in place of one that its form has not, and why; None: it gets its own."""
-    of_form = getattr(form(layer.form), "substitute", None) if layer.form else None
-    return of_form(layer, scheme) if of_form else None
-
-
-def form_of(layer: NodePlan, scheme: Scheme) -> tuple[str | None, str | None]:
+def form_of(layer: NodePlan, scheme: Scheme) -> tuple[str | None, str]:
     """The name of the first form that supports a layer with a scheme; or None, and the first one's reason."""
-    reasons: list[str | None] = []
+    reasons = []
     for name in FORMS:
         if form(name).takes(scheme):
-            reasons.append(form(name).supports(layer, scheme))
-            if reasons[-1] is None:
-                return name, None
+            reason = form(name).supports(layer, scheme)
+            if reason is None:
+                return name, ""
+            reasons.append(reason)
     return None, next(iter(reasons), f"no form of it has {scheme}")

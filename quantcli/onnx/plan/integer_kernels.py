@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from quantcli.core.scheme import NumberFormat
+from quantcli.core.scheme import Scheme
+from quantcli.onnx.graph.operands import channel_axis
+from quantcli.onnx.graph.opset import NARROW_OPSET, QDQ_OPSET
 from quantcli.onnx.graph.values import constant, input_of, integer, real
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
+from quantcli.onnx.plan.plan import NodePlan
 
 
-def no_integer_kernel(node: ir.Node, inputs: NumberFormat) -> str | None:
-    """Why a node cannot run on integers with such inputs, or None."""
+def integer_opset(layer: NodePlan) -> int:
+    """The operator set of scales per channel, or of codes that are stored in four bits."""
+    return NARROW_OPSET if layer.scheme and layer.scheme.weights.bits == 4 else QDQ_OPSET
+
+
+def no_integer_kernel(layer: NodePlan, scheme: Scheme) -> str | None:
+    """Why a layer cannot run on integers with such inputs, or None."""
+    node, inputs = layer.node, scheme.inputs
+    assert inputs is not None
     if node.op_type == "ConvTranspose":
         return "ConvTranspose has no integer kernel"
     if node.op_type == "Conv" and inputs.dynamic:
@@ -30,7 +35,6 @@ def no_integer_kernel(node: ir.Node, inputs: NumberFormat) -> str | None:
     if node.op_type == "Gemm":
         if integer(node, "transA", 0) or real(node, "alpha", 1.0) != 1.0 or real(node, "beta", 1.0) != 1.0:
             return "Gemm with a transposed or scaled input has no integer kernel"
-        channels = weight.shape[0 if integer(node, "transB", 0) else 1]
-        if bias is not None and not inputs.dynamic and bias.size not in (1, channels):
+        if bias is not None and not inputs.dynamic and bias.size not in (1, weight.shape[channel_axis(node)]):
             return "the bias is not one value per output"
     return None

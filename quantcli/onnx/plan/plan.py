@@ -62,7 +62,7 @@ class NodePlan:
     @property
     def mode(self) -> str:
         """How the weight is carried, as reports and manifests say it."""
-        return form(self.form).MODE if self.form else "float"
+        return form(self.form).mode if self.form else "float"
 
     @property
     def estimated_bytes(self) -> int:

@@ -13,7 +13,7 @@ from quantcli.core.scheme import PRESETS, Scheme
 from quantcli.errors import InputError, UsageError
 from quantcli.onnx.graph.operands import readers
 from quantcli.onnx.graph.values import constant
-from quantcli.onnx.plan.forms import form_of, substitute
+from quantcli.onnx.plan.forms import form, form_of
 from quantcli.onnx.plan.layer_inputs import layer_input
 from quantcli.onnx.plan.plan import (
     GraphPlan,
@@ -132,14 +132,15 @@ class _Planner:
         # A lookup has no activations to quantize; its table is most of a small model's bytes.
         scheme = Scheme(scheme.weights)
         weights_only = _in_form(plan, scheme, label)
-        other = substitute(weights_only, scheme)
-        if other is not None:
+        if not weights_only.form:
+            return weights_only
+        if (other := form(weights_only.form).substitute(plan, scheme)) is not None:
             carried, why = other
             dtype = carried.weights.dtype
             note = plan.note if plan.note or carried == scheme else f"{dtype} in place of {label}, {why}"
             weights_only = replace(weights_only, scheme=carried, label=dtype, note=note)
             wish = wish if wish == "gptq" and plan.role == "conv" else "auto"
-        return self._rounded(weights_only, wish) if weights_only.form else weights_only
+        return self._rounded(weights_only, wish)
 
     @staticmethod
     def _rounded(plan: NodePlan, wish: str) -> NodePlan:
@@ -163,7 +164,7 @@ class _Planner:
 def _in_form(plan: NodePlan, scheme: Scheme, label: str) -> NodePlan:
     """A layer in the first form that supports it with a scheme, or left in floating point."""
     name, reason = form_of(plan, scheme)
-    return replace(plan, form=name, scheme=scheme, label=label) if name else plan.left(reason or "")
+    return replace(plan, form=name, scheme=scheme, label=label) if name else plan.left(reason)
 
 
 def _rounding_step(recipe: Recipe) -> Step | None:

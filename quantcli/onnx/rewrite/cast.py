@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantcli.core.dtypes import DTYPE_OF_NUMBER
-from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import Rounding
 from quantcli.errors import InputError
 from quantcli.onnx.graph.values import constant, free_name
 from quantcli.onnx.plan.evidence import Evidence
+from quantcli.onnx.plan.forms import Form
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
 
 if TYPE_CHECKING:
@@ -32,40 +32,6 @@ _BF16_OPSET = 13
 
 #: Values looked at together.
 _CHUNK = 1 << 22
-
-
-MODE = "cast"
-
-
-def takes(scheme: Scheme) -> bool:
-    """fp16 and bf16."""
-    return scheme.weights.is_cast
-
-
-def supports(layer: NodePlan, scheme: Scheme) -> str | None:
-    """Weights of another precision."""
-    return "already so" if layer.info.dtype == DTYPE_OF_NUMBER[scheme.weights.dtype] else None
-
-
-def opset(layer: NodePlan) -> int:
-    """That of a Cast which knows the dtype."""
-    return _BF16_OPSET if layer.scheme and layer.scheme.weights.dtype == "bf16" else 0
-
-
-def rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
-    """Casts the weights of all the layers at once, in the order of the file."""
-    written: dict[str, CastWeight] = {}
-    for dtype in ("fp16", "bf16"):
-        names = {layer.name for layer in layers if layer.scheme and layer.scheme.weights.dtype == dtype}
-        if names:
-            written |= {w.name: w for w in cast_weights(model, dtype, names)}
-
-    def rewrite(layer: NodePlan) -> LayerOutcome:
-        weight = written[layer.name]
-        plan = layer.left(weight.overflow) if weight.overflow else layer
-        return LayerOutcome(plan, weight.nbytes, weight.rounding)
-
-    return rewrite
 
 
 @dataclass(frozen=True)
@@ -172,3 +138,28 @@ def _powers(tensor: ir.TensorProtocol, half: ir.DataType) -> tuple[float, float,
             error = kept - back[finite]
         noise += float(error @ error)
     return signal, noise, overflows
+
+
+def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
+    """Casts the weights of all the layers at once, in the order of the file."""
+    written: dict[str, CastWeight] = {}
+    for dtype in ("fp16", "bf16"):
+        names = {layer.name for layer in layers if layer.scheme and layer.scheme.weights.dtype == dtype}
+        if names:
+            written |= {w.name: w for w in cast_weights(model, dtype, names)}
+
+    def rewrite(layer: NodePlan) -> LayerOutcome:
+        weight = written[layer.name]
+        plan = layer.left(weight.overflow) if weight.overflow else layer
+        return LayerOutcome(plan, weight.nbytes, weight.rounding)
+
+    return rewrite
+
+
+FORM = Form(
+    "cast",
+    lambda scheme: scheme.weights.is_cast,
+    lambda layer, scheme: "already so" if layer.info.dtype == DTYPE_OF_NUMBER[scheme.weights.dtype] else None,
+    _rewriter,
+    lambda layer: _BF16_OPSET if layer.scheme and layer.scheme.weights.dtype == "bf16" else 0,
+)

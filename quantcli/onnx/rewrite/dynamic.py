@@ -7,47 +7,22 @@ times as long as its float convolution (PP-OCRv4's recognizer: 224 ms in place o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantcli.core.scheme import Scheme
-from quantcli.onnx.graph.opset import NARROW_OPSET, QDQ_OPSET
+from quantcli.onnx.graph.operands import channel_axis
 from quantcli.onnx.graph.values import add_initializer, drop_unused, input_of
 from quantcli.onnx.plan.evidence import Evidence
-from quantcli.onnx.plan.integer_kernels import no_integer_kernel
+from quantcli.onnx.plan.forms import Form
+from quantcli.onnx.plan.integer_kernels import integer_opset, no_integer_kernel
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
-from quantcli.onnx.weights.integer import ORIGIN, IntegerWeight, channel_axis, integer_weight
+from quantcli.onnx.weights.integer import ORIGIN, IntegerWeight, integer_weight
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-
-MODE = "dynamic"
-
-
-def takes(scheme: Scheme) -> bool:
-    """Schemes whose inputs get their ranges at inference."""
-    return scheme.inputs is not None and scheme.inputs.dynamic
-
-
-def supports(layer: NodePlan, scheme: Scheme) -> str | None:
-    """Products with an integer kernel."""
-    assert scheme.inputs is not None
-    return no_integer_kernel(layer.node, scheme.inputs)
-
-
-def opset(layer: NodePlan) -> int:
-    """That of scales per channel, or of four-bit storage."""
-    return NARROW_OPSET if layer.scheme and layer.scheme.weights.bits == 4 else QDQ_OPSET
-
-
-def rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
-    """Replaces one layer after the other."""
-    return partial(DynamicQuantizer(model).rewrite, evidence=evidence)
 
 
 class DynamicQuantizer:
@@ -124,3 +99,12 @@ class DynamicQuantizer:
         turned = add_initializer(self.graph, codes.name, values)
         turned.meta[ORIGIN] = replace(origin, turned=not origin.turned)
         return turned
+
+
+FORM = Form(
+    "dynamic",
+    lambda scheme: scheme.inputs is not None and scheme.inputs.dynamic,
+    no_integer_kernel,
+    lambda model, layers, evidence: partial(DynamicQuantizer(model).rewrite, evidence=evidence),
+    integer_opset,
+)

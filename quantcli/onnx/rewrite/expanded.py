@@ -5,42 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from quantcli.core.scheme import PRESETS, Scheme
+from quantcli.core.scheme import PRESETS
+from quantcli.onnx.graph.operands import channel_axis
 from quantcli.onnx.graph.opset import QDQ_OPSET
 from quantcli.onnx.graph.values import drop_unused
 from quantcli.onnx.plan.evidence import Evidence
+from quantcli.onnx.plan.forms import Form
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
 from quantcli.onnx.rewrite.bias_correction import correct_bias
 from quantcli.onnx.rewrite.qdq import dequantized
-from quantcli.onnx.weights.integer import IntegerWeight, channel_axis, integer_weight
+from quantcli.onnx.weights.integer import IntegerWeight, integer_weight
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-MODE = "weights"
 
-
-def takes(scheme: Scheme) -> bool:
-    """Schemes of weights alone."""
-    return scheme.inputs is None and not scheme.weights.is_cast
-
-
-def supports(layer: NodePlan, scheme: Scheme) -> str | None:
-    """Convolutions alone."""
-    return None if layer.role == "conv" else "it is no convolution"
-
-
-def substitute(layer: NodePlan, scheme: Scheme) -> tuple[Scheme, str] | None:
-    """Always int8."""
-    return PRESETS["int8"], "the only form of a convolution"
-
-
-def opset(layer: NodePlan) -> int:
-    """That of DequantizeLinear with one scale per channel."""
-    return QDQ_OPSET
-
-
-def rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
+def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
     """Rewrites a convolution, and corrects its bias where the mean of its input is known."""
     graph = model.graph
     expanded: dict[tuple[ir.Value, int], tuple[IntegerWeight, ir.Value]] = {}
@@ -60,3 +40,13 @@ def rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) ->
         return LayerOutcome.quantized(layer, 0 if shared else weight.nbytes, weight.rounding)
 
     return rewrite
+
+
+FORM = Form(
+    "weights",
+    lambda scheme: scheme.inputs is None and not scheme.weights.is_cast,
+    lambda layer, scheme: None if layer.role == "conv" else "it is no convolution",
+    _rewriter,
+    lambda layer: QDQ_OPSET,
+    lambda layer, scheme: (PRESETS["int8"], "the only form of a convolution"),
+)

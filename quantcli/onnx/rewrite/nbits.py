@@ -21,6 +21,7 @@ from quantcli.onnx.graph.operands import Operand, operand_of, remove_unread
 from quantcli.onnx.graph.values import add_initializer, free_name, input_of, integer, real
 from quantcli.onnx.plan import nbits
 from quantcli.onnx.plan.evidence import Evidence
+from quantcli.onnx.plan.forms import Form
 from quantcli.onnx.plan.nbits import block_size
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
 from quantcli.onnx.weights.integer import ORIGIN, Origin
@@ -37,43 +38,6 @@ ACCURACY_LEVEL = 4
 
 #: Key of a weight's `meta` under which its stored forms are kept, for the next node that reads it.
 _FORMS = "quantcli.forms"
-
-
-MODE = "weights"
-
-
-def takes(scheme: Scheme) -> bool:
-    """Schemes of weights alone."""
-    return scheme.inputs is None and not scheme.weights.is_cast
-
-
-def supports(layer: NodePlan, scheme: Scheme) -> str | None:
-    """Products and lookups that an operator carries; see `quantcli.onnx.plan.nbits`."""
-    return nbits.supports(layer.node, scheme)
-
-
-def substitute(layer: NodePlan, scheme: Scheme) -> tuple[Scheme, str] | None:
-    """int4 for a lookup in NF4."""
-    carried = nbits.effective(layer.node, scheme)
-    return None if carried.weights.dtype == scheme.weights.dtype else (carried, "which no lookup can read")
-
-
-def opset(layer: NodePlan) -> int:
-    """Any: the operators are onnxruntime's own."""
-    return 0
-
-
-def rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
-    """Replaces one layer after the other."""
-
-    def rewrite(layer: NodePlan) -> LayerOutcome:
-        assert layer.scheme and layer.algorithm
-        codes = evidence.codes.of(layer) if evidence.codes else None
-        hessian = evidence.hessian(layer)
-        written = quantize_node(model, layer.node, layer.scheme, layer.algorithm, hessian=hessian, given=codes)
-        return LayerOutcome.quantized(layer, written.nbytes, written.rounding, written.note)
-
-    return rewrite
 
 
 @dataclass(frozen=True)
@@ -287,3 +251,28 @@ def _note(asked: NumberFormat, weights: NumberFormat, block: int) -> str | None:
     if block != weights.granularity.size:
         return f"blocks of {block}: fewer bytes than blocks of {weights.granularity.size}"
     return None
+
+
+def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
+    def rewrite(layer: NodePlan) -> LayerOutcome:
+        assert layer.scheme and layer.algorithm
+        codes = evidence.codes.of(layer) if evidence.codes else None
+        hessian = evidence.hessian(layer)
+        written = quantize_node(model, layer.node, layer.scheme, layer.algorithm, hessian=hessian, given=codes)
+        return LayerOutcome.quantized(layer, written.nbytes, written.rounding, written.note)
+
+    return rewrite
+
+
+def _substitute(layer: NodePlan, scheme: Scheme) -> tuple[Scheme, str] | None:
+    carried = nbits.effective(layer.node, scheme)
+    return None if carried.weights.dtype == scheme.weights.dtype else (carried, "which no lookup can read")
+
+
+FORM = Form(
+    "weights",
+    lambda scheme: scheme.inputs is None and not scheme.weights.is_cast,
+    lambda layer, scheme: nbits.supports(layer.node, scheme),
+    _rewriter,
+    substitute=_substitute,
+)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantcli.core.scheme import NumberFormat, Scheme
-from quantcli.onnx.graph.opset import NARROW_OPSET, QDQ_OPSET
+from quantcli.core.scheme import NumberFormat
+from quantcli.onnx.graph.operands import channel_axis
 from quantcli.onnx.graph.values import (
     add_initializer,
     array,
@@ -26,11 +26,12 @@ from quantcli.onnx.graph.values import (
     prepend,
 )
 from quantcli.onnx.plan.evidence import Evidence
-from quantcli.onnx.plan.integer_kernels import no_integer_kernel
+from quantcli.onnx.plan.forms import Form
+from quantcli.onnx.plan.integer_kernels import integer_opset, no_integer_kernel
 from quantcli.onnx.plan.placement import Placement, place
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
 from quantcli.onnx.rewrite.bias_correction import correct_bias
-from quantcli.onnx.weights.integer import IntegerWeight, channel_axis, integer_weight
+from quantcli.onnx.weights.integer import IntegerWeight, integer_weight
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -40,33 +41,6 @@ _BIAS_LIMIT = 1 << 30
 
 #: Layers whose float weights onnxruntime quantizes on its own, one scale per tensor, between quantized values.
 _QUANTIZED_UNASKED = ("Conv", "ConvTranspose", "Gemm")
-
-MODE = "static"
-
-
-def takes(scheme: Scheme) -> bool:
-    """Schemes whose inputs have fixed ranges."""
-    return scheme.is_static
-
-
-def supports(layer: NodePlan, scheme: Scheme) -> str | None:
-    """Layers with an integer kernel."""
-    assert scheme.inputs is not None
-    return no_integer_kernel(layer.node, scheme.inputs)
-
-
-def opset(layer: NodePlan) -> int:
-    """That of scales per channel, or of four-bit storage."""
-    return NARROW_OPSET if layer.scheme and layer.scheme.weights.bits == 4 else QDQ_OPSET
-
-
-def rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
-    """Quantizes the values around all the layers at once, and then the weights of each."""
-    assert evidence.statistics is not None
-    quantizer = StaticQuantizer(model, place(model, (layer.node for layer in layers)), evidence.statistics.range)
-    quantizer.insert_pairs()
-    return partial(quantizer.rewrite, evidence=evidence)
-
 
 Range = Callable[[str], tuple[float, float]]
 
@@ -269,3 +243,14 @@ def _only_data(node: ir.Node) -> ir.Value | None:
 
 def _values_in_order(graph: ir.Graph) -> list[ir.Value]:
     return [*graph.inputs, *(output for node in graph for output in node.outputs)]
+
+
+def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
+    """Quantizes the values around all the layers at once, and then the weights of each."""
+    assert evidence.statistics is not None
+    quantizer = StaticQuantizer(model, place(model, (layer.node for layer in layers)), evidence.statistics.range)
+    quantizer.insert_pairs()
+    return partial(quantizer.rewrite, evidence=evidence)
+
+
+FORM = Form("static", lambda scheme: scheme.is_static, no_integer_kernel, _rewriter, integer_opset)

@@ -23,7 +23,7 @@ def transform(model: ir.Model, plan: GraphPlan, evidence: Evidence) -> list[Laye
     from onnx_ir.passes import common
 
     outcomes: dict[int, LayerOutcome] = {}
-    for mode in dict.fromkeys(form(name).MODE for name in FORMS):
+    for mode in dict.fromkeys(form(name).mode for name in FORMS):
         layers = plan.of_mode(mode)
         rewriters = {
             name: form(name).rewriter(model, [layer for layer in layers if layer.form == name], evidence)

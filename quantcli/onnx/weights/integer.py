@@ -11,7 +11,8 @@ from quantcli import algorithms
 from quantcli.algorithms import default_rounding
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import Hessian, Rounding
-from quantcli.onnx.graph.values import add_initializer, array, free_name, integer
+from quantcli.onnx.graph.operands import channel_axis
+from quantcli.onnx.graph.values import add_initializer, array, free_name
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
 from quantcli.onnx.weights.compensation import compensate
 from quantcli.onnx.weights.saturation import exact_scale, pairing, within_pairs
@@ -98,17 +99,6 @@ class IntegerWeight:
         if self.narrowed:
             narrowed = f"{self.narrowed} of {max(len(self.scales), 1)} channels narrowed: no product can saturate"
         return LayerOutcome.quantized(layer, self.nbytes, self.rounding, narrowed)
-
-
-def channel_axis(node: ir.Node) -> int:
-    """The dimension of a node's weight that runs over its output channels."""
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "ConvTranspose":
-        return 1
-    if node.op_type == "Gemm":
-        return 0 if integer(node, "transB", 0) else 1
-    return 1
 
 
 def integer_weight(
