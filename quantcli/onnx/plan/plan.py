@@ -90,10 +90,7 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class LayerOutcome:
-    """What became of one layer, with its size in bytes; ``rounding`` is None where its weight stayed as it was.
-
-    Bytes that several nodes share are counted where they enter the graph, so that sums over outcomes are right.
-    """
+    """What became of one layer, and its weight's size in bytes; ``rounding`` is None where that stayed as it was."""
 
     plan: NodePlan
     bytes_after: int
