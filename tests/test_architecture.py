@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 import quantcli
 from quantcli import algorithms, formats
-from quantcli.algorithms.base import Algorithm, Rounding
+from quantcli.algorithms.base import Algorithm, CalibratedRounding, Rounding, Transform
 from quantcli.cli.app import app, main
-from quantcli.formats.base import CodedFormat, Format
+from quantcli.formats.base import Format, QuantizedFormat
 
 PACKAGE = Path(quantcli.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -155,7 +155,8 @@ def test_commands_do_not_call_each_other(module: str) -> None:
 @pytest.mark.parametrize(
     ("library", "importers"),
     [
-        ("typer", {"cli/app.py", "cli/options.py"}),
+        ("typer", {f"cli/{name}.py" for name in ("app", "commands", "completion", "help", "options", "output")}),
+        ("shellingham", {"cli/completion.py"}),
         ("rich", {"cli/terminal.py"}),
         ("click", set()),
         ("matplotlib", {"reporting/training_plot.py"}),
@@ -174,7 +175,7 @@ def test_sole_importers(library: str, importers: set[str]) -> None:
 def test_modules_are_small_and_silent(module: str) -> None:
     assert len((PACKAGE / module).read_text(encoding="utf-8").splitlines()) <= 400
     calls = {ast.unparse(node.func) for node in ast.walk(tree(module)) if isinstance(node, ast.Call)}
-    if module not in ("cli/terminal.py", "cli/app.py", "conversion/checkpoint/transformers_check.py"):
+    if module not in ("cli/terminal.py", "conversion/checkpoint/transformers_check.py"):
         assert "print" not in calls
     if module != "__main__.py":
         assert not calls & {"sys.exit", "exit", "quit", "os._exit"}
@@ -227,6 +228,20 @@ def test_every_command_and_option_is_documented(capsys: pytest.CaptureFixture[st
         assert all(f" {option} " in text for option in options)
 
 
+#: What an algorithm of each kind offers; what trains is run by the room for that.
+KINDS = {
+    "rounding": Rounding,
+    "calibrated rounding": CalibratedRounding,
+    "transform": Transform,
+    "training": Algorithm,
+}
+
+
+def test_kinds_say_which_algorithms_need_data() -> None:
+    for name in algorithms.ALGORITHMS:
+        assert algorithms.needs_no_data(name) == (not algorithms.algorithm(name).NEEDS), name
+
+
 def parameters(function: object) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]  # type: ignore[arg-type]
 
@@ -234,10 +249,10 @@ def parameters(function: object) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "protocol"),
     [
-        *((module, Algorithm) for module in algorithms.ALGORITHMS.values()),
-        *((algorithms.ALGORITHMS[name], Rounding) for name in ("rtn", "mse")),
-        *((module, Format) for module in formats.FORMATS.values()),
-        *((module, CodedFormat) for module in formats.FORMATS.values() if not module.endswith("safetensors")),
+        *((entry.module, Algorithm) for entry in algorithms.ALGORITHMS.values()),
+        *((entry.module, KINDS[kind]) for entry in algorithms.ALGORITHMS.values() for kind in entry.kinds),
+        *((entry.module, Format) for entry in formats.FORMATS.values()),
+        *((entry.module, QuantizedFormat) for name, entry in formats.FORMATS.items() if name != "safetensors"),
     ],
 )  # fmt: skip
 def test_plugins_offer_what_their_protocol_says(name: str, protocol: type) -> None:

@@ -17,41 +17,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from quantcli.algorithms import mse
-from quantcli.algorithms.base import AlgorithmOptions
+from quantcli.algorithms.base import AlgorithmOptions, BlockLayers, Call, Targets
 from quantcli.core.numerics import choose_qparams, code_range, in_groups, stored_scale
 from quantcli.core.scheme import NumberFormat
-from quantcli.core.tensors import QuantizedTensor
+from quantcli.core.tensors import QuantizedTensor, RoundedTensor, Rounding
 
 NEEDS = frozenset({"original"})
 
 #: How far a scale may move from its first choice.
 SCALE_RANGE = (0.5, 1.5)
-
-
-class Call(Protocol):
-    """One batch of a block's inputs; ``hidden`` is ``[samples, ...]``."""
-
-    hidden: Tensor
-
-    def run(self, block: nn.Module) -> Tensor:
-        """The block's hidden output."""
-
-    def rows(self, chosen: Sequence[int]) -> Call:
-        """The call with some of its samples."""
-
-
-class Targets(Protocol):
-    """What a block is to return, by batch."""
-
-    def __getitem__(self, batch: int) -> Tensor:
-        """One batch's hidden states."""
 
 
 def supports(number_format: NumberFormat) -> str | None:
@@ -62,7 +43,7 @@ def supports(number_format: NumberFormat) -> str | None:
 
 
 @dataclass
-class Rounding:
+class LearnedRounding:
     """One weight's rounding while it is learned. All but ``original`` change.
 
     ``offset``: float32 like the weight in groups, -0.5..0.5. ``factor``: of each group's scale, ``[..., 1]``.
@@ -82,7 +63,7 @@ class Rounding:
         self._low, self._high = self._bounds()
 
     @classmethod
-    def start(cls, weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> Rounding:
+    def start(cls, weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> LearnedRounding:
         """Nearest rounding of ``weight``, float32 ``[rows, columns]``, in its full range."""
         groups = in_groups(weight, number_format)
         low, high = mse.group_range(groups, number_format)
@@ -143,6 +124,22 @@ class Rounding:
         )
 
 
+def round_layers(layers: BlockLayers, options: Options) -> dict[str, RoundedTensor]:
+    """As a calibrated rounding; see `run`."""
+    assert layers.targets is not None
+    tensors = run(
+        layers.block,
+        layers.formats,
+        layers.calls,
+        layers.targets,
+        layers.scale_dtype,
+        options,
+        layers.seed,
+        layers.report,
+    )
+    return {name: RoundedTensor(tensor, Rounding("autoround")) for name, tensor in tensors.items()}
+
+
 def run(
     block: nn.Module,
     formats: Mapping[str, NumberFormat],
@@ -167,7 +164,7 @@ def run(
     """
     weights = {name: _weight(block, name) for name in formats}
     originals = {name: weight.data for name, weight in weights.items()}
-    learned = {name: Rounding.start(originals[name], form, scale_dtype) for name, form in formats.items()}
+    learned = {name: LearnedRounding.start(originals[name], form, scale_dtype) for name, form in formats.items()}
     rate = options.learning_rate or 1.0 / options.iterations
     batches = _drawn(calls, options.batch_size, seed)
     for weight in weights.values():

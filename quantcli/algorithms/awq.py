@@ -11,14 +11,16 @@ tokens, the squared output error of a layer is exactly tr(D G D^T), D being the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from quantcli.algorithms.base import BlockLayers, NoOptions, Readers
 from quantcli.algorithms.mse import RANGE_FRACTIONS, group_range, rounding_error
 from quantcli.core.numerics import choose_qparams, in_groups, quantize
 from quantcli.core.scheme import NumberFormat
-from quantcli.core.tensors import QuantizedTensor
+from quantcli.core.tensors import QuantizedTensor, RoundedTensor, Rounding
 
 NEEDS = frozenset({"gram", "mean_abs"})
 
@@ -37,6 +39,25 @@ def supports(number_format: NumberFormat) -> str | None:
     if number_format.granularity.kind not in ("channel", "group"):
         return f"awq works on scales per channel or group, not per {number_format.granularity.kind}"
     return None
+
+
+def input_scale(readers: Readers, options: NoOptions) -> Tensor:
+    """As a transform; see `choose_scale`."""
+    stats, formats = readers.stats, [scheme.weights for scheme in readers.schemes]
+    assert stats.gram is not None and stats.mean_abs is not None
+    tie = partial(readers.tie, mean=True)
+    return choose_scale(stats.gram, stats.mean_abs, readers.weights, formats, readers.scale_dtype, tie)
+
+
+def round_layers(layers: BlockLayers, options: NoOptions) -> dict[str, RoundedTensor]:
+    """As a calibrated rounding; see `run`."""
+    rounded = {}
+    for name, weight in layers.weights.items():
+        gram = layers.stats[name].gram
+        assert gram is not None
+        tensor = run(weight, layers.formats[name], layers.scale_dtype, gram=gram)
+        rounded[name] = RoundedTensor(tensor.on_cpu(), Rounding("awq"))
+    return rounded
 
 
 def choose_scale(

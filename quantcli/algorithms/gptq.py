@@ -11,6 +11,7 @@ The weight is worked on transposed: a column of it is then contiguous, which mak
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,10 @@ from pydantic import Field
 from torch import Tensor
 
 from quantcli.algorithms import mse, rtn
-from quantcli.algorithms.base import AlgorithmOptions, by_rows
+from quantcli.algorithms.base import AlgorithmOptions, BlockLayers, by_rows
 from quantcli.core.numerics import quantize
 from quantcli.core.scheme import NumberFormat
-from quantcli.core.tensors import QuantizedTensor
+from quantcli.core.tensors import QuantizedTensor, RoundedTensor, Rounding
 
 NEEDS = frozenset({"gram"})
 
@@ -194,6 +195,42 @@ def _solve(
             weight[end:stop].addmm_(inverse_root[inner:end, end:stop].T, own, alpha=-1)
         weight[stop:].addmm_(inverse_root[start:stop, stop:].T, errors, alpha=-1)
     return codes
+
+
+def round_layers(layers: BlockLayers, options: Options) -> dict[str, RoundedTensor]:
+    """Layers that share an input share a Hessian, and are solved as one matrix: rows do not depend on each other."""
+    weights, stats = layers.weights, layers.stats
+    groups: dict[tuple[int, str, NumberFormat], list[str]] = {}
+    for name, number_format in layers.formats.items():
+        alone = name if number_format.granularity.kind == "tensor" else ""
+        groups.setdefault((id(stats[name].gram), alone, number_format), []).append(name)
+    rounded: dict[str, RoundedTensor] = {}
+    # What a weight takes grows with its size times its columns.
+    cost = {name: weight.numel() * weight.shape[1] for name, weight in weights.items()}
+    left = Counter(id(stats[names[0]].gram) for names in groups.values())
+    for (number, _, number_format), names in groups.items():
+        gram = stats[names[0]].gram
+        assert gram is not None
+        matrix = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
+        solved = run(matrix, number_format, layers.scale_dtype, hessian=gram, damping=options.damping)
+        left[number] -= 1
+        if not left[number]:
+            stats[names[0]].gram = None  # no layer needs it any more
+        start = 0
+        for name in names:
+            rows = slice(start, start := start + len(weights[name]))
+            tensor = solved.tensor.on_cpu(rows, tuple(weights[name].shape))
+            rounded[name] = RoundedTensor(tensor, _told(solved, options.damping))
+        layers.report(sum(cost[name] for name in rounded) / sum(cost.values()))
+    return rounded
+
+
+def _told(solved: Solved, damping: float) -> Rounding:
+    if solved.damping is None:
+        fallback = "mse" if solved.tensor.number_format.bits == 4 else "rtn"  # as `initial`
+        return Rounding(fallback, f"singular Hessian: {fallback} in place of gptq")
+    note = f"damping {solved.damping:g} for a Hessian that is nearly singular" if solved.damping > damping else None
+    return Rounding("gptq", note)
 
 
 class Options(AlgorithmOptions):

@@ -10,11 +10,13 @@ one with the least error of its layers' outputs, and none where nothing is gaine
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quantcli.algorithms import rtn
+from quantcli.algorithms.base import NoOptions, Readers
 from quantcli.core.numerics import choose_qparams, dequantize, quantize
 from quantcli.core.scheme import Granularity, NumberFormat, Scheme
 
@@ -29,6 +31,14 @@ SEARCH_ROWS = 1024
 def supports(number_format: NumberFormat) -> str | None:
     """Integer weights."""
     return "smoothquant balances the ranges of integers; nf4 is none" if number_format.dtype == "nf4" else None
+
+
+def input_scale(readers: Readers, options: NoOptions) -> Tensor:
+    """As a transform; see `choose_scale`."""
+    stats = readers.stats
+    assert stats.absmax is not None and stats.sample is not None
+    tie = partial(readers.tie, mean=False)
+    return choose_scale(stats.absmax, stats.sample, readers.weights, readers.schemes, tie)
 
 
 def choose_scale(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
 from quantcli.core.ports import Arrays, Port
-from quantcli.data.for_models import input_ports, is_text, samples_for
-from quantcli.data.samples import Samples, batches
+from quantcli.data.for_models import input_ports, source_for
+from quantcli.data.request import DataRequest
+from quantcli.data.samples import Samples, batches, choose_samples
+from quantcli.data.sources import is_text
+from quantcli.data.sources.base import batch_sizes
 from quantcli.errors import InputError, UsageError
 from quantcli.models.inputs import derived_inputs
-from quantcli.models.source import Subject
+from quantcli.models.source import ModelSource
 
 #: Tokens of a sequence, and pixels of a side, where neither the user nor the model says it.
 DEFAULT_LENGTH, DEFAULT_SIDE = 128, 224
@@ -38,16 +40,14 @@ class Feeds:
 
 
 def load_feeds(
-    subjects: Sequence[Subject],
-    data: str | None,
+    sources: Sequence[ModelSource],
+    request: DataRequest | None,
     sizes: Sequence[int] | None,
     *,
     seq_len: int | None = None,
-    tokenizer: Path | None = None,
-    preprocess: Path | None = None,
     seed: int = 0,
 ) -> Feeds:
-    """Batches for the models.
+    """Batches for the models; without a request made-up values, of ``seq_len`` tokens and from ``seed``.
 
     Raises:
         UsageError: a batch size that the model cannot take.
@@ -56,14 +56,14 @@ def load_feeds(
     """
     if any(size < 1 for size in sizes or ()):
         raise UsageError("--batch-size counts samples: at least one is needed.")
-    text = data is not None and is_text(data)
-    ports = input_ports(subjects, text=text or data is None)
-    fixed = _fixed_batch(ports)
+    text = request is None or is_text(request.data)
+    ports = input_ports(sources, text=text)
+    fixed = min(batch_sizes(ports), default=None)
     sizes = list(dict.fromkeys(sizes or (fixed or 1,)))
     wrong = [size for size in sizes if fixed and size != fixed]
     if wrong:
-        raise UsageError(f"--batch-size {wrong[0]}: {subjects[0].path} takes {fixed} at a time.")
-    if data is None:
+        raise UsageError(f"--batch-size {wrong[0]}: {sources[0].path} takes {fixed} at a time.")
+    if request is None:
         made_up = {size: [made_up_feeds(ports, size, seq_len, seed)] for size in sizes}
         feeds = Feeds(made_up, "made up")
         shapes = ", ".join(f"{name} {shape}" for name, shape in feeds.shapes.items())
@@ -72,17 +72,10 @@ def load_feeds(
             "shapes and values are others."
         )
         return feeds
-    samples = samples_for(
-        subjects,
-        data,
-        ports,
-        tokenizer=tokenizer,
-        preprocess=preprocess,
-        samples=max(sizes) * _BATCHES,
-        seq_len=seq_len or (DEFAULT_LENGTH if text and not _fixed_length(ports) else None),
-        windows=True,
-    )
-    return Feeds({size: _batches(samples, size) for size in sizes}, data, list(samples.warnings))
+    length = request.seq_len or (DEFAULT_LENGTH if text and not _fixed_length(ports) else None)
+    sized = replace(request, samples=max(sizes) * _BATCHES, seq_len=length, windows=True)
+    samples = choose_samples(sized, source_for(sources, sized, ports))
+    return Feeds({size: _batches(samples, size) for size in sizes}, request.data, list(samples.warnings))
 
 
 def _batches(samples: Samples, size: int) -> list[Arrays]:
@@ -130,11 +123,6 @@ def _dimension(port: Port, axis: int, size: int, seq_len: int | None) -> int:
     if len(port.shape) == 4:
         return 3 if axis == 1 else DEFAULT_SIDE
     return seq_len or DEFAULT_LENGTH
-
-
-def _fixed_batch(ports: Sequence[Port]) -> int | None:
-    fixed = {port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], int)}
-    return min(fixed) if fixed else None
 
 
 def _fixed_length(ports: Sequence[Port]) -> bool:

@@ -10,8 +10,8 @@ from quantcli.benchmarking.timing import Timing, speedup
 from quantcli.core.ports import Arrays
 from quantcli.models.inputs import fit
 from quantcli.models.kernels import prove
-from quantcli.models.runner import Runner, open_runner
-from quantcli.models.source import Subject
+from quantcli.models.runner import Runner
+from quantcli.models.source import ModelSource
 from quantcli.onnx.graph.model import onnx_file
 from quantcli.reporting.report import ModelRow
 
@@ -22,16 +22,9 @@ METRICS = (
 CANDIDATE_METRICS = ("speedup", "speedup_low", "speedup_high")
 
 
-def open_in_bench(subject: Subject, threads: int) -> Runner:
-    """A model's runner, with so many threads; the model source learns from it what it could not tell from files."""
-    runner = open_runner(subject.path, threads=threads, weights=subject.weights, shared=True)
-    subject.see(runner)
-    return runner
-
-
-def load_and_peak(subject: Subject, feeds: Arrays, threads: int) -> dict[str, float]:
+def load_and_peak(source: ModelSource, feeds: Arrays, threads: int) -> dict[str, float]:
     """Load time and peak memory of a model in a process of its own."""
-    return vars(probe.probe(subject.path, subject.kind, feeds, threads=threads, weights=subject.weights))
+    return vars(probe.probe(source.path, source.kind, feeds, threads=threads, weights=source.weights))
 
 
 def timed_call(runner: Runner, pool: Sequence[Arrays], name: str) -> Callable[[int], object]:
@@ -58,33 +51,33 @@ def batch_metrics(size: int, timing: Timing, reference: Timing | None, seed: int
 
 
 def model_row(
-    subject: Subject, index: int, runner: Runner, batches: list[dict[str, Any]], probed: dict[str, float]
+    source: ModelSource, index: int, runner: Runner, batches: list[dict[str, Any]], probed: dict[str, float]
 ) -> ModelRow:
     """A model's row of the report: the figures of the first batch size, and all of them in its details."""
     metrics = {name: batches[0][name] for name in (*METRICS, *CANDIDATE_METRICS) if name in batches[0]}
-    row = subject.row(index, metrics | {"load_ms": probed["load_ms"], "peak_rss_bytes": probed["peak_rss_bytes"]})
+    row = source.row(index, metrics | {"load_ms": probed["load_ms"], "peak_rss_bytes": probed["peak_rss_bytes"]})
     row.details = {
         "batches": batches,
         "baseline_rss_bytes": probed["baseline_rss_bytes"],
-        "kernels": _kernels(subject, runner),
+        "kernels": _kernels(source, runner),
     }
     return row
 
 
-def _kernels(subject: Subject, runner: Runner) -> dict[str, Any]:
+def _kernels(source: ModelSource, runner: Runner) -> dict[str, Any]:
     """What computes: operators of the runtime's own optimized graph, or dtypes of a torch module's weights."""
-    if subject.onnx:
-        return prove(onnx_file(subject.onnx.path)).to_json()
+    if source.onnx:
+        return prove(onnx_file(source.onnx.path)).to_json()
     import torch
 
     dtypes = {str(value.dtype).removeprefix("torch.") for value in runner.module.parameters()}  # type: ignore[attr-defined]
     return {"runtime": f"torch {torch.__version__}", "dtypes": sorted(dtypes)}
 
 
-def runtimes(subjects: Sequence[Subject]) -> list[str]:
+def runtimes(sources: Sequence[ModelSource]) -> list[str]:
     """Versions of the libraries that ran the models."""
     from importlib.metadata import version
 
     needed = {"onnx": ("onnxruntime",), "checkpoint": ("torch", "transformers")}
-    names = [name for subject in subjects for name in needed.get(subject.kind, ("torch",))]
+    names = [name for source in sources for name in needed.get(source.kind, ("torch",))]
     return [f"{name} {version(name)}" for name in dict.fromkeys(names)]

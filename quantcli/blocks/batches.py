@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.blocks.model import SequentialModel
-from quantcli.data.request import Calibration
+from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.models import hugging_face
 
@@ -35,33 +35,23 @@ class CalibrationBatches:
         return sum(batch["input_ids"].numel() for batch in self.batches)
 
 
-def load_batches(model: SequentialModel, given: Calibration, *, trains: bool = False) -> CalibrationBatches:
-    """Read the data that ``given`` names; if it is trained on, ``samples`` are all of it, and batches a few of these.
+def load_batches(model: SequentialModel, request: DataRequest, *, trains: bool = False) -> CalibrationBatches:
+    """Read the data that the request names; if it is trained on, ``samples`` are all of it, and batches a few of these.
 
     Raises:
         InputError: it is missing or unsuitable, such as text shorter than one sequence, or token ids that the model
             does not know.
         UsageError: a wish that does not go with this data.
     """
-    assert given.data is not None
-    folders = (model.folder, given.tokenizer)
+    folders = (model.folder, request.tokenizer)
     config = next((each for each in folders if each and (each / "config.json").is_file()), None)
     causal = config is not None and hugging_face.is_causal(config)
     most = DEFAULT_SEQUENCES if causal else DEFAULT_RECORDS
-    samples = load_samples(
-        given.data,
-        model.ports,
-        folder=model.folder,
-        tokenizer=given.tokenizer,
-        preprocess=given.preprocess,
-        samples=given.samples or (None if trains else most),
-        seq_len=given.seq_len,
-        seed=given.seed,
-    )
+    samples = load_samples(request.at_most(None if trains else most), model.ports, folder=model.folder)
     calibrated = samples.spread(most) if trains else samples
     inputs = sorted((sample.inputs for sample in calibrated), key=_shapes)
     module = model.skeleton.module
-    hugging_face.require_vocabulary(module, [each["input_ids"] for each in inputs if "input_ids" in each], given.data)
+    hugging_face.require_vocabulary(module, [each["input_ids"] for each in inputs if "input_ids" in each], request.data)
     return CalibrationBatches([_tensors(model, group) for group in _groups(inputs)], samples)
 
 

@@ -20,7 +20,7 @@ from quantcli.core.dtypes import FLOAT_DTYPES
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import QuantizedTensor, TensorInfo, TensorSpec
 from quantcli.errors import InputError
-from quantcli.formats.base import CodedFormat
+from quantcli.formats.base import QuantizedFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ class CodedWeight:
 class CodedCheckpoint:
     """The coded weights of a quantized checkpoint. Use `open_coded`."""
 
-    def __init__(self, checkpoint: Checkpoint, form: CodedFormat) -> None:
+    def __init__(self, checkpoint: Checkpoint, form: QuantizedFormat) -> None:
         self.checkpoint, self.form = checkpoint, form
         self._infos = {info.name: info for info in checkpoint.infos()}
         section = section_of(checkpoint.config)
@@ -192,7 +192,7 @@ def open_coded(checkpoint: Checkpoint) -> CodedCheckpoint:
             f"The model is quantized as {method}, which quantcli does not read.",
             f"Read are {', '.join(READ)}; or start from the original weights.",
         )
-    return CodedCheckpoint(checkpoint, formats.coded_format(method))
+    return CodedCheckpoint(checkpoint, formats.quantized_format(method))
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from quantcli.checkpoint.positional import PositionalFile
-from quantcli.core.dtypes import DTYPE_BYTES
+from quantcli.core.dtypes import DTYPE_BYTES, DTYPE_OF_TORCH_NAME
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError
 
@@ -31,14 +31,10 @@ _MAX_DIMENSIONS = 64
 _MAX_ELEMENTS = 1 << 62
 
 #: Attributes of torch that a pickle names dtypes by, as storages or (for newer dtypes) as themselves.
-_DTYPES = {
+_DTYPES = DTYPE_OF_TORCH_NAME | {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
     "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "UntypedStorage": "U8",
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
 }  # fmt: skip
 
 #: Where training scripts put the state dict among other things.

@@ -1,155 +1,168 @@
-"""The options of the command line, each with its help: commands name them, and say what to do with them."""
+"""The options of the command line, each with its group and help: commands name them, and say what to do with them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-# What a command reads.
+from quantcli.cli.choices import CHOICES
+from quantcli.cli.help import MODEL, REPORTS, WORK, WRITE
+
+
+def _argument(metavar: str, text: str) -> Any:
+    return typer.Argument(metavar=metavar, help=text, show_default=False, rich_help_panel=MODEL)
+
+
+def _option(group: str) -> Callable[..., Any]:
+    """What makes options of a group: their names, what their value is called, and their help."""
+
+    def option(*names: str, metavar: str | None = None, text: str, choices: str | None = None, **more: Any) -> Any:
+        complete = None if choices is None else _completion(choices)
+        return typer.Option(*names, metavar=metavar, help=text, rich_help_panel=group, autocompletion=complete, **more)
+
+    return option
+
+
+def _completion(parameter: str) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in CHOICES[parameter]() if name.startswith(incomplete)]
+
+    return complete
+
+
+_model, _write, _work, _reports = map(_option, (MODEL, WRITE, WORK, REPORTS))
+
+# Model and data.
 Model = Annotated[
     Path,
-    typer.Argument(
-        help="A Hugging Face folder, .safetensors, .index.json, .pt, .pth, .bin, .onnx, .pt2, or "
-        "package.module:function.",
-        show_default=False,
+    _argument(
+        "MODEL",
+        "A Hugging Face folder, .safetensors, .index.json, .pt, .pth, .bin, .onnx, .pt2, or package.module:function.",
     ),
 ]
 RunnableModel = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="The reference: a Hugging Face folder, .onnx, .pt2, or package.module:function.",
-        show_default=False,
-    ),
+    str, _argument("MODEL", "The reference: a Hugging Face folder, .onnx, .pt2, or package.module:function.")
 ]
-Candidates = Annotated[
-    Optional[list[str]],
-    typer.Argument(metavar="[CANDIDATE]...", help="Models to compare with it.", show_default=False),
-]
+Candidates = Annotated[Optional[list[str]], _argument("[CANDIDATE]...", "Models to compare with it.")]
 Data = Annotated[
     Optional[str],
-    typer.Option(
+    _model(
         "--data",
         metavar="DATA",
-        help="Text (.txt, .jsonl, .parquet), arrays (.npz, .npy), an image folder, or package.module:function.",
+        text="Text (.txt, .jsonl, .parquet), arrays (.npz, .npy), an image folder, or package.module:function.",
     ),
 ]
+Samples = Annotated[Optional[int], _model("--samples", metavar="N", min=1, text="Samples at the most.")]
+SeqLen = Annotated[Optional[int], _model("--seq-len", metavar="L", min=2, text="Tokens per sequence.")]
+Seed = Annotated[int, _model("--seed", metavar="N", min=0, text="What images are chosen by.")]
 Tokenizer = Annotated[
-    Optional[Path], typer.Option("--tokenizer", metavar="FOLDER", help="Where the tokenizer is, if not with MODEL.")
+    Optional[Path], _model("--tokenizer", metavar="FOLDER", text="Where the tokenizer is, if not with MODEL.")
 ]
 Preprocess = Annotated[
-    Optional[Path], typer.Option("--preprocess", metavar="FILE", help="How images become inputs: a YAML or JSON file.")
+    Optional[Path], _model("--preprocess", metavar="FILE", text="How images become inputs: a YAML or JSON file.")
 ]
 Weights = Annotated[
     Optional[Path],
-    typer.Option("--weights", metavar="FILE", help="A state dict for the module of a package.module:function."),
+    _model("--weights", metavar="FILE", text="A state dict for the module of a package.module:function."),
 ]
 Statistics = Annotated[
     Optional[Path],
-    typer.Option("--calibration", metavar="STATS", help="Ranges from quantcli calibrate, for int8-static."),
+    _model("--calibration", metavar="STATS", text="Ranges from quantcli calibrate, for int8-static."),
 ]
-Method = Annotated[
-    str,
-    typer.Option(
-        "--method", metavar="M", help="How ranges are chosen: minmax, percentile, entropy or mse.", show_default=True
-    ),
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="B", min=1, help="Samples per run.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="What images are chosen by.")]
-Samples = Annotated[Optional[int], typer.Option("--samples", metavar="N", min=1, help="Samples at the most.")]
-SeqLen = Annotated[Optional[int], typer.Option("--seq-len", metavar="L", min=2, help="Tokens per sequence.")]
-BatchSizes = Annotated[
-    Optional[list[int]],
-    typer.Option("--batch-size", metavar="B", min=1, help="Samples per run; may be repeated. By default 1."),
-]
-Runs = Annotated[
-    Optional[int],
-    typer.Option("--runs", metavar="N", min=1, help="Rounds; by default about 3 s per model, at least 20."),
-]
-Task = Annotated[
-    str,
-    typer.Option(
-        "--task",
-        metavar="T",
-        help="auto, classification, language-modeling, embedding, fidelity, or package.module:function.",
-    ),
-]
-ByLayer = Annotated[bool, typer.Option("--by-layer", help="Also compare every layer's output.")]
 
-# How a model is converted.
-Scheme = Annotated[
-    Optional[str],
-    typer.Option(
-        "--scheme", "-s", metavar="S", help="fp16, bf16, int8, int4, nf4, nf4-double, int8-dynamic or int8-static."
-    ),
+# What to write.
+Output = Annotated[Path, _write("--output", "-o", metavar="OUT", text="What to write.", show_default=False)]
+StatsOutput = Annotated[
+    Path, _write("--output", "-o", metavar="STATS", text="The .safetensors file to write.", show_default=False)
 ]
-Schemes = Annotated[
-    Optional[list[str]], typer.Option("--scheme", "-s", metavar="S", help="Plan for this scheme; may be repeated.")
+Scheme = Annotated[
+    Optional[str], _write("--scheme", "-s", metavar="S", choices="scheme", text="How numbers are stored: {choices}.")
 ]
 Format = Annotated[
     Optional[str],
-    typer.Option(
+    _write(
         "--format",
         metavar="F",
-        help="compressed-tensors, gptq, awq, bitsandbytes, safetensors or onnx; by default what fits model and scheme.",
+        choices="format",
+        text="The container: {choices}; by default what fits model and scheme.",
     ),
 ]
 Algorithm = Annotated[
     Optional[str],
-    typer.Option(
+    _write(
         "--algorithm",
         metavar="A",
-        help="auto, rtn or mse; with --data also gptq, awq, autoround, smoothquant, qat. A recipe chains them.",
+        choices="algorithm",
+        text="How codes are chosen: {choices}. Most need --data. A recipe chains them.",
     ),
 ]
-RecipeFile = Annotated[Optional[Path], typer.Option("--recipe", metavar="FILE", help="A YAML file of rules per layer.")]
-GroupSize = Annotated[
-    Optional[int], typer.Option("--group-size", metavar="N", min=1, help="Values that share a scale.")
-]
+RecipeFile = Annotated[Optional[Path], _write("--recipe", metavar="FILE", text="A YAML file of rules per layer.")]
+GroupSize = Annotated[Optional[int], _write("--group-size", metavar="N", min=1, text="Values that share a scale.")]
 Skip = Annotated[
-    Optional[list[str]],
-    typer.Option("--skip", metavar="GLOB", help="Layers to leave as they are; may be repeated."),
+    Optional[list[str]], _write("--skip", metavar="GLOB", text="Layers to leave as they are; may be repeated.")
 ]
 Rest = Annotated[
-    Optional[str], typer.Option("--rest", metavar="KIND", help="keep, fp16 or bf16: what becomes of the rest.")
+    Optional[str],
+    _write("--rest", metavar="KIND", choices="rest", text="What becomes of tensors that are not quantized: {choices}."),
 ]
 Target = Annotated[
     Optional[str],
-    typer.Option("--target", metavar="RUNTIME", help="transformers, vllm, sglang or onnxruntime; also with ==VERSION."),
+    _write(
+        "--target",
+        metavar="RUNTIME",
+        choices="target",
+        text="What is to load it: {choices}; also with ==VERSION.",
+    ),
 ]
+DryRun = Annotated[bool, _write("--dry-run", text="Plan and report; write nothing.")]
+Force = Annotated[bool, _write("--force", text="Replace an existing output.")]
 
-# Limits.
+# How to work.
+Schemes = Annotated[
+    Optional[list[str]],
+    _work("--scheme", "-s", metavar="S", choices="scheme", text="Plan for this scheme: {choices}; may be repeated."),
+]
+Method = Annotated[
+    Optional[str],
+    _work("--method", metavar="M", choices="method", text="How ranges are chosen: {choices}; by default the first."),
+]
+BatchSize = Annotated[int, _work("--batch-size", metavar="B", min=1, text="Samples per run.")]
+BatchSizes = Annotated[
+    Optional[list[int]],
+    _work("--batch-size", metavar="B", min=1, text="Samples per run; may be repeated. By default 1."),
+]
+Runs = Annotated[
+    Optional[int],
+    _work("--runs", metavar="N", min=1, text="Rounds; by default about 3 s per model, at least 20."),
+]
+Task = Annotated[
+    str, _work("--task", metavar="T", choices="task", text="What is measured: {choices}, or package.module:function.")
+]
+ByLayer = Annotated[bool, _work("--by-layer", text="Also compare every layer's output.")]
 Device = Annotated[
-    str, typer.Option("--device", metavar="D", help="Where models are calibrated and trained: cpu or cuda.")
+    str,
+    _work("--device", metavar="D", choices="device", text="Where models are calibrated and trained: {choices}."),
 ]
-Threads = Annotated[Optional[int], typer.Option("--threads", metavar="N", min=1, help="Worker threads.")]
+Threads = Annotated[Optional[int], _work("--threads", metavar="N", min=1, text="Worker threads.")]
 MaxMemory = Annotated[
-    Optional[str], typer.Option("--max-memory", metavar="BYTES", help="Memory not to be exceeded, such as 700MB.")
+    Optional[str], _work("--max-memory", metavar="BYTES", text="Memory not to be exceeded, such as 700MB.")
 ]
 
-# What a command writes.
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="What to write.", show_default=False)]
-StatsOutput = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="STATS", help="The .safetensors file to write.", show_default=False),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and report; write nothing.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-ListLayers = Annotated[bool, typer.Option("--layers", help="List every tensor.")]
+# Reports.
+ListLayers = Annotated[bool, _reports("--layers", text="List every tensor.")]
 Require = Annotated[
     Optional[list[str]],
-    typer.Option("--require", metavar="EXPR", help='A gate such as "kl_nats <= 0.05"; may be repeated.'),
+    _reports("--require", metavar="EXPR", text='A gate such as "kl_nats <= 0.05"; may be repeated.'),
 ]
-Markdown = Annotated[
-    Optional[Path], typer.Option("--markdown", metavar="FILE", help="Also write the report as Markdown.")
-]
+AsJson = Annotated[bool, _reports("--json", text="Print one JSON document instead of tables.")]
+Markdown = Annotated[Optional[Path], _reports("--markdown", metavar="FILE", text="Also write the report as Markdown.")]
 Html = Annotated[
     Optional[Path],
-    typer.Option("--html", metavar="FILE", help="Also write the report as one HTML page, with the curve of training."),
+    _reports("--html", metavar="FILE", text="Also write the report as one HTML page, with the curve of training."),
 ]
-Junit = Annotated[Optional[Path], typer.Option("--junit", metavar="FILE", help="Also write the gates as JUnit XML.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, hints or warnings on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Junit = Annotated[Optional[Path], _reports("--junit", metavar="FILE", text="Also write the gates as JUnit XML.")]
+Quiet = Annotated[bool, _reports("--quiet", "-q", text="No progress, hints or warnings on stderr.")]
+Debug = Annotated[bool, _reports("--debug", text="Show the traceback of an error.")]

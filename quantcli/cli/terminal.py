@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from quantcli.reporting.report import Report, Table
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from quantcli.reporting.report import Report, Table
 
 #: Width where there is no terminal to ask: wide enough that logs do not wrap tables.
 _LOG_WIDTH = 200
@@ -26,6 +26,8 @@ class Ui:
 
     def __init__(self) -> None:
         self.json = self.quiet = self.debug = False
+        #: Where the report is to go as a page.
+        self.html: Path | None = None
 
     def show(self, report: Report, tables: Sequence[Table]) -> None:
         """The report on stdout: one JSON document, or tables; warnings on stderr."""
@@ -53,6 +55,8 @@ class Ui:
     def _say(self, message: str, style: str) -> None:
         text = message
         if sys.stderr.isatty():
+            import textwrap
+
             width = shutil.get_terminal_size().columns
             text = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False)
         if style and sys.stderr.isatty() and "NO_COLOR" not in os.environ:
@@ -117,8 +121,8 @@ def _print_table(console: Console, table: Table) -> None:
 
     bare = not any(table.columns[:1])
     shown = RichTable(box=box.SIMPLE_HEAD, show_header=not bare, pad_edge=False)
-    for column, width in zip(table.columns, _widths(table, console.width), strict=True):
-        shown.add_column(column, justify="right" if column in table.right else "left", overflow="fold", width=width)
+    for column in table.columns:
+        shown.add_column(column, justify="right" if column in table.right else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*map(Text, row))
     # As a table's own title and caption they would be folded to the width of its columns.
@@ -127,18 +131,3 @@ def _print_table(console: Console, table: Table) -> None:
     if table.note:
         console.print(Text(table.note, style="dim"))
         console.print()
-
-
-def _widths(table: Table, available: int) -> list[int]:
-    """Widths of columns: the widest give way until all fit, at first only to where words need not be broken."""
-    from rich.cells import cell_len
-
-    columns = [[name, *cells] for name, *cells in zip(table.columns, *table.rows, strict=True)]
-    widths = [max(map(cell_len, cells)) for cells in columns]
-    words = [max((cell_len(word) for cell in cells for word in cell.split()), default=1) for cells in columns]
-    room = available - 3 * len(columns)  # what the box takes
-    for least in (words, [1] * len(columns)):
-        while sum(widths) > room and any(width > low for width, low in zip(widths, least, strict=True)):
-            spare = [(width if width > low else 0) for width, low in zip(widths, least, strict=True)]
-            widths[spare.index(max(spare))] -= 1
-    return widths

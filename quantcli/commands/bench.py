@@ -13,13 +13,13 @@ from quantcli.benchmarking.measure import (
     batch_metrics,
     load_and_peak,
     model_row,
-    open_in_bench,
     runtimes,
     timed_call,
 )
 from quantcli.benchmarking.timing import time_interleaved
+from quantcli.data.request import DataRequest
 from quantcli.errors import UsageError
-from quantcli.models.source import open_subject, size_metrics
+from quantcli.models.source import open_model, size_metrics
 from quantcli.reporting.gates import apply_gates, parse_gates
 from quantcli.reporting.report import Report
 from quantcli.system.hardware import cpu_features, cpu_name
@@ -80,22 +80,23 @@ def bench(
             raise UsageError(f"{name} {value}: at least one is needed.")
     threads = threads or usable_cores()
     state = None if weights is None else Path(weights)
-    subjects = [open_subject(path, state) for path in (model, *candidates)]
+    sources = [open_model(path, state) for path in (model, *candidates)]
+    request = (
+        None if data is None else DataRequest.of(data, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess)
+    )
     feeds = load_feeds(
-        subjects,
-        None if data is None else str(data),
+        sources,
+        request,
         [batch_size] if isinstance(batch_size, int) else batch_size,
         seq_len=seq_len,
-        tokenizer=None if tokenizer is None else Path(tokenizer),
-        preprocess=None if preprocess is None else Path(preprocess),
         seed=seed,
     )
-    probes = [load_and_peak(subject, next(iter(feeds.by_size.values()))[0], threads) for subject in subjects]
-    runners = [open_in_bench(subject, threads) for subject in subjects]
-    batches: list[list[dict[str, Any]]] = [[] for _ in subjects]
+    probes = [load_and_peak(source, next(iter(feeds.by_size.values()))[0], threads) for source in sources]
+    runners = [source.runner(threads=threads, shared=True) for source in sources]
+    batches: list[list[dict[str, Any]]] = [[] for _ in sources]
     for size, pool in feeds.by_size.items():
         timings = time_interleaved(
-            [timed_call(runner, pool, subject.path) for runner, subject in zip(runners, subjects, strict=True)],
+            [timed_call(runner, pool, source.path) for runner, source in zip(runners, sources, strict=True)],
             rounds=runs,
             seed=seed,
             progress=progress,
@@ -103,8 +104,8 @@ def bench(
         for index, timing in enumerate(timings):
             batches[index].append(batch_metrics(size, timing, timings[0] if index else None, seed))
     rows = [
-        model_row(subject, index, runner, batches[index], probed)
-        for index, (subject, runner, probed) in enumerate(zip(subjects, runners, probes, strict=True))
+        model_row(source, index, runner, batches[index], probed)
+        for index, (source, runner, probed) in enumerate(zip(sources, runners, probes, strict=True))
     ]
     size_metrics(rows)
     details = {
@@ -114,7 +115,7 @@ def bench(
         "cpu": cpu_name(),
         "cpu_features": cpu_features(),
         "threads": threads,
-        "runtimes": runtimes(subjects),
+        "runtimes": runtimes(sources),
     }
-    warnings = [warning for subject in subjects for warning in subject.warnings] + feeds.warnings
+    warnings = [warning for source in sources for warning in source.warnings] + feeds.warnings
     return Report("bench", rows, [], apply_gates(gates, rows), warnings, details)

@@ -9,9 +9,10 @@ from pathlib import Path
 from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
 from quantcli.calibration.ranges import DEFAULT_METHOD, METHODS
 from quantcli.calibration.statistics import CalibrationStats
+from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.errors import InputError, UsageError
-from quantcli.models.source import Subject, model_sha256, open_subject, subject_sha256
+from quantcli.models.source import ModelSource, model_sha256, open_model, source_sha256
 from quantcli.onnx.graph.model import OnnxModel, open_onnx
 from quantcli.onnx.graph.prepare import prepare
 from quantcli.onnx.plan.plan import graph_quantization, observed_tensors
@@ -44,7 +45,7 @@ def calibrate(
     Args:
         model: an ``.onnx`` file, or what can be exported to one: a Hugging Face folder, a ``.pt2``, or
             ``package.module:function``.
-        data: see `quantcli.data.samples.load_samples`.
+        data: see `quantcli.data.request.DataRequest`.
         output: the STATS file, ``.safetensors``.
         method: how ranges are chosen: ``minmax``, ``percentile``, ``entropy`` or ``mse``.
         samples: how many at the most; by default 128.
@@ -70,13 +71,15 @@ def calibrate(
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: at least one is needed.")
     given, target = str(model), Path(output)
-    subject = open_subject(given, None if weights is None else Path(weights))
+    source = open_model(given, None if weights is None else Path(weights))
     check_target(target, Path(given), force=force)
     if target.is_dir():
         raise UsageError(f"The output {target} is a folder.", "Name a file, such as stats.safetensors.")
     with tempfile.TemporaryDirectory(prefix="quantcli-") as scratch:
-        steps = None if preprocess is None else Path(preprocess)
-        onnx, warnings = _as_onnx(subject, Path(scratch), str(data), steps)
+        request = DataRequest.of(
+            data, samples=samples, seq_len=seq_len, seed=seed, tokenizer=tokenizer, preprocess=preprocess
+        )
+        onnx, warnings = _as_onnx(source, Path(scratch), request)
         graph = prepare(onnx)
         quantized = graph_quantization(graph)
         if quantized:
@@ -84,45 +87,36 @@ def calibrate(
         names = observed_tensors(graph)
         if not names:
             raise InputError(f"{given} has nothing to calibrate: no operator that static quantization covers.")
-        found = load_samples(
-            str(data),
-            onnx.inputs,
-            folder=subject.folder,
-            tokenizer=None if tokenizer is None else Path(tokenizer),
-            preprocess=steps,
-            samples=samples or DEFAULT_SAMPLES,
-            seq_len=seq_len,
-            seed=seed,
-        )
+        found = load_samples(request.at_most(DEFAULT_SAMPLES), onnx.inputs, folder=source.folder)
         stats = collect(
             graph,
             found,
             names,
-            model_sha256=subject_sha256(subject),
+            model_sha256=source_sha256(source),
             method=method,
             seed=seed,
             batch_size=batch_size,
             progress=progress,
         )
     stats.save(target)
-    return _report(subject, found, stats, target, [*warnings, *found.warnings])
+    return _report(source, found, stats, target, [*warnings, *found.warnings])
 
 
-def _as_onnx(subject: Subject, scratch: Path, data: str, preprocess: Path | None) -> tuple[OnnxModel, Sequence[str]]:
+def _as_onnx(source: ModelSource, scratch: Path, request: DataRequest) -> tuple[OnnxModel, Sequence[str]]:
     """The model as a graph, exported into a folder where it is none, and warnings."""
-    if subject.onnx is not None:
-        return subject.onnx, subject.warnings
+    if source.onnx is not None:
+        return source.onnx, source.warnings
     from quantcli.export.export import export_to_onnx
 
-    exported = export_to_onnx(subject.path, scratch, data=data, preprocess=preprocess, weights=subject.weights)
-    return open_onnx(exported.path), [*subject.warnings, *exported.warnings]
+    exported = export_to_onnx(source.path, scratch, data=request, weights=source.weights)
+    return open_onnx(exported.path), [*source.warnings, *exported.warnings]
 
 
 def _report(
-    subject: Subject, samples: Samples, stats: CalibrationStats, target: Path, warnings: Sequence[str]
+    source: ModelSource, samples: Samples, stats: CalibrationStats, target: Path, warnings: Sequence[str]
 ) -> Report:
     row = ModelRow(
-        subject.path, "reference", subject.format, subject.scheme, stats.model_sha256, subject.size_bytes
+        source.path, "reference", source.format, source.scheme, stats.model_sha256, source.size_bytes
     )  # fmt: skip
     tensors = []
     for name, tensor in stats.tensors.items():

@@ -14,7 +14,7 @@ from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_cou
 from quantcli.conversion.checkpoint.repack import Carrier, decoded_view
 from quantcli.conversion.checkpoint.rows import conversion_report
 from quantcli.conversion.staging import open_staging
-from quantcli.data.request import Calibration
+from quantcli.data.request import DataRequest
 from quantcli.errors import UsageError
 from quantcli.onnx.graph.model import is_onnx
 from quantcli.planning.recipe import Recipe, dequantizes, load_recipe
@@ -111,14 +111,12 @@ def convert(
         rest=rest,
         target=target,
     )
-    given = Calibration(
-        stats=_path(calibration),
-        data=None if data is None else str(data),
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        tokenizer=_path(tokenizer),
-        preprocess=_path(preprocess),
+    request = (
+        None
+        if data is None
+        else DataRequest.of(
+            data, samples=samples, seq_len=seq_len, seed=seed, tokenizer=tokenizer, preprocess=preprocess
+        )
     )
     if goes_to_onnx(model, place, wishes.format):
         from quantcli.conversion.onnx.pipeline import convert_onnx
@@ -136,7 +134,8 @@ def convert(
                 model,
                 place,
                 wishes,
-                given,
+                request,
+                _path(calibration),
                 weights=_path(weights),
                 device=device,
                 dry_run=dry_run,
@@ -160,10 +159,10 @@ def convert(
     if not dry_run:
         check_target(place, checkpoint.folder or source, force=force)
     work: Work | None = carrier
-    if data is not None:
+    if request is not None:
         from quantcli.conversion.checkpoint.calibrated import CalibratedWork
 
-        work = CalibratedWork(checkpoint, plan, given, function=function, device=device, memory_limit=max_memory)
+        work = CalibratedWork(checkpoint, plan, request, function=function, device=device, memory_limit=max_memory)
         # What calibration leaves out may matter to the target.
         plan = for_target(work.plan)
     layout = plan_layout(plan, checkpoint, place)

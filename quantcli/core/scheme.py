@@ -5,13 +5,10 @@ Nothing here imports torch, so that headers can be inspected in a tenth of a sec
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from quantcli.core.dtypes import BITS, CASTS
-
-if TYPE_CHECKING:
-    pass
 
 GranularityKind = Literal["tensor", "channel", "group", "block", "token"]
 
@@ -65,6 +62,11 @@ class NumberFormat:
         """Whether values are only cast, without a scale."""
         return self.dtype in CASTS
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether a number of values that can be chosen share a scale."""
+        return self.granularity.kind in ("group", "block")
+
     def __str__(self) -> str:
         if self.is_cast:
             return self.dtype
@@ -80,10 +82,11 @@ class NumberFormat:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a layer's weights, and optionally its inputs, are quantized."""
+    """How a layer's weights, and optionally its inputs, are quantized. ``help`` is a preset's line in lists of them."""
 
     weights: NumberFormat
     inputs: NumberFormat | None = None
+    help: str = field(default="", compare=False, repr=False)
 
     @property
     def is_static(self) -> bool:
@@ -105,16 +108,22 @@ _CHANNEL = Granularity("channel")
 _INT8 = NumberFormat("int8", _CHANNEL)
 _NF4 = NumberFormat("nf4", Granularity("block", 64))
 
-#: The schemes the command line knows by name.
+#: The schemes the command line knows by name. Another one is another row.
 PRESETS: dict[str, Scheme] = {
-    "fp16": Scheme(NumberFormat("fp16")),
-    "bf16": Scheme(NumberFormat("bf16")),
-    "int8": Scheme(_INT8),
-    "int4": Scheme(NumberFormat("int4", Granularity("group", 128))),
-    "nf4": Scheme(_NF4),
-    "nf4-double": Scheme(replace(_NF4, double_quantized=True)),
-    "int8-dynamic": Scheme(_INT8, NumberFormat("int8", Granularity("token"), dynamic=True)),
-    "int8-static": Scheme(_INT8, NumberFormat("int8", symmetric=False)),
+    "fp16": Scheme(NumberFormat("fp16"), help="cast to half precision"),
+    "bf16": Scheme(NumberFormat("bf16"), help="cast to 16 bits with the range of float32"),
+    "int8": Scheme(_INT8, help="8-bit weights, a scale per output"),
+    "int4": Scheme(NumberFormat("int4", Granularity("group", 128)), help="4-bit weights, a scale per 128 of a row"),
+    "nf4": Scheme(_NF4, help="4-bit weights on QLoRA's uneven grid, a scale per 64"),
+    "nf4-double": Scheme(replace(_NF4, double_quantized=True), help="nf4 whose scales are quantized as well"),
+    "int8-dynamic": Scheme(
+        _INT8,
+        NumberFormat("int8", Granularity("token"), dynamic=True),
+        help="8-bit weights and inputs, ranges of inputs found at inference",
+    ),
+    "int8-static": Scheme(
+        _INT8, NumberFormat("int8", symmetric=False), help="8-bit weights and inputs, ranges of inputs from your data"
+    ),
 }
 
 #: The parameter of a layer, beside its weight, that holds the scale of inputs with a fixed range.

@@ -92,6 +92,12 @@ class QuantizedTensor:
     number_format: NumberFormat = field(repr=False)
     input_scale: Tensor | None = None
 
+    def on_cpu(self, rows: slice = slice(None), shape: tuple[int, ...] | None = None) -> QuantizedTensor:
+        """The tensor, or some rows of a matrix as a tensor of its own, in main memory."""
+        scale = self.scale if len(self.scale) == 1 else self.scale[rows]
+        zero_point = None if self.zero_point is None else self.zero_point[rows].cpu()
+        return QuantizedTensor(self.codes[rows].cpu(), scale.cpu(), zero_point, shape or self.shape, self.number_format)
+
 
 @dataclass(frozen=True)
 class Rounding:

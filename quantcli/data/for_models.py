@@ -1,54 +1,37 @@
-"""The samples that models are evaluated on, and the task that goes with them."""
+"""Samples for several models at once, and what these take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quantcli.core.ports import Port
-from quantcli.data.samples import Samples, load_samples
-from quantcli.data.text_files import TEXT_SUFFIXES
+from quantcli.data.request import DataRequest
+from quantcli.data.samples import open_source
+from quantcli.data.sources import is_text
+from quantcli.data.sources.base import SampleSource
 from quantcli.errors import InputError
 from quantcli.models import hugging_face
 from quantcli.models.inputs import hugging_face_ports
-from quantcli.models.runner import open_runner
-from quantcli.models.source import Subject
-from quantcli.system.user_functions import is_function
+from quantcli.models.source import ModelSource
 
 #: What a folder with a tokenizer is known by.
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
-def samples_for(
-    subjects: Sequence[Subject],
-    data: str,
-    ports: Sequence[Port],
-    *,
-    tokenizer: Path | None,
-    preprocess: Path | None,
-    samples: int | None,
-    seq_len: int | None,
-    windows: bool,
-) -> Samples:
-    """Samples for several models at once: tokenizer and preprocessing are those of the first that has them.
+def source_for(models: Sequence[ModelSource], request: DataRequest, ports: Sequence[Port]) -> SampleSource:
+    """A source of samples for several models at once: tokenizer and preprocessing are the first ones they have.
 
     Raises:
         UsageError: a wish that does not go with this data.
         InputError: the data is missing or does not fit the models' inputs.
     """
-    place = tokenizer or _folder_with(subjects, *_TOKENIZER_FILES)
-    if is_text(data):
-        _require_tokens(subjects[0].path, data, ports, place)
-    return load_samples(
-        data,
-        ports,
-        folder=_folder_with(subjects, "preprocessor_config.json", "config.json"),
-        tokenizer=place,
-        preprocess=preprocess,
-        samples=samples,
-        seq_len=seq_len,
-        windows=windows,
-    )
+    tokenizer = request.tokenizer or _folder_with(models, *_TOKENIZER_FILES)
+    if is_text(request.data):
+        _require_tokens(models[0].path, request.data, ports, tokenizer)
+    folder = _folder_with(models, "preprocessor_config.json", "config.json")
+    return open_source(replace(request, tokenizer=tokenizer), ports, folder=folder)
 
 
 def _require_tokens(model: str, data: str, ports: Sequence[Port], tokenizer: Path | None) -> None:
@@ -65,18 +48,13 @@ def _require_tokens(model: str, data: str, ports: Sequence[Port], tokenizer: Pat
         )
 
 
-def is_text(data: str) -> bool:
-    """Whether DATA is a text file."""
-    return not is_function(data) and Path(data).suffix in TEXT_SUFFIXES
-
-
-def input_ports(subjects: Sequence[Subject], *, text: bool) -> tuple[Port, ...]:
+def input_ports(models: Sequence[ModelSource], *, text: bool) -> tuple[Port, ...]:
     """What the models take, the reference's inputs first.
 
     Token inputs that only a candidate takes join in; what the signature of a function's module does not tell,
     the inputs of an ONNX candidate do.
     """
-    first, *others = subjects
+    first, *others = models
     known = {port.name: port for other in others if other.onnx for port in other.onnx.inputs}
     if first.onnx:
         ports = first.onnx.inputs
@@ -85,14 +63,14 @@ def input_ports(subjects: Sequence[Subject], *, text: bool) -> tuple[Port, ...]:
         vision = (hugging_face.require_folder(path) / "preprocessor_config.json").is_file() and not text
         ports = hugging_face_ports(path, vision=vision)
     else:
-        found = open_runner(first.path, weights=first.weights).inputs
+        found = first.runner().inputs
         ports = tuple(known.get(port.name, port) for port in found) if first.kind == "function" else found
     taken = {port.name for port in ports}
     return (*ports, *(port for port in known.values() if text and port.name not in taken))
 
 
-def _folder_with(subjects: Sequence[Subject], *names: str) -> Path | None:
+def _folder_with(models: Sequence[ModelSource], *names: str) -> Path | None:
     """The first model's folder that holds one of the files, else the first folder."""
-    folders = [subject.folder for subject in subjects if subject.folder]
+    folders = [model.folder for model in models if model.folder]
     having = (folder for name in names for folder in folders if (folder / name).is_file())
     return next(having, folders[0] if folders else None)

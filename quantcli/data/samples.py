@@ -11,25 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.core.ports import Port
-from quantcli.data.array_files import ARRAY_SUFFIXES
-from quantcli.data.image_preprocessing import IMAGE_SUFFIXES, load_preprocess
-from quantcli.data.sources.arrays import ArraySource
-from quantcli.data.sources.base import Sample, Source, evenly
-from quantcli.data.sources.functions import FunctionSource
-from quantcli.data.sources.images import ImageSource
-from quantcli.data.text_files import TEXT_SUFFIXES
+from quantcli.data.request import DataRequest
+from quantcli.data.sources import kinds_of, source_kinds
+from quantcli.data.sources.base import Sample, SampleSource, evenly
 from quantcli.errors import InputError, UsageError
-from quantcli.system.user_functions import is_function
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Sample", "Samples", "batches", "load_samples"]
-
-KINDS = (
-    f"DATA is a {' or '.join(ARRAY_SUFFIXES)} file, a folder of those, a folder of images, "
-    f"a {', '.join(TEXT_SUFFIXES)} file, or package.module:function."
-)
+__all__ = ["Sample", "Samples", "batches", "choose_samples", "load_samples", "open_source"]
 
 
 class Samples:
@@ -38,7 +28,7 @@ class Samples:
     ``source`` is DATA as it was given, ``labels`` says whether every sample has one.
     """
 
-    def __init__(self, source: str, data: Source, chosen: Sequence[int]) -> None:
+    def __init__(self, source: str, data: SampleSource, chosen: Sequence[int]) -> None:
         self.source, self._data, self._chosen = source, data, chosen
         self.warnings = list(data.warnings)
         fixed = data.fixed_batch
@@ -77,92 +67,44 @@ class Samples:
         return self._data.digest(self._chosen)
 
 
-def load_samples(
-    data: str,
-    inputs: Sequence[Port],
-    *,
-    folder: Path | None,
-    tokenizer: Path | None = None,
-    preprocess: Path | None = None,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int = 0,
-    windows: bool | None = None,
-) -> Samples:
+def load_samples(request: DataRequest, inputs: Sequence[Port], *, folder: Path | None) -> Samples:
     """Samples for a model.
 
     Args:
-        data: a path, or ``package.module:function``.
+        request: where they come from, and how they are made.
         inputs: what the model asks for.
         folder: the model's folder, for its tokenizer and its preprocessor_config.json.
-        tokenizer: a folder with the tokenizer.
-        preprocess: a file with the preprocessing of images.
-        samples: how many at the most; by default all. They are spread evenly, images also over their classes.
-        seq_len: tokens of a text sample at the most, or of a window exactly.
-        seed: what images are chosen by.
-        windows: whether text is cut into windows of equal length, rather than one sample per line or record; by
-            default for a causal language model.
 
     Raises:
         UsageError: a wish that does not go with this data.
         InputError: the data is missing, empty, damaged, or does not fit the inputs.
     """
-    if samples is not None and samples < 1:
-        raise UsageError(f"--samples {samples}: at least one is needed.")
-    source = _source(data, inputs, folder, tokenizer, preprocess, seq_len, windows, samples)
-    return Samples(data, source, source.choose(samples, seed))
+    return choose_samples(request, open_source(request, inputs, folder=folder))
 
 
-def _source(
-    data: str,
-    inputs: Sequence[Port],
-    folder: Path | None,
-    tokenizer: Path | None,
-    preprocess: Path | None,
-    seq_len: int | None,
-    windows: bool | None,
-    samples: int | None,
-) -> Source:
-    path = Path(data)
-    if path.suffix in TEXT_SUFFIXES and not path.is_dir():
-        from quantcli.data.sources.texts import TextSource  # brings torch and transformers
+def choose_samples(request: DataRequest, source: SampleSource) -> Samples:
+    """As many samples of an open source as are asked for. Raises InputError where too many cannot be read."""
+    return Samples(request.data, source, source.choose(request.samples, request.seed))
 
-        return TextSource(path, inputs, tokenizer, folder, seq_len, windows, samples)
-    if seq_len is not None:
+
+def open_source(request: DataRequest, inputs: Sequence[Port], *, folder: Path | None) -> SampleSource:
+    """Where samples come from, before any is chosen. Arguments and errors are those of `load_samples`."""
+    data = request.data
+    if request.samples is not None and request.samples < 1:
+        raise UsageError(f"--samples {request.samples}: at least one is needed.")
+    kinds = kinds_of(data)
+    if request.seq_len is not None and not any(kind.IS_TEXT for kind in kinds.values()):
         raise UsageError(f"--seq-len is for text, and {data} is none.")
-    if is_function(data):
-        return FunctionSource(data, inputs, samples)
-    if not path.exists():
-        raise InputError(f"{data} does not exist.", KINDS)
-    if path.suffix in ARRAY_SUFFIXES and path.is_file():
-        return ArraySource([path], inputs, path)
-    if not path.is_dir():
-        raise InputError(f"{data} is of no known kind.", KINDS)
-    return _folder_source(path, inputs, preprocess, folder)
-
-
-def _folder_source(path: Path, inputs: Sequence[Port], preprocess: Path | None, folder: Path | None) -> Source:
-    here = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    arrays = [entry for entry in here if entry.suffix in ARRAY_SUFFIXES]
-    classes = [entry for entry in here if entry.is_dir()]
-    groups = [_images(each) for each in classes] if any(map(_images, classes)) else [_images(path)]
-    images = any(groups)
-    if arrays and images:
-        raise InputError(f"{path} holds both arrays and images.", "Give them separately.")
-    if arrays:
-        return ArraySource(arrays, inputs, path)
-    if not images:
-        raise InputError(f"{path} holds no samples: neither arrays nor images.", KINDS)
-    labelled = groups if len(groups) > 1 or any(map(_images, classes)) else None
-    return ImageSource(groups, labelled is not None, inputs, load_preprocess(preprocess, folder), path)
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(
-        entry
-        for entry in folder.iterdir()
-        if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()
-    )
+    if len(kinds) > 1:
+        raise InputError(f"{data} holds both {' and '.join(kinds)}.", "Give them separately.")
+    if not kinds:
+        path, described = Path(data), [kind.DESCRIPTION for kind in source_kinds().values()]
+        what = "holds no samples: neither arrays nor images" if path.is_dir() else "is of no known kind"
+        raise InputError(
+            f"{data} {what if path.exists() else 'does not exist'}.",
+            f"DATA is {', '.join(described[:-1])}, or {described[-1]}.",
+        )
+    return kinds.popitem()[1].open_source(request, inputs, folder)
 
 
 def batches(samples: Samples, size: int) -> Iterator[tuple[dict[str, np.ndarray], list[int | None]]]:

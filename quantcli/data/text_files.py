@@ -1,4 +1,4 @@
-"""Samples from paths: what models are evaluated on. Nothing is fetched and nothing is made up."""
+"""Files of text, and windows over it: what models are calibrated, trained and evaluated on."""
 
 from __future__ import annotations
 

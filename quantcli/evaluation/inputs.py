@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quantcli.core.ports import Arrays
-from quantcli.data.for_models import input_ports, is_text, samples_for
-from quantcli.data.samples import Samples, batches
+from quantcli.data.for_models import input_ports, source_for
+from quantcli.data.request import DataRequest
+from quantcli.data.samples import Samples, batches, choose_samples
+from quantcli.data.sources import is_text
 from quantcli.errors import InputError
+from quantcli.evaluation.tasks import task_of
+from quantcli.evaluation.tasks.base import Task
 from quantcli.models import hugging_face
 from quantcli.models.inputs import derived_inputs
-from quantcli.models.source import Subject
-
-#: Samples where the user names no number; classification and a user's metric take all.
-_DEFAULT_SAMPLES = {"language-modeling": 64, "embedding": 256, "fidelity": 64}
+from quantcli.models.source import ModelSource
 
 
 @dataclass
 class Inputs:
     """Samples and the task they serve."""
 
-    task: str
+    task: Task
     samples: Samples
 
     def __len__(self) -> int:
@@ -37,57 +38,47 @@ class Inputs:
 
 
 def load_inputs(
-    subjects: Sequence[Subject],
-    data: str,
-    task: str,
-    *,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    tokenizer: str | Path | None = None,
-    preprocess: str | Path | None = None,
+    models: Sequence[ModelSource],
+    request: DataRequest,
+    task: Task | None,
 ) -> Inputs:
-    """Samples from DATA for the first subject, and the task: the one named, or what fits model and data.
+    """Samples from DATA for the first model, and the task: the one named, or what fits model and data.
 
-    Labels mean classification, all else fidelity; for text see `text_task`.
+    Labels mean classification, all else fidelity; for text see `named_task`.
 
     Raises:
         UsageError: a number that cannot be meant.
         InputError: the data is missing, does not fit the model, or lacks what the task needs.
     """
-    found = samples_for(
-        subjects,
-        data,
-        input_ports(subjects, text=is_text(data)),
-        tokenizer=Path(tokenizer) if tokenizer else None,
-        preprocess=None if preprocess is None else Path(preprocess),
-        samples=samples or _DEFAULT_SAMPLES.get(task),
-        seq_len=seq_len,
-        windows=task != "embedding",
-    )
-    if task == "auto":
-        task = "classification" if found.labels else "fidelity"
-        if samples is None and task in _DEFAULT_SAMPLES:
-            return load_inputs(subjects, data, task, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess)
-    if task == "classification" and not found.labels:
+    if task is not None:
+        request = replace(request.at_most(task.DEFAULT_SAMPLES), windows=task.WINDOWS)
+    source = source_for(models, request, input_ports(models, text=is_text(request.data)))
+    task = task or task_of("classification" if source.labels else "fidelity")
+    if task.NEEDS_LABELS and not source.labels:
         raise InputError(
-            f"{data} has no labels, which classification needs.",
+            f"{request.data} has no labels, which {task.NAME} needs.",
             "Labels are the array labels of an .npz, or one subfolder of images per class; "
             "--task fidelity does without.",
         )
-    return Inputs(task, found)
+    return Inputs(task, choose_samples(request.at_most(task.DEFAULT_SAMPLES), source))
 
 
-def text_task(subject: Subject) -> str:
-    """The task that text means: language modeling for a causal model, embedding for an encoder."""
-    return "language-modeling" if is_causal(subject) else "embedding"
+def named_task(name: str, model: ModelSource, data: str) -> Task | None:
+    """The task of this name; of ``auto`` the one that text means, and None for other DATA, whose labels decide.
+
+    Causal models are judged by language modeling on text, encoders by embedding. Raises UsageError.
+    """
+    if name != "auto":
+        return task_of(name)
+    return task_of("language-modeling" if is_causal(model) else "embedding") if is_text(data) else None
 
 
-def is_causal(subject: Subject) -> bool:
+def is_causal(source: ModelSource) -> bool:
     """Whether a model predicts the next token at every position."""
-    if subject.checkpoint:
-        return hugging_face.is_causal(Path(subject.path))
-    if not subject.onnx:
+    if source.checkpoint:
+        return hugging_face.is_causal(Path(source.path))
+    if not source.onnx:
         return False
-    takes = {port.name for port in subject.onnx.inputs}
-    ranks = {port.name: len(port.shape or ()) for port in subject.onnx.outputs}
+    takes = {port.name for port in source.onnx.inputs}
+    ranks = {port.name: len(port.shape or ()) for port in source.onnx.outputs}
     return "input_ids" in takes and ranks.get("logits") == 3

@@ -12,16 +12,10 @@ from quantcli.evaluation.contamination import LeakCheck
 from quantcli.evaluation.inputs import Inputs
 from quantcli.evaluation.layers_onnx import compare_graphs
 from quantcli.evaluation.layers_torch import LayerComparison
-from quantcli.evaluation.tasks.base import Task
-from quantcli.evaluation.tasks.classification import Classification
-from quantcli.evaluation.tasks.custom import Custom
-from quantcli.evaluation.tasks.embedding import Embedding
-from quantcli.evaluation.tasks.fidelity import FidelityTask
-from quantcli.evaluation.tasks.language_modeling import LanguageModeling
-from quantcli.models import hugging_face
+from quantcli.evaluation.tasks.base import Scorer
 from quantcli.models.inputs import fit
-from quantcli.models.runner import Runner, TorchRunner, open_runner
-from quantcli.models.source import Subject
+from quantcli.models.runner import Runner, TorchRunner
+from quantcli.models.source import ModelSource
 from quantcli.reporting.report import LayerRow, ModelRow
 from quantcli.system.hardware import free_memory_bytes
 from quantcli.system.progress import Progress
@@ -30,48 +24,27 @@ from quantcli.system.progress import Progress
 LAYERWISE_SAMPLES, LAYERWISE_LENGTH = 8, 128
 
 
-def task_for(task: str, subject: Subject, reference: Subject) -> Task:
-    """The task of this name, to score one model against the reference."""
-    if task == "classification":
-        return Classification(subject.path)
-    if task == "language-modeling":
-        return LanguageModeling(subject.path)
-    if task == "embedding":
-        pooling = hugging_face.pooling_of(reference.folder) if reference.folder else "mean"
-        return Embedding(subject.path, pooling)
-    return FidelityTask(subject.path) if task == "fidelity" else Custom(subject.path, task)
-
-
-def model_row(subject: Subject, index: int, score: Task) -> ModelRow:
+def model_row(source: ModelSource, index: int, score: Scorer) -> ModelRow:
     """A model's row of the report."""
-    row = subject.row(index, score.metrics())
+    row = source.row(index, score.metrics())
     row.details = score.details()
     return row
 
 
-def _open(subject: Subject, task: str) -> Runner:
-    causal = {"language-modeling": True, "embedding": False, "classification": False}.get(task)
-    # A user's metric and classification see the model as its config.json names it, heads included.
-    headed = task not in ("language-modeling", "embedding", "fidelity")
-    runner = open_runner(subject.path, causal=causal, weights=subject.weights, headed=headed)
-    subject.see(runner)
-    return runner
-
-
 def run_models(
-    subjects: Sequence[Subject],
+    sources: Sequence[ModelSource],
     inputs: Inputs,
-    scores: Sequence[Task],
+    scores: Sequence[Scorer],
     leaks: LeakCheck,
     by_layer: bool,
     progress: Progress | None,
 ) -> list[LayerRow]:
     """Feed all samples to all models, and return the rows of ``--by-layer``."""
-    groups = list(_groups(subjects))
+    groups = list(_groups(sources))
     layers: dict[int, list[LayerRow]] = {}
     done = 0
     for number, group in enumerate(groups):
-        loaded = {index: _open(subjects[index], inputs.task) for index in (0, *group)}
+        loaded = {index: sources[index].runner(**inputs.task.LOADING) for index in (0, *group)}
         for feeds, labels in inputs.batches():
             outputs = {index: runner.run(feeds) for index, runner in loaded.items()}
             for position, label in enumerate(labels):
@@ -85,8 +58,8 @@ def run_models(
             if progress:
                 progress(done, len(inputs) * len(groups))
         for index in group if by_layer else ():
-            if layers_compare(subjects[0], subjects[index]):
-                layers[index] = _compare_layers(subjects[0], subjects[index], loaded[0], loaded[index], inputs)
+            if layers_compare(sources[0], sources[index]):
+                layers[index] = _compare_layers(sources[0], sources[index], loaded[0], loaded[index], inputs)
     return [row for index in sorted(layers) for row in layers[index]]
 
 
@@ -99,24 +72,24 @@ def _single(arrays: Arrays, position: int, count: int) -> Arrays:
     }
 
 
-def _groups(subjects: Sequence[Subject]) -> Iterator[list[int]]:
+def _groups(sources: Sequence[ModelSource]) -> Iterator[list[int]]:
     """Candidates that are run together with the reference: all, where memory allows, else one by one."""
-    others = list(range(1, len(subjects)))
-    most = max(subject.float_bytes for subject in subjects)
-    if len(others) <= 1 or most * len(subjects) < free_memory_bytes() // 2:
+    others = list(range(1, len(sources)))
+    most = max(source.float_bytes for source in sources)
+    if len(others) <= 1 or most * len(sources) < free_memory_bytes() // 2:
         yield others
     else:
         yield from ([index] for index in others)
 
 
-def layers_compare(reference: Subject, candidate: Subject) -> bool:
+def layers_compare(reference: ModelSource, candidate: ModelSource) -> bool:
     """Whether two models can be compared layer by layer."""
     both = {reference.kind, candidate.kind}
     return both in ({"checkpoint"}, {"onnx"})
 
 
 def _compare_layers(
-    reference: Subject, candidate: Subject, ours: Runner, theirs: Runner, inputs: Inputs
+    reference: ModelSource, candidate: ModelSource, ours: Runner, theirs: Runner, inputs: Inputs
 ) -> list[LayerRow]:
     few = [feeds for feeds, _ in islice(inputs.batches(), LAYERWISE_SAMPLES)]
     if reference.onnx and candidate.onnx:

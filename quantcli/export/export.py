@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,9 @@ import numpy as np
 import torch
 
 from quantcli.core.ports import Port
+from quantcli.data.request import DataRequest
 from quantcli.data.samples import load_samples
-from quantcli.errors import InputError, MissingExtraError
+from quantcli.errors import InputError
 from quantcli.export.function import function_source
 from quantcli.export.hugging_face import hugging_face_source
 from quantcli.export.program import program_source
@@ -50,8 +50,7 @@ def export_to_onnx(
     model: str | Path,
     folder: Path,
     *,
-    data: str | Sequence[Mapping[str, np.ndarray]] | None = None,
-    preprocess: Path | None = None,
+    data: DataRequest | Sequence[Mapping[str, np.ndarray]] | None = None,
     weights: Path | None = None,
 ) -> Exported:
     """Export a torch model to ``folder/model.onnx`` (and ``model.onnx.data`` where it is large).
@@ -66,18 +65,14 @@ def export_to_onnx(
         data: DATA, or samples as arrays by input name, that a function's module is traced with. Without it the
             inputs are taken from the function's attribute ``example_inputs`` or the module's
             ``example_input_array``. An axis along which samples differ becomes free, like the batch.
-        preprocess: how images of DATA become inputs.
         weights: state dict for a function's module.
 
     Raises:
         InputError: the model cannot be loaded, traced or expressed in ONNX, no inputs to trace it with are known,
             or the export computes something else than torch.
-        MissingExtraError: onnxscript, onnxruntime or transformers is not installed.
+        MissingExtraError: transformers is not installed.
     """
-    for package in ("onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, "export", "Exporting a torch model to ONNX")
-    source = read_source(model, data, preprocess, weights)
+    source = read_source(model, data, weights)
     folder.mkdir(parents=True, exist_ok=True)
     path, messages = folder / "model.onnx", list(source.warnings)
     _write(_export(source, messages), source, path)
@@ -195,22 +190,21 @@ def _failure(source: Source, error: Exception) -> InputError:
 _SAMPLES = 8
 
 
-def read_source(model: str | Path, data: Data, preprocess: Path | None, weights: Path | None) -> Source:
+def read_source(model: str | Path, data: Data, weights: Path | None) -> Source:
     """Load a torch model of any kind. Arguments and errors are those of `quantcli.export.export.export_to_onnx`."""
     if not is_function(str(model)) and Path(model).suffix != ".pt2":
         return hugging_face_source(Path(model))
     if is_function(str(model)):
         runner = open_runner(str(model), weights=weights)
         assert isinstance(runner, TorchRunner)
-        return function_source(str(model), runner, _samples(data, preprocess, runner.inputs, str(model)))
+        return function_source(str(model), runner, _samples(data, runner.inputs, str(model)))
     program = ProgramRunner(Path(model))
-    return program_source(Path(model), program, _samples(data, preprocess, program.inputs, str(model)))
+    return program_source(Path(model), program, _samples(data, program.inputs, str(model)))
 
 
-def _samples(data: Data, preprocess: Path | None, inputs: Sequence[Port], name: str) -> list[Example]:
+def _samples(data: Data, inputs: Sequence[Port], name: str) -> list[Example]:
     """A few samples as a model takes them."""
-    if isinstance(data, str):
-        found = load_samples(data, inputs, folder=None, preprocess=preprocess, samples=_SAMPLES)
-        data = [sample.inputs for sample in found]
+    if isinstance(data, DataRequest):
+        data = [sample.inputs for sample in load_samples(replace(data, samples=_SAMPLES), inputs, folder=None)]
     feeds = [fit(sample, inputs, name) for sample in data or ()]
     return [{key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in each.items()} for each in feeds]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from quantcli.errors import InputError
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from quantcli.data.request import DataRequest
+
 #: Inputs of one pass, by name, in the order of the module's parameters.
 Example = dict[str, Tensor]
 
 #: What a model is to be traced with: DATA, or samples as arrays by input name.
-Data = str | Sequence[Mapping[str, np.ndarray]] | None
+Data: TypeAlias = "DataRequest | Sequence[Mapping[str, np.ndarray]] | None"
 
 
 @dataclass

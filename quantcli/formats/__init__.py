@@ -1,29 +1,27 @@
-"""Formats: each lays codes out in bits as some runtime reads them. Listed in `quantcli.formats.base`."""
+"""Formats: each lays codes out in bits as some runtime reads them. One file each, and one entry here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
-from quantcli.formats.base import CodedFormat, Format
-from quantcli.system.text import lookup
+from quantcli.core import plugins
+from quantcli.core.plugins import Entry
+from quantcli.formats.base import Checked, Format, QuantizedFormat
 
-if TYPE_CHECKING:
-    pass
-
-FORMATS = {
-    "compressed-tensors": "quantcli.formats.compressed_tensors",
-    "gptq": "quantcli.formats.gptq",
-    "awq": "quantcli.formats.awq",
-    "bitsandbytes": "quantcli.formats.bitsandbytes",
-    "safetensors": "quantcli.formats.safetensors",
+FORMATS: dict[str, Entry] = {
+    "compressed-tensors": Entry("quantcli.formats.compressed_tensors", "int8, int4; transformers, vLLM and SGLang"),
+    "gptq": Entry("quantcli.formats.gptq", "int8, int4; transformers, vLLM and SGLang"),
+    "awq": Entry("quantcli.formats.awq", "int4; transformers, vLLM and SGLang"),
+    "bitsandbytes": Entry("quantcli.formats.bitsandbytes", "nf4; transformers"),
+    "safetensors": Entry("quantcli.formats.safetensors", "fp16, bf16; whatever loads the original"),
 }
 
 
 def output_format(name: str) -> Format:
     """The format of this name. Raises UsageError for an unknown one."""
-    return cast(Format, lookup(FORMATS, "format", name))
+    return cast(Format, plugins.load(FORMATS, "format", name))
 
 
-def coded_format(name: str) -> CodedFormat:
-    """The format of this name, which must be one that holds codes."""
-    return cast(CodedFormat, lookup(FORMATS, "format", name))
+def quantized_format(name: str) -> QuantizedFormat:
+    """The format of this name, which must be one that holds codes; shapes and dtypes of what it returns are checked."""
+    return cast(QuantizedFormat, Checked(output_format(name)))

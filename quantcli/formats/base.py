@@ -1,7 +1,4 @@
-"""The plug-ins: what each kind must offer, and three tables from name to module.
-
-A plug-in is a module with the functions of its Protocol. It is imported when it is first used.
-"""
+"""What a format must offer: a module with the functions of one of these protocols."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from quantcli.core.dtypes import torch_dtype
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import QuantizedTensor, TensorInfo, TensorSpec
 
@@ -28,7 +26,7 @@ class Format(Protocol):
         """Why layers of a role stay as they are, or None."""
 
 
-class CodedFormat(Format, Protocol):
+class QuantizedFormat(Format, Protocol):
     """Lays out codes slab by slab (where it stores them by rows), and everything else of a layer at once."""
 
     STORAGE: Storage
@@ -86,3 +84,52 @@ class Storage:
     by_rows: bool = True
     lowest_zero_point: bool = True
     input_zero_points: bool = True
+
+
+class Checked:
+    """A quantized format whose results are held against what it said of them.
+
+    The arithmetic of a layout may be wrong for one shape in a thousand; the bytes would then land in the wrong place.
+    """
+
+    def __init__(self, form: Any) -> None:
+        self._form = form
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._form, name)
+
+    def encode_codes(self, codes: Tensor, scheme: Scheme) -> Tensor:
+        """Stored form of a slab of rows, as many bytes as the format said that they take."""
+        stored: Tensor = self._form.encode_codes(codes, scheme)
+        rows, columns = codes.shape
+        # An odd number of four-bit codes ends in half a byte.
+        missing = stored.nbytes - self._form.codes_offset(rows, columns, scheme)
+        assert codes.element_size() == 1 and missing in (0, 1), f"{rows} x {columns} codes take {stored.nbytes} bytes"
+        return stored
+
+    def decode_codes(self, stored: Tensor, columns: int, scheme: Scheme) -> Tensor:
+        """Inverse of `encode_codes`: int8 ``[rows, columns]``."""
+        codes: Tensor = self._form.decode_codes(stored, columns, scheme)
+        assert codes.element_size() == 1 and codes.ndim == 2 and codes.shape[1] == columns, f"codes {codes.shape}"
+        return codes
+
+    def encode_scales(
+        self, weight: str, tensor: QuantizedTensor, scheme: Scheme, scale_dtype: str
+    ) -> dict[str, Tensor]:
+        """Every tensor but the codes, each of the dtype and shape of the layout."""
+        parts: dict[str, Tensor] = self._form.encode_scales(weight, tensor, scheme, scale_dtype)
+        specs = self._form.layout(weight, tensor.shape, scheme, scale_dtype)
+        for name, part in parts.items():
+            spec = specs[name]
+            assert part.dtype == torch_dtype(spec.dtype), f"{name} is {part.dtype}, not {spec.dtype}"
+            assert tuple(part.shape) == tuple(spec.shape), f"{name} is {tuple(part.shape)}, not {spec.shape}"
+        return parts
+
+    def decode_scales(
+        self, weight: str, shape: tuple[int, ...], scheme: Scheme, load: Callable[[str], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scale in float32, and a zero point for each where the scheme has them."""
+        scale, zero_point = self._form.decode_scales(weight, shape, scheme, load)
+        assert scale.element_size() == 4 and (zero_point is None) == scheme.weights.symmetric
+        assert zero_point is None or zero_point.shape == scale.shape, f"zero points {zero_point.shape}"
+        return scale, zero_point

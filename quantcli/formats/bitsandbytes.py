@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
+from quantcli.core.dtypes import TORCH_NAMES
 from quantcli.core.scheme import NESTED_BLOCK, Granularity, NumberFormat, Scheme
 from quantcli.core.tensors import QuantizedTensor, TensorInfo, TensorSpec
 from quantcli.errors import InputError
@@ -35,7 +36,6 @@ ROLES = {
 #: Room for the JSON that describes one layer; it is padded with spaces, because its length must be
 #: known before the offset it holds is.
 STATE_BYTES = 320
-_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def supports(scheme: Scheme) -> str | None:
@@ -123,7 +123,7 @@ def encode_scales(weight: str, tensor: QuantizedTensor, scheme: Scheme, scale_dt
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": scheme.weights.granularity.size,
-        "dtype": _TORCH_NAMES[scale_dtype],
+        "dtype": TORCH_NAMES[scale_dtype],
         "shape": list(tensor.shape),
     }
     encoded = {f"{weight}.quant_map": nf4_codebook()}
@@ -198,7 +198,7 @@ def config(schemes: Mapping[str, Scheme], left: Iterable[str], dtype: str) -> di
         "load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": nested,
-        "bnb_4bit_compute_dtype": _TORCH_NAMES[dtype],
+        "bnb_4bit_compute_dtype": TORCH_NAMES[dtype],
         "bnb_4bit_quant_storage": "uint8",
         # Older transformers match prefixes, so that mlp.gate would also skip mlp.gate_proj.
         "llm_int8_skip_modules": [f"{pattern}$" for pattern in module_patterns(left, [*schemes, *left])],

@@ -146,11 +146,11 @@ def open_runner(
         path = Path(model)
         if is_onnx(path):
             return OnnxRunner(path, threads=threads, shared=shared)
-        _set_torch_threads(threads)
+        set_torch_threads(threads)
         if path.suffix == ".pt2":
             return ProgramRunner(path)
         return _hugging_face(path, causal, headed, decoded)
-    _set_torch_threads(threads)
+    set_torch_threads(threads)
     module = load_module(str(model), weights)
     return TorchRunner(module, signature_ports(module, str(model)), str(model))
 
@@ -217,7 +217,8 @@ def _running(name: str, feeds: Arrays) -> Iterator[None]:
         raise InputError(f"{name} cannot be run on {shapes}: {reason}") from error
 
 
-def _set_torch_threads(threads: int | None) -> None:
+def set_torch_threads(threads: int | None) -> None:
+    """Set the number of threads within an operator, one for the whole process; None leaves it."""
     if threads is not None:
         import torch
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.core.ports import Port
-from quantcli.errors import InputError, MissingExtraError
+from quantcli.errors import InputError
 from quantcli.system.parallel import usable_cores
 from quantcli.system.text import first_line
 
@@ -19,11 +19,9 @@ _ERRORS_ONLY = 3
 
 
 def onnxruntime() -> Any:
-    """The module. Raises MissingExtraError."""
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "export", "Running an ONNX model") from error
+    """The module, set to be silent."""
+    import onnxruntime as ort
+
     ort.set_default_logger_severity(_ERRORS_ONLY)
     return ort
 

@@ -19,6 +19,7 @@ from quantcli.system.user_functions import is_function, load_function
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch import Tensor
 
     from quantcli.models.runner import Runner
 
@@ -31,18 +32,18 @@ def model_sha256(model: str | Path, weights: Path | None = None) -> str:
     Raises:
         InputError: the model is missing or damaged.
     """
-    return subject_sha256(open_subject(model, weights))
+    return source_sha256(open_model(model, weights))
 
 
-def subject_sha256(subject: Subject) -> str:
+def source_sha256(source: ModelSource) -> str:
     """As `model_sha256`, of a model that is open."""
-    found = subject.sha256()
+    found = source.sha256()
     if found is not None:
         return found
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(load_function(subject.path)().state_dict().items()):
+    for name, tensor in sorted(load_function(source.path)().state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -57,8 +58,8 @@ _NUMBER_OF_TORCH = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "f
 
 
 @dataclass
-class Subject:
-    """A model before it is loaded to be run. Use `open_subject`.
+class ModelSource:
+    """A model before it is loaded to be run. Use `open_model`.
 
     ``path`` is what the user gave. One of ``checkpoint`` and ``onnx`` is set for models of those kinds.
     """
@@ -68,7 +69,7 @@ class Subject:
     checkpoint: Checkpoint | None = None
     onnx: OnnxModel | None = None
     weights: Path | None = None
-    _module_facts: tuple[int, str] | None = field(default=None, repr=False)
+    _code: Runner | None = field(default=None, repr=False)
 
     @property
     def folder(self) -> Path | None:
@@ -112,16 +113,22 @@ class Subject:
                 counts[tensor.dtype.name] += tensor.size
             known = [(count, name) for name, count in counts.items() if name in _NUMBER_OF_ONNX]
             return _NUMBER_OF_ONNX[max(known)[1]] if known else None
-        return self._module_facts[1] if self._module_facts else None
+        if self._code is None:
+            return None
+        counts = Counter[str]()
+        for weight in self._weights_of_code():
+            counts[str(weight.dtype).removeprefix("torch.")] += weight.numel()
+        known = [(count, name) for name, count in counts.items() if name in _NUMBER_OF_TORCH]
+        return _NUMBER_OF_TORCH[max(known)[1]] if known else "fp32"
 
     @property
     def size_bytes(self) -> int | None:
-        """Bytes of its files; of a function's module, bytes of the weights (None before `see` was called)."""
+        """Bytes of its files; of a function's module, bytes of the weights (None before it was loaded)."""
         if self.checkpoint or self.onnx:
             return (self.checkpoint or self.onnx).size_bytes  # type: ignore[union-attr]
         if self.kind == "program":
             return Path(self.path).stat().st_size
-        return self._module_facts[0] if self._module_facts else None
+        return None if self._code is None else sum(tensor.nbytes for tensor in self._weights_of_code())
 
     @property
     def float_bytes(self) -> int:
@@ -143,16 +150,25 @@ class Subject:
         with file.open("rb", buffering=0) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    def see(self, runner: Runner) -> None:
-        """Learn from the loaded model what its files do not tell."""
-        if self._module_facts is None and self.kind in ("function", "program"):
-            counts = Counter[str]()
-            size = 0
-            for tensor in runner.module.state_dict().values():  # type: ignore[attr-defined]
-                counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-                size += tensor.nbytes
-            known = [(count, name) for name, count in counts.items() if name in _NUMBER_OF_TORCH]
-            self._module_facts = size, _NUMBER_OF_TORCH[max(known)[1]] if known else "fp32"
+    def runner(
+        self, *, threads: int | None = None, causal: bool | None = None, headed: bool = False, shared: bool = False
+    ) -> Runner:
+        """Load the model to be run, as `quantcli.models.runner.open_runner` does; code is loaded once and kept."""
+        from quantcli.models.runner import open_runner, set_torch_threads
+
+        if self._code is not None:
+            set_torch_threads(threads)
+            return self._code
+        runner = open_runner(
+            self.path, threads=threads, causal=causal, weights=self.weights, headed=headed, shared=shared
+        )
+        if self.kind in ("function", "program"):
+            self._code = runner
+        return runner
+
+    def _weights_of_code(self) -> list[Tensor]:
+        """The tensors of a function's module or a program; none before it was loaded."""
+        return [] if self._code is None else list(self._code.module.state_dict().values())  # type: ignore[attr-defined]
 
     def row(self, index: int, metrics: dict[str, float | None]) -> ModelRow:
         """The report's row of the model at ``index`` of the command line; the first one is the reference."""
@@ -168,7 +184,7 @@ def _constant_nodes(model: OnnxModel) -> Iterator[ir.TensorProtocol]:
             yield attribute.value
 
 
-def open_subject(model: str | Path, weights: Path | None = None) -> Subject:
+def open_model(model: str | Path, weights: Path | None = None) -> ModelSource:
     """Look at a MODEL; reads headers only.
 
     Raises:
@@ -177,15 +193,15 @@ def open_subject(model: str | Path, weights: Path | None = None) -> Subject:
     text = str(model)
     if is_function(text):
         load_function(text)
-        return Subject(text, "function", weights=weights)
+        return ModelSource(text, "function", weights=weights)
     path = Path(model)
     if is_onnx(path):
-        return Subject(text, "onnx", onnx=open_onnx(path))
+        return ModelSource(text, "onnx", onnx=open_onnx(path))
     if path.suffix == ".pt2":
         if not path.is_file():
             raise InputError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
-        return Subject(text, "program")
-    return Subject(text, "checkpoint", checkpoint=open_checkpoint(path))
+        return ModelSource(text, "program")
+    return ModelSource(text, "checkpoint", checkpoint=open_checkpoint(path))
 
 
 def size_metrics(rows: list[ModelRow]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from quantcli import formats
@@ -16,10 +15,10 @@ from quantcli.planning.steps import Steps
 
 def quantization_config(plan: Plan) -> dict[str, Any] | None:
     """What tells a runtime how the weights are stored; None where they are only cast."""
-    schemes = {module_of(layer.info.name): layer.scheme for layer in plan.layers if layer.is_coded and layer.scheme}
+    schemes = {module_of(layer.info.name): layer.scheme for layer in plan.layers if layer.has_codes and layer.scheme}
     if not schemes:
         return None
-    return formats.coded_format(plan.format).config(schemes, left_linear_modules(plan), plan.dtype)
+    return formats.quantized_format(plan.format).config(schemes, left_linear_modules(plan), plan.dtype)
 
 
 _LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "router", "expert")
@@ -57,7 +56,7 @@ class LayerPlan:
         return (shape[1], shape[0]) if self.transposed else shape
 
     @property
-    def is_coded(self) -> bool:
+    def has_codes(self) -> bool:
         """Whether the tensor becomes codes and scales, rather than a copy or a cast."""
         return self.scheme is not None and not self.scheme.weights.is_cast
 
@@ -82,11 +81,6 @@ class Plan:
         return [layer for layer in self.layers if layer.scheme is not None]
 
 
-def matches(glob: str, name: str) -> bool:
-    """Whether a glob means this tensor: by its own name, or its module's."""
-    return fnmatchcase(name, glob) or fnmatchcase(module_of(name), glob)
-
-
 def left_linear_modules(plan: Plan) -> list[str]:
     """Modules a loader could take for quantized ones, but whose weights were left, or are not stored.
 
@@ -96,7 +90,7 @@ def left_linear_modules(plan: Plan) -> list[str]:
     left = [
         module_of(layer.info.name)
         for layer in plan.layers
-        if not layer.is_coded and layer.info.name.endswith(".weight") and layer.role in (*_LINEAR_ROLES, "embedding")
+        if not layer.has_codes and layer.info.name.endswith(".weight") and layer.role in (*_LINEAR_ROLES, "embedding")
     ]
     has_head = any(layer.role in ("head", "tied head") for layer in plan.layers)
     return left if has_head else [*left, *HEAD_NAMES]

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantcli.core.scheme import PRESETS, Granularity, NumberFormat, Scheme
 from quantcli.errors import InputError, UsageError
+from quantcli.planning.targets import TARGETS
 from quantcli.system.text import parse_bytes, suggestion
 
-if TYPE_CHECKING:
-    pass
-
 Rest = Literal["auto", "keep", "fp16", "bf16"]
-TARGETS = ("transformers", "vllm", "sglang", "onnxruntime")
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -122,7 +119,7 @@ class Recipe(_Strict):
     @field_validator("target")
     @classmethod
     def _known_target(cls, value: str | None) -> str | None:
-        name, _, version = (value or TARGETS[0]).partition("==")
+        name, _, version = (value or next(iter(TARGETS))).partition("==")
         if name not in TARGETS:
             raise ValueError(f"unknown target {name!r}. {suggestion(name, TARGETS)}")
         if "=" in (value or "") and not re.fullmatch(r"\d+(\.\d+)*", version):

@@ -11,13 +11,14 @@ from quantcli import algorithms, formats
 from quantcli.algorithms import default_rounding
 from quantcli.checkpoint.roles import LAYER_ROLES, classify, module_of, quantization_of
 from quantcli.core.dtypes import DTYPE_OF_NUMBER
-from quantcli.core.scheme import FALLBACK_GROUP_SIZES, PRESETS, Scheme
+from quantcli.core.scheme import FALLBACK_GROUP_SIZES, Scheme
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError, UsageError
 from quantcli.formats.base import Storage
-from quantcli.planning.plan import LayerPlan, Plan, matches
+from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.planning.recipe import Recipe, Rule, SchemeSpec, build_scheme
-from quantcli.planning.steps import FINAL, chain
+from quantcli.planning.rules import SKIPPED, Rules, label_of, no_groups, require_support, scheme_asked_for
+from quantcli.planning.steps import chain
 from quantcli.system.text import listed, suggestion
 
 _LEFT_BECAUSE = {
@@ -50,9 +51,7 @@ def resolve(
         InputError: the checkpoint holds quantized weights already, or nothing the scheme applies to.
     """
     refuse_quantized(infos, config)
-    if recipe.scheme is None:
-        raise UsageError("No scheme is given.", f"Choose one with --scheme: {', '.join(PRESETS)}.")
-    return _Resolver(recipe, recipe.scheme, infos, config, data, leave or {}).plan()
+    return _Resolver(recipe, scheme_asked_for(recipe), infos, config, data, leave or {}).plan()
 
 
 def refuse_quantized(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> None:
@@ -80,11 +79,11 @@ class _Resolver:
     ) -> None:
         self.recipe, self.infos, self.data, self.leave = recipe, infos, data, leave
         self.roles = classify(infos, config)
-        self.rules = [*(Rule(match=glob, skip=True) for glob in recipe.skip), *recipe.rules]
+        self.rules = Rules(recipe)
         self.format_name = recipe.format or default_format(build_scheme(wish))
         self.format = formats.output_format(self.format_name)
         self.scheme = scheme = self._scheme(wish)
-        self.name = wish if isinstance(wish, str) else scheme.weights.dtype
+        self.name = label_of(wish, scheme)
         self.steps = chain(recipe, scheme, data=data)
         self.bad_groups: dict[int, list[str]] = {}
         self._check_combination(scheme)
@@ -108,9 +107,7 @@ class _Resolver:
         if reason:
             raise UsageError(f"The format cannot carry this scheme: {reason}.", self._fitting_format(scheme))
         for step in self.steps.all:
-            reason = algorithms.algorithm(step.name).supports(scheme.weights)
-            if reason:
-                raise UsageError(f"The algorithm {step.name} does not fit: {reason}.")
+            require_support(step.name, scheme.weights)
 
     def _fitting_format(self, scheme: Scheme) -> str:
         fitting = [name for name in formats.FORMATS if formats.output_format(name).supports(scheme) is None]
@@ -129,7 +126,7 @@ class _Resolver:
 
     def plan(self) -> Plan:
         """Decide every tensor, then check that the whole makes sense."""
-        self._check_rules_match()
+        self.rules.require_matches((info.name for info in self.infos), self._nearest_module)
         layers = tuple(self._decide(info) for info in self.infos)
         for size, names in self.bad_groups.items():
             raise UsageError(
@@ -144,18 +141,18 @@ class _Resolver:
         dtype = self.rest_dtype or (self.majority if self.majority != "F64" else "F32")
         if self.scheme.weights.is_cast:
             dtype = DTYPE_OF_NUMBER[self.scheme.weights.dtype]
-        schemes = {layer.scheme for layer in layers if layer.is_coded and layer.scheme}
+        schemes = {layer.scheme for layer in layers if layer.has_codes and layer.scheme}
         scale_dtype = dtype
         if schemes:
-            form = formats.coded_format(self.format_name)
+            form = formats.quantized_format(self.format_name)
             scale_dtype = form.STORAGE.scale_dtype or dtype
             reason = form.together(schemes)
             if reason:
                 raise UsageError(f"One {self.format_name} model cannot hold these schemes: {reason}.")
         roundings = sorted({layer.algorithm for layer in layers if layer.algorithm})
-        others = [step.name for step in self.steps.all if step.name not in roundings]
-        names = [name for name in others if name not in FINAL]
-        algorithm = " + ".join([*names, " and ".join(roundings), *(name for name in others if name in FINAL)])
+        after = [step.name for step in self.steps.final]
+        before = [step.name for step in self.steps.all if step.name not in (*roundings, *after)]
+        algorithm = " + ".join([*before, " and ".join(roundings), *after])
         return Plan(
             layers,
             self.format_name,
@@ -168,32 +165,23 @@ class _Resolver:
             self._warnings(layers),
         )
 
-    def _check_rules_match(self) -> None:
-        names = [info.name for info in self.infos]
-        for rule in self.rules:
-            for glob in rule.globs:
-                if not any(matches(glob, name) for name in names):
-                    hint = suggestion(glob, dict.fromkeys(module_of(name) for name in names))
-                    raise UsageError(
-                        f"{glob!r} matches no layer.",
-                        hint if hint.startswith("Did") else "See: quantcli inspect MODEL --layers",
-                    )
+    def _nearest_module(self, glob: str) -> str:
+        hint = suggestion(glob, dict.fromkeys(module_of(info.name) for info in self.infos))
+        return hint if hint.startswith("Did") else "See: quantcli inspect MODEL --layers"
 
     def _decide(self, info: TensorInfo) -> LayerPlan:
         role = self.roles[info.name]
-        rule = next((rule for rule in self.rules if any(matches(glob, info.name) for glob in rule.globs)), None)
+        rule = self.rules.first(info.name)
         if role == "tied head" and info.shares:
             return LayerPlan(info, role, info.dtype, reason=f"tied to {info.shares}: stored once", dropped=True)
         if rule and rule.skip:
-            return self._leave(info, role, "skipped as asked")
+            return self._leave(info, role, SKIPPED)
         if info.name in self.leave:
             return self._leave(info, role, self.leave[info.name])
-        scheme = self._scheme(rule.scheme) if rule and rule.scheme else self.scheme
-        label = (
-            (rule.scheme if isinstance(rule.scheme, str) else scheme.weights.dtype)
-            if rule and rule.scheme
-            else self.name
-        )
+        scheme, label = self.scheme, self.name
+        if rule and rule.scheme:
+            scheme = self._scheme(rule.scheme)
+            label = label_of(rule.scheme, scheme)
         if scheme.weights.is_cast:
             return self._cast(info, role, scheme, label)
         if role not in LAYER_ROLES:
@@ -239,10 +227,10 @@ class _Resolver:
         plan = LayerPlan(info, role, info.dtype, scheme, label)
         columns = plan.matrix_shape[1]
         spelled_out = not isinstance(rule.scheme if rule and rule.scheme else self.recipe.scheme, str)
-        wanted = (rule.group_size if rule else None) or self.recipe.group_size
+        wanted = self.rules.group_size(rule)
         note = None
         kind, default = scheme.weights.granularity.kind, scheme.weights.granularity.size
-        if kind in ("group", "block") and default is not None:
+        if default is not None:
             divided = columns if kind == "group" else info.numel
             size = wanted or default
             if divided % size:
@@ -261,14 +249,14 @@ class _Resolver:
                 size = fitting[0]
                 note = f"{kind} {size}: {default} does not divide {divided}"
             scheme = scheme.with_group_size(size)
-        elif wanted and self.recipe.rules == [] and kind != "group":
-            raise UsageError(f"--group-size does not apply to {self.name}, whose scales are per {kind}.")
+        elif wanted and not self.recipe.rules:
+            raise no_groups(label, scheme)
         self._check_combination(scheme)
         if scheme.is_static and self.data is False:
             raise UsageError(
                 f"{label} needs calibration data.", "Name some with --data; nothing is fetched or made up."
             )
-        form = formats.coded_format(self.format_name)
+        form = formats.quantized_format(self.format_name)
         reason = form.fits(plan.matrix_shape, scheme)
         if reason:
             return self._leave(info, role, reason)
@@ -281,11 +269,8 @@ class _Resolver:
         """What chooses a layer's codes."""
         if wish in (None, "auto"):
             return self.steps.rounding.name if self.steps.rounding else default_rounding(scheme.weights)
-        algorithm = algorithms.algorithm(wish)
-        reason = algorithm.supports(scheme.weights)
-        if reason:
-            raise UsageError(f"The algorithm {wish} does not fit: {reason}.")
-        if algorithm.NEEDS and wish not in [step.name for step in self.steps.all]:
+        require_support(wish, scheme.weights)
+        if algorithms.algorithm(wish).NEEDS and wish not in [step.name for step in self.steps.all]:
             raise UsageError(f"A rule asks for {wish}, which the recipe's steps do not hold.", "Add it to them.")
         return wish
 

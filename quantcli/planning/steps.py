@@ -14,15 +14,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from quantcli import algorithms
-from quantcli.algorithms import options_of, recommended
+from quantcli.algorithms import ALGORITHMS, named, options_of, recommended
 from quantcli.core.scheme import Scheme
 from quantcli.errors import UsageError
 from quantcli.planning.recipe import Recipe
 from quantcli.system.text import suggestion
-
-TRANSFORMS = ("smoothquant", "awq")
-ROUNDINGS = ("rtn", "mse", "gptq", "awq", "autoround")
-FINAL = ("tune", "qat")
 
 
 @dataclass(frozen=True)
@@ -103,9 +99,10 @@ def parse_steps(given: Sequence[str | Mapping[str, Any]]) -> Steps:
     names = [step.name for step in steps]
     if len(set(names)) != len(names):
         raise UsageError(f"steps: {' + '.join(names)}: each algorithm can be there once.")
-    transforms = tuple(step for step in steps if step.name in TRANSFORMS)
-    roundings = [step for step in steps if step.name in ROUNDINGS and step.name not in TRANSFORMS]
-    final = tuple(step for step in steps if step.name in FINAL)
+    firsts, lasts = named("transform"), named("training")
+    transforms = tuple(step for step in steps if step.name in firsts)
+    final = tuple(step for step in steps if step.name in lasts)
+    roundings = [step for step in steps if step not in (*transforms, *final)]
     if len(roundings) > 1:
         raise UsageError(
             f"steps: {' + '.join(names)}: {roundings[0].name} and {roundings[1].name} both choose codes.",
@@ -113,23 +110,24 @@ def parse_steps(given: Sequence[str | Mapping[str, Any]]) -> Steps:
         )
     if len(final) > 1:
         raise UsageError(
-            f"steps: {' + '.join(names)}: qat learns scales, too.", hint=f"Keep one of {' and '.join(FINAL)}."
+            f"steps: {' + '.join(names)}: qat learns scales, too.", hint=f"Keep one of {' and '.join(lasts)}."
         )
     if steps != [*transforms, *roundings, *final]:
         raise UsageError(
             f"steps: {' + '.join(names)}: this order makes no sense.",
-            hint=f"{', '.join(TRANSFORMS)} come first, then one of {', '.join(ROUNDINGS)}, then one of "
-            f"{', '.join(FINAL)}.",
+            hint=f"{', '.join(firsts)} come first, then one of {', '.join(named('rounding', 'calibrated rounding'))}, "
+            f"then one of {', '.join(lasts)}.",
         )
     rounding = roundings[0] if roundings else None
-    if rounding is None and transforms and transforms[-1].name == "awq":
+    if rounding is None and transforms and ALGORITHMS[transforms[-1].name].is_rounding:
         rounding = transforms[-1]
     return Steps(transforms, rounding, final)
 
 
 def training_step(recipe: Recipe) -> Step | None:
     """The step of a recipe that trains, or None."""
-    return next((step for step in parse_steps(named_steps(recipe)).final if step.name == "qat"), None)
+    final = parse_steps(named_steps(recipe)).final
+    return next((step for step in final if "training" in algorithms.algorithm(step.name).NEEDS), None)
 
 
 def _step(given: str | Mapping[str, Any]) -> Step:

@@ -245,7 +245,7 @@ class BlockEngine:
         observed = _counted(calls, _part(report, 0.0, _OBSERVED))
         stats = observe(block, observed, layers, self._needs(layers))
         release_freed()
-        if self._transforms.names:
+        if self._transforms.steps:
             self._transforms.apply(block, layers, calls[0], stats)
         rounded = _part(report, _OBSERVED, _ROUNDED)
         coded = round_block(block, layers, calls, targets, stats, self.plan, self.seed + index, rounded)
@@ -257,7 +257,7 @@ class BlockEngine:
             layer = self._by_name[info.name]
             if info.name in outcome.coded:
                 continue
-            if layer.is_coded:
+            if layer.has_codes:
                 outcome.coded[info.name] = round_unobserved(values.detach().cpu(), layer, self.plan)
             else:
                 outcome.plain[info.name] = values.detach().cpu().to(torch_dtype(layer.dtype)).float()
@@ -295,7 +295,7 @@ def _counted(calls: Sequence[Call], report: Tick | None) -> Iterator[Call]:
 
 def linear_layers(skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:
     """Layers that get codes and are linear modules of the model, by the module's name."""
-    coded = {layer.info.name: layer for layer in plan.layers if layer.is_coded}
+    coded = {layer.info.name: layer for layer in plan.layers if layer.has_codes}
     found = {}
     for parameter, info in skeleton.parameters().items():
         path = module_of(parameter)

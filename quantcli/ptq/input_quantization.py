@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantcli.algorithms.base import LinearStats
 from quantcli.algorithms.smoothquant import fake_quantized_inputs
 from quantcli.core.numerics import choose_qparams
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import QuantizedTensor
 from quantcli.errors import InputError
 from quantcli.planning.plan import LayerPlan
-from quantcli.ptq.observe import LinearStats
 from quantcli.ptq.rounding import Coded
 
 #: A symmetric int8 scale times this is the largest magnitude that it covers.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantcli.algorithms.base import LinearStats
 from quantcli.algorithms.gptq import add_hessian
 from quantcli.blocks.calls import Call
 from quantcli.errors import InputError
@@ -23,33 +23,6 @@ _CHUNK_TOKENS = 4096
 #: Its multiples, modulo one, spread evenly over 0..1 however many there are: tokens picked by them are spread evenly
 #: too, but not in step with the length of a sequence, whose first token is often unlike all others.
 _GOLDEN = 0.6180339887498949
-
-
-@dataclass
-class LinearStats:
-    """The inputs of a linear layer, or of several that are given the same.
-
-    ``tokens``: how many were seen, or some of them where nothing else was asked for. The others are None where they
-    were not asked for, or where no token was seen:
-
-    - ``gram``: float32 ``[columns, columns]``, the sum of x x^T.
-    - ``absmax``: float32 ``[columns]``, the largest magnitude of each channel. ``mean_abs``: the mean magnitude.
-    - ``sample``: float32 ``[tokens, columns]``, at most `SAMPLE_TOKENS` of them, in order.
-    """
-
-    tokens: int = 0
-    gram: Tensor | None = None
-    absmax: Tensor | None = None
-    mean_abs: Tensor | None = None
-    sample: Tensor | None = None
-
-    def divide(self, scale: Tensor) -> None:
-        """Make these the statistics of inputs divided by ``scale``, float32 ``[columns]``, positive."""
-        if self.gram is not None:
-            self.gram.div_(scale).div_(scale.unsqueeze(1))
-        for each in (self.absmax, self.mean_abs, self.sample):
-            if each is not None:
-                each.div_(scale)
 
 
 def observe(

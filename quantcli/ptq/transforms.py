@@ -7,20 +7,21 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from quantcli.algorithms import awq, smoothquant
+from quantcli import algorithms
+from quantcli.algorithms.base import LinearStats, Readers
 from quantcli.blocks.calls import Call
 from quantcli.core.dtypes import torch_dtype
 from quantcli.core.scheme import Scheme
 from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.planning.steps import Step
 from quantcli.ptq.folds import Fold, apply_fold, find_folds, holds, matrix
-from quantcli.ptq.observe import LinearStats
 
 
 class Transforms:
     """The transforms of a plan, block after block."""
 
     def __init__(self, plan: Plan) -> None:
-        self.names = [step.name for step in plan.steps.transforms]
+        self.steps = plan.steps.transforms
         self._scale_dtype = torch_dtype(plan.scale_dtype)
         self._known: dict[str, list[Fold]] = {}
 
@@ -36,9 +37,9 @@ class Transforms:
             stats: what was observed of the layers' inputs.
         """
         folds = self._folds(block, layers, call)
-        for name in self.names:
+        for step in self.steps:
             for fold in folds:
-                self._fold(name, block, fold, layers, stats)
+                self._fold(step, block, fold, layers, stats)
 
     def _folds(self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call) -> list[Fold]:
         # A trial runs the block some twenty times, and blocks that are built alike mostly are folded alike.
@@ -51,7 +52,7 @@ class Transforms:
 
     def _fold(
         self,
-        name: str,
+        step: Step,
         block: nn.Module,
         fold: Fold,
         layers: Mapping[str, LayerPlan],
@@ -63,23 +64,13 @@ class Transforms:
         if not observed.tokens or any(stats[target] is not observed for target in targets):
             return
         weights = [matrix(block.get_submodule(target)).detach() for target in targets]
-        scale = self._chosen(name, observed, weights, [_scheme(layers[target]) for target in targets], fold)
+        schemes = [_scheme(layers[target]) for target in targets]
+        readers = Readers(observed, weights, schemes, self._scale_dtype, partial(_tied, fold))
+        scale = algorithms.transform(step.name).input_scale(readers, step.options)
         if bool((scale == 1).all()):
             return
         apply_fold(block, fold, fold.largest(scale))
         observed.divide(scale)
-
-    def _chosen(
-        self, name: str, observed: LinearStats, weights: list[Tensor], schemes: list[Scheme], fold: Fold
-    ) -> Tensor:
-        if name == "smoothquant":
-            assert observed.absmax is not None and observed.sample is not None
-            tie = partial(_tied, fold, mean=False)
-            return smoothquant.choose_scale(observed.absmax, observed.sample, weights, schemes, tie)
-        assert observed.gram is not None and observed.mean_abs is not None
-        tie = partial(_tied, fold, mean=True)
-        formats = [scheme.weights for scheme in schemes]
-        return awq.choose_scale(observed.gram, observed.mean_abs, weights, formats, self._scale_dtype, tie)
 
 
 def _scheme(layer: LayerPlan) -> Scheme:

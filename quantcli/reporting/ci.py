@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantcli.reporting.report import Report, Table
+from quantcli.system.files import whole_file
 
 
 def write_markdown(tables: Sequence[Table], report: Report, path: Path | None) -> None:
@@ -19,7 +20,8 @@ def write_markdown(tables: Sequence[Table], report: Report, path: Path | None) -
         parts += ["### Warnings", "", *(f"- {warning}" for warning in report.warnings), ""]
     text = "\n".join(parts)
     if path is not None:
-        path.write_text(text, encoding="utf-8")
+        with whole_file(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     if summary:
         with Path(summary).open("a", encoding="utf-8") as stream:
             stream.write(text)
@@ -45,4 +47,5 @@ def write_junit(report: Report, path: Path) -> None:
         suite.add_testcase(case)
     document = JUnitXml()
     document.add_testsuite(suite)
-    document.write(str(path), pretty=True)
+    with whole_file(path) as unfinished:
+        document.write(str(unfinished), pretty=True)

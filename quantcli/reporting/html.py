@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
 from quantcli.errors import MissingExtraError
 from quantcli.reporting.report import Report, Table
 from quantcli.reporting.training_plot import COLOURS, training_svg
+from quantcli.system.files import whole_file
 from quantcli.version import __version__
 
 #: Colours of the plot in the dark.
@@ -165,19 +165,5 @@ def _figure(plot: str) -> Iterator[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a whole file or none; through links, and straight into what is no file, such as /dev/stdout."""
-    target = path.resolve()
-    content = text.encode("utf-8", "replace")
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        if target.exists() and not target.is_file():
-            target.write_bytes(content)
-            return
-        partial.write_bytes(content)
-        partial.replace(target)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(text.encode("utf-8", "replace"))

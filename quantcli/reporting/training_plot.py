@@ -126,8 +126,8 @@ def _metric(curve: Sequence[Mapping[str, Any]]) -> str | None:
 
 def _points(curve: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
     """Steps and values where there is a finite value."""
-    found = [(point["step"], point[name]) for point in curve if _finite(point.get(name))]
-    return [step for step, _ in found], [value for _, value in found]
+    points = [(point["step"], point[name]) for point in curve if _finite(point.get(name))]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _finite(value: float | None) -> bool:

@@ -58,8 +58,8 @@ class Child:
         if status:
             lines = (folder / "stderr.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise ChildFailedError(status, lines[-1] if lines else "it said nothing")
-        found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        return found
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return result
 
     def stop(self) -> None:
         """End what is still running, and release what it holds."""

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantcli.errors import InputError, UsageError
@@ -50,10 +50,22 @@ def require_space(target: Path, nbytes: int) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that appears under its own name only once it is whole; after an error, not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Where to write a file that appears under its own name only once it is whole; after an error, not at all.
+
+    Through links, and straight into what is no file, such as /dev/stdout. An OSError names ``path``.
+    """
+    target = path.resolve()
+    is_special = target.exists() and not target.is_file()
+    unfinished = target if is_special else target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         yield unfinished
-        unfinished.replace(path)
+        if not is_special:
+            unfinished.replace(target)
+    except OSError as error:
+        if error.filename == str(unfinished):
+            error.filename = str(path)
+        raise
     finally:
-        unfinished.unlink(missing_ok=True)
+        if not is_special:
+            with suppress(OSError):  # where nothing could be written, there is nothing to clear away
+                unfinished.unlink(missing_ok=True)

@@ -6,12 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantcli.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def lookup(table: Mapping[str, str], kind: str, name: str) -> Any:

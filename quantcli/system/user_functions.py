@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import InputError
+from quantcli.system.text import first_line
 
 #: On Windows C:model is a path, relative to the current folder of drive C.
 _HAS_DRIVES = os.name == "nt"
@@ -21,10 +22,10 @@ _SPEC = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)")
 
 def is_function(spec: str) -> bool:
     """Whether a text names a function rather than a path. A path that exists is always a path."""
-    found = _SPEC.fullmatch(spec)
-    if not found or Path(spec).exists():
+    match = _SPEC.fullmatch(spec)
+    if not match or Path(spec).exists():
         return False
-    return not _HAS_DRIVES or len(found[1]) > 1
+    return not _HAS_DRIVES or len(match[1]) > 1
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -34,10 +35,10 @@ def load_function(spec: str) -> Callable[..., Any]:
         InputError: it is not named as ``package.module:function``, its module is missing or fails, or holds no
             such function.
     """
-    found = _SPEC.fullmatch(spec)
-    if not found:
+    match = _SPEC.fullmatch(spec)
+    if not match:
         raise InputError(f"{spec} does not name a function.", "Write it as package.module:function.")
-    module_name, function_name = found.groups()
+    module_name, function_name = match.groups()
     with _current_folder_importable():
         try:
             module = importlib.import_module(module_name)
@@ -71,9 +72,8 @@ def _import_failure(spec: str, module_name: str, error: Exception) -> InputError
             f"There is no module {error.name}, which {spec} names.",
             "It is looked for in the current folder and where Python finds its packages.",
         )
-    text = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    return InputError(f"{module_name} cannot be imported: {reason.rstrip('.')}.")
+    reason = f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
+    return InputError(f"{module_name} cannot be imported: {reason}.")
 
 
 def _functions(module: Any) -> list[str]:

@@ -184,7 +184,7 @@ class CheckpointTraining:
         info = self.skeleton.info(name)
         values = self.skeleton.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape)
         layer = self._layers[info.name]
-        if layer.is_coded:
+        if layer.has_codes:
             return decoded(round_unobserved(values.float(), layer, self.plan).tensor).reshape(info.shape)
         return values.to(torch_dtype(layer.dtype)).float()
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.algorithms.qat import Options as QatOptions
-from quantcli.data.request import Calibration
 from quantcli.planning.recipe import Recipe
 from quantcli.system.progress import Progress, say
 from quantcli.training.data import TrainingData, train
@@ -30,15 +29,17 @@ DEFAULTS = Defaults(epochs=5, batch_size=64, learning_rate=0.02, scale_learning_
 _PARTS = 10_000
 
 
-def fingerprint(recipe: Recipe, model: OnnxModel, samples: Samples, given: Calibration, device: str) -> str:
-    """Hash of all that decides what a training becomes."""
+def fingerprint(
+    recipe: Recipe, model: OnnxModel, samples: Samples, statistics: Path | None, seed: int, device: str
+) -> str:
+    """Hash of all that decides what a training becomes; ``statistics`` is a STATS file."""
     identity = {
         "quantcli": __version__,
         "recipe": recipe.model_dump(),
         "model": model.sha256(),
         "data": samples.sha256,
-        "statistics": hashlib.sha256(given.stats.read_bytes()).hexdigest() if given.stats else None,
-        "seed": given.seed,
+        "statistics": hashlib.sha256(statistics.read_bytes()).hexdigest() if statistics else None,
+        "seed": seed,
         "device": device,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()

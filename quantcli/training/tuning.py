@@ -168,7 +168,7 @@ class ModelTuning:
         info = self.skeleton.info(name)
         values = self.skeleton.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape)
         layer = self._layers[info.name]
-        return values if layer.is_coded else values.to(torch_dtype(layer.dtype)).float()
+        return values if layer.has_codes else values.to(torch_dtype(layer.dtype)).float()
 
     def run(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.algorithms import autoround, mse, rtn
-from quantcli.algorithms.autoround import SCALE_RANGE, Options, Rounding
+from quantcli.algorithms.autoround import SCALE_RANGE, LearnedRounding, Options
 from quantcli.blocks.calls import Call
 from quantcli.core.numerics import code_range, decoded, in_groups
 from quantcli.core.scheme import Granularity, NumberFormat
@@ -116,7 +116,7 @@ def test_a_step_follows_the_straight_through_gradient(form: NumberFormat) -> Non
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(6, 32, generator=generator)
     start = initial(weight, form)
-    rounding = Rounding.start(weight, form, torch.float32)
+    rounding = LearnedRounding.start(weight, form, torch.float32)
     groups = in_groups(weight, form)
     offset, factor = torch.zeros_like(groups), torch.ones_like(start.scale.unsqueeze(-1))
     for step in range(20):
@@ -137,7 +137,7 @@ def test_a_step_follows_the_straight_through_gradient(form: NumberFormat) -> Non
 @pytest.mark.parametrize("limit", SCALE_RANGE)
 def test_scales_and_offsets_keep_within_their_limits(limit: float) -> None:
     generator = torch.Generator().manual_seed(4)
-    rounding = Rounding.start(torch.randn(16, 64, generator=generator), INT4, torch.float32)
+    rounding = LearnedRounding.start(torch.randn(16, 64, generator=generator), INT4, torch.float32)
     rounding.factor.fill_(limit)
     rounding.offset.fill_(0.5)
     for _ in range(3):
@@ -150,7 +150,7 @@ def test_scales_and_offsets_keep_within_their_limits(limit: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_codes_decode_to_the_weight_that_was_learned(form: NumberFormat, dtype: torch.dtype) -> None:
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
-    rounding = Rounding.start(weight, form, dtype)
+    rounding = LearnedRounding.start(weight, form, dtype)
     for step in range(5):
         rounding.learn(torch.randn(6, 32, generator=torch.Generator().manual_seed(step)), 0.05)
     tensor = rounding.tensor(weight.shape)

@@ -117,11 +117,12 @@ def subject(folder: Path) -> Path:
 
 def calibration_ids(model: Path, text: Path, folder: Path) -> Path:
     """The very windows that quantcli takes of a text, for peers."""
+    from quantcli.data.request import DataRequest
     from quantcli.data.samples import load_samples
     from quantcli.models.inputs import hugging_face_ports
 
     ports = hugging_face_ports(model, vision=False)
-    samples = load_samples(str(text), ports, folder=model, samples=SEQUENCES, seq_len=TOKENS)
+    samples = load_samples(DataRequest(str(text), SEQUENCES, TOKENS), ports, folder=model)
     rows = [torch.from_numpy(sample.inputs["input_ids"]) for sample in samples]
     assert len(rows) == SEQUENCES
     path = folder / "windows.safetensors"

@@ -15,13 +15,13 @@ from quantcli.blocks import batches
 from quantcli.blocks.batches import CalibrationBatches, load_batches
 from quantcli.blocks.model import hugging_face
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.data.request import Calibration
+from quantcli.data.request import DataRequest
 from quantcli.errors import InputError
 
 
 def load(folder: Path, data: Path, **options: object) -> CalibrationBatches:
     model = hugging_face(open_checkpoint(folder))
-    return load_batches(model, Calibration(data=str(data), **options))  # type: ignore[arg-type]
+    return load_batches(model, DataRequest(str(data), **options))  # type: ignore[arg-type]
 
 
 def shapes(found: CalibrationBatches, name: str = "input_ids") -> list[tuple[int, ...]]:

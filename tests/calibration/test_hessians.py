@@ -13,6 +13,7 @@ import pytest
 from support.graphs import model, node, normal, prepared, run
 
 from quantcli.calibration.hessians import CollectedHessians, collect_hessians
+from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.errors import InputError
 from quantcli.onnx.graph.model import open_onnx
@@ -88,7 +89,7 @@ class Collected:
         graph = prepare(opened)
         scheme = options.pop("scheme", "int8")
         self.plan: GraphPlan = resolve_graph(Recipe(scheme=scheme, algorithm="gptq"), graph, opened.path)
-        self.samples: Samples = load_samples(str(folder / "data.npz"), opened.inputs, folder=None)
+        self.samples: Samples = load_samples(DataRequest(str(folder / "data.npz")), opened.inputs, folder=None)
         self.folder = folder / "hessians"
         self.calls: list[tuple[int, int]] = []
         self.found: CollectedHessians = collect_hessians(

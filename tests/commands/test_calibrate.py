@@ -21,6 +21,7 @@ from quantcli.calibration.statistics import CalibrationStats
 from quantcli.cli.app import main
 from quantcli.commands.calibrate import collect
 from quantcli.commands.convert import convert
+from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.errors import InputError, UsageError
 from quantcli.models.source import model_sha256
@@ -65,7 +66,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def samples_of(model: Path, data: Path) -> Samples:
-    return load_samples(str(data), open_onnx(model).inputs, folder=None)
+    return load_samples(DataRequest(str(data)), open_onnx(model).inputs, folder=None)
 
 
 def same(left: CalibrationStats, right: CalibrationStats) -> bool:

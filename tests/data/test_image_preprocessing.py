@@ -13,6 +13,7 @@ from PIL import Image
 
 from quantcli.core.ports import Port
 from quantcli.data.image_preprocessing import Preprocess, load_preprocess
+from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.errors import InputError, UsageError
 
@@ -35,7 +36,7 @@ def folder_of(root: Path, **classes: int) -> Path:
 def load(data: Path, ports: tuple[Port, ...] = ANY, text: str = "rescale: 1", **options: Any) -> Samples:
     file = data.parent / "preprocess.yaml"
     file.write_text(text)
-    return load_samples(str(data), ports, folder=None, preprocess=file, **options)
+    return load_samples(DataRequest(str(data), preprocess=file, **options), ports, folder=None)
 
 
 @pytest.mark.parametrize(

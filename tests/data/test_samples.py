@@ -15,6 +15,7 @@ import pytest
 from support.tokenizers import tokenizer
 
 from quantcli.core.ports import Port
+from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, batches, load_samples
 from quantcli.errors import InputError, UsageError
 
@@ -25,7 +26,8 @@ RNG = np.random.default_rng(3)
 
 
 def load(data: object, ports: tuple[Port, ...] = IMAGE, **options: Any) -> Samples:
-    return load_samples(str(data), ports, folder=options.pop("folder", None), **options)
+    folder = options.pop("folder", None)
+    return load_samples(DataRequest(str(data), **options), ports, folder=folder)
 
 
 def arrays(samples: Samples, name: str = "image") -> np.ndarray:

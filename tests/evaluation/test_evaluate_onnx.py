@@ -18,7 +18,7 @@ import quantcli
 from quantcli.cli.app import main
 from quantcli.errors import InputError, UsageError
 from quantcli.evaluation.tasks.embedding import Embedding
-from quantcli.evaluation.tasks.fidelity import FidelityTask
+from quantcli.evaluation.tasks.fidelity import Fidelity
 
 N = 50
 USER = """
@@ -211,7 +211,7 @@ def test_embeddings_pool_where_there_are_tokens_and_flatten_where_not() -> None:
 def test_fidelity_reports_the_worst_output_and_reads_probabilities() -> None:
     good, bad = np.array([[0.5, 0.25, 0.25]], np.float32), np.array([[0.25, 0.5, 0.25]], np.float32)
     hidden = np.ones((1, 3), np.float32)
-    score = FidelityTask("M")
+    score = Fidelity("M")
     score.add({}, None, {"probabilities": bad, "hidden": hidden}, {"probabilities": good, "hidden": hidden})
     metrics = score.metrics()
     assert metrics["kl_nats"] == pytest.approx(0.25 * math.log(2))

@@ -13,7 +13,8 @@ import torch
 import transformers as tf
 from safetensors.torch import save_file
 
-from quantcli.errors import InputError, MissingExtraError
+from quantcli.data.request import DataRequest
+from quantcli.errors import InputError
 from quantcli.export import export, source
 from quantcli.export.export import export_to_onnx
 from quantcli.models.session import Session
@@ -186,7 +187,9 @@ def test_data_gives_inputs_and_free_axes(code: str, tmp_path: Path) -> None:
 
 def test_data_from_a_path(code: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", image=np.ones((3, 1, 8, 8), np.float32))
-    session = Session(export_to_onnx(f"{code}:silent", tmp_path / "new" / "folder", data="data.npz").path, threads=1)
+    session = Session(
+        export_to_onnx(f"{code}:silent", tmp_path / "new" / "folder", data=DataRequest("data.npz")).path, threads=1
+    )
     assert session.inputs[0].shape == ("batch", 1, 8, 8)
 
 
@@ -273,10 +276,3 @@ def test_a_folder_quantized_in_a_way_that_is_not_read(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="is quantized as fp8, which quantcli does not read"):
         export_to_onnx(tmp_path, tmp_path / "out")
-
-
-def test_a_missing_exporter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = export.importlib.util.find_spec
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    with pytest.raises(MissingExtraError, match=r"onnxscript.*quantcli\[export\]"):
-        export_to_onnx(tmp_path, tmp_path)

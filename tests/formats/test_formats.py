@@ -27,7 +27,7 @@ from quantcli.core.dtypes import TORCH_NAMES, torch_dtype
 from quantcli.core.scheme import PRESETS, Granularity, NumberFormat, Scheme
 from quantcli.core.tensors import QuantizedTensor, TensorSpec
 from quantcli.formats import awq, bitsandbytes, compressed_tensors, gptq, safetensors
-from quantcli.formats.base import CodedFormat, Format
+from quantcli.formats.base import Format, QuantizedFormat
 from quantcli.formats.module_patterns import module_patterns
 
 TENSOR, CHANNEL, GROUP = Granularity("tensor"), Granularity("channel"), Granularity("group", 12)
@@ -52,7 +52,7 @@ RAISED = [
 INT4_GROUPS = [Scheme(NumberFormat("int4", GROUP, symmetric)) for symmetric in (True, False)]
 
 UNGROUPED = [scheme for scheme in [*PACKED, *WITH_INPUTS] if scheme.weights.granularity != GROUP]
-CASES: list[tuple[CodedFormat, Scheme, tuple[int, int]]] = [
+CASES: list[tuple[QuantizedFormat, Scheme, tuple[int, int]]] = [
     *((compressed_tensors, scheme, (13, 36)) for scheme in PACKED),
     *((compressed_tensors, scheme, (13, 37)) for scheme in UNGROUPED),
     *((gptq, scheme, (24, 48)) for scheme in RAISED),
@@ -76,7 +76,7 @@ def dequantized(tensor: QuantizedTensor) -> Tensor:
     return restored.reshape(tensor.shape)
 
 
-def row_ranges(form: CodedFormat, shape: tuple[int, ...], scheme: Scheme) -> list[tuple[int, int]]:
+def row_ranges(form: QuantizedFormat, shape: tuple[int, ...], scheme: Scheme) -> list[tuple[int, int]]:
     """Ranges of a few rows that cut no block."""
     step = 5 if form.STORAGE.by_rows else shape[0]
     if scheme.weights.granularity.kind == "block":
@@ -85,7 +85,9 @@ def row_ranges(form: CodedFormat, shape: tuple[int, ...], scheme: Scheme) -> lis
     return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
-def stored_layer(form: CodedFormat, tensor: QuantizedTensor, scheme: Scheme, dtype: str = "F32") -> dict[str, Tensor]:
+def stored_layer(
+    form: QuantizedFormat, tensor: QuantizedTensor, scheme: Scheme, dtype: str = "F32"
+) -> dict[str, Tensor]:
     """All tensors of a layer named ``weight``, its codes written slab by slab, the last one first."""
     name = form.codes_name("weight", scheme)
     spec = form.layout("weight", tensor.shape, scheme, dtype)[name]
@@ -100,7 +102,7 @@ def stored_layer(form: CodedFormat, tensor: QuantizedTensor, scheme: Scheme, dty
 
 
 @each_case
-def test_codes_round_trip_in_slabs(form: CodedFormat, scheme: Scheme, shape: tuple[int, int]) -> None:
+def test_codes_round_trip_in_slabs(form: QuantizedFormat, scheme: Scheme, shape: tuple[int, int]) -> None:
     tensor = quantized(shape, scheme)
     stored = stored_layer(form, tensor, scheme)[form.codes_name("weight", scheme)]
     data = stored.reshape(-1).view(torch.uint8)
@@ -113,7 +115,7 @@ def test_codes_round_trip_in_slabs(form: CodedFormat, scheme: Scheme, shape: tup
 
 @each_scale_dtype
 @each_case
-def test_scales_round_trip(form: CodedFormat, scheme: Scheme, shape: tuple[int, int], dtype: str) -> None:
+def test_scales_round_trip(form: QuantizedFormat, scheme: Scheme, shape: tuple[int, int], dtype: str) -> None:
     tensor = quantized(shape, scheme, dtype)
     stored = form.encode_scales("weight", tensor, scheme, dtype)
     scale, zero_point = form.decode_scales("weight", shape, scheme, stored.__getitem__)
@@ -131,7 +133,7 @@ def test_scales_round_trip(form: CodedFormat, scheme: Scheme, shape: tuple[int, 
 
 @each_scale_dtype
 @each_case
-def test_layout_is_what_is_written(form: CodedFormat, scheme: Scheme, shape: tuple[int, int], dtype: str) -> None:
+def test_layout_is_what_is_written(form: QuantizedFormat, scheme: Scheme, shape: tuple[int, int], dtype: str) -> None:
     tensor = quantized(shape, scheme, dtype)
     layout = form.layout("weight", shape, scheme, dtype)
     name = form.codes_name("weight", scheme)
@@ -221,7 +223,7 @@ def unpacked(packed: Tensor, bits: int, order: list[int]) -> Tensor:
 
 @pytest.mark.parametrize(("form", "scheme", "shape"), [case for case in CASES if not case[0].STORAGE.by_rows], ids=str)
 def test_transposed_formats_store_what_their_definition_says(
-    form: CodedFormat, scheme: Scheme, shape: tuple[int, int]
+    form: QuantizedFormat, scheme: Scheme, shape: tuple[int, int]
 ) -> None:
     tensor = quantized(shape, scheme, "F16")
     stored = stored_layer(form, tensor, scheme, "F16")
@@ -275,7 +277,7 @@ def test_gptq_never_gets_a_zero_point_that_it_cannot_store(dtype: str) -> None:
     ],
 )  # fmt: skip
 def test_shapes_that_do_not_fit_have_a_reason(
-    form: CodedFormat, scheme: Scheme, shape: tuple[int, int], reason: str | None
+    form: QuantizedFormat, scheme: Scheme, shape: tuple[int, int], reason: str | None
 ) -> None:
     found = form.fits(shape, scheme)
     assert found is None if reason is None else reason in (found or "")

@@ -139,7 +139,7 @@ def test_transposed_conv1d_is_carried_by_nf4_alone(models: Path) -> None:
 def test_tensors_that_are_left_say_why(name: str, shape: tuple[int, ...], reason: str) -> None:
     plan = plan_of(infos(LINEAR | {name: shape}))
     assert layer(plan, name).reason == reason
-    assert not layer(plan, name).is_coded
+    assert not layer(plan, name).has_codes
 
 
 def test_integers_are_copied() -> None:

@@ -17,8 +17,10 @@ from quantcli.errors import UsageError
 from quantcli.planning.plan import Plan, quantization_config
 from quantcli.planning.recipe import validate
 from quantcli.planning.resolve import resolve
-from quantcli.planning.targets import for_target
-from quantcli.planning.targets.base import CHECKED
+from quantcli.planning.targets import for_target, onnxruntime, serving
+from quantcli.planning.targets import transformers as rules_of_transformers
+
+CHECKED = {**rules_of_transformers.CHECKED, **serving.CHECKED, **onnxruntime.CHECKED}
 
 Shapes = dict[str, tuple[int, ...]]
 

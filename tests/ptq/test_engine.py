@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from quantcli import convert
 from quantcli.algorithms import gptq, mse
+from quantcli.algorithms.base import LinearStats
 from quantcli.blocks import batches
 from quantcli.cli.app import main
 from quantcli.conversion.checkpoint import calibrated
@@ -29,7 +30,6 @@ from quantcli.core.scheme import Granularity, NumberFormat
 from quantcli.errors import UsageError
 from quantcli.planning.recipe import Recipe
 from quantcli.ptq import engine
-from quantcli.ptq.observe import LinearStats
 from quantcli.reporting.report import Report
 
 pytestmark = pytest.mark.usefixtures("no_runtime_check", "one_thread", "small_batches")

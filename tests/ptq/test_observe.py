@@ -11,9 +11,10 @@ import torch
 from support.plain_blocks import recorded
 from torch import Tensor, nn
 
+from quantcli.algorithms.base import LinearStats
 from quantcli.blocks.calls import Call
 from quantcli.errors import InputError
-from quantcli.ptq.observe import LinearStats, observe
+from quantcli.ptq.observe import observe
 
 WIDTH = 24
 ALL = frozenset({"gram", "absmax", "mean_abs", "sample"})

@@ -198,11 +198,12 @@ def feeds(path: Path) -> Iterator[dict[str, np.ndarray]]:
 
 def sentences(text: Path, model: Path, tokenizer: Path, count: int) -> list[dict[str, np.ndarray]]:
     """The samples that quantcli takes of a text, for others to run on: token ids ``[1, at most 128]``."""
+    from quantcli.data.request import DataRequest
     from quantcli.data.samples import load_samples
     from quantcli.onnx.graph.model import open_onnx
 
     ports = open_onnx(model).inputs
     return [
         sample.inputs
-        for sample in load_samples(str(text), ports, folder=tokenizer, samples=count, seq_len=LENGTH)
+        for sample in load_samples(DataRequest(str(text), count, LENGTH), ports, folder=tokenizer)
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantcli.algorithms.qat import Options as QatOptions
 from quantcli.core.ports import Port
+from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.errors import InputError, UsageError
 from quantcli.planning.steps import parse_steps
@@ -211,7 +212,7 @@ def test_a_loss_that_does_not_exist(losses: None) -> None:
 def samples(folder: Path, ports: tuple[Port, ...] = PORTS, count: int = 10, labels: object = None) -> Samples:
     arrays = {"x": random(count, 4).numpy()} | ({} if labels is None else {"labels": np.asarray(labels)})
     np.savez(folder / "data.npz", **arrays)
-    return load_samples(str(folder / "data.npz"), ports, folder=None)
+    return load_samples(DataRequest(str(folder / "data.npz")), ports, folder=None)
 
 
 def test_batches_are_of_the_samples_asked_for_in_order(tmp_path: Path) -> None:
@@ -259,14 +260,14 @@ def generators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def test_a_function_that_yields_fewer_the_second_time(generators: None) -> None:
-    given = load_samples("own_samples:dry", PORTS, folder=None)
+    given = load_samples(DataRequest("own_samples:dry"), PORTS, folder=None)
     with pytest.raises(InputError, match="own_samples:dry gave 7 of 10 samples the second time") as caught:
         TrainingData(given, torch.device("cpu"))
     assert "the same samples each time" in (caught.value.hint or "")
 
 
 def test_samples_of_one_shape_go_together(generators: None) -> None:
-    data = TrainingData(load_samples("own_samples:ragged", TOKENS, folder=None), torch.device("cpu"))
+    data = TrainingData(load_samples(DataRequest("own_samples:ragged"), TOKENS, folder=None), torch.device("cpu"))
     found = list(data.batches(range(8)))
     assert [each.numbers for each in found] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert [each.inputs["ids"].shape for each in found] == [(4, 3), (4, 4)]
@@ -274,7 +275,7 @@ def test_samples_of_one_shape_go_together(generators: None) -> None:
 
 def test_sequences_with_a_mask_are_padded_into_one_batch(generators: None) -> None:
     ports = (*TOKENS, Port("attention_mask", INT64, ("n", "length")))
-    data = TrainingData(load_samples("own_samples:masked", ports, folder=None), torch.device("cpu"))
+    data = TrainingData(load_samples(DataRequest("own_samples:masked"), ports, folder=None), torch.device("cpu"))
     (found,) = data.batches([1, 2])
     assert found.inputs["ids"].tolist() == [[1, 1, 1, 1], [2, 2, 2, 0]]
     assert found.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]

@@ -26,7 +26,7 @@ from quantcli.core.manifest import FINGERPRINT_KEY
 from quantcli.core.numerics import error_powers, in_groups
 from quantcli.core.tensors import QuantizedTensor
 from quantcli.data.fingerprint import fingerprint
-from quantcli.data.request import Calibration
+from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.planning.resolve import resolve
@@ -66,7 +66,7 @@ class CalibratedWork:
         self,
         checkpoint: Checkpoint,
         plan: Plan,
-        given: Calibration,
+        request: DataRequest,
         *,
         function: str | None = None,
         device: str,
@@ -74,14 +74,14 @@ class CalibratedWork:
     ) -> None:
         """Get ready. The checkpoint is a Hugging Face folder, or holds the weights of the module of ``function``."""
         check_device(device)
-        self.checkpoint, self.plan, self.given, self.device = checkpoint, plan, given, device
+        self.checkpoint, self.plan, self.request, self.device = checkpoint, plan, request, device
         model = plain_module(function, checkpoint) if function else hugging_face(checkpoint)
         self._function, self._model, self.skeleton = function, model, model.skeleton
         self.history: History | None = None
-        self.data: CalibrationBatches = load_batches(model, given, trains=self._trains)
+        self.data: CalibrationBatches = load_batches(model, request, trains=self._trains)
         linear = linear_layers(self.skeleton, plan)
         self._blocks = find_blocks(self.skeleton.module, linear, plan.recipe.blocks)
-        model.require_own_weights(self._blocks, {layer.info.name for layer in plan.layers if layer.is_coded})
+        model.require_own_weights(self._blocks, {layer.info.name for layer in plan.layers if layer.has_codes})
         inside = self.names()
         seen = {layer.info.name for layer in linear.values()} & inside
         unseen = {layer.info.name for layer in plan.quantized if layer.scheme and layer.scheme.is_static} - seen
@@ -124,7 +124,7 @@ class CalibratedWork:
     def fingerprint(self) -> dict[str, Any]:
         """What of the data, and of how it goes through the model, decides the output."""
         function = {"function": self._function} if self._function else {}
-        return {"data_sha256": self.data.samples.sha256, "seed": self.given.seed, "device": self.device} | function
+        return {"data_sha256": self.data.samples.sha256, "seed": self.request.seed, "device": self.device} | function
 
     def manifest(self) -> dict[str, Any]:
         """Entries of the manifest that tell of the data: hashes and counts, no path and no text."""
@@ -163,7 +163,7 @@ class CalibratedWork:
             scratch=output.scratch,
             memory_limit=self._hidden_bytes,
             device=self.device,
-            seed=self.given.seed,
+            seed=self.request.seed,
             tick=lambda done: output.tick(share * done),
         )
         artifact = open_checkpoint(output.folder) if output.results else None
@@ -197,7 +197,7 @@ class CalibratedWork:
             self._blocks,
             self._written(output),
             self.data.samples,
-            seed=self.given.seed,
+            seed=self.request.seed,
             device=self.device,
             checkpoint=output.scratch / "training.pt",
             tick=lambda done: output.tick(1 - _TRAINING + _TRAINING * done),
@@ -238,7 +238,7 @@ class CalibratedWork:
         coded, plain = self._written(output)
         options = self.plan.steps.options("tune")
         tuning = ModelTuning(self.skeleton, self.plan, self._blocks, coded, plain, options)
-        seed = self.given.seed
+        seed = self.request.seed
         tuned = tuning.run(self.data.batches, teacher, seed, lambda done: output.tick(_BLOCKS + _TUNE * done))
         self.skeleton.drop()
         output.scratch.mkdir(parents=True, exist_ok=True)
@@ -252,7 +252,7 @@ class CalibratedWork:
         artifact = open_checkpoint(output.folder)
         for name, values in load_file(learned).items():
             layer = self._by_name[name]
-            if not layer.is_coded:
+            if not layer.has_codes:
                 output.record(name, place_values(layer, values, output.destinations))
                 continue
             tensor = replace(read_codes(layer, self.plan, artifact), scale=values)
@@ -280,7 +280,7 @@ class CalibratedWork:
         outcome = BlockOutcome(path)
         for name in names:
             layer = self._by_name[name]
-            if layer.is_coded:
+            if layer.has_codes:
                 outcome.coded[name] = Coded(read_codes(layer, self.plan, artifact), results[name].algorithm)
             else:
                 outcome.plain[name] = artifact.load(name).float()

@@ -13,14 +13,13 @@ from quantcli import formats
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.positional import PositionalFile
 from quantcli.checkpoint.safetensors import build_header
-from quantcli.core.dtypes import NUMBER_OF_DTYPE
+from quantcli.core.dtypes import TORCH_NAMES
 from quantcli.core.manifest import MANIFEST
 from quantcli.core.tensors import TensorSpec
 from quantcli.errors import UsageError
 from quantcli.planning.plan import LayerPlan, Plan, quantization_config
 
 INDEX = "model.safetensors.index.json"
-_TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 #: Room in a single file's header for what a layer's manifest entry gains once its error is known.
 _RESERVE_PER_LAYER = 400
 _RESERVE = 4096
@@ -72,7 +71,7 @@ class Layout:
         if original is None:
             return None
         config = copy.deepcopy(dict(original))
-        dtype = _TORCH_NAMES[NUMBER_OF_DTYPE[plan.dtype]]
+        dtype = TORCH_NAMES[plan.dtype]
         for key in ("dtype", "torch_dtype"):
             if key in config:
                 config[key] = dtype
@@ -129,8 +128,8 @@ def plan_layout(plan: Plan, checkpoint: Checkpoint, target: Path) -> Layout:
 def _layer_specs(layer: LayerPlan, plan: Plan) -> dict[str, TensorSpec]:
     if layer.dropped:
         return {}
-    if layer.is_coded and layer.scheme is not None:
-        form = formats.coded_format(plan.format)
+    if layer.has_codes and layer.scheme is not None:
+        form = formats.quantized_format(plan.format)
         return form.layout(layer.info.name, layer.matrix_shape, layer.scheme, plan.scale_dtype)
     return {layer.info.name: TensorSpec(layer.dtype, layer.info.shape)}
 

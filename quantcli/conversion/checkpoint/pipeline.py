@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quantcli.algorithms import default_rounding
+from quantcli.algorithms import default_rounding, needs_no_data
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.hugging_face import companions
@@ -244,7 +244,7 @@ class Conversion:
 
 def _without_data(layer: LayerPlan) -> LayerPlan:
     """A layer outside the blocks: what an algorithm of the chain would need is not known of it."""
-    if layer.scheme is None or not layer.is_coded or layer.algorithm in (None, "rtn", "mse"):
+    if layer.scheme is None or not layer.has_codes or needs_no_data(layer.algorithm):
         return layer
     return replace(layer, algorithm=default_rounding(layer.scheme.weights))
 
@@ -262,7 +262,7 @@ def worker_count(plan: Plan, threads: int | None, max_memory: int | None, held: 
     largest = max(plan.layers, key=working_set_bytes)
     each = working_set_bytes(largest) + held
     # A scale in float32 for every 16 values is the most there is.
-    scales = max((layer.info.numel // 4 for layer in plan.layers if layer.is_coded), default=0)
+    scales = max((layer.info.numel // 4 for layer in plan.layers if layer.has_codes), default=0)
     fitting = (max_memory - BASE_MEMORY_BYTES - scales) // max(1, each)
     if fitting < 1:
         needed = format_bytes(BASE_MEMORY_BYTES + scales + each)

@@ -17,10 +17,11 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.quantized import CodedCheckpoint, CodedWeight, open_coded
 from quantcli.checkpoint.roles import classify, original_dtype
+from quantcli.core.dtypes import DTYPE_OF_TORCH_NAME, NUMBER_OF_DTYPE
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import UsageError
-from quantcli.formats.base import CodedFormat
+from quantcli.formats.base import QuantizedFormat
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.requantization import refuse_wishes
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from quantcli.training.loop import History
 
     pass
-
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def decoded_view(checkpoint: Checkpoint) -> Checkpoint:
@@ -77,7 +76,7 @@ class Carrier:
         """Carry every layer over that is not in the output's results yet."""
         from quantcli.conversion.checkpoint.writer import place_codes
 
-        layers = [layer for layer in self.plan.layers if layer.is_coded and layer.info.name not in output.results]
+        layers = [layer for layer in self.plan.layers if layer.has_codes and layer.info.name not in output.results]
         done = count(1)
 
         def carry(layer: LayerPlan) -> None:
@@ -97,7 +96,7 @@ class _Planner:
         name = recipe.format or ""
         if not hasattr(formats.output_format(name), "STORAGE"):
             raise UsageError(f"The format {name} holds no codes.", "Use --scheme bf16 to turn them into values.")
-        self.form: CodedFormat = formats.coded_format(name)
+        self.form: QuantizedFormat = formats.quantized_format(name)
         if name == coded.form.NAME:
             raise UsageError(f"The model is stored as {name} already.")
         self.roles = classify(checkpoint.infos(), checkpoint.config)
@@ -166,8 +165,8 @@ class _Planner:
 
     def _dtype(self) -> str:
         config = self.checkpoint.config or {}
-        declared = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
-        return declared or original_dtype(self.coded.rest)
+        declared = DTYPE_OF_TORCH_NAME.get(str(config.get("dtype") or config.get("torch_dtype")))
+        return declared if declared in NUMBER_OF_DTYPE else original_dtype(self.coded.rest)
 
     def _layer(self, info: TensorInfo, scheme: Scheme | None) -> LayerPlan:
         role = self.roles[info.name]

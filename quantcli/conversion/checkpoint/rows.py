@@ -12,6 +12,7 @@ from quantcli.conversion.checkpoint.layout import Layout, plan_layout
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.resolve import resolve
+from quantcli.planning.rules import full_label
 from quantcli.reporting.report import LayerRow, ModelRow, Report
 
 if TYPE_CHECKING:
@@ -54,15 +55,12 @@ def conversion_report(
 
 def _layer_row(layer: LayerPlan, layout: Layout, result: LayerResult | None) -> LayerRow:
     after = sum(spec.nbytes for spec in layout.layer_specs[layer.info.name].values())
-    label = layer.label if layer.scheme else None
-    if layer.scheme and layer.scheme.weights.granularity.kind in ("group", "block"):
-        label = f"{layer.label} {layer.scheme.weights.granularity}"
     reason = layer.reason or (result.note or None if result else None)
     if layer.reason and layer.dtype != layer.info.dtype:
         reason = f"{reason}; cast {layer.info.dtype} to {layer.dtype}"
     return LayerRow(
         layer.info.name,
-        label,
+        full_label(layer.label, layer.scheme),
         layer.info.nbytes,
         after,
         result.sqnr_db if result else None,

@@ -69,7 +69,7 @@ class LayerJob:
     def run_slab(self, index: int) -> LayerResult | None:
         """Convert one slab; the one that completes the layer also writes its scales and returns the result."""
         start, stop = self.slabs[index]
-        result = self._coded(start, stop) if self.layer.is_coded else self._plain(start, stop)
+        result = self._coded(start, stop) if self.layer.has_codes else self._plain(start, stop)
         with self._lock:
             self._results[index] = result
             if len(self._results) < len(self.slabs):
@@ -119,7 +119,7 @@ class LayerJob:
         scheme = self.layer.scheme
         assert scheme is not None and self.layer.algorithm is not None
         weights, dtype = scheme.weights, torch_dtype(self.plan.scale_dtype)
-        form, algorithm = formats.coded_format(self.plan.format), algorithms.rounding(self.layer.algorithm)
+        form, algorithm = formats.quantized_format(self.plan.format), algorithms.rounding(self.layer.algorithm)
         self._reserve_scales(weights)
         rows = self._matrix(start, stop)
         elements = rows.numel() if weights.granularity.kind == "tensor" else CHUNK_ELEMENTS
@@ -184,12 +184,12 @@ class LayerJob:
         noise = sum(result.noise for result in ordered)
         outcome = LayerResult([result.checksum for result in ordered], signal=signal, noise=noise)
         scheme = self.layer.scheme
-        if not self.layer.is_coded or scheme is None:
+        if not self.layer.has_codes or scheme is None:
             return outcome
         no_codes = torch.empty(0, dtype=torch.int8)
         zero_point = self._zero_point if self._zero_point.numel() else None
         tensor = QuantizedTensor(no_codes, self._scale, zero_point, self.layer.matrix_shape, scheme.weights)
-        form = formats.coded_format(self.plan.format)
+        form = formats.quantized_format(self.plan.format)
         others = form.encode_scales(self.layer.info.name, tensor, scheme, self.plan.scale_dtype)
         for name, part in others.items():
             self._write(name, 0, tensor_bytes(part))
@@ -217,7 +217,7 @@ class LayerJob:
                 hint="Repair the weight, or leave it out of the file.",
             )
         raise InputError(
-            f"{name} has values too large for {self.plan.scale_dtype if self.layer.is_coded else self.layer.dtype}: "
+            f"{name} has values too large for {self.plan.scale_dtype if self.layer.has_codes else self.layer.dtype}: "
             "they would become infinite.",
             hint="Use bf16, which has the range of fp32 (--scheme bf16, or --rest bf16)."
             if self.plan.scale_dtype == self.plan.dtype

@@ -12,8 +12,8 @@ from quantcli.calibration.hessians import collect_hessians
 from quantcli.calibration.statistics import CalibrationStats
 from quantcli.conversion.onnx.source import Source
 from quantcli.data.fingerprint import fingerprint
-from quantcli.data.request import Calibration
-from quantcli.models.source import subject_sha256
+from quantcli.data.request import DataRequest
+from quantcli.models.source import source_sha256
 from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.judge import without_inputs, without_outliers
 from quantcli.onnx.plan.placement import place
@@ -36,46 +36,39 @@ class Gathered:
     warnings: tuple[str, ...]
 
 
-def load(source: Source, calibration: Calibration, *, trains: bool) -> Samples | None:
+def load(source: Source, data: DataRequest | None, *, trains: bool) -> Samples | None:
     """The samples that the user gave, if any; a training takes all of them.
 
     Raises:
         InputError: they are missing, damaged or do not suit the model.
     """
-    if calibration.data is None:
+    if data is None:
         return None
     from quantcli.data.samples import load_samples
 
-    return load_samples(
-        calibration.data,
-        source.model.inputs,
-        folder=source.subject.folder,
-        tokenizer=calibration.tokenizer,
-        preprocess=calibration.preprocess,
-        samples=calibration.samples or (None if trains else DEFAULT_SAMPLES),
-        seq_len=calibration.seq_len,
-        seed=calibration.seed,
-    )
+    request = data.at_most(None if trains else DEFAULT_SAMPLES)
+    return load_samples(request, source.model.inputs, folder=source.subject.folder)
 
 
 def gather(
     source: Source,
     graph: ir.Model,
     plan: GraphPlan,
-    calibration: Calibration,
+    stats: Path | None,
     samples: Samples | None,
+    seed: int,
     folder: Path,
     progress: Progress | None,
 ) -> Gathered:
     """Take the statistics and Hessians that a plan needs; layers that they speak against are planned otherwise.
 
     ``graph`` is the one that the plan was made for, and is left as it is. Statistics are taken from ``samples`` unless
-    ``calibration`` names those of an earlier `calibrate`; Hessians are kept in ``folder``.
+    ``stats`` holds those of an earlier `calibrate`; Hessians are kept in ``folder``.
 
     Raises:
         InputError: statistics are another model's, the graph cannot be run, or nothing is left to be quantized.
     """
-    statistics = _statistics(source, graph, plan, calibration, samples, progress)
+    statistics = _statistics(source, graph, plan, stats, samples, seed, progress)
     if statistics is not None:
         plan = without_outliers(plan, statistics)
         require_work(plan, source.model.path)
@@ -97,20 +90,21 @@ def _statistics(
     source: Source,
     graph: ir.Model,
     plan: GraphPlan,
-    calibration: Calibration,
+    stats: Path | None,
     samples: Samples | None,
+    seed: int,
     progress: Progress | None,
 ) -> CalibrationStats | None:
     # Static layers need ranges; the biases of other convolutions profit from the means of what they read.
     static = plan.of_mode("static")
     read = [node.data for node in plan.of_mode("weights") if node.node.op_type == "Conv"]
-    if not static and not (read and (samples or calibration.stats)):
+    if not static and not (read and (samples or stats)):
         return None
-    sha256 = subject_sha256(source.subject)
-    if calibration.stats is not None:
-        statistics = CalibrationStats.load(calibration.stats)
+    sha256 = source_sha256(source.subject)
+    if stats is not None:
+        statistics = CalibrationStats.load(stats)
         statistics.require_model(sha256)
         return statistics
     assert samples is not None
     observed = None if static else list(dict.fromkeys(name for name in read if name))
-    return collect(graph, samples, observed, model_sha256=sha256, seed=calibration.seed, progress=progress)
+    return collect(graph, samples, observed, model_sha256=sha256, seed=seed, progress=progress)

@@ -20,7 +20,7 @@ from quantcli.conversion.onnx.source import Source, open_source, planned_graph
 from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import FINGERPRINT_KEY, MANIFEST, MANIFEST_KEY
 from quantcli.data.fingerprint import fingerprint
-from quantcli.data.request import Calibration
+from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.models.kernels import prove
 from quantcli.onnx.graph.model import OnnxModel, constants, onnx_file
@@ -30,6 +30,7 @@ from quantcli.onnx.rewrite.four_bit_storage import store_in_four_bits
 from quantcli.onnx.rewrite.transform import transform
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.steps import training_step
+from quantcli.planning.targets import require_onnx
 from quantcli.reporting.report import Report
 from quantcli.system.files import check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
@@ -55,7 +56,8 @@ class _Job:
     model: str
     output: Path
     recipe: Recipe
-    calibration: Calibration
+    data: DataRequest | None
+    statistics: Path | None
     weights: Path | None
     device: str
     dry_run: bool
@@ -77,7 +79,8 @@ def convert_onnx(
     model: str | Path,
     output: Path,
     recipe: Recipe,
-    calibration: Calibration,
+    data: DataRequest | None,
+    statistics: Path | None,
     *,
     weights: Path | None = None,
     device: str = "cpu",
@@ -94,7 +97,7 @@ def convert_onnx(
         VerificationError: what was written is not what was meant.
     """
     started = time.monotonic()
-    job = _Job(str(model), output, recipe, calibration, weights, device, dry_run, force, progress)
+    job = _Job(str(model), output, recipe, data, statistics, weights, device, dry_run, force, progress)
     _check_request(job)
     with open_staging(output) as staging:
         if not job.trains:
@@ -121,14 +124,15 @@ def convert_onnx(
 
 def _convert(job: _Job, staging: Staging) -> Report:
     """The stages of a conversion, inside the staging folder."""
-    source = open_source(job.model, job.weights, job.recipe, job.calibration, staging.root / "export")
+    source = open_source(job.model, job.weights, job.recipe, job.data, staging.root / "export")
     graph, plan = planned_graph(source.model, job.recipe, source.codes)
     _require_data(job, plan)
     if job.dry_run:
         return _estimate(job, source, plan)
-    samples = load(source, job.calibration, trains=job.trains)
+    samples = load(source, job.data, trains=job.trains)
     calibrating = samples.spread(DEFAULT_SAMPLES) if samples is not None and job.trains else samples
-    gathered = gather(source, graph, plan, job.calibration, calibrating, staging.root / "hessians", job.progress)
+    folder, seed = staging.root / "hessians", job.data.seed if job.data else 0
+    gathered = gather(source, graph, plan, job.statistics, calibrating, seed, folder, job.progress)
     weights_before = sum(tensor.nbytes for tensor in constants(graph))
     unquantized = graph.clone() if job.trains else None
     with torch_threads():
@@ -171,9 +175,7 @@ def _check_request(job: _Job) -> None:
     """
     if job.recipe.format not in (None, "onnx"):
         raise UsageError(f"An ONNX model cannot be written as {job.recipe.format}.", "Leave --format out.")
-    runtime, _ = job.recipe.runtime
-    if runtime not in (None, "onnxruntime"):
-        raise UsageError(f"{runtime} does not load ONNX.", "Use --target onnxruntime, or another format.")
+    require_onnx(job.recipe)
     source, may_replace = Path(job.model), job.force or job.dry_run
     if not is_function(job.model):
         if not source.exists():
@@ -193,16 +195,15 @@ def _refuse_to_overwrite(built: Path, output: Path) -> None:
 
 def _require_data(job: _Job, plan: GraphPlan) -> None:
     """Raise UsageError where a plan, or a training, needs data that is not given."""
-    given = job.calibration
-    if plan.of_mode("static") and not (given.stats or given.data):
+    if plan.of_mode("static") and not (job.statistics or job.data):
         raise UsageError(
             f"{plan.scheme} needs the ranges of activations.",
             "Give --data DATA to take them now, or --calibration STATS from quantcli calibrate.",
         )
-    if job.trains and not given.data:
+    if job.trains and not job.data:
         raise UsageError("qat learns from data.", "Name some with --data; nothing is fetched or made up.")
-    if plan.needs_inputs and not given.data:
-        why = "STATS hold the ranges of activations alone." if given.stats else None
+    if plan.needs_inputs and not job.data:
+        why = "STATS hold the ranges of activations alone." if job.statistics else None
         raise UsageError("gptq needs calibration data: give --data.", why)
 
 
@@ -228,15 +229,17 @@ def _train(
     from quantcli.training.onnx import train_layers
 
     step = training_step(job.recipe)
-    assert step is not None
-    staging.begin(training_fingerprint(job.recipe, model, samples, job.calibration, job.device), force=job.force)
+    assert step is not None and job.data is not None
+    seed = job.data.seed
+    identity = training_fingerprint(job.recipe, model, samples, job.statistics, seed, job.device)
+    staging.begin(identity, force=job.force)
     return train_layers(
         unquantized,
         quantized,
         outcomes,
         samples,
         step.options,
-        seed=job.calibration.seed,
+        seed=seed,
         device=job.device,
         checkpoint=staging.checkpoint,
         progress=job.progress,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome, tensor_info
+from quantcli.planning.rules import full_label
 from quantcli.reporting.report import LayerRow
 
 if TYPE_CHECKING:
@@ -18,11 +19,8 @@ def layer_rows(outcomes: Sequence[LayerOutcome]) -> list[LayerRow]:
     rows = []
     labels: dict[str, set[str | None]] = {}
     for outcome in outcomes:
-        node, label = outcome.plan, None
-        if node.scheme is not None:
-            label = node.label
-            if node.scheme.weights.granularity.kind in ("group", "block"):
-                label = f"{label} {node.scheme.weights.granularity}"
+        node = outcome.plan
+        label = full_label(node.label, node.scheme)
         listed = labels.setdefault(node.name, set())
         if label in listed:
             continue

@@ -11,8 +11,8 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.quantized import is_quantized, open_coded
 from quantcli.conversion.onnx.repack import CheckpointCodes
-from quantcli.data.request import Calibration
-from quantcli.models.source import Subject, open_subject
+from quantcli.data.request import DataRequest
+from quantcli.models.source import ModelSource, open_model
 from quantcli.onnx.graph.model import OnnxModel, open_onnx
 from quantcli.onnx.graph.opset import upgrade
 from quantcli.onnx.graph.prepare import prepare
@@ -33,21 +33,21 @@ class Source:
     ``codes`` are those of a quantized checkpoint that are to be kept; ``origin`` is what its manifest said.
     """
 
-    subject: Subject
+    subject: ModelSource
     model: OnnxModel
     codes: CheckpointCodes | None
     origin: dict[str, Any] | None
     warnings: tuple[str, ...] = ()
 
 
-def open_source(model: str, weights: Path | None, recipe: Recipe, calibration: Calibration, folder: Path) -> Source:
+def open_source(model: str, weights: Path | None, recipe: Recipe, data: DataRequest | None, folder: Path) -> Source:
     """Open a model; export it into ``folder`` where it is none of ONNX.
 
     Raises:
         InputError: the model is missing, damaged, or cannot be exported.
         UsageError: it is quantized, and the recipe asks for what its codes cannot become.
     """
-    subject = open_subject(model, weights)
+    subject = open_model(model, weights)
     codes = origin = None
     if subject.checkpoint is not None and is_quantized(subject.checkpoint):
         codes, origin = _quantized(subject.checkpoint, recipe)
@@ -55,7 +55,7 @@ def open_source(model: str, weights: Path | None, recipe: Recipe, calibration: C
         return Source(subject, subject.onnx, codes, origin)
     from quantcli.export.export import export_to_onnx
 
-    exported = export_to_onnx(subject.path, folder, data=calibration.data, weights=subject.weights)
+    exported = export_to_onnx(subject.path, folder, data=data, weights=subject.weights)
     return Source(subject, open_onnx(exported.path), codes, origin, tuple(exported.warnings))
 
 

@@ -5,16 +5,32 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quantcli.core.ports import Port
-from quantcli.data.array_files import ArrayFile
+from quantcli.data.array_files import ARRAY_SUFFIXES, ArrayFile
 from quantcli.data.fitting import converted, labels_of, layouts, mismatch
+from quantcli.data.request import DataRequest
 from quantcli.data.sources.base import Sample, evenly, fixed_batch_of, hash_samples
 from quantcli.errors import InputError
 
-if TYPE_CHECKING:
-    pass
+DESCRIPTION, IS_TEXT = f"a {' or '.join(ARRAY_SUFFIXES)} file, a folder of those", False
+
+
+def accepts(data: str) -> bool:
+    """Whether DATA is such a file or folder."""
+    return bool(_array_files(Path(data)))
+
+
+def open_source(request: DataRequest, ports: Sequence[Port], folder: Path | None) -> ArraySource:
+    """Open every file once."""
+    path = Path(request.data)
+    return ArraySource(_array_files(path), ports, path)
+
+
+def _array_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(e for e in path.iterdir() if e.suffix in ARRAY_SUFFIXES and not e.name.startswith("."))
+    return [path] if path.suffix in ARRAY_SUFFIXES and path.is_file() else []
 
 
 class ArraySource:

@@ -1,4 +1,4 @@
-"""Where samples come from: arrays in files, images in folders, a function of the user's own."""
+"""What every source of samples offers, and what several of them need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from quantcli.data.text_files import spread
 from quantcli.errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
+
+    from quantcli.data.request import DataRequest
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +28,23 @@ class Sample:
     label: int | None = None
 
 
-class Source(Protocol):
-    """Where samples come from. ``fixed_batch``: the only number of samples that fits the model, or None."""
+class SourceKind(Protocol):
+    """A module of this package: one kind of DATA."""
+
+    #: How messages tell users of it.
+    DESCRIPTION: str
+    #: Whether it becomes tokens, so that ``--seq-len`` and ``--tokenizer`` apply.
+    IS_TEXT: bool
+
+    def accepts(self, data: str) -> bool:
+        """Whether DATA, a path or a function's name, is of this kind."""
+
+    def open_source(self, request: DataRequest, ports: Sequence[Port], folder: Path | None) -> SampleSource:
+        """Open it for a model with these inputs; ``folder`` is the model's. Raises InputError, UsageError."""
+
+
+class SampleSource(Protocol):
+    """Samples that can be chosen from. ``fixed_batch``: the only number of samples that fits the model, or None."""
 
     fixed_batch: int | None
     labels: bool
@@ -54,7 +73,7 @@ def hash_samples(samples: Iterable[Sample]) -> str:
 
 
 def evenly(available: int, wanted: int | None) -> Sequence[int]:
-    """Indices of at most ``wanted`` of so many samples."""
+    """Indices of at most ``wanted`` of so many samples, or of all."""
     return range(available) if wanted is None or wanted >= available else spread(available, wanted)
 
 
@@ -62,10 +81,15 @@ def fixed_batch_of(ports: Sequence[Port], forms: Mapping[str, Layout], where: st
     """How many samples a model takes at a time, as its inputs' first dimensions say; None: any number."""
     if "entries" in forms.values():
         return 1
-    fixed = {port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], int)}
+    fixed = batch_sizes(ports)
     if len(fixed) > 1:
         raise InputError(
             f"The first dimensions of the model's inputs differ ({', '.join(map(str, ports))}), so they count no "
             f"samples, and the arrays of {where} must have one axis more than the inputs."
         )
     return fixed.pop() if fixed else None
+
+
+def batch_sizes(ports: Sequence[Port]) -> set[int]:
+    """The numbers that inputs have for a first dimension, of those whose first dimension is a number."""
+    return {port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], int)}

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from quantcli.core.ports import Port
 from quantcli.data.array_files import LABELS
 from quantcli.data.fitting import Layout, converted, labels_of, layouts, mismatch
-from quantcli.data.sources.base import Sample, hash_samples
+from quantcli.data.request import DataRequest
+from quantcli.data.sources.base import Sample, batch_sizes, hash_samples
 from quantcli.errors import InputError
-from quantcli.system.user_functions import load_function
+from quantcli.system.user_functions import is_function, load_function
 
-if TYPE_CHECKING:
-    pass
+DESCRIPTION, IS_TEXT = "package.module:function", False
+
+
+def accepts(data: str) -> bool:
+    """Whether DATA names a function."""
+    return is_function(data)
+
+
+def open_source(request: DataRequest, ports: Sequence[Port], folder: Path | None) -> FunctionSource:
+    """Call the function once."""
+    return FunctionSource(request.data, ports, request.samples)
 
 
 class FunctionSource:
@@ -47,15 +58,15 @@ class FunctionSource:
 
     def choose(self, wanted: int | None, seed: int) -> Sequence[int]:
         """The first ones: there is no way to the others but through these."""
-        return range(self.count)
+        return range(min(self.count, wanted or self.count))
 
     def iterate(self, chosen: Sequence[int]) -> Iterator[Sample]:
         """The first samples."""
         return islice(self._samples(), len(chosen))
 
     def digest(self, chosen: Sequence[int]) -> str:
-        """Hash of the arrays of the first pass."""
-        return self._digest
+        """Hash of the arrays of the first pass, where these are all of them."""
+        return self._digest if len(chosen) == self.count else hash_samples(self.iterate(chosen))
 
     def _samples(self) -> Iterator[Sample]:
         try:
@@ -81,7 +92,7 @@ class FunctionSource:
                 raise mismatch(self._ports, arrays, where)
             single = "single" in forms.values()
             counts = {1 if single or not array.ndim else len(array) for array in arrays.values()}
-            sizes = {port.shape[0] for port in self._ports if port.shape and isinstance(port.shape[0], int)}
+            sizes = batch_sizes(self._ports)
             present = (port for port in self._ports if port.name in forms)
             inputs = {port.name: converted(arrays[port.name], port, where) for port in present}
             if len(counts) > 1:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from quantcli.core.ports import Port
 from quantcli.data.fitting import layouts
-from quantcli.data.image_preprocessing import Preprocess, open_image
+from quantcli.data.image_preprocessing import IMAGE_SUFFIXES, Preprocess, load_preprocess, open_image
+from quantcli.data.request import DataRequest
 from quantcli.data.sources.base import Sample, evenly, fixed_batch_of
 from quantcli.errors import InputError
 from quantcli.system.parallel import usable_cores
@@ -25,6 +26,34 @@ if TYPE_CHECKING:
 #: Of the images chosen, the share that may be unreadable.
 MAX_UNREADABLE = 0.01
 _NAMED = 3
+
+
+DESCRIPTION, IS_TEXT = "a folder of images", False
+
+
+def accepts(data: str) -> bool:
+    """Whether DATA is a folder with an image in it, or in a folder of a class."""
+    path = Path(data)
+    return path.is_dir() and any(any(_images(folder)) for folder in (*_folders(path), path))
+
+
+def open_source(request: DataRequest, ports: Sequence[Port], folder: Path | None) -> ImageSource:
+    """Find the files. Folders in the folder are classes where one of them holds an image."""
+    path = Path(request.data)
+    groups = [sorted(_images(each)) for each in _folders(path)]
+    labelled = any(groups)
+    preprocess = load_preprocess(request.preprocess, folder)
+    return ImageSource(groups if labelled else [sorted(_images(path))], labelled, ports, preprocess, path)
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    for entry in folder.iterdir():
+        if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file():
+            yield entry
 
 
 class ImageSource:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.core.ports import Port
 from quantcli.data.fitting import converted, layouts
+from quantcli.data.request import DataRequest
 from quantcli.data.sources.base import Sample, evenly, fixed_batch_of, hash_samples
-from quantcli.data.text_files import load_labelled_texts, token_windows
+from quantcli.data.text_files import TEXT_SUFFIXES, load_labelled_texts, token_windows
 from quantcli.errors import InputError, UsageError
-from quantcli.models import hugging_face
+from quantcli.system.user_functions import is_function
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
 _IDS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
 #: Tokens of a sample at the most, where nothing else says it.
 DEFAULT_LENGTH = 512
+
+
+DESCRIPTION, IS_TEXT = f"a {', '.join(TEXT_SUFFIXES)} file", True
+
+
+def accepts(data: str) -> bool:
+    """Whether DATA is named as a text file."""
+    return Path(data).suffix in TEXT_SUFFIXES and not Path(data).is_dir() and not is_function(data)
+
+
+def open_source(request: DataRequest, ports: Sequence[Port], folder: Path | None) -> TextSource:
+    """Read the text."""
+    return TextSource(request, ports, folder)
 
 
 class TextSource:
@@ -29,26 +43,25 @@ class TextSource:
 
     def __init__(
         self,
-        path: Path,
+        request: DataRequest,
         ports: Sequence[Port],
-        tokenizer: Path | None,
         folder: Path | None,
-        seq_len: int | None,
-        windows: bool | None,
-        samples: int | None,
     ) -> None:
+        from quantcli.models import hugging_face  # brings torch
+
+        path, seq_len = Path(request.data), request.seq_len
         if seq_len is not None and seq_len < 2:
             raise UsageError(f"--seq-len {seq_len}: at least two tokens are needed.")
         if not any(port.dtype.kind in "iu" for port in ports):
             listed = ", ".join(map(str, ports))
             raise InputError(f"{path} is text, and the model takes no tokens: {listed}.", "Give arrays or images.")
-        place = tokenizer or folder
-        if place is None or (tokenizer is None and not (place / "config.json").is_file()):
+        place = request.tokenizer or folder
+        if place is None or (request.tokenizer is None and not (place / "config.json").is_file()):
             raise InputError(f"{path} is text, and there is no tokenizer.", "Name one with --tokenizer FOLDER.")
         self.warnings: list[str] = []
         self._path, self._ports = path, ports
         config = next((each for each in (folder, place) if each and (each / "config.json").is_file()), None)
-        causal = hugging_face.is_causal(config) if windows is None and config else bool(windows)
+        causal = hugging_face.is_causal(config) if request.windows is None and config else bool(request.windows)
         self._fixed = _fixed_length(ports)
         longest = hugging_face.longest_sequence(config) if config else DEFAULT_LENGTH
         self._length = seq_len or self._fixed or min(DEFAULT_LENGTH, longest)
@@ -60,7 +73,7 @@ class TextSource:
         self._tokenizer = hugging_face.load_tokenizer(place)
         self._windows: np.ndarray | None = None
         if causal:
-            count = samples or sum(map(len, texts))
+            count = request.samples or sum(map(len, texts))
             self._windows = token_windows(self._tokenizer, texts, self._length, count, path).numpy()
         self._texts = texts
         first = self._arrays(0)

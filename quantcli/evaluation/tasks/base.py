@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from quantcli.core.ports import Arrays
 from quantcli.evaluation.metrics import Mean
 
-TASKS = ("auto", "classification", "language-modeling", "embedding", "fidelity")
-
-#: Metrics that a model has by itself, and those that compare it with the reference, by task.
-REFERENCE_METRICS = {
-    "classification": ("top1", "top1_se", "top5", "top5_se"),
-    "language-modeling": ("perplexity", "perplexity_se"),
-    "embedding": (),
-    "fidelity": (),
-}
-CANDIDATE_METRICS = {
-    "classification": ("argmax_agreement", "argmax_agreement_se"),
-    "language-modeling": ("kl_nats", "kl_nats_se", "top1_agreement", "top1_agreement_se"),
-    "embedding": ("cosine", "cosine_se", "cosine_min"),
-    "fidelity": ("sqnr_db", "cosine", "cosine_se", "kl_nats", "kl_nats_se", "argmax_agreement", "argmax_agreement_se"),
-}
+if TYPE_CHECKING:
+    from quantcli.models.source import ModelSource
 
 Metrics = dict[str, float | None]
 
 
 class Task(Protocol):
+    """A module of this package: what models are judged by."""
+
+    #: What ``--task`` and the report call it.
+    NAME: str
+    #: Metrics that a model has by itself; None where they are not known before they are measured.
+    METRICS: Sequence[str] | None
+    #: Metrics that compare a candidate with the reference.
+    CANDIDATE_METRICS: Sequence[str]
+    #: Samples where the user names no number; None for all.
+    DEFAULT_SAMPLES: int | None
+    #: How `quantcli.models.runner.open_runner` loads a Hugging Face folder: ``causal``, ``headed``.
+    LOADING: Mapping[str, bool]
+    #: Whether text is cut into windows of equal length, rather than one sample per line or record.
+    WINDOWS: bool
+    #: Whether every sample must have a label.
+    NEEDS_LABELS: bool
+
+    def scorer(self, model: ModelSource, reference: ModelSource) -> Scorer:
+        """What scores one model; the reference scores itself."""
+
+
+class Scorer(Protocol):
     """The metrics of one model in the making."""
 
     def add(self, feeds: Arrays, label: Any, outputs: Arrays, reference: Arrays | None) -> None:

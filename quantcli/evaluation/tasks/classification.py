@@ -11,6 +11,19 @@ from quantcli.errors import InputError
 from quantcli.evaluation.metrics import Mean
 from quantcli.evaluation.tasks.base import Metrics, with_error
 from quantcli.models.outputs import class_scores
+from quantcli.models.source import ModelSource
+
+NAME = "classification"
+METRICS = ("top1", "top1_se", "top5", "top5_se")
+CANDIDATE_METRICS = ("argmax_agreement", "argmax_agreement_se")
+DEFAULT_SAMPLES: int | None = None
+LOADING: dict[str, bool] = {"causal": False, "headed": True}
+WINDOWS, NEEDS_LABELS = True, True
+
+
+def scorer(model: ModelSource, reference: ModelSource) -> Classification:
+    """Counts right answers."""
+    return Classification(model.path)
 
 
 class Classification:

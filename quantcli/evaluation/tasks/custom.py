@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -10,7 +10,25 @@ from quantcli.core.ports import Arrays
 from quantcli.errors import InputError
 from quantcli.evaluation.tasks.base import Metrics
 from quantcli.models.outputs import floats
+from quantcli.models.source import ModelSource
 from quantcli.system.user_functions import load_function
+
+
+class CustomTask:
+    """A task whose metrics a function of the user's own returns. Models are seen as their config.json names them."""
+
+    METRICS: Sequence[str] | None = None
+    CANDIDATE_METRICS: Sequence[str] = ()
+    DEFAULT_SAMPLES: int | None = None
+    LOADING: Mapping[str, bool] = {"headed": True}
+    WINDOWS, NEEDS_LABELS = True, False
+
+    def __init__(self, spec: str) -> None:
+        self.NAME = spec
+
+    def scorer(self, model: ModelSource, reference: ModelSource) -> Custom:
+        """Collects outputs for the function."""
+        return Custom(model.path, self.NAME)
 
 
 class Custom:

@@ -11,9 +11,24 @@ from quantcli.core.ports import Arrays
 from quantcli.errors import InputError
 from quantcli.evaluation.metrics import Mean, cosine
 from quantcli.evaluation.tasks.base import Metrics, with_error
+from quantcli.models import hugging_face
 from quantcli.models.outputs import floats
+from quantcli.models.source import ModelSource
 
-#: Names of outputs that hold one vector per text, and parts of names that no class scores have.
+NAME = "embedding"
+METRICS = ()
+CANDIDATE_METRICS = ("cosine", "cosine_se", "cosine_min")
+DEFAULT_SAMPLES: int | None = 256
+LOADING: dict[str, bool] = {"causal": False}
+WINDOWS, NEEDS_LABELS = False, False
+
+
+def scorer(model: ModelSource, reference: ModelSource) -> Embedding:
+    """Compares vectors that are pooled as the reference's folder says."""
+    return Embedding(model.path, hugging_face.pooling_of(reference.folder) if reference.folder else "mean")
+
+
+#: Names of outputs that hold one vector per text.
 _EMBEDDINGS = ("sentence_embedding", "sentence_embeddings", "embeddings", "embedding")
 
 

@@ -10,15 +10,31 @@ import torch
 from torch import Tensor
 
 from quantcli.core.ports import Arrays
-from quantcli.evaluation.metrics import Divergence, Fidelity
+from quantcli.evaluation import metrics
 from quantcli.evaluation.tasks.base import Metrics
 from quantcli.models.outputs import is_classes, is_distribution, paired
+from quantcli.models.source import ModelSource
+
+NAME = "fidelity"
+METRICS = ()
+CANDIDATE_METRICS = (
+    "sqnr_db", "cosine", "cosine_se", "kl_nats", "kl_nats_se", "argmax_agreement", "argmax_agreement_se",
+)  # fmt: skip
+DEFAULT_SAMPLES: int | None = 64
+LOADING: dict[str, bool] = {}
+WINDOWS, NEEDS_LABELS = True, False
+
+
+def scorer(model: ModelSource, reference: ModelSource) -> Fidelity:
+    """Compares every output with the reference's."""
+    return Fidelity(model.path)
+
 
 #: Probabilities are not taken below this: a logarithm of zero compares with nothing.
 _LEAST_PROBABILITY = 1e-12
 
 
-class FidelityTask:
+class Fidelity:
     """Every floating-point output against the reference's, without labels.
 
     KL divergence and argmax agreement are taken of outputs that hold class scores: those named ``logits``,
@@ -28,8 +44,8 @@ class FidelityTask:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._fidelity: dict[str, Fidelity] = {}
-        self._divergence: dict[str, Divergence] = {}
+        self._fidelity: dict[str, metrics.Fidelity] = {}
+        self._divergence: dict[str, metrics.Divergence] = {}
 
     def add(self, feeds: Arrays, label: Any, outputs: Arrays, reference: Arrays | None) -> None:
         """One sample."""
@@ -38,11 +54,11 @@ class FidelityTask:
         for name, (ours, theirs) in paired(reference, outputs, self.name).items():
             if not ours.size:
                 continue
-            self._fidelity.setdefault(name, Fidelity()).add(torch.from_numpy(ours), torch.from_numpy(theirs))
+            self._fidelity.setdefault(name, metrics.Fidelity()).add(torch.from_numpy(ours), torch.from_numpy(theirs))
             if is_classes(name, ours):
                 probable = is_distribution(ours)
                 scores = (_logits(each, probable=probable) for each in (ours, theirs))
-                self._divergence.setdefault(name, Divergence()).add(*scores)
+                self._divergence.setdefault(name, metrics.Divergence()).add(*scores)
 
     def _of(self, name: str) -> Metrics:
         found = self._fidelity[name].metrics()

@@ -13,6 +13,19 @@ from quantcli.errors import InputError
 from quantcli.evaluation.metrics import Divergence, Perplexity, verdict
 from quantcli.evaluation.tasks.base import Metrics
 from quantcli.models.outputs import floats, shapes
+from quantcli.models.source import ModelSource
+
+NAME = "language-modeling"
+METRICS = ("perplexity", "perplexity_se")
+CANDIDATE_METRICS = ("kl_nats", "kl_nats_se", "top1_agreement", "top1_agreement_se")
+DEFAULT_SAMPLES: int | None = 64
+LOADING: dict[str, bool] = {"causal": True}
+WINDOWS, NEEDS_LABELS = True, False
+
+
+def scorer(model: ModelSource, reference: ModelSource) -> LanguageModeling:
+    """Sums up log-likelihoods and divergences."""
+    return LanguageModeling(model.path)
 
 
 class LanguageModeling:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.core.manifest import MANIFEST_KEY
 from quantcli.core.ports import Port
-from quantcli.errors import InputError, MissingExtraError
+from quantcli.errors import InputError
 from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
@@ -104,12 +104,9 @@ def open_onnx(path: Path) -> OnnxModel:
     Raises:
         InputError: the file is missing, is not ONNX, is truncated, is too old, or external data is missing,
             short, or lies outside the model's folder.
-        MissingExtraError: onnx-ir is not installed.
     """
-    try:
-        import onnx_ir as ir
-    except ImportError as error:
-        raise MissingExtraError("onnx-ir", "export", "Reading an ONNX model") from error
+    import onnx_ir as ir
+
     path = onnx_file(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")

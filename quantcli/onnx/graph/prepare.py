@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from quantcli.errors import InputError, MissingExtraError
+from quantcli.errors import InputError
 from quantcli.onnx.graph.fold import fold_affine
 from quantcli.onnx.graph.model import OnnxModel
 from quantcli.onnx.graph.operands import is_matrix_transpose
@@ -38,14 +38,11 @@ def prepare(model: OnnxModel, *, fold: bool = True) -> ir.Model:
     """A copy of the graph with functions inlined, constants folded, and with ``fold`` batch norm in the weights.
 
     Raises:
-        MissingExtraError: onnxscript is not installed.
         InputError: the graph is inconsistent.
     """
-    try:
-        from onnx_ir.passes import common
-        from onnxscript import optimizer
-    except ImportError as error:
-        raise MissingExtraError("onnxscript", "export", "Converting an ONNX model") from error
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
     try:
         graph_model = model.ir.clone()
         common.InlinePass()(graph_model)

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantcli.algorithms import default_rounding
+from quantcli.core.dtypes import DTYPE_OF_ONNX_NAME
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import Rounding, TensorInfo
 from quantcli.errors import InputError
@@ -198,7 +199,5 @@ def tensor_info(value: ir.Value, file: Path) -> TensorInfo:
     """A constant as the other checkpoints describe their tensors."""
     tensor = constant(value)
     assert tensor is not None
-    names: dict[str, Any] = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "DOUBLE": "F64"}
-    names |= {"INT8": "I8", "UINT8": "U8", "INT32": "I32", "INT64": "I64", "BOOL": "BOOL"}
-    dtype = names.get(tensor.dtype.name, tensor.dtype.name)
+    dtype = DTYPE_OF_ONNX_NAME.get(tensor.dtype.name, tensor.dtype.name)
     return TensorInfo(value.name or "", tuple(tensor.shape.numpy()), dtype, tensor.nbytes, file)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantcli import algorithms
-from quantcli.algorithms import default_rounding
+from quantcli.algorithms import ALGORITHMS, default_rounding
 from quantcli.core.scheme import PRESETS, Scheme
 from quantcli.errors import InputError, UsageError
 from quantcli.onnx.graph.operands import readers
@@ -24,16 +22,13 @@ from quantcli.onnx.plan.plan import (
     undecided,
     weighted_nodes,
 )
-from quantcli.planning.plan import matches
-from quantcli.planning.recipe import Recipe, Rule, build_scheme
+from quantcli.planning.recipe import Recipe, build_scheme
+from quantcli.planning.rules import SKIPPED, Rules, label_of, no_groups, require_support, scheme_asked_for
 from quantcli.planning.steps import Step, named_steps, parse_steps
 from quantcli.system.text import suggestion
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-#: What can choose the codes of a graph's weights.
-ONNX_ALGORITHMS = ("rtn", "mse", "gptq")
 
 #: Below this many values, codes and scales save nothing worth a node.
 _SMALLEST_WEIGHT = 256
@@ -49,11 +44,9 @@ def resolve_graph(recipe: Recipe, model: ir.Model, file: Path) -> GraphPlan:
     quantization = graph_quantization(model)
     if quantization:
         raise InputError(f"{file} is already quantized ({quantization}).", "Convert the original model instead.")
-    if recipe.scheme is None:
-        raise UsageError("No scheme is given.", f"Choose one with --scheme: {', '.join(PRESETS)}.")
-    scheme = build_scheme(recipe.scheme)
-    name = recipe.scheme if isinstance(recipe.scheme, str) else scheme.weights.dtype
-    plan = _Planner(recipe, scheme, name, model, file).plan()
+    wish = scheme_asked_for(recipe)
+    scheme = build_scheme(wish)
+    plan = _Planner(recipe, scheme, label_of(wish, scheme), model, file).plan()
     require_work(plan, file)
     return plan
 
@@ -66,33 +59,28 @@ class _Planner:
         step = _rounding_step(recipe)
         self.algorithm = step.name if step else "auto"
         self.damping = step.options.damping if step and step.name == "gptq" else None
-        self.rules = [*(Rule(match=glob, skip=True) for glob in recipe.skip), *recipe.rules]
+        self.rules = Rules(recipe)
 
     def plan(self) -> GraphPlan:
         pairs = list(weighted_nodes(self.model))
-        self._check_rules(pairs)
+        known = [value.name or "" for _, value in pairs][:20]
+        names = [name for pair in pairs for name in _names(*pair)]
+        self.rules.require_matches(names, lambda glob: suggestion(glob, known))
         nodes = tuple(self._rest(self._decide(node, value)) for node, value in pairs)
         warnings = counted(node.note for node in nodes)
         return GraphPlan(nodes, self.name, self.recipe, tuple(warnings), self.damping)
 
-    def _check_rules(self, pairs: Sequence[tuple[ir.Node, ir.Value]]) -> None:
-        for rule in self.rules:
-            for glob in rule.globs:
-                if not any(_means(glob, node, value) for node, value in pairs):
-                    known = [value.name or "" for _, value in pairs]
-                    raise UsageError(f"{glob!r} matches no layer.", suggestion(glob, known[:20]))
-
     def _decide(self, node: ir.Node, value: ir.Value) -> NodePlan:
         plan = undecided(node, value, self.file)
         info = plan.info
-        rule = next((rule for rule in self.rules if any(_means(glob, node, value) for glob in rule.globs)), None)
+        rule = self.rules.first(*_names(node, value))
         if rule and rule.skip:
-            return plan.left("skipped as asked")
+            return plan.left(SKIPPED)
         scheme, label = self.scheme, self.name
         note = None
         if rule and rule.scheme:
             scheme = build_scheme(rule.scheme)
-            label = rule.scheme if isinstance(rule.scheme, str) else scheme.weights.dtype
+            label = label_of(rule.scheme, scheme)
         elif scheme.weights.bits == 4 and _is_tied(value):
             scheme, note, label = PRESETS["int8"], f"int8 in place of {label}: the head reads the same table", "int8"
         plan = replace(plan, note=note)
@@ -104,10 +92,12 @@ class _Planner:
         if node.graph is not self.model.graph:
             return plan.left("inside a subgraph")
         wish = (rule.algorithm if rule else None) or self.algorithm
-        own = rule.group_size if rule else None
-        if own is None and (scheme == self.scheme or scheme.weights.granularity.kind in ("group", "block")):
-            own = self.recipe.group_size
-        return self._quantize(plan, scheme, label, wish, own)
+        size = self.rules.group_size(rule)
+        if size and scheme.weights.is_grouped:
+            scheme = scheme.with_group_size(size)
+        elif size and plan.role != "embedding" and (scheme == self.scheme or (rule and rule.group_size)):
+            raise no_groups(label, scheme)
+        return self._quantize(plan, scheme, label, wish)
 
     def _rest(self, plan: NodePlan) -> NodePlan:
         """Cast what is left, where the user says so."""
@@ -117,11 +107,7 @@ class _Planner:
             return plan
         return replace(plan, form="cast", scheme=PRESETS[rest], label=rest, reason=None, note=f"cast: {plan.reason}")
 
-    def _quantize(self, plan: NodePlan, scheme: Scheme, label: str, wish: str, group_size: int | None) -> NodePlan:
-        if group_size and scheme.weights.granularity.kind in ("group", "block"):
-            scheme = scheme.with_group_size(group_size)
-        elif group_size and plan.role != "embedding":
-            raise UsageError(f"--group-size does not apply to {label}, whose scales are per channel.")
+    def _quantize(self, plan: NodePlan, scheme: Scheme, label: str, wish: str) -> NodePlan:
         if scheme.inputs is not None and plan.role != "embedding":
             with_inputs = _in_form(plan, scheme, label)
             if with_inputs.form:
@@ -149,8 +135,7 @@ class _Planner:
         weights = plan.scheme.weights
         if wish == "auto":
             return replace(plan, algorithm=default_rounding(weights))
-        if (reason := algorithms.algorithm(wish).supports(weights)) is not None:
-            raise UsageError(f"The algorithm {wish} does not fit: {reason}.")
+        require_support(wish, weights)
         if wish != "gptq":
             return replace(plan, algorithm=wish)
         tensor = constant(plan.weight)
@@ -170,11 +155,13 @@ def _in_form(plan: NodePlan, scheme: Scheme, label: str) -> NodePlan:
 def _rounding_step(recipe: Recipe) -> Step | None:
     """The one algorithm that a recipe asks for, or None. Raises UsageError where it is not for ONNX."""
     steps = parse_steps(named_steps(recipe))
-    rules = (rule.algorithm for rule in recipe.rules if rule.algorithm)
-    for name in [*(step.name for step in steps.all if step.name != "qat"), *rules]:
-        if name in algorithms.ALGORITHMS and name not in (*ONNX_ALGORITHMS, "auto"):
-            known = ", ".join((*ONNX_ALGORITHMS, "qat"))
-            raise UsageError(f"The algorithm {name} does not work on ONNX graphs.", f"Choose among {known}.")
+    suited = [name for name, entry in ALGORITHMS.items() if entry.onnx]
+    rounding = [name for name in suited if ALGORITHMS[name].is_rounding]
+    rules = (rule.algorithm for rule in recipe.rules if rule.algorithm in ALGORITHMS)
+    stray = [step.name for step in steps.all if step.name not in suited] + [n for n in rules if n not in rounding]
+    if stray:
+        known = ", ".join(suited)
+        raise UsageError(f"The algorithm {stray[0]} does not work on ONNX graphs.", f"Choose among {known}.")
     return steps.rounding
 
 
@@ -188,6 +175,6 @@ def _is_tied(value: ir.Value) -> bool:
     return "Gather" in operators and bool(operators & {"MatMul", "Gemm"})
 
 
-def _means(glob: str, node: ir.Node, value: ir.Value) -> bool:
-    """Whether a glob means this layer: by its weight's name, its module's, or the node's."""
-    return matches(glob, value.name or "") or matches(glob, node.name or "")
+def _names(node: ir.Node, value: ir.Value) -> tuple[str, str]:
+    """What a glob can mean a layer by: the name of its weight, and of the node."""
+    return value.name or "", node.name or ""

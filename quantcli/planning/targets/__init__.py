@@ -1,25 +1,28 @@
-"""What runtimes load and run well: a plan that one would not take is refused before work."""
+"""What runtimes load and run well: a plan that one would not take is refused before work. One entry per runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
+from quantcli.core import plugins
+from quantcli.core.plugins import Entry
 from quantcli.errors import UsageError
-from quantcli.planning.plan import Plan
-from quantcli.planning.targets.base import CHECKED, Refusal, Target, no_checkpoint
-from quantcli.planning.targets.serving import (
-    every_left_layer_is_seen,
-    experts_left,
-    granularity,
-    heads,
-    inputs_of_experts,
-    one_scheme,
-    seen_as_declared,
-    unknown_format,
-    zero_points,
-)
-from quantcli.planning.targets.transformers import one_scheme_for_gptq, one_width_of_experts
+
+if TYPE_CHECKING:
+    from quantcli.planning.plan import Plan
+    from quantcli.planning.recipe import Recipe
+    from quantcli.planning.targets.base import Rules
+
+TARGETS: dict[str, Entry] = {
+    "transformers": Entry("quantcli.planning.targets.transformers", "Hugging Face transformers"),
+    "vllm": Entry("quantcli.planning.targets.serving", "vLLM"),
+    "sglang": Entry("quantcli.planning.targets.serving", "SGLang"),
+    "onnxruntime": Entry("quantcli.planning.targets.onnxruntime", "ONNX Runtime"),
+}
+
+#: Whose refusals are said as warnings where the user names no target.
+_DEFAULT = "transformers"
 
 
 def for_target(plan: Plan) -> Plan:
@@ -30,28 +33,26 @@ def for_target(plan: Plan) -> Plan:
     Raises:
         UsageError: the target would not load it, or not run it well.
     """
+    from quantcli.planning.targets.base import Target
+
     runtime, version = plan.recipe.runtime
-    target = Target(runtime or "transformers", version)
-    refusals = [refusal for rule in RULES if (refusal := rule(plan, target))]
+    rules = _rules(runtime or _DEFAULT)
+    checked = rules.CHECKED[runtime or _DEFAULT]
+    target = Target(runtime or _DEFAULT, version, checked)
+    refusals = [refusal for rule in rules.RULES if (refusal := rule(plan, target))]
     if runtime and refusals:
         first = refusals[0]
-        raise UsageError(f"--target {plan.recipe.target}: {first.reason} (checked on {CHECKED[runtime]}).", first.hint)
-    said = [f"In transformers: {refusal.reason} (checked on {CHECKED['transformers']})." for refusal in refusals]
+        raise UsageError(f"--target {plan.recipe.target}: {first.reason} (checked on {checked}).", first.hint)
+    said = [f"In {target.name}: {refusal.reason} (checked on {checked})." for refusal in refusals]
     return replace(plan, warnings=tuple(dict.fromkeys([*plan.warnings, *said])))
 
 
-#: In the order in which they are asked.
-RULES: tuple[Callable[[Plan, Target], Refusal | None], ...] = (
-    no_checkpoint,
-    unknown_format,
-    experts_left,
-    inputs_of_experts,
-    zero_points,
-    granularity,
-    one_scheme,
-    one_width_of_experts,
-    one_scheme_for_gptq,
-    seen_as_declared,
-    every_left_layer_is_seen,
-    heads,
-)
+def require_onnx(recipe: Recipe) -> None:
+    """Raise UsageError where a recipe's target does not load ONNX."""
+    runtime, _ = recipe.runtime
+    if runtime and not _rules(runtime).LOADS_ONNX:
+        raise UsageError(f"{runtime} does not load ONNX.", "Use --target onnxruntime, or another format.")
+
+
+def _rules(runtime: str) -> Rules:
+    return cast("Rules", plugins.load(TARGETS, "target", runtime))

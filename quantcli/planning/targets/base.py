@@ -4,41 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from quantcli import formats
 from quantcli.checkpoint.roles import module_of
 from quantcli.core.scheme import Scheme
-from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.planning.plan import LayerPlan, Plan, quantization_config
+from quantcli.planning.rules import rule_matches
 from quantcli.planning.targets.fused import scheme_of
+from quantcli.system.text import listed
 
-#: The releases that the rules below were checked on.
-CHECKED = {
-    "transformers": "transformers 5.23.0",
-    "vllm": "vLLM 0.33.0",
-    "sglang": "SGLang 0.5.23",
-    "onnxruntime": "onnxruntime 1.32",
-}
 #: Since then experts are one parameter per layer in transformers.
 FUSED_EXPERTS = "5"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime, and its version where the user named one."""
+    """A runtime, its version where the user named one, and the release that its rules were ``checked`` on."""
 
     runtime: str
-    version: str | None = None
-
-    @property
-    def is_fusing(self) -> bool:
-        """Whether it serves models with layers of its own, several of the checkpoint's in one."""
-        return self.runtime in ("vllm", "sglang")
+    version: str | None
+    checked: str
 
     @property
     def name(self) -> str:
         """As its makers write it."""
-        return CHECKED[self.runtime].split()[0]
+        return self.checked.split()[0]
 
     def is_before(self, version: str) -> bool:
         """Whether an older version than this one was named."""
@@ -53,11 +44,61 @@ class Refusal:
     hint: str
 
 
-def no_checkpoint(plan: Plan, target: Target) -> Refusal | None:
-    """ONNX is all that onnxruntime takes."""
-    if target.runtime != "onnxruntime":
+class Rules(Protocol):
+    """What a target's module holds.
+
+    ``RULES``: in the order in which they are asked; the first refusal is the one that is told. ``CHECKED``: by the
+    runtime's name, the release that they were checked on, begun with the name as its makers write it.
+    """
+
+    RULES: tuple[Callable[[Plan, Target], Refusal | None], ...]
+    CHECKED: Mapping[str, str]
+    LOADS_ONNX: bool
+
+
+def heads_of_embeddings(plan: Plan, target: Target) -> Refusal | None:
+    """A rule for a head that is the embedding."""
+    for rule in plan.recipe.rules if quantization_config(plan) else ():
+        meant = [layer for layer in plan.layers if rule_matches(rule, [layer.info.name])]
+        if rule.scheme and not rule.skip and meant and all(layer.role == "tied head" for layer in meant):
+            return Refusal(
+                f"a rule quantizes {listed([module_of(layer.info.name) for layer in meant])}, which is the embedding's "
+                f"matrix as well, and {target.name} looks words up in it",
+                "Remove the rule.",
+            )
+    return None
+
+
+def experts_taken_for_quantized(names: list[str], plan: Plan, target: Target) -> Refusal | None:
+    """What is said of experts that stay unquantized where the runtime takes all experts of a model for quantized."""
+    if not names or quantization_config(plan) is None:
         return None
-    return Refusal(f"onnxruntime loads ONNX, not {plan.format}", "Use --format onnx.")
+    return Refusal(
+        f"{listed(names)}: experts that stay unquantized, and {target.name} takes those of a {plan.format} model for "
+        "quantized",
+        "Quantize all experts, or cast the model with --scheme bf16"
+        + ("; without --target they are left with a warning." if fused_experts(plan) else "."),
+    )
+
+
+def inputs_of_experts(named: list[LayerPlan], what: str, target: Target) -> Refusal | None:
+    """What is said of experts that the runtime has no kernel for, because of ``what`` about quantized inputs."""
+    if not named:
+        return None
+    return Refusal(
+        f"{listed([module_of(layer.info.name) for layer in named])}: experts {what}, which {target.name} does not run",
+        "Give them --scheme int8 or int4, without quantized inputs, or --target vllm with --scheme int8-dynamic.",
+    )
+
+
+def fused_experts(plan: Plan) -> list[str]:
+    """Names of the weights that hold all experts of a layer."""
+    return [layer.info.name for layer in plan.layers if layer.role == "experts"]
+
+
+def experts_left(plan: Plan) -> list[str]:
+    """Experts that the file holds one by one, and that stay unquantized."""
+    return [module_of(layer.info.name) for layer in single_experts(plan) if not scheme_of(layer)]
 
 
 def single_experts(plan: Plan) -> list[LayerPlan]:
@@ -74,6 +115,11 @@ def modules(layers: Iterable[LayerPlan], holds: Callable[[Scheme], bool]) -> lis
     return [module_of(layer.info.name) for layer in layers if (scheme := scheme_of(layer)) and holds(scheme)]
 
 
+def asymmetric(plan: Plan) -> list[str]:
+    """Layers that have zero points."""
+    return modules(plan.layers, lambda scheme: not scheme.weights.symmetric)
+
+
 def declared(section: Mapping[str, Any]) -> dict[str, Any]:
     """What a ``quantization_config`` says of layers that it does not name."""
     groups = section.get("config_groups")
@@ -85,4 +131,4 @@ def declared(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def declared_alone(plan: Plan, scheme: Scheme) -> dict[str, Any]:
     """The same for a model whose only scheme this is."""
-    return declared(formats.coded_format(plan.format).config({"layer": scheme}, [], plan.dtype))
+    return declared(formats.quantized_format(plan.format).config({"layer": scheme}, [], plan.dtype))

@@ -78,7 +78,7 @@ def told_apart(layers: Iterable[LayerPlan]) -> str:
 
 def scheme_of(layer: LayerPlan) -> Scheme | None:
     """The scheme of a layer that becomes codes; None: it stays unquantized."""
-    return layer.scheme if layer.is_coded else None
+    return layer.scheme if layer.has_codes else None
 
 
 def leaf_of(layer: LayerPlan) -> str:

@@ -1,8 +1,7 @@
-"""What a runtime would not load or not run well, refused by name before any work: targets of checkpoint conversions.
+"""What vLLM and SGLang load and run well, read in the sources of the releases in `CHECKED`.
 
-What is said of vLLM and SGLang was read in the sources of the releases in `CHECKED`; what is said of transformers was
-seen when tiny models were loaded, and first versions are the first releases whose files know the format. A version
-that the user names counts where releases are known to differ.
+One file for both, since they share kernels: both serve models with layers of their own, several of the checkpoint's
+in one. A version that the user names counts where releases are known to differ.
 """
 
 from __future__ import annotations
@@ -12,19 +11,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantcli.checkpoint.roles import module_of
-from quantcli.planning.plan import Plan, matches, quantization_config
+from quantcli.planning.plan import Plan, quantization_config
 from quantcli.planning.targets.base import (
-    FUSED_EXPERTS,
     Refusal,
     Target,
+    asymmetric,
     declared,
     declared_alone,
+    experts_left,
+    experts_taken_for_quantized,
+    fused_experts,
+    heads_of_embeddings,
+    inputs_of_experts,
     modules,
     single_experts,
 )
 from quantcli.planning.targets.fused import FusedLayers, fused_layers, leaf_of, mixtures, scheme_of, told_apart
-from quantcli.planning.targets.transformers import FIRST_TRANSFORMERS
 from quantcli.system.text import listed
+
+CHECKED = {"vllm": "vLLM 0.33.0", "sglang": "SGLang 0.5.23"}
+LOADS_ONNX = False
 
 #: Since then vLLM's bitsandbytes is a plug-in of its own.
 _NO_BITSANDBYTES = "0.28"
@@ -34,37 +40,44 @@ _KERNEL_GROUPS = (32, 64, 128)
 
 def unknown_format(plan: Plan, target: Target) -> Refusal | None:
     """A version without a reader for the format."""
-    first = FIRST_TRANSFORMERS.get(plan.format)
-    if target.runtime == "transformers" and first and target.is_before(first):
-        return Refusal(
-            f"transformers reads {plan.format} from {first} on",
-            "Name a newer version, or cast the model with --scheme fp16, which every version loads.",
-        )
-    if target.runtime == "vllm" and plan.format == "bitsandbytes" and not target.is_before(_NO_BITSANDBYTES):
-        return Refusal(
-            f"vLLM has no bitsandbytes of its own since {_NO_BITSANDBYTES}, only in the plug-in vllm-bnb-plugin",
-            "Use --scheme int4, or leave --target out if the plug-in is there.",
-        )
-    return None
+    if target.runtime != "vllm" or plan.format != "bitsandbytes" or target.is_before(_NO_BITSANDBYTES):
+        return None
+    return Refusal(
+        f"vLLM has no bitsandbytes of its own since {_NO_BITSANDBYTES}, only in the plug-in vllm-bnb-plugin",
+        "Use --scheme int4, or leave --target out if the plug-in is there.",
+    )
+
+
+def unquantized_experts(plan: Plan, target: Target) -> Refusal | None:
+    """Experts that stay unquantized; single ones are found by name in compressed-tensors."""
+    left = [] if plan.format == "compressed-tensors" else experts_left(plan)
+    return experts_taken_for_quantized([*fused_experts(plan), *left], plan, target)
+
+
+def quantized_inputs_of_experts(plan: Plan, target: Target) -> Refusal | None:
+    """Experts with quantized inputs, or beside layers that have them, where the runtime has no such experts."""
+    section = quantization_config(plan)
+    if section is None:
+        return None
+    schemes = {layer: scheme for layer in single_experts(plan) if (scheme := scheme_of(layer))}
+    if target.runtime == "vllm":
+        named = [layer for layer, scheme in schemes.items() if scheme.is_static]
+        return inputs_of_experts(named, "whose inputs have fixed ranges", target)
+    mixed = section.get("format") == "mixed-precision"
+    named = [layer for layer, scheme in schemes.items() if mixed or scheme.inputs]
+    return inputs_of_experts(named, "with quantized inputs, or beside layers that have them", target)
 
 
 def zero_points(plan: Plan, target: Target) -> Refusal | None:
-    """Zero points that a runtime's layers or kernels have no place for."""
-    named = modules(plan.layers, lambda scheme: not scheme.weights.symmetric)
-    eight_bits = modules(plan.layers, lambda scheme: not scheme.weights.symmetric and scheme.weights.dtype == "int8")
-    if target.runtime == "transformers":
-        if plan.format == "compressed-tensors" and named and not target.is_before("5"):
-            return Refusal(
-                f"{listed(named)}: asymmetric, and transformers loads zero points of compressed-tensors only with "
-                "quantization_config=CompressedTensorsConfig(dequantize=True)",
-                "Make the scheme symmetric, use --format gptq, or --target vllm.",
-            )
-    elif plan.format == "gptq" and named:
+    """Zero points that the runtimes' layers or kernels have no place for."""
+    named = asymmetric(plan)
+    if plan.format == "gptq" and named:
         return Refusal(
             f"{listed(named)}: asymmetric, and {target.name} runs symmetric gptq only",
             "Make the scheme symmetric, or use --format awq or compressed-tensors.",
         )
-    elif target.is_fusing and eight_bits:
+    eight_bits = modules(plan.layers, lambda scheme: not scheme.weights.symmetric and scheme.weights.dtype == "int8")
+    if eight_bits:
         return Refusal(
             f"{listed(eight_bits)}: asymmetric int8, and {target.name}'s Marlin kernel has zero points for int4 only",
             "Make the scheme symmetric.",
@@ -74,7 +87,7 @@ def zero_points(plan: Plan, target: Target) -> Refusal | None:
 
 def granularity(plan: Plan, target: Target) -> Refusal | None:
     """Scales at distances that the kernels of vLLM and SGLang do not have."""
-    if not target.is_fusing or plan.format == "bitsandbytes":
+    if plan.format == "bitsandbytes":
         return None
     named = modules(plan.layers, lambda scheme: scheme.inputs is None and scheme.weights.granularity.kind == "tensor")
     if named:
@@ -95,8 +108,6 @@ def granularity(plan: Plan, target: Target) -> Refusal | None:
 
 def one_scheme(plan: Plan, target: Target) -> Refusal | None:
     """Layers that become one matrix, and the experts of one mixture, need one scheme."""
-    if not target.is_fusing:
-        return None
     uneven = [each for each in fused_layers(plan.layers) if len(each.schemes) > 1]
     if uneven:
         globs = " ".join(f"--skip '*.{leaf_of(part)}'" for part in uneven[0].parts)
@@ -117,7 +128,7 @@ def one_scheme(plan: Plan, target: Target) -> Refusal | None:
 def seen_as_declared(plan: Plan, target: Target) -> Refusal | None:
     """Fused layers whose exception from the model's scheme the runtime does not look for under their own names."""
     section = quantization_config(plan)
-    if section is None or not target.is_fusing:
+    if section is None:
         return None
     # vLLM looks for the parts' own names in compressed-tensors, as both do for layers left out.
     by_common_name = plan.format == "gptq" or (plan.format, target.runtime) == ("compressed-tensors", "sglang")
@@ -152,18 +163,10 @@ def every_left_layer_is_seen(plan: Plan, target: Target) -> Refusal | None:
     )
 
 
-def heads(plan: Plan, target: Target) -> Refusal | None:
-    """A head that is the embedding, and one that no name in the configuration means."""
-    for rule in plan.recipe.rules if quantization_config(plan) else ():
-        meant = [layer for layer in plan.layers if any(matches(glob, layer.info.name) for glob in rule.globs)]
-        if rule.scheme and not rule.skip and meant and all(layer.role == "tied head" for layer in meant):
-            return Refusal(
-                f"a rule quantizes {listed([module_of(layer.info.name) for layer in meant])}, which is the embedding's "
-                f"matrix as well, and {target.name} looks words up in it",
-                "Remove the rule.",
-            )
+def undeclared_heads(plan: Plan, target: Target) -> Refusal | None:
+    """A head that no name in the configuration means."""
     section = quantization_config(plan)
-    if section is None or not target.is_fusing or plan.format != "compressed-tensors":
+    if section is None or plan.format != "compressed-tensors":
         return None
     for layer in plan.layers:
         scheme = scheme_of(layer)
@@ -176,53 +179,6 @@ def heads(plan: Plan, target: Target) -> Refusal | None:
     return None
 
 
-def experts_left(plan: Plan, target: Target) -> Refusal | None:
-    """Experts that stay unquantized where the runtime takes all experts of a model for quantized."""
-    is_packed = plan.format == "compressed-tensors"
-    fused = [layer.info.name for layer in plan.layers if layer.role == "experts"]
-    left = [module_of(layer.info.name) for layer in single_experts(plan) if not scheme_of(layer)]
-    if target.is_fusing:
-        named = fused if is_packed else [*fused, *left]
-    else:
-        named = left if is_packed and not target.is_before(FUSED_EXPERTS) else []
-    if not named or quantization_config(plan) is None:
-        return None
-    return Refusal(
-        f"{listed(named)}: experts that stay unquantized, and {target.name} takes those of a {plan.format} model for "
-        "quantized",
-        "Quantize all experts, or cast the model with --scheme bf16"
-        + ("; without --target they are left with a warning." if fused else "."),
-    )
-
-
-def inputs_of_experts(plan: Plan, target: Target) -> Refusal | None:
-    """Experts with quantized inputs, or beside layers that have them, where the runtime has no such experts."""
-    section = quantization_config(plan)
-    if section is None or target.is_before(FUSED_EXPERTS if target.runtime == "transformers" else "0"):
-        return None
-    schemes = {layer: scheme for layer in single_experts(plan) if (scheme := scheme_of(layer))}
-    named = [layer for layer, scheme in schemes.items() if scheme.inputs]
-    if target.runtime == "vllm":
-        named = [layer for layer in named if not (inputs := schemes[layer].inputs) or not inputs.dynamic]
-    elif target.runtime == "sglang" and section.get("format") == "mixed-precision":
-        named = list(schemes)
-    if not named:
-        return None
-    return Refusal(
-        f"{listed([module_of(layer.info.name) for layer in named])}: experts {_inputs_told(target)}, which "
-        f"{target.name} does not run",
-        "Give them --scheme int8 or int4, without quantized inputs, or --target vllm with --scheme int8-dynamic.",
-    )
-
-
-def _inputs_told(target: Target) -> str:
-    return {
-        "vllm": "whose inputs have fixed ranges",
-        "sglang": "with quantized inputs, or beside layers that have them",
-        "transformers": "with quantized inputs",
-    }[target.runtime]
-
-
 def _is_seen_left(fused: FusedLayers, section: Mapping[str, Any]) -> bool:
     """Whether SGLang finds fused layers among a model's exceptions, under their common name."""
     name = f"{fused.parent}.{fused.name}"
@@ -232,3 +188,17 @@ def _is_seen_left(fused: FusedLayers, section: Mapping[str, Any]) -> bool:
     if section["quant_method"] == "awq":
         return any(part in name for part in section["modules_to_not_convert"])
     return True
+
+
+RULES = (
+    unknown_format,
+    unquantized_experts,
+    quantized_inputs_of_experts,
+    zero_points,
+    granularity,
+    one_scheme,
+    seen_as_declared,
+    every_left_layer_is_seen,
+    heads_of_embeddings,
+    undeclared_heads,
+)

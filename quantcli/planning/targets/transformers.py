@@ -1,14 +1,64 @@
-"""What transformers loads."""
+"""What transformers loads: seen when tiny models were loaded; first versions are those whose files know the format."""
 
 from __future__ import annotations
 
-from quantcli.planning.plan import Plan
-from quantcli.planning.targets.base import FUSED_EXPERTS, Refusal, Target
+from quantcli.planning.plan import Plan, quantization_config
+from quantcli.planning.targets.base import (
+    FUSED_EXPERTS,
+    Refusal,
+    Target,
+    asymmetric,
+    experts_left,
+    experts_taken_for_quantized,
+    heads_of_embeddings,
+    inputs_of_experts,
+    single_experts,
+)
 from quantcli.planning.targets.fused import scheme_of, told_apart
 from quantcli.system.text import listed
 
+CHECKED = {"transformers": "transformers 5.23.0"}
+LOADS_ONNX = False
+
 #: The first transformers that reads a format.
-FIRST_TRANSFORMERS = {"compressed-tensors": "4.45", "gptq": "4.32", "awq": "4.35", "bitsandbytes": "4.37"}
+_FIRST = {"compressed-tensors": "4.45", "gptq": "4.32", "awq": "4.35", "bitsandbytes": "4.37"}
+
+
+def unknown_format(plan: Plan, target: Target) -> Refusal | None:
+    """A version without a reader for the format."""
+    first = _FIRST.get(plan.format)
+    if not first or not target.is_before(first):
+        return None
+    return Refusal(
+        f"transformers reads {plan.format} from {first} on",
+        "Name a newer version, or cast the model with --scheme fp16, which every version loads.",
+    )
+
+
+def unquantized_experts(plan: Plan, target: Target) -> Refusal | None:
+    """Single experts that stay unquantized, since they are fused into one parameter."""
+    fuses = plan.format == "compressed-tensors" and not target.is_before(FUSED_EXPERTS)
+    return experts_taken_for_quantized(experts_left(plan) if fuses else [], plan, target)
+
+
+def quantized_inputs_of_experts(plan: Plan, target: Target) -> Refusal | None:
+    """Experts with quantized inputs."""
+    if quantization_config(plan) is None or target.is_before(FUSED_EXPERTS):
+        return None
+    named = [layer for layer in single_experts(plan) if (scheme := scheme_of(layer)) and scheme.inputs]
+    return inputs_of_experts(named, "with quantized inputs", target)
+
+
+def zero_points(plan: Plan, target: Target) -> Refusal | None:
+    """Zero points that are loaded only with an option."""
+    named = asymmetric(plan)
+    if plan.format != "compressed-tensors" or not named or target.is_before("5"):
+        return None
+    return Refusal(
+        f"{listed(named)}: asymmetric, and transformers loads zero points of compressed-tensors only with "
+        "quantization_config=CompressedTensorsConfig(dequantize=True)",
+        "Make the scheme symmetric, use --format gptq, or --target vllm.",
+    )
 
 
 def one_width_of_experts(plan: Plan, target: Target) -> Refusal | None:
@@ -16,7 +66,7 @@ def one_width_of_experts(plan: Plan, target: Target) -> Refusal | None:
 
     It takes the scheme whose patterns hold the word ``experts``, be they shared ones; groups it tells from shapes.
     """
-    if target.runtime != "transformers" or plan.format != "compressed-tensors" or target.is_before(FUSED_EXPERTS):
+    if plan.format != "compressed-tensors" or target.is_before(FUSED_EXPERTS):
         return None
     named = [layer for layer in plan.layers if "experts" in layer.info.name and scheme_of(layer)]
     widths = {scheme.weights.dtype for layer in named if (scheme := scheme_of(layer))}
@@ -31,10 +81,21 @@ def one_width_of_experts(plan: Plan, target: Target) -> Refusal | None:
 
 def one_scheme_for_gptq(plan: Plan, target: Target) -> Refusal | None:
     """In transformers gptq is loaded by optimum (2.3.0 was read), which knows one scheme for all layers."""
-    schemes = sorted({str(layer.scheme) for layer in plan.layers if layer.is_coded})
-    if target.runtime != "transformers" or plan.format != "gptq" or len(schemes) < 2:
+    schemes = sorted({str(layer.scheme) for layer in plan.layers if layer.has_codes})
+    if plan.format != "gptq" or len(schemes) < 2:
         return None
     return Refusal(
         f"the layers have {len(schemes)} schemes ({listed(schemes)}), and transformers loads gptq with one",
         "Give all layers one scheme, or use --format compressed-tensors.",
     )
+
+
+RULES = (
+    unknown_format,
+    unquantized_experts,
+    quantized_inputs_of_experts,
+    zero_points,
+    one_width_of_experts,
+    one_scheme_for_gptq,
+    heads_of_embeddings,
+)

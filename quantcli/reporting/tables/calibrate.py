@@ -19,15 +19,19 @@ def calibrate_tables(report: Report) -> list[Table]:
     tensors: Sequence[Mapping[str, Any]] = details["tensors"]
     facts = [
         ("Tensors", str(len(tensors))),
-        ("Values", f"{sum(each['elements'] for each in tensors):,}"),
+        ("Values", f"{sum(tensor['elements'] for tensor in tensors):,}"),
         ("Samples", f"{details['samples']} of {details['data']}"),
         ("Method", details["method"]),
         ("Model", f"{(report.models[0].sha256 or '')[:16]}..., {format_bytes(report.models[0].size_bytes or 0)}"),
     ]
-    worst = sorted(tensors, key=lambda each: (each["sqnr_db"] is None, each["sqnr_db"]))[:_SHOWN]
+    worst = sorted(tensors, key=lambda tensor: (tensor["sqnr_db"] is None, tensor["sqnr_db"]))[:_SHOWN]
     rows = [
-        (each["name"], *(_number(each[key]) for key in ("min", "max", "low", "high")), decibel_text(each["sqnr_db"]))
-        for each in worst
+        (
+            tensor["name"],
+            *(_number(tensor[key]) for key in ("min", "max", "low", "high")),
+            decibel_text(tensor["sqnr_db"]),
+        )
+        for tensor in worst
     ]
     return [
         Table(f"{report.models[0].path} -> {details['output']}", ("", "Value"), facts),

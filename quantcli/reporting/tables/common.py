@@ -88,7 +88,7 @@ def _range(numbers: Iterable[str]) -> str:
 
 def scheme_text(model: ModelRow, report: Report) -> str:
     """Format and scheme of a model; the scheme alone where all models are of one format."""
-    alike = len({each.format for each in report.models}) == 1
+    alike = len({one.format for one in report.models}) == 1
     return " ".join(filter(None, (None if alike and model.scheme else model.format, model.scheme)))
 
 

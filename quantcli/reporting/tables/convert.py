@@ -58,7 +58,7 @@ def training_table(report: Report) -> Table | None:
         if is_shown(name) and name != "loss" and any(metrics.get(name) is not None for metrics in models.values())
     ]
     rows = [
-        (_TRAINED[name], _decimal(models[name].get("loss")), *(metric_text(models[name], each) for each in present))
+        (_TRAINED[name], _decimal(models[name].get("loss")), *(metric_text(models[name], metric) for metric in present))
         for name in _TRAINED
         if name in models
     ]

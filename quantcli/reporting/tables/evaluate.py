@@ -35,7 +35,7 @@ def eval_tables(report: Report) -> list[Table]:
     right = SIZES | {metric_label(name) for name in present}
     task = str(report.details["task"])
     tables = [Table(f"{task if ':' in task else task.capitalize()}{folder}", columns, rows, right, note)]
-    verdicts = [(names[each.path], each.details["verdict"]) for each in report.models if "verdict" in each.details]
+    verdicts = [(names[row.path], row.details["verdict"]) for row in report.models if "verdict" in row.details]
     if verdicts:
         origin = "By KL divergence. Q8_0, Q6_K, Q4_K_M and Q4_0 are llama.cpp's formats, measured on Llama-3-8B."
         tables.append(Table("Verdict", ("Model", "Verdict"), verdicts, note=origin))

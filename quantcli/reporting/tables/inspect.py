@@ -21,7 +21,7 @@ def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
         ("Tensors", str(details["tensors"])),
         ("Dtypes", ", ".join(f"{dtype} {format_bytes(entry['bytes'])}" for dtype, entry in details["dtypes"].items())),
     ]
-    facts += [(name.capitalize(), each) for name in ("inputs", "outputs") for each in details.get(name, [])]
+    facts += [(name.capitalize(), port) for name in ("inputs", "outputs") for port in details.get(name, [])]
     if "operators" in details:
         facts.append(("Operators", ", ".join(f"{count} {name}" for name, count in details["operators"].items())))
     facts += [

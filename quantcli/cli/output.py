@@ -1,0 +1,89 @@
+"""What all commands share: where their report goes, how much is said meanwhile, and what a failed gate means."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import Parameter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from quantcli.cli import options
+from quantcli.cli.terminal import Ui
+from quantcli.errors import InputError
+
+if TYPE_CHECKING:
+    from quantcli.reporting.report import Report, Table
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command found out, how it is shown, and what to do with it next."""
+
+    report: Report
+    tables: Sequence[Table]
+    next_step: str | None = None
+
+
+def _flag(name: str, annotation: Any, default: object = None) -> Parameter:
+    return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
+
+
+_JUNIT = _flag("junit", options.Junit)
+_FLAGS = (
+    _flag("json", options.AsJson, False),
+    _flag("markdown", options.Markdown),
+    _flag("html", options.Html),
+    _JUNIT,
+    _flag("quiet", options.Quiet, False),
+    _flag("debug", options.Debug, False),
+)
+
+
+def reported(command: Callable[..., Outcome]) -> Callable[..., None]:
+    """A command with the options of reports, which shows and writes what it returns.
+
+    Its first parameter is the `Ui`, which is set up before. A command with gates (``require``) has ``--junit`` too.
+    """
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    has_gates = any(parameter.name == "require" for parameter in own)
+    flags = [flag for flag in _FLAGS if has_gates or flag is not _JUNIT]
+    context = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+
+    def run(context: typer.Context, **given: Any) -> None:
+        gc.enable()
+        chosen = {flag.name: given.pop(flag.name) for flag in flags}
+        ui: Ui = context.obj
+        ui.json, ui.quiet, ui.debug, ui.html = (chosen[name] for name in ("json", "quiet", "debug", "html"))
+        outcome = command(ui, **given)
+        ui.show(outcome.report, outcome.tables)
+        _write(outcome, chosen["markdown"], chosen["html"], chosen.get("junit"))
+        if not outcome.report.passed:
+            raise typer.Exit(1)
+        if outcome.next_step:
+            ui.talk(f"Next: {outcome.next_step}")
+
+    parameters = [context, *own, *flags]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+def _write(outcome: Outcome, markdown: Path | None, html: Path | None, junit: Path | None) -> None:
+    from quantcli.reporting.ci import write_junit, write_markdown
+
+    try:
+        write_markdown(outcome.tables, outcome.report, markdown)
+        if html is not None:
+            from quantcli.reporting.html import write_html
+
+            write_html(outcome.tables, outcome.report, html)
+        if junit is not None:
+            write_junit(outcome.report, junit)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be written: {error.strerror}.") from error

@@ -1,0 +1,80 @@
+"""A recipe's rules over the layers of any model: which one holds, how a scheme is called, which group size is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from quantcli import algorithms
+from quantcli.checkpoint.roles import module_of
+from quantcli.core.scheme import PRESETS, NumberFormat, Scheme
+from quantcli.errors import UsageError
+from quantcli.planning.recipe import Recipe, Rule, SchemeSpec
+
+#: Why a layer is left that the user named.
+SKIPPED = "skipped as asked"
+
+
+class Rules:
+    """The rules of a recipe, of which the first that matches a layer holds; what it skips comes before all others."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._size = recipe.group_size
+        self._rules = [*(Rule(match=glob, skip=True) for glob in recipe.skip), *recipe.rules]
+
+    def first(self, *names: str) -> Rule | None:
+        """The rule that holds for a layer with these names, or None."""
+        return next((rule for rule in self._rules if rule_matches(rule, names)), None)
+
+    def require_matches(self, names: Iterable[str], hint: Callable[[str], str]) -> None:
+        """Raise UsageError, with a hint, for a glob that means none of the ``names`` of all layers."""
+        names = list(names)
+        for glob in (glob for rule in self._rules for glob in rule.globs):
+            if not any(_means(glob, name) for name in names):
+                raise UsageError(f"{glob!r} matches no layer.", hint(glob))
+
+    def group_size(self, rule: Rule | None) -> int | None:
+        """The group size that is asked for where this rule holds, or None."""
+        return (rule.group_size if rule else None) or self._size
+
+
+def rule_matches(rule: Rule, names: Iterable[str]) -> bool:
+    """Whether a rule means a layer with these names."""
+    return any(_means(glob, name) for name in names for glob in rule.globs)
+
+
+def _means(glob: str, name: str) -> bool:
+    """Whether a glob means a tensor or node: by its own name, or its module's."""
+    return fnmatchcase(name, glob) or fnmatchcase(module_of(name), glob)
+
+
+def scheme_asked_for(recipe: Recipe) -> str | SchemeSpec:
+    """The scheme of a recipe. Raises UsageError where it has none."""
+    if recipe.scheme is None:
+        raise UsageError("No scheme is given.", f"Choose one with --scheme: {', '.join(PRESETS)}.")
+    return recipe.scheme
+
+
+def label_of(wish: str | SchemeSpec, scheme: Scheme) -> str:
+    """Short name of a scheme as it was asked for: the preset's, or the dtype of weights."""
+    return wish if isinstance(wish, str) else scheme.weights.dtype
+
+
+def full_label(label: str, scheme: Scheme | None) -> str | None:
+    """A short name with the group size; None for a layer without a scheme."""
+    if scheme is None:
+        return None
+    return f"{label} {scheme.weights.granularity}" if scheme.weights.is_grouped else label
+
+
+def no_groups(label: str, scheme: Scheme) -> UsageError:
+    """What a group size is answered with that a scheme has no use for."""
+    kind = scheme.weights.granularity.kind
+    return UsageError(f"--group-size does not apply to {label}, whose scales are per {kind}.")
+
+
+def require_support(algorithm: str, number_format: NumberFormat) -> None:
+    """Raise UsageError where an algorithm cannot serve a number format."""
+    reason = algorithms.algorithm(algorithm).supports(number_format)
+    if reason:
+        raise UsageError(f"The algorithm {algorithm} does not fit: {reason}.")
