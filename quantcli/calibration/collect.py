@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantcli.calibration.capture import capture_activations, in_chunks
 from quantcli.calibration.observers import Observer, TensorStats
 from quantcli.calibration.ranges import DEFAULT_METHOD
 from quantcli.calibration.statistics import CalibrationStats
 from quantcli.calibration.statistics_file import Provenance
-from quantcli.calibration.taps import TappedRuns, in_chunks
 from quantcli.data.fingerprint import Sketch
 from quantcli.data.samples import Samples, batches
 from quantcli.models.session import Session
@@ -71,17 +71,18 @@ def collect(
     """
     names = list(dict.fromkeys(observed_tensors(graph) if observed is None else observed))
     with tempfile.TemporaryDirectory(prefix="quantcli-") as scratch:
-        runs = TappedRuns(graph, Path(scratch))
+        capture = capture_activations(graph, Path(scratch))
         first = next(batches(samples, batch_size))[0]
-        sizes = {name: nbytes + _OBSERVER_BYTES for name, nbytes in runs.sizes(names, first).items()}
+        sizes = {name: nbytes + _OBSERVER_BYTES for name, nbytes in capture.sizes(names, first).items()}
         chunks = list(in_chunks(sizes, chunk_bytes))
-        found: dict[str, TensorStats] = {}
+        tensors: dict[str, TensorStats] = {}
         tracker = Tracker(len(samples) * len(chunks), progress)
         sketch = Sketch()
         for number, chunk in enumerate(chunks):
             groups = batches(samples, batch_size)
-            found |= _observe(runs.session(chunk), chunk, groups if number else _sketched(groups, sketch), tracker)
-    tensors = {name: found[name] for name in names if name in found}
+            groups = groups if number else _sketched(groups, sketch)
+            tensors |= _observe(capture.session(chunk), chunk, groups, tracker)
+    tensors = {name: tensors[name] for name in names if name in tensors}
     provenance = Provenance(method, len(samples), seed, model_sha256, samples.sha256, sketch.to_json())
     return CalibrationStats(provenance, tensors)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.algorithms.gptq import Options as GptqOptions
-from quantcli.calibration.taps import TappedRuns, in_chunks
+from quantcli.calibration.capture import ActivationCapture, capture_activations, in_chunks
 from quantcli.core.tensors import Hessian
 from quantcli.data.samples import Samples, batches
 from quantcli.onnx.plan.layer_inputs import LayerInput
@@ -41,15 +41,16 @@ class CollectedHessians:
         self._inputs: dict[_Layer, list[LayerInput]] = {}
         for node in plan.nodes:
             if node.input is not None:
-                known = self._inputs.setdefault(_layer(node), [])
-                known += [each for each in [_of_value(node.input)] if each not in known]
+                inputs = self._inputs.setdefault(_layer(node), [])
+                if (read := _of_value(node.input)) not in inputs:
+                    inputs.append(read)
 
     def of(self, node: NodePlan) -> Hessian:
         """The Hessian of a layer; a weight that several nodes read has the sum of theirs."""
         import numpy as np
         import torch
 
-        first, *others = (torch.from_numpy(np.load(self._files[each])) for each in self._known(node))
+        first, *others = (torch.from_numpy(np.load(self._files[read])) for read in self._inputs_of(node))
         for other in others:
             first += other
         return Hessian(first, self._damping)
@@ -58,9 +59,9 @@ class CollectedHessians:
         """Why a layer's inputs tell nothing, or None."""
         if _layer(node) not in self._inputs:
             return "its input was not observed"
-        return next((self._problems[each] for each in self._known(node) if each in self._problems), None)
+        return next((self._problems[read] for read in self._inputs_of(node) if read in self._problems), None)
 
-    def _known(self, node: NodePlan) -> list[LayerInput]:
+    def _inputs_of(self, node: NodePlan) -> list[LayerInput]:
         return self._inputs[_layer(node)]
 
 
@@ -96,52 +97,52 @@ def collect_hessians(
     Raises:
         InputError: the graph cannot be run on the samples, or the disk has no room for the sums.
     """
-    wanted = list(dict.fromkeys(_of_value(node.input) for node in plan.nodes if node.input))
+    inputs = list(dict.fromkeys(_of_value(node.input) for node in plan.nodes if node.input))
     # One that was interrupted may have left it.
     folder.mkdir(exist_ok=True)
-    require_space(folder, sum(each.gram_bytes for each in wanted))
-    runs = TappedRuns(graph, folder)
-    nbytes = runs.sizes(list(dict.fromkeys(each.value for each in wanted)), next(batches(samples, 1))[0])
+    require_space(folder, sum(read.gram_bytes for read in inputs))
+    capture = capture_activations(graph, folder)
+    nbytes = capture.sizes(list(dict.fromkeys(read.value for read in inputs)), next(batches(samples, 1))[0])
     # In graph order, so that early chunks need little of the graph.
     order = {name: number for number, name in enumerate(nbytes)}
-    wanted.sort(key=lambda each: order[each.value])
-    chunks = list(in_chunks({each: each.gram_bytes + nbytes[each.value] for each in wanted}, chunk_bytes))
+    inputs.sort(key=lambda read: order[read.value])
+    chunks = list(in_chunks({read: read.gram_bytes + nbytes[read.value] for read in inputs}, chunk_bytes))
     tracker = Tracker(len(samples) * len(chunks), progress)
     files: dict[LayerInput, Path] = {}
     problems: dict[LayerInput, str] = {}
     for chunk in chunks:
-        sums = _summed(runs, chunk, samples, tracker)
-        for each, (total, rows) in sums.items():
+        sums = _summed(capture, chunk, samples, tracker)
+        for read, (total, rows) in sums.items():
             problem = _problem(total, rows)
             if problem:
-                problems[each] = problem
-            files[each] = folder / f"{len(files)}.npy"
-            _save(files[each], total)
+                problems[read] = problem
+            files[read] = folder / f"{len(files)}.npy"
+            _save(files[read], total)
     return CollectedHessians(files, problems, plan)
 
 
 def _summed(
-    runs: TappedRuns, chunk: Iterable[LayerInput], samples: Samples, tracker: Tracker
+    capture: ActivationCapture, chunk: Iterable[LayerInput], samples: Samples, tracker: Tracker
 ) -> dict[LayerInput, tuple[np.ndarray, int]]:
     """Sum of x x^T, float32 ``[groups, columns, columns]``, and number of rows x, of each input of a chunk."""
     import torch
 
-    totals = {each: torch.zeros(each.groups, each.columns, each.columns) for each in chunk}
+    totals = {read: torch.zeros(read.groups, read.columns, read.columns) for read in chunk}
     counts = dict.fromkeys(totals, 0)
-    names = list(dict.fromkeys(each.value for each in totals))
+    names = list(dict.fromkeys(read.value for read in totals))
     # Products take all cores between the runs.
-    session = runs.session(names, shared=True)
+    session = capture.session(names, shared=True)
     with torch_threads():
         for feeds, labels in batches(samples, 1):
             values = {name: feeds[name] for name in names if name in feeds}
             if session is not None:
                 values |= session.run(feeds)
-            for each, total in totals.items():
-                for rows in each.rows(values[each.value]):
+            for read, total in totals.items():
+                for rows in read.rows(values[read.value]):
                     total.baddbmm_(rows.mT, rows)
-                    counts[each] += rows.shape[1]
+                    counts[read] += rows.shape[1]
             tracker.add(len(labels))
-    return {each: (total.numpy(), counts[each]) for each, total in totals.items()}
+    return {read: (total.numpy(), counts[read]) for read, total in totals.items()}
 
 
 def _problem(total: np.ndarray, rows: int) -> str | None:

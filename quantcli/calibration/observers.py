@@ -1,4 +1,4 @@
-"""Observers of activations: streaming, mergeable, and what they tell of a tensor.
+"""Observers of activations: streaming, and what they tell of a tensor.
 
 A histogram's bins are the float32 values cut off to bfloat16: 65536 bins that are the same for all data,
 128 to each power of two. So one pass suffices, counts are integers, and any split of the same values into
@@ -158,23 +158,9 @@ class Observer:
         self._take_ranges(low, high)
         if 1 < len(low) <= MAX_CHANNELS and not self._channels_differ:
             means = np.clip(_channel_means(values), -_MEAN_LIMIT, _MEAN_LIMIT)
-            self._take_sums(np.rint(means / _MEAN_STEP).astype(np.int64).sum(axis=0), len(means))
-
-    def merge(self, other: Observer) -> None:
-        """Take in all that another observer saw."""
-        self._histogram += other._histogram
-        self._nans += other._nans
-        self._infinities += other._infinities
-        self._channels_differ |= other._channels_differ
-        self._low, self._high = min(self._low, other._low), max(self._high, other._high)
-        if other._channels is not None:
-            self._take_ranges(*other._channels)
-        if other._sums is not None and not self._channels_differ:
-            self._take_sums(other._sums, other._rows)
-
-    def _take_sums(self, sums: np.ndarray, rows: int) -> None:
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._rows += rows
+            sums = np.rint(means / _MEAN_STEP).astype(np.int64).sum(axis=0)
+            self._sums = sums if self._sums is None else self._sums + sums
+            self._rows += len(means)
 
     def _take_ranges(self, low: np.ndarray, high: np.ndarray) -> None:
         import numpy as np

@@ -117,15 +117,15 @@ def entropy(distribution: Distribution, levels: int = LEVELS) -> tuple[float, fl
     import numpy as np
 
     width = max(-distribution.low, distribution.high) / ENTROPY_BINS
-    below, above = (int(np.ceil(each / width - 1e-9)) for each in (-distribution.low, distribution.high))
+    below, above = (int(np.ceil(end / width - 1e-9)) for end in (-distribution.low, distribution.high))
     keep = (distribution.left != 0) | (distribution.right != 0)
     nonzero = Distribution(distribution.left[keep], distribution.right[keep], distribution.counts[keep])
     counts = nonzero.rebinned(np.arange(-below, above + 1) * width)
     thresholds = entropy_thresholds(below, above, levels)
     if not len(thresholds) or not counts.sum():
         return minmax(distribution)
-    found = [_divergence(counts, max(below - t, 0), min(below + t, len(counts)), levels) for t in thresholds]
-    best = thresholds[int(np.argmin(found))]
+    divergences = [_divergence(counts, max(below - t, 0), min(below + t, len(counts)), levels) for t in thresholds]
+    best = thresholds[int(np.argmin(divergences))]
     return max(distribution.low, -best * width), min(distribution.high, best * width)
 
 
@@ -135,12 +135,12 @@ def entropy_thresholds(below: int, above: int, levels: int) -> list[int]:
     # A window of t bins on the long side has min(t, short) on the other.
     short = min(below, above)
     threshold = levels / 2 if short >= levels / 2 else levels - short
-    found: list[int] = []
+    thresholds: list[int] = []
     while threshold < widest:
-        if not found or round(threshold) > found[-1]:
-            found.append(round(threshold))
+        if not thresholds or round(threshold) > thresholds[-1]:
+            thresholds.append(round(threshold))
         threshold *= _ENTROPY_STEP
-    return [*found, widest] if widest >= threshold / _ENTROPY_STEP else found
+    return [*thresholds, widest] if widest >= threshold / _ENTROPY_STEP else thresholds
 
 
 def _divergence(counts: np.ndarray, start: int, stop: int, levels: int) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +20,7 @@ from quantcli.calibration.observers import TensorStats
 from quantcli.calibration.ranges import METHODS
 from quantcli.checkpoint.safetensors import read_header
 from quantcli.errors import InputError
-from quantcli.system.files import explain
+from quantcli.system.files import explain, whole_file
 from quantcli.version import __version__
 
 if TYPE_CHECKING:
@@ -77,12 +76,12 @@ def write(path: Path, provenance: Provenance, stats: Mapping[str, TensorStats]) 
     from safetensors.numpy import save
 
     tensors = list(stats.values())
-    counts = _joined([each.counts for each in tensors], np.int64)
-    low = [each.channel_minimum for each in tensors if each.channel_minimum is not None]
-    high = [each.channel_maximum for each in tensors if each.channel_maximum is not None]
-    mean = [each.channel_mean for each in tensors if each.channel_mean is not None]
+    counts = _joined([t.counts for t in tensors], np.int64)
+    low = [t.channel_minimum for t in tensors if t.channel_minimum is not None]
+    high = [t.channel_maximum for t in tensors if t.channel_maximum is not None]
+    mean = [t.channel_mean for t in tensors if t.channel_mean is not None]
     arrays = {
-        "bins": _joined([each.bins for each in tensors], np.uint16),
+        "bins": _joined([t.bins for t in tensors], np.uint16),
         "counts": counts.astype(np.uint32) if counts.max(initial=0) < 1 << 32 else counts,
         "sizes": np.array(
             [
@@ -104,16 +103,12 @@ def write(path: Path, provenance: Provenance, stats: Mapping[str, TensorStats]) 
         **asdict(provenance),
     )
     content = save(arrays, {_KEY: json.dumps(metadata.model_dump(), ensure_ascii=False)})
-    partial = path.absolute().with_name(f".{path.name}.partial")
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes(content)
     except OSError as error:
         raise explain(error, path) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[Provenance, dict[str, TensorStats]]:
@@ -128,17 +123,17 @@ def read(path: Path) -> tuple[Provenance, dict[str, TensorStats]]:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     metadata = _metadata(path, header.metadata.get(_KEY))
     infos = {info.name: info for info in header.infos}
-    if infos.keys() != _DTYPES.keys() or any(infos[name].dtype not in known for name, known in _DTYPES.items()):
+    if infos.keys() != _DTYPES.keys() or any(infos[name].dtype not in dtypes for name, dtypes in _DTYPES.items()):
         raise _damaged(path, "its arrays are not those of calibration statistics")
     arrays: dict[str, np.ndarray] = {}
     for name, info in infos.items():
-        found = np.fromfile(path, _NUMPY[info.dtype], info.numel, offset=header.offsets[name])
-        arrays[name] = found.reshape(info.shape)
+        flat = np.fromfile(path, _NUMPY[info.dtype], info.numel, offset=header.offsets[name])
+        arrays[name] = flat.reshape(info.shape)
     try:
         tensors = _tensors(arrays, metadata.tensors)
     except ValueError as error:
         raise _damaged(path, str(error)) from error
-    return Provenance(*(getattr(metadata, each.name) for each in fields(Provenance))), tensors
+    return Provenance(*(getattr(metadata, field.name) for field in fields(Provenance))), tensors
 
 
 def _metadata(path: Path, text: str | None) -> _Metadata:
@@ -175,7 +170,7 @@ def _tensors(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, Tenso
         raise ValueError("its sizes are impossible")
     ends = np.cumsum(sizes[:, :2], axis=0) if len(names) else np.zeros((1, 2), np.int64)
     lengths = {name: array.shape for name, array in arrays.items()}
-    total, channels = (int(each) for each in ends[-1])
+    total, channels = ends[-1].tolist()
     if lengths["bins"] != (total,) or lengths["counts"] != (total,):
         raise ValueError("its histograms have other sizes than it says")
     if any(lengths[f"channel_{what}"] != (channels,) for what in ("minimum", "maximum", "mean")):

@@ -10,7 +10,7 @@ from typing import Any
 from quantcli.core.manifest import layer_schemes
 from quantcli.errors import InputError
 from quantcli.onnx.graph.model import OnnxModel, open_onnx
-from quantcli.onnx.plan.plan import graph_quantization, tensor_info, weighted_nodes
+from quantcli.onnx.plan.plan import LayerOutcome, graph_quantization, tensor_info, weighted_nodes
 from quantcli.onnx.plan.resolve import resolve_graph
 from quantcli.reporting.report import LayerRow, ModelRow, Report
 
@@ -66,7 +66,6 @@ def _plan(model: OnnxModel, scheme: str, report: Report) -> dict[str, Any]:
     """What `convert` would do, in sizes that are estimates; adds layer rows to the report."""
     from quantcli.conversion.onnx.rows import layer_rows, left_rows
     from quantcli.onnx.graph.prepare import prepare
-    from quantcli.onnx.rewrite.transform import LayerOutcome
     from quantcli.planning.recipe import validate
 
     graph = prepare(model)
@@ -75,7 +74,7 @@ def _plan(model: OnnxModel, scheme: str, report: Report) -> dict[str, Any]:
     except InputError as error:
         report.warnings.append(f"{scheme}: {error}")
         return {"scheme": scheme, "applies": False, "reason": str(error)}
-    outcomes = [LayerOutcome(node, node.estimated_bytes, None) for node in plan.nodes]
+    outcomes = [LayerOutcome(node, node.estimated_bytes) for node in plan.nodes]
     report.layers += layer_rows(outcomes) + left_rows(graph, plan, model.path)
     report.warnings += [f"{scheme}: {warning}" for warning in plan.warnings]
     size = model.size_bytes - plan.saved_bytes

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from quantcli.data.samples import Samples
     from quantcli.onnx.graph.model import OnnxModel
-    from quantcli.onnx.rewrite.transform import LayerOutcome
+    from quantcli.onnx.plan.plan import LayerOutcome
 
 #: What does well for small models on a CPU; a learning rate is in steps of a weight's grid.
 DEFAULTS = Defaults(epochs=5, batch_size=64, learning_rate=0.02, scale_learning_rate=2e-3)
@@ -72,12 +72,15 @@ def train_layers(
     device = torch.device(run.device)
     trainee = GraphTrainee(original, quantized, device, norms=options.norms)
     history = train(trainee, TrainingData(samples, device), options, DEFAULTS, run)
-    sqnrs = trainee.write_back()
+    losses = trainee.write_back()
 
     def trained(outcome: LayerOutcome) -> LayerOutcome:
         plan = outcome.plan
-        if plan.name not in sqnrs:
+        if plan.name not in losses:
             return outcome
-        return replace(outcome, sqnr_db=sqnrs[plan.name], plan=replace(plan, algorithm=f"{plan.algorithm} + qat"))
+        assert outcome.rounding is not None
+        algorithm, (signal, noise) = f"{plan.algorithm} + qat", losses[plan.name]
+        rounding = replace(outcome.rounding, algorithm=algorithm, signal=signal, noise=noise)
+        return replace(outcome, plan=replace(plan, algorithm=algorithm), rounding=rounding)
 
     return [trained(outcome) for outcome in outcomes], history

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantcli.algorithms.fake_quantize import LearnedRange, LearnedValues, LearnedWeight, dynamic_range
-from quantcli.core.numerics import decibels, error_powers, in_groups
+from quantcli.core.numerics import error_powers, in_groups
 from quantcli.core.scheme import NumberFormat
 from quantcli.errors import InputError
 from quantcli.onnx.execution.executor import Replacement, TorchGraph
@@ -245,14 +245,14 @@ class GraphTrainee:
     # What was learned.
 
     @torch.no_grad()
-    def write_back(self) -> dict[str, float | None]:
-        """Put what was learned into the graph's constants; returns the SQNR in dB of each weight by its name."""
-        sqnrs = {}
+    def write_back(self) -> dict[str, tuple[float, float]]:
+        """Put what was learned into the graph's constants; returns the powers of each weight and of its error."""
+        losses = {}
         for weight in self._weights.values():
             tensor = weight.learned.tensor()
             original = self._original(weight.origin, tensor.codes.shape[1])
             write_nbits(weight, tensor) if weight.nbits else write_codes(weight, tensor)
-            sqnrs[weight.origin.name] = decibels(*error_powers(in_groups(original, tensor.number_format), tensor))
+            losses[weight.origin.name] = error_powers(in_groups(original, tensor.number_format), tensor)
         for name, learned in self._ranges.items():
             set_constant(self.model.graph.initializers[name], learned.values().reshape(()).cpu().numpy())
         for bias in self._biases.values():
@@ -261,7 +261,7 @@ class GraphTrainee:
             set_constant(bias.scale, scale.cpu().numpy())
         for name, values in self._values.items():
             set_constant(self.model.graph.initializers[name], values.values().cpu().numpy())
-        return sqnrs
+        return losses
 
 
 def _upper_bound(value: ir.Value | None) -> float | None:

@@ -42,7 +42,7 @@ def fashion(folder: Path) -> None:
     trained: list[GraphTrainee] = []
     written = GraphTrainee.write_back
 
-    def kept(self: GraphTrainee) -> dict[str, float | None]:
+    def kept(self: GraphTrainee) -> dict[str, tuple[float, float]]:
         trained.append(self)
         return written(self)
 

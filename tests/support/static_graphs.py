@@ -14,6 +14,7 @@ from quantcli.models.kernels import Proof, prove
 from quantcli.models.session import Session
 from quantcli.onnx.graph.opset import upgrade
 from quantcli.onnx.graph.save import save_graph
+from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.judge import needed_opset
 from quantcli.onnx.plan.plan import GraphPlan
 from quantcli.onnx.plan.resolve import resolve_graph
@@ -63,7 +64,7 @@ class Converted:
         graph = upgrade(graph, needed_opset(plan))
         self.plan: GraphPlan = resolve_graph(wishes, graph, Path("model.onnx"))
         self.ranges = Ranges(graph, feeds)
-        self.outcomes = transform(graph, self.plan, self.ranges)
+        self.outcomes = transform(graph, self.plan, Evidence(self.ranges))
         self.graph, self.path = graph, tmp_path / "converted.onnx"
         save_graph(graph, self.path)
         onnx.checker.check_model(self.path)

@@ -1,4 +1,4 @@
-"""Proof from the runtime itself: its own optimized graph says which kernels an artifact really runs on."""
+"""An artifact's outputs beside those of its model, on the same samples."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from quantcli.data.samples import Sample
 from quantcli.errors import InputError
 from quantcli.models.session import Session
 
+#: Samples that the artifact and its source both run at the end.
+COMPARED_SAMPLES = 8
+
+#: An artifact this much slower than its model is worth a word.
+_SLOW = 0.8
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -26,6 +32,20 @@ class Comparison:
     samples: int
     sqnr_db: float | None
     speed: float | None
+
+    @property
+    def warnings(self) -> list[str]:
+        """A word where the candidate is slow."""
+        if self.speed is None or self.speed >= _SLOW:
+            return []
+        return [
+            f"On these samples the artifact ran {self.speed:.2g} times as fast as the model; quantcli bench "
+            "measures that properly."
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """For a manifest. How long it took goes into the report alone: an artifact holds no times."""
+        return {"samples": self.samples, "sqnr_db": self.sqnr_db}
 
 
 class OutputComparison:

@@ -5,64 +5,74 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
-from quantcli.calibration.hessians import collect_hessians
-from quantcli.calibration.statistics import CalibrationStats
-from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.calibration.collect import DEFAULT_SAMPLES
 from quantcli.checkpoint.hugging_face import companions
-from quantcli.checkpoint.quantized import is_quantized, open_coded
-from quantcli.conversion.onnx.advice import recommend
-from quantcli.conversion.onnx.comparison import Comparison, OutputComparison
-from quantcli.conversion.onnx.repack import GivenCodes
-from quantcli.conversion.onnx.rows import layer_entries, layer_rows, left_rows
+from quantcli.conversion.onnx.advice import Advice, advise
+from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, OutputComparison
+from quantcli.conversion.onnx.evidence import gather, load
+from quantcli.conversion.onnx.result import Result
+from quantcli.conversion.onnx.source import Source, open_source, planned_graph
 from quantcli.conversion.staging import Staging, open_staging
-from quantcli.core.manifest import FINGERPRINT_KEY, MANIFEST_KEY
+from quantcli.core.manifest import FINGERPRINT_KEY, MANIFEST, MANIFEST_KEY
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.models.kernels import prove
-from quantcli.models.source import open_model, source_sha256
-from quantcli.onnx.graph.model import OnnxModel, constants, onnx_file, open_onnx
-from quantcli.onnx.graph.opset import upgrade
-from quantcli.onnx.graph.prepare import prepare
+from quantcli.onnx.graph.model import OnnxModel, constants, onnx_file
 from quantcli.onnx.graph.save import add_metadata, read_back, save_graph
-from quantcli.onnx.plan.judge import needed_opset, without_inputs, without_outliers
-from quantcli.onnx.plan.placement import place
-from quantcli.onnx.plan.plan import GraphPlan, counted, require_work
-from quantcli.onnx.plan.resolve import resolve_graph
-from quantcli.onnx.plan.runtime_version import require_version
+from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
 from quantcli.onnx.rewrite.four_bit_storage import store_in_four_bits
-from quantcli.onnx.rewrite.transform import LayerOutcome, transform
-from quantcli.planning.recipe import Recipe, dequantizes
+from quantcli.onnx.rewrite.transform import transform
+from quantcli.planning.recipe import Recipe
 from quantcli.planning.steps import training_step
 from quantcli.planning.targets import require_onnx
-from quantcli.reporting.report import ModelRow, Report
+from quantcli.reporting.report import Report
 from quantcli.system.files import check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
 from quantcli.system.parallel import torch_threads
 from quantcli.system.progress import Progress
 from quantcli.system.text import format_bytes
 from quantcli.system.user_functions import is_function
-from quantcli.version import __version__
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from quantcli.data.samples import Samples
-
-#: Samples that the artifact and its source both run at the end.
-_COMPARED_SAMPLES = 8
-
-#: An artifact this much slower than its model is worth a word.
-_SLOW = 0.8
+    from quantcli.training.loop import History
 
 #: The file's name where the output is a folder.
 _FILE_IN_FOLDER = "model.onnx"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the user asks for."""
+
+    model: str
+    output: Path
+    recipe: Recipe
+    data: DataRequest | None
+    statistics: Path | None
+    weights: Path | None
+    device: str
+    dry_run: bool
+    force: bool
+    progress: Progress | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the recipe trains what was quantized."""
+        return training_step(self.recipe) is not None
+
+    @property
+    def single_file(self) -> str | None:
+        """The name of the output where it is a file, None where it is a folder."""
+        return self.output.name if self.output.suffix == ".onnx" else None
 
 
 def convert_onnx(
@@ -87,19 +97,14 @@ def convert_onnx(
         VerificationError: what was written is not what was meant.
     """
     started = time.monotonic()
-    if recipe.format not in (None, "onnx"):
-        raise UsageError(f"An ONNX model cannot be written as {recipe.format}.", "Leave --format out.")
-    require_onnx(recipe)
-    _, version = recipe.runtime
-    _check_places(str(model), output, force=force or dry_run)
-    trains = training_step(recipe) is not None
+    job = _Job(str(model), output, recipe, data, statistics, weights, device, dry_run, force, progress)
+    _check_request(job)
     with open_staging(output) as staging:
-        if not trains:
+        if not job.trains:
             staging.begin_anew()
         try:
-            conversion = _Conversion(str(model), output, recipe, data, statistics, weights, version, device, progress)
-            report = conversion.run(staging, dry_run=dry_run, force=force)
-            if conversion.single_file and not (force or dry_run):
+            report = _convert(job, staging)
+            if job.single_file and not (force or dry_run):
                 _refuse_to_overwrite(staging.out, output)
         except OSError as error:
             raise explain(error, output) from error
@@ -109,7 +114,7 @@ def convert_onnx(
                 staging.discard()
             raise
         if not dry_run:
-            staging.publish(single_file=conversion.single_file)
+            staging.publish(single_file=job.single_file)
         elif not staging.checkpoint.exists():
             staging.discard()
     if not dry_run:
@@ -117,15 +122,67 @@ def convert_onnx(
     return report
 
 
-def _check_places(model: str, output: Path, *, force: bool) -> None:
-    """Raise InputError where there is no model, UsageError where the output may not be written."""
-    source = Path(model)
-    if not is_function(model):
+def _convert(job: _Job, staging: Staging) -> Report:
+    """The stages of a conversion, inside the staging folder."""
+    source = open_source(job.model, job.weights, job.recipe, job.data, staging.root / "export")
+    graph, plan = planned_graph(source.model, job.recipe, source.codes)
+    _require_data(job, plan)
+    if job.dry_run:
+        return _estimate(job, source, plan)
+    samples = load(source, job.data, trains=job.trains)
+    calibrating = samples.spread(DEFAULT_SAMPLES) if samples is not None and job.trains else samples
+    folder, seed = staging.root / "hessians", job.data.seed if job.data else 0
+    gathered = gather(source, graph, plan, job.statistics, calibrating, seed, folder, job.progress)
+    weights_before = sum(tensor.nbytes for tensor in constants(graph))
+    unquantized = graph.clone() if job.trains else None
+    with torch_threads():
+        outcomes = transform(graph, gathered.plan, gathered.evidence)
+    history, data_fingerprint = None, gathered.fingerprint
+    if unquantized is not None and samples is not None:
+        outcomes, history = _train(job, staging, source.model, unquantized, graph, samples, outcomes)
+        data_fingerprint = fingerprint(sample.inputs for sample in samples)
+    store_in_four_bits(graph)
+    done = gathered.plan.carried_out(outcomes)
+
+    target = staging.out / (job.single_file or _FILE_IN_FOLDER)
+    files = _save(graph, target, job.output)
+    verified = {**read_back(graph, target), "runtime": prove(target).to_json()}
+    compared, advice = None, Advice()
+    if calibrating is not None:
+        outputs = OutputComparison(source.model.path, calibrating, COMPARED_SAMPLES, staging.root)
+        compared = outputs.against(target)
+        verified["compared"] = compared.to_json()
+        advice = advise(job.recipe, source.model, gathered.evidence, outputs, compared.sqnr_db, staging.root)
+    result = Result(source, job.output, done, outcomes, verified, compared)
+    manifest = result.manifest() | ({FINGERPRINT_KEY: data_fingerprint} if data_fingerprint else {})
+    add_metadata(target, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
+    size = sum(file.stat().st_size for file in files)
+    _require_smaller(size, source.model.size_bytes, weights_before)
+    _copy_companions(source, job, staging.out)
+
+    stages = (source, samples, gathered, history, done, compared, advice)
+    warnings = [warning for stage in stages if stage is not None for warning in stage.warnings]
+    details = {"verified": verified, "recommended": advice.scheme}
+    return result.report(size, warnings, details | ({"training": history.to_json()} if history else {}))
+
+
+def _check_request(job: _Job) -> None:
+    """Refuse what cannot be done before anything is opened.
+
+    Raises:
+        InputError: there is no model.
+        UsageError: the output may not be written, or the format or target is none of ONNX.
+    """
+    if job.recipe.format not in (None, "onnx"):
+        raise UsageError(f"An ONNX model cannot be written as {job.recipe.format}.", "Leave --format out.")
+    require_onnx(job.recipe)
+    source, may_replace = Path(job.model), job.force or job.dry_run
+    if not is_function(job.model):
         if not source.exists():
             raise InputError(f"{source} does not exist.")
-        check_target(output, source if source.is_dir() else onnx_file(source), force=force)
-    elif output.exists() and not force:
-        raise UsageError(f"The output {output} exists.", "Use --force to replace it.")
+        check_target(job.output, source if source.is_dir() else onnx_file(source), force=may_replace)
+    elif job.output.exists() and not may_replace:
+        raise UsageError(f"The output {job.output} exists.", "Use --force to replace it.")
 
 
 def _refuse_to_overwrite(built: Path, output: Path) -> None:
@@ -136,263 +193,82 @@ def _refuse_to_overwrite(built: Path, output: Path) -> None:
             raise UsageError(f"The output {beside} exists.", "Use --force to replace it.")
 
 
-class _Conversion:
-    """One run: the state its steps share."""
-
-    def __init__(
-        self,
-        model: str,
-        output: Path,
-        recipe: Recipe,
-        data: DataRequest | None,
-        statistics: Path | None,
-        weights: Path | None,
-        version: str | None,
-        device: str,
-        progress: Progress | None,
-    ) -> None:
-        self.output, self.recipe, self.data, self.stats = output, recipe, data, statistics
-        self.version, self.device, self.progress = version, device, progress
-        self.training: dict[str, Any] | None = None
-        self.warnings: list[str] = []
-        self.comparison: Comparison | None = None
-        self.origin: dict[str, Any] | None = None
-        self.source = open_model(model, weights)
-        self.codes = self._given_codes()
-        self.single_file = output.name if output.suffix == ".onnx" else None
-
-    def _given_codes(self) -> GivenCodes | None:
-        """The codes of a checkpoint that is quantized, unless they are to be values again."""
-        checkpoint = self.source.checkpoint
-        if checkpoint is None or not is_quantized(checkpoint):
-            return None
-        coded = open_coded(checkpoint)
-        self.origin = DecodedCheckpoint(coded).origin() | {"sha256": checkpoint.sha256()}
-        return None if dequantizes(self.recipe) else GivenCodes(checkpoint, coded, self.recipe)
-
-    def run(self, staging: Staging, *, dry_run: bool, force: bool = False) -> Report:
-        """Do everything inside the staging folder."""
-        original = self._open(staging.root)
-        graph, plan = self._planned(original)
-        if dry_run:
-            layers = [LayerOutcome(node, node.estimated_bytes, None) for node in plan.nodes]
-            size = original.size_bytes - plan.saved_bytes
-            return self._report(original, plan, layers, size, {"dry_run": True, "estimated": True}, {})
-        everything = self._samples(original)
-        samples = everything.spread(DEFAULT_SAMPLES) if everything is not None and self.trains else everything
-        statistics = self._statistics(original, graph, plan, samples)
-        if statistics is not None:
-            plan = without_outliers(plan, statistics)
-            require_work(plan, original.path)
-        hessians = None
-        if plan.needs_inputs and samples is not None:
-            hessians = collect_hessians(graph, plan, samples, staging.root / "hessians", progress=self.progress)
-            plan = without_inputs(plan, hessians)
-        placement = place(graph, (node.node for node in plan.of_mode("static")))
-        self.warnings += statistics.warnings({value.name or "" for value in placement.values}) if statistics else []
-        before = sum(tensor.nbytes for tensor in constants(graph))
-        unquantized = graph.clone() if self.trains else None
-        with torch_threads():
-            outcomes = transform(graph, plan, statistics, placement, hessians, self.codes)
-        if unquantized is not None and everything is not None:
-            outcomes = self._train(staging, original, unquantized, graph, everything, outcomes, force=force)
-        store_in_four_bits(graph)
-        plan = replace(plan, nodes=tuple(outcome.plan for outcome in outcomes))
-        self.warnings += [*plan.warnings, *counted(outcome.warning for outcome in outcomes)]
-        target = staging.out / (self.single_file or _FILE_IN_FOLDER)
-        files = self._save(graph, target)
-        verified = {**read_back(graph, target), "runtime": prove(target).to_json()}
-        recommended = None
-        if samples is not None:
-            outputs = OutputComparison(original.path, samples, _COMPARED_SAMPLES, staging.root)
-            verified["compared"] = self._compare(outputs, target)
-            assert self.comparison is not None
-            kept_db = self.comparison.sqnr_db
-            recommended, said = recommend(self.recipe, original, statistics, hessians, outputs, kept_db, staging.root)
-            self.warnings += said
-        manifest = self._manifest(original, plan, outcomes, verified)
-        seen = statistics.provenance.fingerprint if statistics else None
-        if everything is not None and (self.trains or (hessians is not None and seen is None)):
-            seen = fingerprint(sample.inputs for sample in everything)
-        manifest |= {FINGERPRINT_KEY: seen} if seen else {}
-        add_metadata(target, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
-        self._check_size(original, files, before)
-        self._copy_companions(original, staging.out)
-        size = sum(file.stat().st_size for file in files)
-        details = {"verified": verified, "recommended": recommended}
-        details |= {"training": self.training} if self.training else {}
-        return self._report(original, plan, outcomes, size, details, self._metrics())
-
-    def _save(self, graph: ir.Model, target: Path) -> list[Path]:
-        require_space(self.output, sum(tensor.nbytes for tensor in constants(graph)))
-        # What an earlier conversion, a cast, wrote of itself.
-        graph.metadata_props.pop(MANIFEST_KEY, None)
-        return save_graph(graph, target)
-
-    def _open(self, folder: Path) -> OnnxModel:
-        if self.source.onnx is not None:
-            return self.source.onnx
-        from quantcli.export.export import export_to_onnx
-
-        given = self.source
-        exported = export_to_onnx(given.path, folder / "export", data=self.data, weights=given.weights)
-        self.warnings += exported.warnings
-        return open_onnx(exported.path)
-
-    def _planned(self, original: OnnxModel) -> tuple[ir.Model, GraphPlan]:
-        """The graph to work on, in the operator set it needs, and what becomes of it."""
-        graph = prepare(original, fold=self.codes is None)
-        plan = self.codes.plan(graph, original.path) if self.codes else resolve_graph(self.recipe, graph, original.path)
-        opset = needed_opset(plan)
-        if self.version:
-            require_version(plan, graph, opset, self.version)
-        if opset > original.opset:
-            graph = upgrade(graph, opset)
-            plan = resolve_graph(self.recipe, graph, original.path)
-        if plan.of_mode("static") and not (self.stats or self.data):
-            raise UsageError(
-                f"{plan.scheme} needs the ranges of activations.",
-                "Give --data DATA to take them now, or --calibration STATS from quantcli calibrate.",
-            )
-        if self.trains and not self.data:
-            raise UsageError("qat learns from data.", "Name some with --data; nothing is fetched or made up.")
-        if plan.needs_inputs and not self.data:
-            why = "STATS hold the ranges of activations alone." if self.stats else None
-            raise UsageError("gptq needs calibration data: give --data.", why)
-        return graph, plan
-
-    def _samples(self, original: OnnxModel) -> Samples | None:
-        if self.data is None:
-            return None
-        from quantcli.data.samples import load_samples
-
-        request = self.data.at_most(None if self.trains else DEFAULT_SAMPLES)
-        found = load_samples(request, original.inputs, folder=self.source.folder)
-        self.warnings += found.warnings
-        return found
-
-    def _statistics(
-        self, original: OnnxModel, graph: ir.Model, plan: GraphPlan, samples: Samples | None
-    ) -> CalibrationStats | None:
-        # Static layers need ranges; the biases of other convolutions profit from the means of what they read.
-        static = plan.of_mode("static")
-        read = [node.node.inputs[0] for node in plan.of_mode("weights") if node.node.op_type == "Conv"]
-        if not static and not (read and (samples or self.stats)):
-            return None
-        sha256 = source_sha256(self.source)
-        if self.stats is not None:
-            statistics = CalibrationStats.load(self.stats)
-            statistics.require_model(sha256)
-            return statistics
-        assert samples is not None and self.data is not None
-        observed = None if static else list(dict.fromkeys(value.name for value in read if value and value.name))
-        return collect(graph, samples, observed, model_sha256=sha256, seed=self.data.seed, progress=self.progress)
-
-    @property
-    def trains(self) -> bool:
-        """Whether the recipe trains what was quantized."""
-        return training_step(self.recipe) is not None
-
-    def _train(
-        self,
-        staging: Staging,
-        original: OnnxModel,
-        unquantized: ir.Model,
-        graph: ir.Model,
-        samples: Samples,
-        outcomes: Sequence[LayerOutcome],
-        *,
-        force: bool,
-    ) -> list[LayerOutcome]:
-        """Train the quantized graph, going on where the same command was interrupted."""
-        from quantcli.training.onnx import fingerprint as training_fingerprint
-        from quantcli.training.onnx import train_layers
-        from quantcli.training.run import Run
-
-        step = training_step(self.recipe)
-        assert step is not None and self.data is not None
-        seed = self.data.seed
-        fingerprint = training_fingerprint(self.recipe, original, samples, self.stats, seed, self.device)
-        staging.begin(fingerprint, force=force)
-        trained, history = train_layers(
-            unquantized,
-            graph,
-            outcomes,
-            samples,
-            step.options,
-            Run.followed_by(self.progress, seed, self.device, staging.checkpoint),
+def _require_data(job: _Job, plan: GraphPlan) -> None:
+    """Raise UsageError where a plan, or a training, needs data that is not given."""
+    if plan.of_mode("static") and not (job.statistics or job.data):
+        raise UsageError(
+            f"{plan.scheme} needs the ranges of activations.",
+            "Give --data DATA to take them now, or --calibration STATS from quantcli calibrate.",
         )
-        self.training = history.to_json()
-        self.warnings += history.warnings
-        return trained
+    if job.trains and not job.data:
+        raise UsageError("qat learns from data.", "Name some with --data; nothing is fetched or made up.")
+    if plan.needs_inputs and not job.data:
+        why = "STATS hold the ranges of activations alone." if job.statistics else None
+        raise UsageError("gptq needs calibration data: give --data.", why)
 
-    def _compare(self, outputs: OutputComparison, target: Path) -> dict[str, Any]:
-        self.comparison = found = outputs.against(target)
-        if found.speed is not None and found.speed < _SLOW:
-            self.warnings.append(
-                f"On these samples the artifact ran {found.speed:.2g} times as fast as the model; quantcli bench "
-                "measures that properly."
-            )
-        # How long it took goes into the report alone: an artifact holds no times.
-        return {"samples": found.samples, "sqnr_db": found.sqnr_db}
 
-    def _metrics(self) -> dict[str, float | None]:
-        found = self.comparison
-        return {"output_sqnr_db": found.sqnr_db, "speed": found.speed} if found else {}
+def _estimate(job: _Job, source: Source, plan: GraphPlan) -> Report:
+    """What a plan would become."""
+    outcomes = [LayerOutcome(node, node.estimated_bytes) for node in plan.nodes]
+    result = Result(source, job.output, plan, outcomes)
+    details = {"dry_run": True, "estimated": True}
+    return result.report(source.model.size_bytes - plan.saved_bytes, source.warnings, details)
 
-    def _check_size(self, original: OnnxModel, files: Sequence[Path], weights_before: int) -> None:
-        size, before = sum(file.stat().st_size for file in files), original.size_bytes
-        if size >= before:
-            raise InputError(
-                f"The artifact would have {format_bytes(size)}, and the model has {format_bytes(before)}: of that, "
-                f"{format_bytes(weights_before)} are weights. Nothing was written.",
-                "It is too small a model for this scheme.",
-            )
 
-    def _copy_companions(self, original: OnnxModel, out: Path) -> None:
-        folder = Path(self.source.path)
-        if self.single_file or not folder.is_dir():
-            return
-        for relative in companions(folder):
-            if relative.as_posix() != "quantcli.json":
-                destination = out / relative
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / relative, destination)
+def _train(
+    job: _Job,
+    staging: Staging,
+    model: OnnxModel,
+    unquantized: ir.Model,
+    quantized: ir.Model,
+    samples: Samples,
+    outcomes: Sequence[LayerOutcome],
+) -> tuple[list[LayerOutcome], History]:
+    """Train the quantized graph, going on where the same command was interrupted."""
+    from quantcli.training.onnx import fingerprint as training_fingerprint
+    from quantcli.training.onnx import train_layers
+    from quantcli.training.run import Run
 
-    def _manifest(
-        self, original: OnnxModel, plan: GraphPlan, outcomes: Sequence[LayerOutcome], verified: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        return {
-            "quantcli": __version__,
-            "input_sha256": original.sha256(),
-            "format": "onnx",
-            "scheme": plan.scheme,
-            "algorithm": plan.algorithm,
-            "recipe": self.recipe.model_dump(mode="json"),
-            **({"source": self.origin} if self.origin else {}),
-            "layers": layer_entries(outcomes),
-            "verified": dict(verified),
-        }
+    step = training_step(job.recipe)
+    assert step is not None and job.data is not None
+    seed = job.data.seed
+    identity = training_fingerprint(job.recipe, model, samples, job.statistics, seed, job.device)
+    staging.begin(identity, force=job.force)
+    return train_layers(
+        unquantized,
+        quantized,
+        outcomes,
+        samples,
+        step.options,
+        Run.followed_by(job.progress, seed, job.device, staging.checkpoint),
+    )
 
-    def _report(
-        self,
-        original: OnnxModel,
-        plan: GraphPlan,
-        outcomes: Sequence[LayerOutcome],
-        size: int,
-        details: dict[str, Any],
-        metrics: dict[str, float | None],
-    ) -> Report:
-        before = original.size_bytes
-        rows = layer_rows(outcomes) + left_rows(original.ir, plan, original.path)
-        measured = [row.sqnr_db for row in rows if row.sqnr_db is not None]
-        metrics = {
-            "size_ratio": size / before,
-            "sqnr_db_min": min(measured, default=None),
-            **metrics,
-        }
-        source = ModelRow(self.source.path, "reference", "onnx", None, original.sha256(), before)
-        artifact = ModelRow(
-            str(self.output), "candidate", "onnx", plan.scheme, None, size, metrics, {"algorithm": plan.algorithm}
+
+def _save(graph: ir.Model, target: Path, output: Path) -> list[Path]:
+    """Write the graph where the disk of the output has room for it."""
+    require_space(output, sum(tensor.nbytes for tensor in constants(graph)))
+    # What an earlier conversion, a cast, wrote of itself.
+    graph.metadata_props.pop(MANIFEST_KEY, None)
+    return save_graph(graph, target)
+
+
+def _require_smaller(size: int, before: int, weights_before: int) -> None:
+    """Raise InputError where an artifact of ``size`` bytes is no smaller than its model."""
+    if size >= before:
+        raise InputError(
+            f"The artifact would have {format_bytes(size)}, and the model has {format_bytes(before)}: of that, "
+            f"{format_bytes(weights_before)} are weights. Nothing was written.",
+            "It is too small a model for this scheme.",
         )
-        return Report("convert", [source, artifact], rows, [], list(dict.fromkeys(self.warnings)), details)
+
+
+def _copy_companions(source: Source, job: _Job, out: Path) -> None:
+    """Copy what lies beside a model's weights, such as its tokenizer, into a folder."""
+    folder = Path(source.subject.path)
+    if job.single_file or not folder.is_dir():
+        return
+    for relative in companions(folder):
+        if relative.as_posix() != MANIFEST:
+            destination = out / relative
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / relative, destination)

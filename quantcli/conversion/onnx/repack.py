@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 
 
-class GivenCodes:
+class CheckpointCodes:
     """The codes of a checkpoint, for the nodes of its export."""
 
-    def __init__(self, checkpoint: Checkpoint, coded: CodedCheckpoint, recipe: Recipe) -> None:
+    def __init__(self, checkpoint: Checkpoint, quantized: CodedCheckpoint, recipe: Recipe) -> None:
         """Check whether n-bit nodes can hold what the checkpoint does.
 
         Raises:
             UsageError: they cannot, or the recipe asks for more.
         """
         refuse_wishes(checkpoint, recipe, data=False)
-        self.coded, self.recipe = coded, recipe
-        self._decoded = DecodedCheckpoint(coded)
+        self.quantized, self.recipe = quantized, recipe
+        self._decoded = DecodedCheckpoint(quantized)
         self._infos = {info.name: info for info in self._decoded.infos()}
         roles = classify(self._infos.values(), self._decoded.config)
-        for name, weight in coded.weights.items():
+        for name, weight in quantized.weights.items():
             _refuse(name, _reason(weight, roles[name]))
         self._of: dict[str, str] = {}
 
@@ -54,27 +54,27 @@ class GivenCodes:
         """What becomes of each weight of the exported graph.
 
         Raises:
-            UsageError: a coded weight is there, but not as a matrix that a node can hold.
+            UsageError: a quantized weight is there, but not as a matrix that a node can hold.
             InputError: none is there.
         """
         from quantcli.onnx.graph.operands import operand_of
 
-        names = {_key(self._values(name)): name for name in self.coded.weights}
+        names = {_key(self._values(name)): name for name in self.quantized.weights}
         nodes = []
         for node, value in weighted_nodes(model):
             plan = undecided(node, value, file)
             name = None if node.op_type == "Gather" else names.get(_key(_matrix(operand_of(node))))
             nodes.append(self._planned(plan, name) if name else plan.left("not quantized before either"))
-        lacking = sorted(self.coded.weights.keys() - self._of.values())
+        lacking = sorted(self.quantized.weights.keys() - self._of.values())
         for name in lacking:
-            if any(each and name.endswith(each) for each in model.graph.initializers):
+            if any(constant and name.endswith(constant) for constant in model.graph.initializers):
                 _refuse(name, "its export holds other values, or no plain product with them")
         warnings = counted(node.note for node in nodes)
         if lacking:
             warnings.append(f"Quantized, but no part of the export: {listed(lacking)}.")
-        found = GraphPlan(tuple(nodes), self.coded.scheme, self.recipe, tuple(warnings))
-        require_work(found, file)
-        return found
+        resolved = GraphPlan(tuple(nodes), self.quantized.scheme, self.recipe, tuple(warnings))
+        require_work(resolved, file)
+        return resolved
 
     def of(self, node: NodePlan) -> QuantizedTensor:
         """The codes of a node of the plan, with a scale for each of its blocks.
@@ -90,12 +90,12 @@ class GivenCodes:
         if not torch.equal(self._values(name), _matrix(operand_of(node.node))):
             raise VerificationError(f"The codes of {name} do not stand for the matrix of {node.node.name}.")
         assert node.scheme is not None
-        return _in_blocks(self.coded.tensor(name), node.scheme)
+        return _in_blocks(self.quantized.tensor(name), node.scheme)
 
     def _planned(self, plan: NodePlan, name: str) -> NodePlan:
         from quantcli.onnx.plan import nbits
 
-        weight, weights = self.coded.weights[name], self.coded.weights[name].scheme.weights
+        weight, weights = self.quantized.weights[name], self.quantized.weights[name].scheme.weights
         block = _block(weight)
         note = None
         if block < (_group(weight) or weight.shape[1]):
@@ -103,8 +103,8 @@ class GivenCodes:
         scheme = Scheme(replace(weights, granularity=Granularity("group", block)))
         _refuse(name, nbits.supports(plan.node, scheme))
         self._of[plan.name] = name
-        algorithm = self.coded.algorithm(name) or "carried over"
-        return replace(plan, mode="weights", scheme=scheme, label=weights.dtype, algorithm=algorithm, note=note)
+        algorithm = self.quantized.algorithm(name) or "carried over"
+        return replace(plan, form="nbits", scheme=scheme, label=weights.dtype, algorithm=algorithm, note=note)
 
     def _values(self, name: str) -> Tensor:
         info = self._infos[name]

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.onnx.plan.plan import GraphPlan, tensor_info
-from quantcli.onnx.rewrite.transform import LayerOutcome
+from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome, tensor_info
 from quantcli.planning.rules import full_label
 from quantcli.reporting.report import LayerRow
 
@@ -22,12 +21,12 @@ def layer_rows(outcomes: Sequence[LayerOutcome]) -> list[LayerRow]:
     for outcome in outcomes:
         node = outcome.plan
         label = full_label(node.label, node.scheme)
-        known = labels.setdefault(node.name, set())
-        if label in known:
+        listed = labels.setdefault(node.name, set())
+        if label in listed:
             continue
-        before = 0 if known else node.info.nbytes
-        after = 0 if known and label is None else outcome.bytes_after
-        known.add(label)
+        before = 0 if listed else node.info.nbytes
+        after = 0 if listed and label is None else outcome.bytes_after
+        listed.add(label)
         details = {"shape": list(node.info.shape), "role": node.role, "node": node.node.name}
         if node.note:
             details["note"] = node.note

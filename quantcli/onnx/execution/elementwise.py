@@ -122,8 +122,8 @@ def _extreme(sign: int) -> Callable[..., Tensor]:
 def _top_k(node: ir.Node, x: Tensor, k: Tensor) -> Outputs:
     axis, count = integer(node, "axis", -1), int(k.item())
     # Of equal ones the first comes first, which torch.topk does not promise.
-    found = x.sort(dim=axis, descending=bool(integer(node, "largest", 1)), stable=True)
-    return found.values.narrow(axis, 0, count), found.indices.narrow(axis, 0, count)
+    ordered = x.sort(dim=axis, descending=bool(integer(node, "largest", 1)), stable=True)
+    return ordered.values.narrow(axis, 0, count), ordered.indices.narrow(axis, 0, count)
 
 
 # Constants, shapes and types

@@ -85,8 +85,8 @@ class TorchGraph:
         def read(value: ir.Value) -> Tensor:
             if value in held:
                 return held[value]
-            found = values.get(value.name or "")
-            return self._constant(value) if found is None else found
+            replaced = values.get(value.name or "")
+            return self._constant(value) if replaced is None else replaced
 
         for step in self._steps:
             held |= _computed(step, read, replaced)
@@ -161,11 +161,11 @@ def _computed(
             outputs = step.function(node, *_on_one_device(node, inputs))
         except NotImplementedError as error:
             raise no_torch_form(node, f"such inputs: {error}") from error
-    found = dict(zip(node.outputs, [outputs] if isinstance(outputs, Tensor) else outputs, strict=False))
-    for value in node.outputs[len(found) :]:
+    by_value = dict(zip(node.outputs, [outputs] if isinstance(outputs, Tensor) else outputs, strict=False))
+    for value in node.outputs[len(by_value) :]:
         if value.uses() or value.is_graph_output():
             raise no_torch_form(node, f"its output {value.name}")
-    return found
+    return by_value
 
 
 def _read_as_numbers(node: ir.Node) -> tuple[int, ...]:
@@ -176,6 +176,6 @@ def _on_one_device(node: ir.Node, inputs: Sequence[Tensor | None]) -> list[Tenso
     """A node's inputs beside each other, but for those that its operator reads as numbers."""
     tensors = list(inputs)
     apart = _read_as_numbers(node)
-    found = (tensor.device for tensor in tensors if tensor is not None)
-    device = next((device for device in found if device != CPU), CPU)
+    devices = (tensor.device for tensor in tensors if tensor is not None)
+    device = next((device for device in devices if device != CPU), CPU)
     return [tensor if tensor is None or i in apart else tensor.to(device) for i, tensor in enumerate(tensors)]

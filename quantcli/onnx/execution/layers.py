@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantcli.onnx.execution.attributes import Outputs, no_torch_form, opset, text
+from quantcli.onnx.graph.padding import auto_padding, halves
 from quantcli.onnx.graph.values import integer, integers, real
 
 if TYPE_CHECKING:
@@ -28,18 +29,7 @@ def _padding(
     if mode in ("NOTSET", ""):
         pads = integers(node, "pads") or [0] * (2 * len(sizes))
         return list(zip(pads[: len(sizes)], pads[len(sizes) :], strict=True))
-    if mode == "VALID":
-        return [(0, 0)] * len(sizes)
-    missing = [
-        max((ceil(size / stride) - 1) * stride + span - size, 0)
-        for size, span, stride in zip(sizes, spans, strides, strict=True)
-    ]
-    return [_halves(each, mode) for each in missing]
-
-
-def _halves(padding: int, mode: str) -> tuple[int, int]:
-    less, more = padding // 2, padding - padding // 2
-    return (less, more) if mode == "SAME_UPPER" else (more, less)
+    return auto_padding(mode, sizes, spans, strides)
 
 
 def _padded(x: Tensor, padding: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
@@ -76,8 +66,7 @@ def _conv_transpose(node: ir.Node, x: Tensor, weight: Tensor, bias: Tensor | Non
     if shape is None and mode.startswith("SAME"):
         shape = [size * stride for size, stride in zip(x.shape[2:], strides, strict=True)]
     if shape is not None:
-        missing = [size - wish for size, wish in zip(full, shape[-rank:], strict=True)]
-        padding = [_halves(each, mode) for each in missing]
+        padding = [halves(size - wish, mode) for size, wish in zip(full, shape[-rank:], strict=True)]
     else:
         padding = _padding(node, none, none, strides)
     y = _padded(y, [(-before, more - after) for (before, after), more in zip(padding, extra, strict=True)])
@@ -120,7 +109,8 @@ def _windows(node: ir.Node, x: Tensor) -> _Windows:
     for size, span, stride, (before, after) in zip(sizes, spans, strides, padding, strict=True):
         count = rounding((size + before + after - span) / stride) + 1
         # A window that would start behind the input and the padding before it is none.
-        count -= (count - 1) * stride >= size + before
+        if (count - 1) * stride >= size + before:
+            count -= 1
         counts.append(count)
         filled.append((before, max((count - 1) * stride + span - size - before, 0)))
     return _Windows(kernel, strides, dilations, padding, filled, counts)
@@ -244,13 +234,13 @@ def _resized(node: ir.Node, x: Tensor, axis: int, size: int, factor: float) -> T
     places = _source_places(node, torch.arange(size, device=x.device, dtype=torch.float32), last + 1, factor)
     if text(node, "mode", "nearest") == "nearest":
         rounding = text(node, "nearest_mode", "round_prefer_floor")
-        found = {
+        nearest = {
             "round_prefer_floor": (places - 0.5).ceil,
             "round_prefer_ceil": (places + 0.5).floor,
             "floor": places.floor,
             "ceil": places.ceil,
         }[rounding]()
-        return x.index_select(axis, found.clamp(0, last).long())
+        return x.index_select(axis, nearest.clamp(0, last).long())
     places = places.clamp(0, last)
     low = places.floor().long()
     share = (places - low).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1 - axis % x.ndim))

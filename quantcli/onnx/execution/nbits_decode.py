@@ -71,7 +71,7 @@ def _constant(node: ir.Node, index: int) -> np.ndarray:
     producer = None if value is None else value.producer()
     if producer is not None and producer.op_type == "Reshape":  # codes that a lookup and a product share
         value = producer.inputs[0]
-    found = array(value)
-    if found is None:
+    values = array(value)
+    if values is None:
         raise ValueError(f"{node.name} lacks the constant at input {index}")
-    return found
+    return values

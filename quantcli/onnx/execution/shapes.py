@@ -155,8 +155,8 @@ def _gather_nd(node: ir.Node, x: Tensor, indices: Tensor) -> Tensor:
     count = prod(x.shape[:batch])
     places = indices.reshape(count, -1, depth).unbind(-1)
     rows = torch.arange(count, device=x.device)[:, None]
-    found = x.reshape(count, *x.shape[batch:])[(rows, *places)]
-    return found.reshape(indices.shape[:-1] + x.shape[batch + depth :])
+    picked = x.reshape(count, *x.shape[batch:])[(rows, *places)]
+    return picked.reshape(indices.shape[:-1] + x.shape[batch + depth :])
 
 
 def _scatter_nd(node: ir.Node, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:

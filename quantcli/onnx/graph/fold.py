@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantcli.onnx.graph.operands import channel_axis
 from quantcli.onnx.graph.values import (
     add_initializer,
     array,
@@ -57,7 +58,8 @@ def _fold_next(graph: ir.Graph, node: ir.Node) -> bool:
     shifted = shift if old_bias is None else scale * old_bias.astype(np.float64).reshape(-1) + shift
     new_bias = shifted.astype(values.dtype)
     changed = not np.all(scale == 1.0)
-    scaled = (values * scale.reshape(_broadcast(node, values))).astype(values.dtype) if changed else values
+    per_channel = [-1 if axis == channel_axis(node) else 1 for axis in range(rank)]
+    scaled = (values * scale.reshape(per_channel)).astype(values.dtype) if changed else values
     if not (np.isfinite(scaled).all() and np.isfinite(new_bias).all()):
         # A division by zero, or a half-precision weight that would overflow: apart the two may still work.
         return False
@@ -80,22 +82,17 @@ def _output_channels(node: ir.Node) -> int | None:
     weight = constant(node.inputs[1])
     assert weight is not None
     shape = list(weight.shape.numpy())
+    channels = shape[channel_axis(node)]
     if node.op_type == "Conv":
-        return shape[0]
+        return channels
     if node.op_type == "ConvTranspose":
         # Only a single group: with more, output channels are spread over two dimensions of the weight.
-        return shape[1] if integer(node, "group", 1) == 1 else None
+        return channels if integer(node, "group", 1) == 1 else None
     plain = real(node, "alpha", 1.0) == 1.0 and real(node, "beta", 1.0) == 1.0
     bias = constant(input_of(node, 2))
-    channels = shape[0] if integer(node, "transB", 0) else shape[1]
     if bias is not None and tuple(bias.shape.numpy()) not in ((channels,), (1, channels)):
         return None
     return channels if plain else None
-
-
-def _broadcast(node: ir.Node, weight: np.ndarray) -> tuple[int, ...]:
-    axis = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0 if integer(node, "transB", 0) else 1}[node.op_type]
-    return tuple(-1 if dim == axis else 1 for dim in range(weight.ndim))
 
 
 def _affine(node: ir.Node, data: ir.Value, channels: int, rank: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -66,8 +66,8 @@ class OnnxModel:
         """The file itself, then its external data."""
         import onnx_ir as ir
 
-        found = {Path(tensor.path) for tensor in constants(self.ir) if isinstance(tensor, ir.ExternalTensor)}
-        return (self.path, *sorted(found))
+        external = {Path(tensor.path) for tensor in constants(self.ir) if isinstance(tensor, ir.ExternalTensor)}
+        return (self.path, *sorted(external))
 
     @property
     def size_bytes(self) -> int:
@@ -79,10 +79,10 @@ class OnnxModel:
         """What quantcli wrote into the model, or None."""
         text = self.ir.metadata_props.get(MANIFEST_KEY)
         try:
-            found = json.loads(text) if text else None
+            manifest = json.loads(text) if text else None
         except ValueError:
             return None
-        return found if isinstance(found, dict) else None
+        return manifest if isinstance(manifest, dict) else None
 
     def sha256(self) -> str:
         """Hash of all files, names aside: that of the file itself where there is only one. Read once."""

@@ -13,8 +13,8 @@ from quantcli.onnx.graph.values import constant, input_of, integer, integers, is
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-#: Operators whose weight can be quantized alone, and the position of that weight.
-WEIGHT_INPUT = {"MatMul": 1, "Gemm": 1, "Gather": 0}
+#: Operators whose weight can be quantized alone.
+_WEIGHT_ONLY = ("MatMul", "Gemm", "Gather")
 
 #: Dtypes that the CPU kernels of the quantized operators compute in, by ONNX's names.
 _COMPUTED = ("FLOAT", "FLOAT16")
@@ -56,11 +56,21 @@ class Operand:
         return values if self.factor == 1.0 else values * np.float32(self.factor)
 
 
+def weight_input(node: ir.Node) -> ir.Value | None:
+    """The input at which a convolution, product or lookup has its weight."""
+    return input_of(node, 0 if node.op_type == "Gather" else 1)
+
+
+def channel_axis(node: ir.Node) -> int:
+    """The dimension of a convolution's or product's weight that runs over its output channels."""
+    return 0 if node.op_type == "Conv" or (node.op_type == "Gemm" and integer(node, "transB", 0)) else 1
+
+
 def operand_of(node: ir.Node) -> Operand | str:
     """The weight of a MatMul, Gemm or Gather, or why there is none that can be quantized."""
-    if not is_standard(node, *WEIGHT_INPUT):
+    if not is_standard(node, *_WEIGHT_ONLY):
         return f"no weight-only form of {node.op_type} exists"
-    value, turned = behind_transposes(input_of(node, WEIGHT_INPUT[node.op_type]))
+    value, turned = behind_transposes(weight_input(node))
     tensor = constant(value)
     if value is None or tensor is None:
         swapped = node.op_type == "MatMul" and constant(input_of(node, 0)) is not None

@@ -65,7 +65,9 @@ def _set_aside(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     return weights
 
 
-#: The smallest IR version that knows an operator set (onnx/docs/Versioning.md).
+#: The smallest IR version that knows an operator set (onnx/docs/Versioning.md). `onnx.helper.find_min_ir_version_for`
+#: gives the release's own version instead, which is newer for the sets 9, 10, 12, 19 and 28, and which an onnxruntime
+#: that runs the set may refuse; sets that the installed onnx does not know yet are an error there.
 _IR_VERSIONS = ((25, 13), (24, 12), (23, 11), (21, 10), (20, 9), (15, 8), (13, 7), (11, 6))
 
 

@@ -45,23 +45,23 @@ def add_metadata(path: Path, key: str, value: str) -> None:
 
 def checksums(model: ir.Model) -> dict[str, int]:
     """CRC-32 of every constant's dtype, shape and bytes, by name; tensors are read one by one."""
-    found = {}
+    sums = {}
     for graph in model.graphs():
         for name, value in graph.initializers.items():
             tensor = value.const_value
             if tensor is not None:
                 head = f"{tensor.dtype.name} {tuple(tensor.shape.numpy())}"
-                found[name] = zlib.crc32(tensor.tobytes(), zlib.crc32(head.encode()))
-    return found
+                sums[name] = zlib.crc32(tensor.tobytes(), zlib.crc32(head.encode()))
+    return sums
 
 
 def read_back(graph: ir.Model, target: Path) -> dict[str, Any]:
     """Reopen what was written, and compare every tensor. Raises VerificationError."""
-    meant, found = checksums(graph), checksums(open_onnx(target).ir)
-    if meant != found:
-        wrong = sorted(name for name in meant.keys() | found.keys() if meant.get(name) != found.get(name))
+    meant, stored = checksums(graph), checksums(open_onnx(target).ir)
+    if meant != stored:
+        wrong = sorted(name for name in meant.keys() | stored.keys() if meant.get(name) != stored.get(name))
         raise VerificationError(
             f"{wrong[0]} was read back otherwise than it was written.",
             "The disk may be failing; if it happens again elsewhere, please report it.",
         )
-    return {"tensors": len(found), "codes": "equal"}
+    return {"tensors": len(stored), "codes": "equal"}

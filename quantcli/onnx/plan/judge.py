@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
 
-from quantcli.core.tensors import Hessian
-from quantcli.onnx.graph.opset import NARROW_OPSET, QDQ_OPSET
+from quantcli.onnx.plan.evidence import Hessians, Statistics
+from quantcli.onnx.plan.forms import form
 from quantcli.onnx.plan.placement import needs_quantized_output, tail
 from quantcli.onnx.plan.plan import GraphPlan, NodePlan, counted
-
-if TYPE_CHECKING:
-    import numpy as np
 
 #: Below this, 256 levels over a tensor's range leave too little of it: a few outliers own the range.
 MIN_ACTIVATION_SQNR_DB = 20.0
@@ -20,39 +16,9 @@ MIN_ACTIVATION_SQNR_DB = 20.0
 MIN_CHANNEL_LEVELS = 4.0
 
 
-class Statistics(Protocol):
-    """What calibration knows, as far as static quantization asks."""
-
-    def range(self, name: str) -> tuple[float, float]:
-        """Lowest and highest value to be represented."""
-
-    def sqnr_db(self, name: str, low: float, high: float, levels: int = 256) -> float | None:
-        """Signal to quantization noise of a tensor on a grid over a range."""
-
-    def channel_levels(self, name: str, low: float, high: float) -> float | None:
-        """How many of 256 levels over a range the median channel spans."""
-
-    def channel_mean(self, name: str) -> np.ndarray | None:
-        """Mean of each channel."""
-
-
-class Hessians(Protocol):
-    """What calibration knows of the inputs of layers, as far as gptq asks."""
-
-    def of(self, node: NodePlan) -> Hessian:
-        """The Hessian of a layer, read when it is asked for."""
-
-    def problem(self, node: NodePlan) -> str | None:
-        """Why a layer's inputs tell nothing, or None."""
-
-
 def needed_opset(plan: GraphPlan) -> int:
-    """The operator set that a plan's nodes are written in."""
-    integer = plan.of_mode("static", "dynamic") or any(node.role == "conv" for node in plan.of_mode("weights"))
-    bf16 = any(node.scheme and node.scheme.weights.dtype == "bf16" for node in plan.of_mode("cast"))
-    if any(node.scheme and node.scheme.weights.bits == 4 for node in plan.of_mode("static", "dynamic")):
-        return NARROW_OPSET
-    return QDQ_OPSET if integer or bf16 else 0
+    """The operator set that a plan's layers are written in."""
+    return max((form(node.form).opset(node) for node in plan.nodes if node.form), default=0)
 
 
 def without_outliers(plan: GraphPlan, statistics: Statistics) -> GraphPlan:
@@ -61,7 +27,7 @@ def without_outliers(plan: GraphPlan, statistics: Statistics) -> GraphPlan:
 
 
 def _judged(node: NodePlan, statistics: Statistics) -> NodePlan:
-    if node.mode != "static":
+    if node.form != "static":
         return node
     values = {"input": node.node.inputs[0]}
     if needs_quantized_output(node.node):
@@ -74,7 +40,7 @@ def _judged(node: NodePlan, statistics: Statistics) -> NodePlan:
             why = f"outliers: fixed ranges would leave its {which} {sqnr_db:.0f} dB"
             if node.node.op_type == "Conv":
                 return node.left(why)
-            return replace(node, mode="dynamic", label="int8-dynamic", note=why)
+            return replace(node, form="dynamic", label="int8-dynamic", note=why)
         levels = statistics.channel_levels(value.name, low, high)
         if levels is not None and levels < MIN_CHANNEL_LEVELS:
             # The few are most of the signal, and so they are of every sample: ranges found at inference are the same.

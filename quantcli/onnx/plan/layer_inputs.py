@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantcli.onnx.graph.operands import operand_of
+from quantcli.onnx.graph.padding import auto_padding
 from quantcli.onnx.graph.values import constant, input_of, integer, integers
 
 if TYPE_CHECKING:
@@ -36,18 +37,17 @@ class Windows:
     pads: tuple[int, int, int, int] | None
     auto_pad: str
 
+    @property
+    def spans(self) -> list[int]:
+        """How many rows and columns a window reaches over."""
+        return [(size - 1) * dilation + 1 for size, dilation in zip(self.kernel, self.dilations, strict=True)]
+
     def padding(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Top, left, bottom and right of an image of rows and columns."""
         if self.pads is not None:
             return self.pads
-        before, after = [], []
-        for length, kernel, stride, dilation in zip(size, self.kernel, self.strides, self.dilations, strict=True):
-            reach = (kernel - 1) * dilation + 1
-            total = 0 if self.auto_pad == "VALID" else max((-(-length // stride) - 1) * stride + reach - length, 0)
-            small = total // 2
-            before.append(total - small if self.auto_pad == "SAME_LOWER" else small)
-            after.append(total - before[-1])
-        return before[0], before[1], after[0], after[1]
+        (top, bottom), (left, right) = auto_padding(self.auto_pad, size, self.spans, self.strides)
+        return top, left, bottom, right
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,14 @@ def _unfolded(image: Tensor, windows: Windows) -> Iterator[Tensor]:
     image = image.reshape(*image.shape[:2], -1)
     top, left, bottom, right = windows.padding((image.shape[1], image.shape[2]))
     padded = functional.pad(image, (left, right, top, bottom))
-    reach = [(size - 1) * dilation + 1 for size, dilation in zip(windows.kernel, windows.dilations, strict=True)]
+    spans = windows.spans
     high, wide = (
-        (length - needed) // stride + 1
-        for length, needed, stride in zip(padded.shape[1:], reach, windows.strides, strict=True)
+        (length - span) // stride + 1
+        for length, span, stride in zip(padded.shape[1:], spans, windows.strides, strict=True)
     )
     stride = windows.strides[0]
     strip = max(1, _WINDOW_ELEMENTS // max(1, len(image) * windows.kernel[0] * windows.kernel[1] * wide))
     for start in range(0, high, strip):
         stop = min(start + strip, high)
-        part = padded[:, start * stride : (stop - 1) * stride + reach[0]]
+        part = padded[:, start * stride : (stop - 1) * stride + spans[0]]
         yield functional.unfold(part[None], windows.kernel, windows.dilations, stride=windows.strides)[0]

@@ -23,8 +23,7 @@ def block_size(columns: int, number_format: NumberFormat) -> int:
 
     The last block of a row is stored in full, so that 576 columns fit blocks of 64 better than blocks of 128.
     """
-    wanted = number_format.granularity.size or CHANNEL_BLOCK
-    sizes = [wanted]
+    sizes = [number_format.granularity.size or CHANNEL_BLOCK]
     while sizes[-1] > SMALLEST_BLOCK:
         sizes.append(sizes[-1] // 2)
 
@@ -52,8 +51,8 @@ def supports(node: ir.Node, scheme: Scheme) -> str | None:
     if operand.value.is_graph_output():
         return "its weight is an output of the model"
     for other in readers(operand.value):
-        found = operand_of(other)
-        if other is not node and (isinstance(found, str) or _refusal(other, found, scheme)):
+        theirs = operand_of(other)
+        if other is not node and (isinstance(theirs, str) or _refusal(other, theirs, scheme)):
             return f"its weight also serves {other.name or other.op_type}, which needs it as it is"
     return None
 

@@ -121,10 +121,8 @@ def _join_integer_ops(model: ir.Model, placement: Placement) -> None:
             if not all(value is not None and value in placement.values for value in inputs):
                 continue
             output = node.outputs[0] if passes else tail(node)
-            wanted = output in placement.values or any(
-                consumer in placement.nodes for consumer in output.consumers()
-            )  # fmt: skip
-            if len(node.outputs) > 1 or not (wanted or _leads_to_quantized(output, placement)):
+            read_as_codes = output in placement.values or any(user in placement.nodes for user in output.consumers())
+            if len(node.outputs) > 1 or not (read_as_codes or _leads_to_quantized(output, placement)):
                 continue
             placement.nodes.add(node)
             placement.values.setdefault(output, output)

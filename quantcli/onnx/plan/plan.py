@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from quantcli.algorithms import default_rounding
 from quantcli.core.dtypes import DTYPE_OF_ONNX_NAME
 from quantcli.core.scheme import Scheme
-from quantcli.core.tensors import TensorInfo
+from quantcli.core.tensors import Rounding, TensorInfo
 from quantcli.errors import InputError
-from quantcli.onnx.graph.operands import behind_transposes
-from quantcli.onnx.graph.values import constant, input_of, is_standard
+from quantcli.onnx.graph.operands import behind_transposes, weight_input
+from quantcli.onnx.graph.values import constant, is_standard
+from quantcli.onnx.plan.forms import form
 from quantcli.onnx.plan.layer_inputs import LayerInput
 from quantcli.onnx.plan.placement import observed_values
 from quantcli.planning.recipe import Recipe
@@ -22,11 +23,7 @@ from quantcli.planning.recipe import Recipe
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-#: How a weight is carried: integers with calibrated or found ranges, codes that are expanded, or a narrower float.
-Mode = Literal["static", "dynamic", "weights", "cast", "float"]
-
-#: Operators with a weight, and where it stands among the inputs.
-_WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
+#: Operators with a weight.
 _ROLES = {"Conv": "conv", "ConvTranspose": "conv", "Gemm": "linear", "MatMul": "linear", "Gather": "embedding"}
 
 #: Operators that say that a model is quantized already.
@@ -41,14 +38,16 @@ QUANTIZED_OPS = {
 class NodePlan:
     """What happens to one node's weight.
 
-    ``reason`` says why it stays float, ``note`` tells of a choice; ``input`` is what gptq must know the inputs of.
+    ``data`` names what meets the weight, as calibration knows it; ``form`` is one of `quantcli.onnx.plan.forms`, None:
+    float; ``reason`` says why it stays so, ``note`` tells of a choice; ``input`` is what gptq must know the inputs of.
     """
 
     node: ir.Node
     weight: ir.Value
     info: TensorInfo
     role: str
-    mode: Mode
+    data: str | None
+    form: str | None = None
     scheme: Scheme | None = None
     label: str = ""
     algorithm: str | None = None
@@ -60,6 +59,11 @@ class NodePlan:
     def name(self) -> str:
         """The layer's name in reports: that of its weight."""
         return self.info.name
+
+    @property
+    def mode(self) -> str:
+        """How the weight is carried, as reports and manifests say it."""
+        return form(self.form).mode if self.form else "float"
 
     @property
     def estimated_bytes(self) -> int:
@@ -82,7 +86,27 @@ class NodePlan:
 
     def left(self, reason: str) -> NodePlan:
         """The same node, left in floating point."""
-        return replace(self, mode="float", scheme=None, label="", algorithm=None, input=None, reason=reason)
+        return replace(self, form=None, scheme=None, label="", algorithm=None, input=None, reason=reason)
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """What became of one layer, and its weight's size in bytes; ``rounding`` is None where that stayed as it was."""
+
+    plan: NodePlan
+    bytes_after: int
+    rounding: Rounding | None = None
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise of the weight."""
+        return self.rounding.sqnr_db if self.rounding else None
+
+    @staticmethod
+    def quantized(plan: NodePlan, bytes_after: int, rounding: Rounding, note: str | None = None) -> LayerOutcome:
+        """With the plan that was carried out in the end: its algorithm, and all that is to be said of it."""
+        notes = "; ".join(filter(None, (plan.note, note, rounding.note))) or None
+        return LayerOutcome(replace(plan, algorithm=rounding.algorithm, note=notes), bytes_after, rounding)
 
 
 @dataclass(frozen=True)
@@ -105,9 +129,16 @@ class GraphPlan:
         """Whether a layer is quantized by what its inputs are."""
         return any(node.input for node in self.nodes)
 
-    def of_mode(self, *modes: Mode) -> list[NodePlan]:
+    def of_mode(self, *modes: str) -> list[NodePlan]:
         """Nodes of these modes, in graph order."""
         return [node for node in self.nodes if node.mode in modes]
+
+    def carried_out(self, outcomes: Iterable[LayerOutcome]) -> GraphPlan:
+        """The plan as it was carried out, with warnings of what did not go as planned."""
+        outcomes = list(outcomes)
+        deviations = counted(outcome.rounding.note for outcome in outcomes if outcome.rounding)
+        nodes = tuple(outcome.plan for outcome in outcomes)
+        return replace(self, nodes=nodes, warnings=(*self.warnings, *deviations))
 
     @property
     def saved_bytes(self) -> int:
@@ -138,9 +169,9 @@ def weighted_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
     import onnx_ir as ir
 
     for node in model.graph.all_nodes():
-        if not is_standard(node, *_WEIGHT_INPUT):
+        if not is_standard(node, *_ROLES):
             continue
-        value = input_of(node, _WEIGHT_INPUT[node.op_type])
+        value = weight_input(node)
         if is_standard(node, "MatMul", "Gemm"):
             value, _ = behind_transposes(value)
         tensor = constant(value)
@@ -151,12 +182,13 @@ def weighted_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
 
 def undecided(node: ir.Node, value: ir.Value, file: Path) -> NodePlan:
     """A node and its weight before anything is decided: float."""
-    return NodePlan(node, value, tensor_info(value, file), _ROLES[node.op_type], "float")
+    data = node.inputs[0]
+    return NodePlan(node, value, tensor_info(value, file), _ROLES[node.op_type], data.name if data else None)
 
 
 def require_work(plan: GraphPlan, file: Path) -> None:
     """Raise InputError where a plan leaves everything as it is."""
-    if plan.of_mode("static", "dynamic", "weights", "cast"):
+    if any(node.form for node in plan.nodes):
         return
     reasons = sorted({node.reason for node in plan.nodes if node.reason})
     why = f": {'; '.join(reasons)}" if reasons else ", since it has no weights"

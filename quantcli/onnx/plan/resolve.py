@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.algorithms import ALGORITHMS, default_rounding
-from quantcli.core.dtypes import DTYPE_OF_NUMBER
-from quantcli.core.scheme import PRESETS, NumberFormat, Scheme
+from quantcli.core.scheme import PRESETS, Scheme
 from quantcli.errors import InputError, UsageError
 from quantcli.onnx.graph.operands import readers
-from quantcli.onnx.graph.values import constant, input_of, integer, real
+from quantcli.onnx.graph.values import constant
+from quantcli.onnx.plan.forms import form, form_of
 from quantcli.onnx.plan.layer_inputs import layer_input
 from quantcli.onnx.plan.plan import (
     GraphPlan,
-    Mode,
     NodePlan,
     counted,
     graph_quantization,
@@ -42,9 +41,9 @@ def resolve_graph(recipe: Recipe, model: ir.Model, file: Path) -> GraphPlan:
         UsageError: no scheme, or one that does not fit, or a rule that matches nothing.
         InputError: the model is quantized already, or has nothing that the scheme applies to.
     """
-    found = graph_quantization(model)
-    if found:
-        raise InputError(f"{file} is already quantized ({found}).", "Convert the original model instead.")
+    quantization = graph_quantization(model)
+    if quantization:
+        raise InputError(f"{file} is already quantized ({quantization}).", "Convert the original model instead.")
     wish = scheme_asked_for(recipe)
     scheme = build_scheme(wish)
     plan = _Planner(recipe, scheme, label_of(wish, scheme), model, file).plan()
@@ -86,11 +85,10 @@ class _Planner:
             scheme, note, label = PRESETS["int8"], f"int8 in place of {label}: the head reads the same table", "int8"
         plan = replace(plan, note=note)
         # A small layer between integer ones runs on integers too; elsewhere it would only cost a node.
-        static = scheme.inputs is not None and not scheme.inputs.dynamic and node.op_type != "Gather"
-        if info.numel < _SMALLEST_WEIGHT and not static:
+        if info.numel < _SMALLEST_WEIGHT and not (scheme.is_static and node.op_type != "Gather"):
             return plan.left("too small to save anything")
         if scheme.weights.is_cast:
-            return self._cast(plan, scheme, label)
+            return _in_form(plan, scheme, label)
         if node.graph is not self.model.graph:
             return plan.left("inside a subgraph")
         wish = (rule.algorithm if rule else None) or self.algorithm
@@ -105,65 +103,53 @@ class _Planner:
         """Cast what is left, where the user says so."""
         rest = self.recipe.rest
         small = plan.info.numel < _SMALLEST_WEIGHT
-        if plan.mode != "float" or small or rest not in ("fp16", "bf16") or plan.info.dtype != "F32":
+        if plan.form or small or rest not in ("fp16", "bf16") or plan.info.dtype != "F32":
             return plan
-        return replace(plan, mode="cast", scheme=PRESETS[rest], label=rest, reason=None, note=f"cast: {plan.reason}")
-
-    def _cast(self, plan: NodePlan, scheme: Scheme, label: str) -> NodePlan:
-        if plan.info.dtype == DTYPE_OF_NUMBER[scheme.weights.dtype]:
-            return plan.left("already so")
-        return replace(plan, mode="cast", scheme=scheme, label=label)
+        return replace(plan, form="cast", scheme=PRESETS[rest], label=rest, reason=None, note=f"cast: {plan.reason}")
 
     def _quantize(self, plan: NodePlan, scheme: Scheme, label: str, wish: str) -> NodePlan:
         if scheme.inputs is not None and plan.role != "embedding":
-            reason = _no_integer_kernel(plan.node, scheme.inputs)
-            if reason is None:
-                mode: Mode = "dynamic" if scheme.inputs.dynamic else "static"
-                return self._rounded(replace(plan, mode=mode, scheme=scheme, label=label), scheme, wish)
+            with_inputs = _in_form(plan, scheme, label)
+            if with_inputs.form:
+                return self._rounded(with_inputs, wish)
             if plan.info.numel < _SMALLEST_WEIGHT:
-                return plan.left(reason)
-            note = f"int8 weights only: {reason}"
-            if plan.role == "conv":
-                return self._expanded(plan, note, wish)
-            plan = replace(plan, note=note)
-        if plan.role == "conv":
-            same = scheme == PRESETS["int8"]
-            other = None if same else f"int8 in place of {label}, the only form of a convolution"
-            return self._expanded(plan, other, wish)
-        from quantcli.onnx.plan import nbits
-
+                return with_inputs
+            plan = replace(plan, note=f"int8 weights only: {with_inputs.reason}")
         # A lookup has no activations to quantize; its table is most of a small model's bytes.
         scheme = Scheme(scheme.weights)
-        reason = nbits.supports(plan.node, scheme)
-        if reason:
-            return plan.left(reason)
-        carried = nbits.effective(plan.node, scheme)
-        if carried.weights.dtype != scheme.weights.dtype:
-            plan = replace(plan, note=f"{carried.weights.dtype} in place of {label}, which no lookup can read")
-            scheme, label, wish = carried, carried.weights.dtype, "auto"
-        return self._rounded(replace(plan, mode="weights", scheme=scheme, label=label), scheme, wish)
-
-    def _expanded(self, plan: NodePlan, note: str | None, wish: str) -> NodePlan:
-        """A convolution whose weights are stored as int8, and expanded to floats when it runs."""
-        scheme = PRESETS["int8"]
-        plan = replace(plan, mode="weights", scheme=scheme, label="int8", note=note)
-        return self._rounded(plan, scheme, wish if wish == "gptq" else "auto")
+        weights_only = _in_form(plan, scheme, label)
+        if not weights_only.form:
+            return weights_only
+        if (other := form(weights_only.form).substitute(plan, scheme)) is not None:
+            carried, why = other
+            dtype = carried.weights.dtype
+            note = plan.note if plan.note or carried == scheme else f"{dtype} in place of {label}, {why}"
+            weights_only = replace(weights_only, scheme=carried, label=dtype, note=note)
+            wish = wish if wish == "gptq" and plan.role == "conv" else "auto"
+        return self._rounded(weights_only, wish)
 
     @staticmethod
-    def _rounded(plan: NodePlan, scheme: Scheme, wish: str) -> NodePlan:
+    def _rounded(plan: NodePlan, wish: str) -> NodePlan:
         """With the algorithm that chooses the codes; one without data where a layer's inputs cannot serve."""
-        algorithm = default_rounding(scheme.weights)
+        assert plan.scheme is not None
+        weights = plan.scheme.weights
         if wish == "auto":
-            return replace(plan, algorithm=algorithm)
-        require_support(wish, scheme.weights)
+            return replace(plan, algorithm=default_rounding(weights))
+        require_support(wish, weights)
         if wish != "gptq":
             return replace(plan, algorithm=wish)
         tensor = constant(plan.weight)
         assert tensor is not None
-        found = "a lookup reads the same table" if _is_tied(plan.weight) else layer_input(plan.node, tensor)
-        if isinstance(found, str):
-            return plan.rounded_plainly(found)
-        return replace(plan, algorithm="gptq", input=found)
+        inputs = "a lookup reads the same table" if _is_tied(plan.weight) else layer_input(plan.node, tensor)
+        if isinstance(inputs, str):
+            return plan.rounded_plainly(inputs)
+        return replace(plan, algorithm="gptq", input=inputs)
+
+
+def _in_form(plan: NodePlan, scheme: Scheme, label: str) -> NodePlan:
+    """A layer in the first form that supports it with a scheme, or left in floating point."""
+    name, reason = form_of(plan, scheme)
+    return replace(plan, form=name, scheme=scheme, label=label) if name else plan.left(reason)
 
 
 def _rounding_step(recipe: Recipe) -> Step | None:
@@ -187,31 +173,6 @@ def _is_tied(value: ir.Value) -> bool:
     """
     operators = {node.op_type for node in readers(value)}
     return "Gather" in operators and bool(operators & {"MatMul", "Gemm"})
-
-
-def _no_integer_kernel(node: ir.Node, inputs: NumberFormat) -> str | None:
-    """Why a node cannot run on integers with such inputs, or None."""
-    if node.op_type == "ConvTranspose":
-        return "ConvTranspose has no integer kernel"
-    if node.op_type == "Conv" and inputs.dynamic:
-        return "onnxruntime's dynamic convolution is many times slower than its float one"
-    weight = constant(node.inputs[1])
-    if weight is None:
-        return "it turns a matrix that others read too"
-    if weight.dtype.name != "FLOAT":
-        return "integer kernels take and return float32, and this is half precision"
-    if node.op_type == "MatMul":
-        return None if len(weight.shape) == 2 else "the weight is not a matrix"
-    bias = constant(input_of(node, 2))
-    if input_of(node, 2) is not None and bias is None:
-        return "the bias is not constant"
-    if node.op_type == "Gemm":
-        if integer(node, "transA", 0) or real(node, "alpha", 1.0) != 1.0 or real(node, "beta", 1.0) != 1.0:
-            return "Gemm with a transposed or scaled input has no integer kernel"
-        channels = weight.shape[0 if integer(node, "transB", 0) else 1]
-        if bias is not None and not inputs.dynamic and bias.size not in (1, channels):
-            return "the bias is not one value per output"
-    return None
 
 
 def _names(node: ir.Node, value: ir.Value) -> tuple[str, str]:

@@ -20,17 +20,17 @@ def require_version(plan: GraphPlan, model: ir.Model, opset: int, version: str) 
 
     ``opset`` is the operator set that the plan needs, if the model's own is older.
     """
-    wanted = tuple(int(part) for part in version.split(".")[:2])
+    parts = tuple(int(part) for part in version.split(".")[:2])
     needed = max(opset, model.opset_imports.get("", 1))
-    highest = next((most for first, most in _OPSETS if wanted >= first), 0)
+    highest = next((most for first, most in _OPSETS if parts >= first), 0)
     if needed > highest:
-        known = f"knows operator sets up to {highest}" if highest else "is older than any that was tried"
-        raise InputError(f"The model needs operator set {needed}; onnxruntime {version} {known}.")
+        reason = f"knows operator sets up to {highest}" if highest else "is older than any that was tried"
+        raise InputError(f"The model needs operator set {needed}; onnxruntime {version} {reason}.")
     for node in plan.nodes:
-        if node.mode != "weights" or node.scheme is None or node.role == "conv":
+        if node.form != "nbits" or node.scheme is None:
             continue
         first = nbits.oldest_runtime(node.node, node.scheme)
-        if wanted < tuple(int(part) for part in first.split(".")):
+        if parts < tuple(int(part) for part in first.split(".")):
             raise InputError(
                 f"{node.name} as {node.label} is run by onnxruntime {first} and newer, not by {version}.",
                 "Choose another scheme, --skip these layers, or leave the version out of --target.",

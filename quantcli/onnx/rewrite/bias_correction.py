@@ -38,8 +38,18 @@ def output_shift(node: ir.Node, weight: IntegerWeight, mean: np.ndarray) -> np.n
     return shift.reshape(-1)
 
 
-def correct_bias(graph: ir.Graph, node: ir.Node, shift: np.ndarray) -> None:
-    """Subtract a shift from a node's bias, which is made where there is none, in place of the old one."""
+def correct_bias(graph: ir.Graph, node: ir.Node, weight: IntegerWeight, mean: np.ndarray | None) -> None:
+    """Take what integer weights add to the mean of the output out of a node's bias, which is made where there is none.
+
+    Does nothing where the shift or the bias is not known. Must be done while the node still reads its float weight.
+    """
+    shift = None if mean is None else output_shift(node, weight, mean)
+    if shift is not None:
+        subtract_from_bias(graph, node, shift)
+
+
+def subtract_from_bias(graph: ir.Graph, node: ir.Node, shift: np.ndarray) -> None:
+    """Give a node another bias, less a shift ``[channels]``; nothing is done where its own is not constant."""
     old = input_of(node, 2)
     values = array(old)
     if old is not None and (values is None or values.size != shift.size):

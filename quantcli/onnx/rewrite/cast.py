@@ -6,16 +6,20 @@ is the file's size. The graph's own inputs, outputs and arithmetic stay float32,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantcli.core.numerics import decibels
+from quantcli.core.dtypes import DTYPE_OF_NUMBER
+from quantcli.core.tensors import Rounding
 from quantcli.errors import InputError
 from quantcli.onnx.graph.values import constant, free_name
+from quantcli.onnx.plan.evidence import Evidence
+from quantcli.onnx.plan.forms import Form
+from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,20 +35,19 @@ _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
-class CastOutcome:
-    """What became of one weight; where it stayed float32, ``note`` says why."""
+class CastWeight:
+    """A weight that was cast; or one that stayed float32, and ``overflow`` says why."""
 
     name: str
-    bytes_before: int
-    bytes_after: int
-    sqnr_db: float | None
-    note: str | None
+    nbytes: int
+    rounding: Rounding | None = None
+    overflow: str | None = None
 
 
-def cast_weights(model: ir.Model, dtype: str, *, only: Callable[[ir.Value], bool] | None = None) -> list[CastOutcome]:
+def cast_weights(model: ir.Model, dtype: str, names: Collection[str] | None = None) -> list[CastWeight]:
     """Store a model's float32 weights as ``dtype``, fp16 or bf16, in place; casting is put off until they are saved.
 
-    Small tensors stay as they are and are not listed; what ``only`` refuses neither.
+    Small tensors stay as they are and are not listed; weights of other ``names`` neither.
 
     Raises:
         InputError: there is nothing to cast, because the model is in half precision already or holds no weights;
@@ -59,7 +62,7 @@ def cast_weights(model: ir.Model, dtype: str, *, only: Callable[[ir.Value], bool
         value
         for graph in model.graphs()
         for value in list(graph.initializers.values())
-        if _is_weight(value) and (only is None or only(value))
+        if _is_weight(value) and (names is None or value.name in names)
     ]
     if not weights:
         raise InputError(_nothing_to_cast(model, dtype))
@@ -82,7 +85,7 @@ def _nothing_to_cast(model: ir.Model, dtype: str) -> str:
     return f"The model holds no float32 weights to cast to {dtype}."
 
 
-def _cast(value: ir.Value, dtype: str) -> CastOutcome:
+def _cast(value: ir.Value, dtype: str) -> CastWeight:
     import onnx_ir as ir
 
     tensor, graph, name = constant(value), value.graph, value.name
@@ -92,7 +95,7 @@ def _cast(value: ir.Value, dtype: str) -> CastOutcome:
     if overflows:
         largest = float(np.finfo(np.float16).max) if dtype == "fp16" else 3.39e38
         note = f"stays fp32: {overflows} values lie beyond {largest:.6g}, the largest {dtype} number"
-        return CastOutcome(name, tensor.nbytes, tensor.nbytes, None, note)
+        return CastWeight(name, tensor.nbytes, overflow=note)
     stored = ir.Value(
         name=free_name(graph, f"{name}_{dtype}"),
         shape=ir.Shape(tensor.shape.numpy()),
@@ -110,7 +113,7 @@ def _cast(value: ir.Value, dtype: str) -> CastOutcome:
         graph.insert_before(graph[0], cast)
     else:
         graph.append(cast)
-    return CastOutcome(name, tensor.nbytes, tensor.nbytes // 2, decibels(signal, noise), None)
+    return CastWeight(name, tensor.nbytes // 2, Rounding("cast", signal=signal, noise=noise))
 
 
 def _half(tensor: ir.TensorProtocol, half: ir.DataType) -> ir.TensorProtocol:
@@ -135,3 +138,28 @@ def _powers(tensor: ir.TensorProtocol, half: ir.DataType) -> tuple[float, float,
             error = kept - back[finite]
         noise += float(error @ error)
     return signal, noise, overflows
+
+
+def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
+    """Casts the weights of all the layers at once, in the order of the file."""
+    written: dict[str, CastWeight] = {}
+    for dtype in ("fp16", "bf16"):
+        names = {layer.name for layer in layers if layer.scheme and layer.scheme.weights.dtype == dtype}
+        if names:
+            written |= {w.name: w for w in cast_weights(model, dtype, names)}
+
+    def rewrite(layer: NodePlan) -> LayerOutcome:
+        weight = written[layer.name]
+        plan = layer.left(weight.overflow) if weight.overflow else layer
+        return LayerOutcome(plan, weight.nbytes, weight.rounding)
+
+    return rewrite
+
+
+FORM = Form(
+    "cast",
+    lambda scheme: scheme.weights.is_cast,
+    lambda layer, scheme: "already so" if layer.info.dtype == DTYPE_OF_NUMBER[scheme.weights.dtype] else None,
+    _rewriter,
+    lambda layer: _BF16_OPSET if layer.scheme and layer.scheme.weights.dtype == "bf16" else 0,
+)

@@ -8,14 +8,18 @@ times as long as its float convolution (PP-OCRv4's recognizer: 224 ms in place o
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantcli.core.scheme import NumberFormat
-from quantcli.core.tensors import Hessian
+from quantcli.onnx.graph.operands import channel_axis
 from quantcli.onnx.graph.values import add_initializer, drop_unused, input_of
-from quantcli.onnx.weights.integer import ORIGIN, IntegerWeight, channel_axis, integer_weight
+from quantcli.onnx.plan.evidence import Evidence
+from quantcli.onnx.plan.forms import Form
+from quantcli.onnx.plan.integer_kernels import integer_opset, no_integer_kernel
+from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
+from quantcli.onnx.weights.integer import ORIGIN, IntegerWeight, integer_weight
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,15 +33,14 @@ class DynamicQuantizer:
         self._weights: dict[tuple[object, ...], tuple[IntegerWeight, ir.Value]] = {}
         self._inputs: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
 
-    def quantize_node(
-        self, node: ir.Node, number_format: NumberFormat, algorithm: str, hessian: Hessian | None = None
-    ) -> IntegerWeight:
-        """Replace a Gemm or MatMul by its integer form; gptq needs the ``hessian`` of its input."""
+    def rewrite(self, layer: NodePlan, evidence: Evidence) -> LayerOutcome:
+        """Replace a Gemm or MatMul by its integer form."""
         import onnx_ir as ir
 
+        node = layer.node
         value, bias, output = node.inputs[1], input_of(node, 2), node.outputs[0]
         assert value is not None
-        weight, codes = self._integer_weight(node, value, number_format, algorithm, hessian)
+        weight, codes = self._integer_weight(layer, value, evidence)
         data, scale_in, zero_point = self._quantized_input(node)
         base = output.name or node.name or "node"
         product = ir.Node("", "MatMulInteger", [data, codes, zero_point, weight.zero_point], name=f"{base}_integer")
@@ -48,22 +51,23 @@ class DynamicQuantizer:
         nodes = [product, cast, scale, scaled]
         if bias is not None:
             nodes.append(ir.Node("", "Add", [scaled.outputs[0], bias], name=f"{base}_bias"))
-        for each, part in zip(nodes, ("integer", "cast", "scale", "scaled"), strict=False):
-            each.outputs[0].name = f"{base}_{part}"
+        for part_node, part in zip(nodes, ("integer", "cast", "scale", "scaled"), strict=False):
+            part_node.outputs[0].name = f"{base}_{part}"
         last = nodes[-1].outputs[0]
         last.type, last.shape = output.type, output.shape
         name = output.name
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], nodes, [output], [last])
         last.name = name
         drop_unused(self.graph, value)
-        return weight
+        return weight.outcome(layer)
 
-    def _integer_weight(
-        self, node: ir.Node, value: ir.Value, number_format: NumberFormat, algorithm: str, hessian: Hessian | None
-    ) -> tuple[IntegerWeight, ir.Value]:
+    def _integer_weight(self, layer: NodePlan, value: ir.Value, evidence: Evidence) -> tuple[IntegerWeight, ir.Value]:
         """The weight, and its codes as the kernel wants them. Nodes that share a weight share these."""
+        assert layer.scheme and layer.algorithm
+        node, number_format, algorithm = layer.node, layer.scheme.weights, layer.algorithm
         key = (value, channel_axis(node), number_format, algorithm)
         if key not in self._weights:
+            hessian = evidence.hessian(layer)
             weight = integer_weight(self.graph, node, number_format, algorithm, hessian=hessian)
             codes = weight.codes
             if node.op_type == "Gemm" and weight.axis == 0:
@@ -95,3 +99,12 @@ class DynamicQuantizer:
         turned = add_initializer(self.graph, codes.name, values)
         turned.meta[ORIGIN] = replace(origin, turned=not origin.turned)
         return turned
+
+
+FORM = Form(
+    "dynamic",
+    lambda scheme: scheme.inputs is not None and scheme.inputs.dynamic,
+    no_integer_kernel,
+    lambda model, layers, evidence: partial(DynamicQuantizer(model).rewrite, evidence=evidence),
+    integer_opset,
+)

@@ -9,18 +9,21 @@ The operators are documented in onnxruntime's docs/ContribOperators.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantcli.core import numerics
 from quantcli.core.scheme import Granularity, NumberFormat, Scheme
-from quantcli.core.tensors import Hessian, QuantizedTensor
+from quantcli.core.tensors import Hessian, QuantizedTensor, Rounding
 from quantcli.onnx.graph.operands import Operand, operand_of, remove_unread
 from quantcli.onnx.graph.values import add_initializer, free_name, input_of, integer, real
-from quantcli.onnx.plan.nbits import block_size, effective, nbits_operator, supports
-from quantcli.onnx.weights.blocks import pack_codes, pack_nf4, pack_rows
+from quantcli.onnx.plan import nbits
+from quantcli.onnx.plan.evidence import Evidence
+from quantcli.onnx.plan.forms import Form
+from quantcli.onnx.plan.nbits import block_size
+from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
 from quantcli.onnx.weights.integer import ORIGIN, Origin
 
 if TYPE_CHECKING:
@@ -38,19 +41,12 @@ _FORMS = "quantcli.forms"
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What quantizing one node changed.
+class NbitsNode:
+    """What a node was replaced by: bytes of constants that are new in the graph, and what is to be said of blocks."""
 
-    Bytes of a weight that several nodes share are counted where it leaves the file, and those of a form that
-    they share where it enters: sums over all outcomes are right.
-    """
-
-    bytes_before: int
-    bytes_after: int
-    sqnr_db: float | None
+    nbytes: int
     note: str | None
-    algorithm: str
-    warning: str | None = None
+    rounding: Rounding
 
 
 @dataclass(frozen=True)
@@ -60,10 +56,8 @@ class _Form:
     block: int
     codes: ir.Value
     scales: list[ir.Value]
-    sqnr_db: float | None
     nbytes: int
-    algorithm: str
-    note: str | None
+    rounding: Rounding
 
 
 def quantize_node(
@@ -75,12 +69,12 @@ def quantize_node(
     hessian: Hessian | None = None,
     given: QuantizedTensor | None = None,
     accuracy_level: int = ACCURACY_LEVEL,
-) -> Outcome:
+) -> NbitsNode:
     """Replace a node by its n-bit form; its float weight goes when nothing reads it any more.
 
     Args:
         model: the model, whose operator sets are extended.
-        node: a node that `supports` has no reason against.
+        node: a node that `nbits.supports` has no reason against.
         scheme: its weights' number format; blocks may come out smaller than asked, never larger.
         algorithm: name of the algorithm that chooses the codes.
         hessian: of the node's input, which gptq needs.
@@ -92,13 +86,13 @@ def quantize_node(
         ValueError: the node cannot be quantized so.
     """
     operand = operand_of(node)
-    if isinstance(operand, str) or (reason := supports(node, scheme)):
+    if isinstance(operand, str) or (reason := nbits.supports(node, scheme)):
         raise ValueError(f"{node.name}: {operand if isinstance(operand, str) else reason}")
-    weights = effective(node, scheme).weights
-    operator, forms = nbits_operator(node, weights), operand.value.meta.setdefault(_FORMS, {})
+    weights = nbits.effective(node, scheme).weights
+    operator, forms = nbits.nbits_operator(node, weights), operand.value.meta.setdefault(_FORMS, {})
     key = (_shared_by(operator, operand, weights), weights, algorithm, operand.transposed, operand.factor)
-    known = key in forms
-    if not known:
+    shared = key in forms
+    if not shared:
         forms[key] = _make_form(operand, operator, weights, algorithm, hessian, given)
     form: _Form = forms[key]
     codes, nodes = _shaped(node, form, _codes_shape(operator, operand, weights, form.block))
@@ -108,9 +102,8 @@ def quantize_node(
         nodes += _product(node, operand, operator, codes, form, weights, accuracy_level)
     _replace(node, nodes)
     model.opset_imports.setdefault(DOMAIN, 1)
-    before = operand.tensor.nbytes if remove_unread(operand.value) else 0
-    note = "; ".join(filter(None, (_note(scheme.weights, weights, form.block), form.note))) or None
-    return Outcome(before, 0 if known else form.nbytes, form.sqnr_db, note, form.algorithm, form.note)
+    remove_unread(operand.value)
+    return NbitsNode(0 if shared else form.nbytes, _note(scheme.weights, weights, form.block), form.rounding)
 
 
 def _shared_by(operator: str, operand: Operand, weights: NumberFormat) -> str:
@@ -136,6 +129,8 @@ def _make_form(
     given: QuantizedTensor | None,
 ) -> _Form:
     """Quantize, unless codes are given, and register them as constants of the graph that holds the float weight."""
+    from quantcli.onnx.weights.blocks import pack_codes, pack_nf4, pack_rows
+
     if operator == "MatMulBnb4":
         block = weights.granularity.size or 0
         packed = pack_nf4(operand, weights, algorithm)
@@ -153,19 +148,17 @@ def _make_form(
     assert graph is not None
     name = free_name(graph, f"{operand.value.name}_{weights.dtype}")
     scales = {"scales": packed.scales} | ({} if packed.zero_points is None else {"zero_points": packed.zero_points})
-    coded = add_initializer(graph, name, codes.reshape(shape))
+    stored = add_initializer(graph, name, codes.reshape(shape))
     if operator == "MatMulNBits":
         in_blocks = replace(weights, granularity=Granularity("group", block))
         axis, matrix = int(operand.transposed), (operand.rows, operand.columns)
-        coded.meta[ORIGIN] = Origin(operand.value.name or "", in_blocks, axis, matrix, factor=operand.factor)
+        stored.meta[ORIGIN] = Origin(operand.value.name or "", in_blocks, axis, matrix, factor=operand.factor)
     return _Form(
         block,
-        coded,
+        stored,
         [add_initializer(graph, free_name(graph, f"{name}_{key}"), array) for key, array in scales.items()],
-        numerics.decibels(packed.signal, packed.noise),
         codes.nbytes + sum(array.nbytes for array in scales.values()),
-        packed.algorithm,
-        packed.note,
+        packed.rounding,
     )
 
 
@@ -258,3 +251,28 @@ def _note(asked: NumberFormat, weights: NumberFormat, block: int) -> str | None:
     if block != weights.granularity.size:
         return f"blocks of {block}: fewer bytes than blocks of {weights.granularity.size}"
     return None
+
+
+def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
+    def rewrite(layer: NodePlan) -> LayerOutcome:
+        assert layer.scheme and layer.algorithm
+        codes = evidence.codes.of(layer) if evidence.codes else None
+        hessian = evidence.hessian(layer)
+        written = quantize_node(model, layer.node, layer.scheme, layer.algorithm, hessian=hessian, given=codes)
+        return LayerOutcome.quantized(layer, written.nbytes, written.rounding, written.note)
+
+    return rewrite
+
+
+def _substitute(layer: NodePlan, scheme: Scheme) -> tuple[Scheme, str] | None:
+    carried = nbits.effective(layer.node, scheme)
+    return None if carried.weights.dtype == scheme.weights.dtype else (carried, "which no lookup can read")
+
+
+FORM = Form(
+    "weights",
+    lambda scheme: scheme.inputs is None and not scheme.weights.is_cast,
+    lambda layer, scheme: nbits.supports(layer.node, scheme),
+    _rewriter,
+    substitute=_substitute,
+)

@@ -6,13 +6,14 @@ Activations are uint8 with a zero point, weights int8 symmetric per channel, bia
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quantcli.core.scheme import NumberFormat
-from quantcli.core.tensors import Hessian
+from quantcli.onnx.graph.operands import channel_axis
 from quantcli.onnx.graph.values import (
     add_initializer,
     array,
@@ -24,9 +25,13 @@ from quantcli.onnx.graph.values import (
     is_standard,
     prepend,
 )
-from quantcli.onnx.plan.placement import Placement
-from quantcli.onnx.rewrite.bias_correction import correct_bias, output_shift
-from quantcli.onnx.weights.integer import IntegerWeight, channel_axis, integer_weight
+from quantcli.onnx.plan.evidence import Evidence
+from quantcli.onnx.plan.forms import Form
+from quantcli.onnx.plan.integer_kernels import integer_opset, no_integer_kernel
+from quantcli.onnx.plan.placement import Placement, place
+from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
+from quantcli.onnx.rewrite.bias_correction import correct_bias
+from quantcli.onnx.weights.integer import IntegerWeight, integer_weight
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -93,10 +98,10 @@ class StaticQuantizer:
         ]
         quantize = ir.Node("", "QuantizeLinear", [value, *parts], name=f"{value.name}_quantize")
         dequantize = ir.Node("", "DequantizeLinear", [quantize.outputs[0], *parts], name=f"{value.name}_dequantize")
-        coded, restored = quantize.outputs[0], dequantize.outputs[0]
-        coded.name, restored.name = f"{value.name}_quantized", f"{value.name}_dequantized"
-        restored.type, restored.shape, coded.shape = value.type, value.shape, value.shape
-        coded.type = ir.TensorType(ir.DataType.UINT8)
+        quantized, restored = quantize.outputs[0], dequantize.outputs[0]
+        quantized.name, restored.name = f"{value.name}_quantized", f"{value.name}_dequantized"
+        restored.type, restored.shape, quantized.shape = value.type, value.shape, value.shape
+        quantized.type = ir.TensorType(ir.DataType.UINT8)
         self._scales[restored] = scale
         producer = value.producer()
         readers = [use for use in value.uses() if use.node is not quantize]
@@ -143,40 +148,30 @@ class StaticQuantizer:
             self._constants[name] = add_initializer(self.graph, free_name(self.graph, name), values)
         return self._constants[name]
 
-    def quantize_weight(
-        self,
-        node: ir.Node,
-        number_format: NumberFormat,
-        algorithm: str,
-        mean: np.ndarray | None = None,
-        hessian: Hessian | None = None,
-    ) -> IntegerWeight:
-        """Give an anchor integer weights and, where it has a bias, an integer bias.
+    def rewrite(self, layer: NodePlan, evidence: Evidence) -> LayerOutcome:
+        """Give an anchor integer weights and, where it has a bias, an integer one.
 
-        With the ``mean`` of its input's channels the bias takes back what the weights shift; gptq needs their
-        ``hessian``.
+        Where the mean of its input's channels is known, the bias takes back what the weights shift.
         """
-        value = node.inputs[1]
+        assert layer.scheme and layer.algorithm
+        node, number_format, algorithm = layer.node, layer.scheme.weights, layer.algorithm
+        value, bias = node.inputs[1], input_of(node, 2)
         assert value is not None
-        bias = input_of(node, 2)
-        scale_in = self.input_scale(node)
+        scale_in, hessian = self.input_scale(node), evidence.hessian(layer)
         floor = self._smallest_scale(bias, scale_in)
         key = (value, channel_axis(node), integer(node, "group", 1), number_format, algorithm)
         # Layers that share a weight share its codes, unless a bias asks for larger scales.
         if key not in self._weights or (self._weights[key][0].scales < floor).any():
             weight = integer_weight(self.graph, node, number_format, algorithm, smallest_scale=floor, hessian=hessian)
-            restored = dequantized(self.graph, [weight.codes, weight.scale, weight.zero_point], weight.axis, value)
-            self._weights[key] = (weight, restored)
+            self._weights[key] = weight, dequantized(self.graph, weight.parts, weight.axis, value)
         weight, restored = self._weights[key]
-        shift = None if mean is None else output_shift(node, weight, mean)
-        if shift is not None:
-            correct_bias(self.graph, node, shift)
-            bias = input_of(node, 2)
+        correct_bias(self.graph, node, weight, evidence.input_mean(layer))
+        bias = input_of(node, 2)
         node.replace_input_with(1, restored)
         if bias is not None:
             self._quantize_bias(node, bias, np.broadcast_to(scale_in * weight.scales, weight.channels))
         drop_unused(self.graph, value)
-        return weight
+        return weight.outcome(layer)
 
     @staticmethod
     def _smallest_scale(bias: ir.Value | None, scale_in: np.float32) -> np.ndarray:
@@ -195,9 +190,9 @@ class StaticQuantizer:
         codes = np.rint(values.astype(np.float64) / scales)
         codes = np.clip(codes, -(2**31), 2**31 - 1).astype(np.int32)
         name = bias.name or "bias"
-        coded = add_initializer(self.graph, free_name(self.graph, f"{name}_quantized"), codes)
+        stored = add_initializer(self.graph, free_name(self.graph, f"{name}_quantized"), codes)
         scale = add_initializer(self.graph, free_name(self.graph, f"{name}_scale"), np.ascontiguousarray(scales))
-        node.replace_input_with(2, dequantized(self.graph, [coded, scale], 0, bias))
+        node.replace_input_with(2, dequantized(self.graph, [stored, scale], 0, bias))
         drop_unused(self.graph, bias)
 
 
@@ -248,3 +243,14 @@ def _only_data(node: ir.Node) -> ir.Value | None:
 
 def _values_in_order(graph: ir.Graph) -> list[ir.Value]:
     return [*graph.inputs, *(output for node in graph for output in node.outputs)]
+
+
+def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
+    """Quantizes the values around all the layers at once, and then the weights of each."""
+    assert evidence.statistics is not None
+    quantizer = StaticQuantizer(model, place(model, (layer.node for layer in layers)), evidence.statistics.range)
+    quantizer.insert_pairs()
+    return partial(quantizer.rewrite, evidence=evidence)
+
+
+FORM = Form("static", lambda scheme: scheme.is_static, no_integer_kernel, _rewriter, integer_opset)

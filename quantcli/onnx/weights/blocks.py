@@ -22,10 +22,10 @@ from quantcli.algorithms import default_rounding
 from quantcli.core import numerics
 from quantcli.core.packing import pack_int4_low_nibble_first, pack_nibbles_high_first, unpack_int4_low_nibble_first
 from quantcli.core.scheme import Granularity, NumberFormat
-from quantcli.core.tensors import Hessian, QuantizedTensor
+from quantcli.core.tensors import Hessian, QuantizedTensor, RoundedTensor, Rounding
 from quantcli.errors import InputError
 from quantcli.onnx.graph.operands import Operand
-from quantcli.onnx.weights.compensation import Compensated, compensate
+from quantcli.onnx.weights.compensation import compensate
 from quantcli.system.parallel import in_parallel, usable_cores
 
 #: Values a thread has in work at a time: what they become stays in its cache.
@@ -34,20 +34,16 @@ _SLAB_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized matrix in stored form, and the powers of the weight and of its error.
+    """A quantized matrix in stored form, and how its codes came about.
 
     ``codes`` uint8 ``[rows, bytes of a row]`` (nf4: flat), ``scales`` ``[rows, blocks]`` (nf4: flat),
-    ``zero_points`` uint8 ``[rows, bytes]`` or None; ``algorithm`` what chose the codes in the end, ``note`` what is
-    to be said of that.
+    ``zero_points`` uint8 ``[rows, bytes]`` or None.
     """
 
     codes: np.ndarray
     scales: np.ndarray
     zero_points: np.ndarray | None
-    signal: float
-    noise: float
-    algorithm: str
-    note: str | None = None
+    rounding: Rounding
 
 
 def pack_rows(
@@ -66,16 +62,16 @@ def pack_rows(
     scales = np.empty((rows, blocks), operand.dtype)
     zero_points = None if number_format.symmetric else np.empty((rows, -(-blocks * bits // 8)), np.uint8)
     step = rows if hessian else max(1, _SLAB_ELEMENTS // (blocks * size))
-    rounding = default_rounding(in_blocks) if hessian else algorithm
-    chosen: list[Compensated] = []
+    start_algorithm = default_rounding(in_blocks) if hessian else algorithm
+    compensated: list[RoundedTensor] = []
 
     def pack(start: int) -> tuple[float, float]:
         slab = _finite(operand, start, min(start + step, rows))
         slab = torch.nn.functional.pad(slab, (0, blocks * size - operand.columns))
-        tensor = algorithms.rounding(rounding).run(slab, in_blocks, _torch_dtype(operand))
+        tensor = algorithms.rounding(start_algorithm).run(slab, in_blocks, _torch_dtype(operand))
         if hessian is not None:
-            chosen.append(compensate(slab, tensor, _torch_dtype(operand), hessian))
-            tensor = chosen[-1].tensor
+            compensated.append(compensate(slab, tensor, _torch_dtype(operand), hessian))
+            tensor = compensated[-1].tensor
         part = slice(start, start + len(slab))
         codes[part] = _unsigned(tensor.codes, bits)
         scales[part] = tensor.scale.numpy()
@@ -84,9 +80,8 @@ def pack_rows(
         return numerics.error_powers(numerics.in_groups(slab, in_blocks), tensor)
 
     signal, noise = _summed(pack, range(0, rows, step))
-    if chosen:
-        return Packed(codes, scales, zero_points, signal, noise, chosen[0].algorithm, chosen[0].note)
-    return Packed(codes, scales, zero_points, signal, noise, algorithm)
+    rounding = compensated[0].rounding if compensated else Rounding(algorithm)
+    return Packed(codes, scales, zero_points, replace(rounding, signal=signal, noise=noise))
 
 
 def pack_codes(tensor: QuantizedTensor, dtype: np.dtype[Any], algorithm: str) -> Packed:
@@ -95,7 +90,7 @@ def pack_codes(tensor: QuantizedTensor, dtype: np.dtype[Any], algorithm: str) ->
     assert size is not None
     codes = torch.nn.functional.pad(tensor.codes, (0, -tensor.codes.shape[1] % size))
     zero_points = None if tensor.zero_point is None else _unsigned(tensor.zero_point, bits)
-    return Packed(_unsigned(codes, bits), tensor.scale.numpy().astype(dtype), zero_points, 0.0, 0.0, algorithm)
+    return Packed(_unsigned(codes, bits), tensor.scale.numpy().astype(dtype), zero_points, Rounding(algorithm))
 
 
 def pack_nf4(operand: Operand, number_format: NumberFormat, algorithm: str) -> Packed:
@@ -122,7 +117,8 @@ def pack_nf4(operand: Operand, number_format: NumberFormat, algorithm: str) -> P
         scales[start * columns // size :][: len(blocks)] = tensor.scale.numpy()
         return numerics.error_powers(blocks, tensor)
 
-    return Packed(codes, scales, None, *_summed(pack, range(0, rows, step)), algorithm)
+    signal, noise = _summed(pack, range(0, rows, step))
+    return Packed(codes, scales, None, Rounding(algorithm, signal=signal, noise=noise))
 
 
 def _summed(pack: Callable[[int], tuple[float, float]], starts: range) -> tuple[float, float]:

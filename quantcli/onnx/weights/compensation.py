@@ -5,27 +5,18 @@ See `quantcli.algorithms.gptq` for the method. Each group of a convolution has i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantcli.algorithms import default_rounding
-from quantcli.core.tensors import Hessian, QuantizedTensor
+from quantcli.core.tensors import Hessian, QuantizedTensor, RoundedTensor, Rounding
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Compensated:
-    """Codes, and what is to be said of them; ``algorithm`` is what chose them in the end."""
-
-    tensor: QuantizedTensor
-    algorithm: str
-    note: str | None
-
-
-def compensate(matrix: Tensor, grid: QuantizedTensor, scale_dtype: torch.dtype, hessian: Hessian) -> Compensated:
+def compensate(matrix: Tensor, grid: QuantizedTensor, scale_dtype: torch.dtype, hessian: Hessian) -> RoundedTensor:
     """Choose codes anew on the scales of ``grid``, a float32 ``[rows, columns]`` quantized without data.
 
     A Hessian of fewer columns is that of a matrix filled up with zeros. A group whose Hessian cannot be factored
@@ -59,13 +50,14 @@ def compensate(matrix: Tensor, grid: QuantizedTensor, scale_dtype: torch.dtype, 
             damping = max(damping, solved.damping)
         elif bool(torch.any(values.diagonal())):
             failed += 1
-    tensor = replace(grid, codes=codes)
     if failed:
         algorithm = default_rounding(grid.number_format)
         where = "" if failed == groups else f" in {failed} of {groups} groups"
         note = f"{algorithm} in place of gptq{where}: its inputs' Hessian cannot be factored"
-        return Compensated(tensor, algorithm if failed == groups else "gptq", note)
-    return Compensated(tensor, "gptq", f"gptq's damping raised to {damping:g}" if damping > hessian.damping else None)
+        rounding = Rounding(algorithm if failed == groups else "gptq", note)
+    else:
+        rounding = Rounding("gptq", f"gptq's damping raised to {damping:g}" if damping > hessian.damping else None)
+    return RoundedTensor(replace(grid, codes=codes), rounding)
 
 
 def _rows(values: Tensor, part: slice) -> Tensor:

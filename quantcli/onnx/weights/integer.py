@@ -9,10 +9,11 @@ import numpy as np
 
 from quantcli import algorithms
 from quantcli.algorithms import default_rounding
-from quantcli.core.numerics import decibels, error_powers, in_groups, quantize
 from quantcli.core.scheme import NumberFormat
-from quantcli.core.tensors import Hessian
-from quantcli.onnx.graph.values import add_initializer, array, free_name, integer
+from quantcli.core.tensors import Hessian, Rounding
+from quantcli.onnx.graph.operands import channel_axis
+from quantcli.onnx.graph.values import add_initializer, array, free_name
+from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
 from quantcli.onnx.weights.compensation import compensate
 from quantcli.onnx.weights.saturation import exact_scale, pairing, within_pairs
 
@@ -62,8 +63,7 @@ class IntegerWeight:
 
     ``codes`` int8 of the weight's own shape; ``scale`` float32 and ``zero_point`` int8 ``[channels]``, or
     scalars; ``axis`` the dimension of the channels; ``scales`` the scale's values, ``[channels]`` or ``[1]``;
-    ``narrowed`` the number of channels whose scale grew so that nothing saturates (see `exact_scale`);
-    ``algorithm`` what chose the codes in the end, ``note`` what is to be said of that.
+    ``narrowed`` the number of channels whose scale grew so that nothing saturates (see `exact_scale`).
     """
 
     codes: ir.Value
@@ -71,11 +71,14 @@ class IntegerWeight:
     zero_point: ir.Value
     axis: int
     scales: np.ndarray
-    sqnr_db: float | None
     narrowed: int
-    algorithm: str
-    note: str | None
+    rounding: Rounding
     bits: int = 8
+
+    @property
+    def parts(self) -> list[ir.Value]:
+        """What a DequantizeLinear reads."""
+        return [self.codes, self.scale, self.zero_point]
 
     @property
     def channels(self) -> int:
@@ -86,21 +89,16 @@ class IntegerWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        values = (self.codes, self.scale, self.zero_point)
-        nbytes = sum(value.const_value.nbytes for value in values if value.const_value is not None)
+        nbytes = sum(value.const_value.nbytes for value in self.parts if value.const_value is not None)
         # Four-bit codes are bytes only until the graph is written, see `quantcli.onnx.rewrite.four_bit_storage`.
         return nbytes if self.bits == 8 else nbytes - self.codes.const_value.nbytes // 2  # type: ignore[union-attr]
 
-
-def channel_axis(node: ir.Node) -> int:
-    """The dimension of a node's weight that runs over its output channels."""
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "ConvTranspose":
-        return 1
-    if node.op_type == "Gemm":
-        return 0 if integer(node, "transB", 0) else 1
-    return 1
+    def outcome(self, layer: NodePlan) -> LayerOutcome:
+        """What became of a layer that reads it in products of integers."""
+        narrowed = None
+        if self.narrowed:
+            narrowed = f"{self.narrowed} of {max(len(self.scales), 1)} channels narrowed: no product can saturate"
+        return LayerOutcome.quantized(layer, self.nbytes, self.rounding, narrowed)
 
 
 def integer_weight(
@@ -126,6 +124,8 @@ def integer_weight(
     """
     import torch
 
+    from quantcli.core import numerics
+
     value = node.inputs[1]
     weight = array(value)
     assert value is not None and weight is not None
@@ -134,7 +134,7 @@ def integer_weight(
     matrix = torch.from_numpy(np.ascontiguousarray(rows).reshape(rows.shape[0], -1))
     number_format = replace(number_format, narrow=True)
     start = default_rounding(number_format) if hessian else algorithm
-    found = algorithms.rounding(start).run(matrix, number_format, torch.float32)
+    tensor = algorithms.rounding(start).run(matrix, number_format, torch.float32)
     kind = pairing(node, rows) if exact else None
     needed = exact_scale(node, rows) if exact else np.zeros(rows.shape[0], dtype=np.float32)
     floor = torch.from_numpy(needed).reshape(-1, 1)
@@ -142,40 +142,38 @@ def integer_weight(
         floor = torch.maximum(floor, torch.from_numpy(smallest_scale.astype(np.float32)).reshape(-1, 1))
     if number_format.granularity.kind == "tensor":
         floor = floor.amax(0, keepdim=True)
-    narrowed = int((floor > found.scale).sum())
+    narrowed = int((floor > tensor.scale).sum())
+    groups = numerics.in_groups(matrix, number_format)
     if narrowed:
-        found.scale = torch.maximum(found.scale, floor)
-        groups = in_groups(matrix, number_format)
-        found.codes = quantize(groups, found.scale, None, number_format).reshape(matrix.shape)
-    note = None
+        tensor.scale = torch.maximum(tensor.scale, floor)
+        tensor.codes = numerics.quantize(groups, tensor.scale, None, number_format).reshape(matrix.shape)
+    rounding = Rounding(algorithm)
     if hessian is not None:
-        chosen = compensate(matrix, found, torch.float32, hessian)
-        found, algorithm, note = chosen.tensor, chosen.algorithm, chosen.note
+        compensated = compensate(matrix, tensor, torch.float32, hessian)
+        tensor, rounding = compensated.tensor, compensated.rounding
         if kind is not None:
-            codes = within_pairs(kind, _numpy(found.codes).reshape(rows.shape))
-            found.codes = torch.from_numpy(codes.reshape(matrix.shape))
-    sqnr_db = decibels(*error_powers(in_groups(matrix, number_format), found))
-    codes = np.moveaxis(_numpy(found.codes).reshape(rows.shape), 0, axis)
-    scales = _numpy(found.scale).reshape(-1)
+            codes = within_pairs(kind, _numpy(tensor.codes).reshape(rows.shape))
+            tensor.codes = torch.from_numpy(codes.reshape(matrix.shape))
+    signal, noise = numerics.error_powers(groups, tensor)
+    codes = np.moveaxis(_numpy(tensor.codes).reshape(rows.shape), 0, axis)
+    scales = _numpy(tensor.scale).reshape(-1)
     # A single scale is written as a scalar: one entry of a list would have to match the channels.
     stored = scales if len(scales) > 1 else scales.reshape(())
 
     def register(part: str, values: np.ndarray) -> ir.Value:
         return add_initializer(graph, free_name(graph, f"{value.name}_{part}"), values)
 
-    coded = register("quantized", np.ascontiguousarray(codes))
-    coded.meta[ORIGIN] = Origin(value.name or "", number_format, axis, tuple(rows.shape), kind)
+    stored_codes = register("quantized", np.ascontiguousarray(codes))
+    stored_codes.meta[ORIGIN] = Origin(value.name or "", number_format, axis, tuple(rows.shape), kind)
     return IntegerWeight(
-        coded,
+        stored_codes,
         register("scale", stored),
         # Zeros, and yet they must be there: without them the runtime does not fuse Gemm.
         register("zero_point", np.zeros(stored.shape, dtype=np.int8)),
         axis,
         scales,
-        sqnr_db,
         narrowed,
-        algorithm,
-        note,
+        replace(rounding, signal=signal, noise=noise),
         number_format.bits,
     )
 

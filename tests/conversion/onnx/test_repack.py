@@ -19,7 +19,7 @@ from torch import Tensor
 from quantcli import convert, evaluate
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.quantized import open_coded
-from quantcli.conversion.onnx.repack import GivenCodes
+from quantcli.conversion.onnx.repack import CheckpointCodes
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError, QuantcliError, UsageError, VerificationError
 from quantcli.models import hugging_face
@@ -27,6 +27,7 @@ from quantcli.models.session import Session
 from quantcli.onnx.graph.model import open_onnx
 from quantcli.onnx.graph.prepare import prepare
 from quantcli.onnx.graph.save import save_graph
+from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.rewrite.transform import transform
 from quantcli.planning.recipe import Recipe, validate
 
@@ -80,9 +81,9 @@ def layers(place: Path, recipe: dict[str, Any], columns: int, **weights: Tensor)
     return place.with_name("artifact")
 
 
-def given(folder: Path, recipe: Recipe = ONNX) -> GivenCodes:
+def given(folder: Path, recipe: Recipe = ONNX) -> CheckpointCodes:
     checkpoint = open_checkpoint(folder)
-    return GivenCodes(checkpoint, open_coded(checkpoint), recipe)
+    return CheckpointCodes(checkpoint, open_coded(checkpoint), recipe)
 
 
 def graph(weights: dict[str, np.ndarray], *, gemm: bool = False) -> ir.Model:
@@ -140,7 +141,7 @@ def test_nodes_hold_equal_codes_and_scales(
     folder = layers(tmp_path / "layers", recipe, columns)
     codes, model = given(folder), graph(values_of(folder), gemm=gemm)
     plan = codes.plan(model, tmp_path)
-    outcomes = transform(model, plan, None, given=codes)
+    outcomes = transform(model, plan, Evidence(codes=codes))
     assert [outcome.sqnr_db for outcome in outcomes] == [None, None]
     nodes = {node.name.split(".")[0]: node for node in model.graph}
     assert {node.op_type for node in model.graph} == {"MatMulNBits"} and nodes.keys() == {"first", "second"}
@@ -169,7 +170,7 @@ def test_other_names_and_other_constants(tmp_path: Path) -> None:
     plan = codes.plan(model, tmp_path)
     assert [node.mode for node in plan.nodes] == ["weights", "weights", "float"]
     assert plan.nodes[2].reason == "not quantized before either"
-    transform(model, plan, None, given=codes)
+    transform(model, plan, Evidence(codes=codes))
     require_codes(model.graph.node("renamed/product"), *codes_of(folder)["second"])
     np.testing.assert_array_equal(stored(model.graph.node("other/product"), 1), other.T)
 
@@ -211,7 +212,7 @@ def test_codes_are_compared_with_the_matrix_they_replace(tmp_path: Path) -> None
     plan = codes.plan(model, tmp_path)
     swapped = [replace(node, info=other.info) for node, other in zip(plan.nodes, reversed(plan.nodes), strict=True)]
     with pytest.raises(VerificationError, match=r"codes of second\.weight do not stand for"):
-        transform(model, replace(plan, nodes=tuple(swapped)), None, given=codes)
+        transform(model, replace(plan, nodes=tuple(swapped)), Evidence(codes=codes))
     assert isinstance(plan.nodes[0].info, TensorInfo)
 
 

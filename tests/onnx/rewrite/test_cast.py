@@ -36,12 +36,12 @@ def test_large_tensors_are_stored_at_half_size_and_mean_their_rounded_values(dty
     rounded = {name: value.astype(np.float64) for name, value in originals.items()}
     for name, outcome in outcomes.items():
         tensor = model.graph.initializers[f"{name}_{dtype}"].const_value
-        assert tensor.numpy().dtype == NUMPY[dtype] and len(tensor.tobytes()) == outcome.bytes_after
-        assert outcome.bytes_before == 2 * outcome.bytes_after and outcome.note is None
+        assert tensor.numpy().dtype == NUMPY[dtype] and len(tensor.tobytes()) == outcome.nbytes
+        assert originals[name].nbytes == 2 * outcome.nbytes and outcome.overflow is None
         np.testing.assert_array_equal(tensor.numpy(), originals[name].astype(NUMPY[dtype]))
         rounded[name] = originals[name].astype(NUMPY[dtype]).astype(np.float64)
         error = rounded[name] - originals[name]
-        assert outcome.sqnr_db == pytest.approx(
+        assert outcome.rounding is not None and outcome.rounding.sqnr_db == pytest.approx(
             10 * np.log10(np.sum(originals[name].astype(np.float64) ** 2) / np.sum(error**2)), rel=1e-6
         )
     expected = (x @ rounded["w1"] + rounded["b1"]) @ rounded["w2"] + rounded["b2"]
@@ -56,22 +56,23 @@ def test_values_that_overflow_keep_their_tensor_in_float32() -> None:
     weight[1, 2] = -70000.0
     model = matmul(weight)
     (outcome,) = cast_weights(model, "fp16")
-    assert outcome.bytes_after == outcome.bytes_before
-    assert outcome.note == "stays fp32: 1 values lie beyond 65504, the largest fp16 number"
+    assert outcome.nbytes == weight.nbytes and outcome.rounding is None
+    assert outcome.overflow == "stays fp32: 1 values lie beyond 65504, the largest fp16 number"
     assert [node.op_type for node in model.graph] == ["MatMul"]
     (outcome,) = cast_weights(model, "bf16")
-    assert outcome.note is None
+    assert outcome.overflow is None
     # An infinity is one before and after: masks hold them on purpose.
     weight[1, 2] = -np.inf
     (outcome,) = cast_weights(matmul(weight), "fp16")
-    assert outcome.note is None and outcome.sqnr_db is not None
+    assert outcome.overflow is None and outcome.rounding is not None and outcome.rounding.sqnr_db is not None
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = cast_weights(matmul(normal(64, 64)), "fp16")
     monkeypatch.setattr("quantcli.onnx.rewrite.cast._CHUNK", 100)
     (chunked,) = cast_weights(matmul(normal(64, 64)), "fp16")
-    assert chunked.sqnr_db == pytest.approx(whole.sqnr_db, rel=1e-9)
+    assert chunked.rounding is not None and whole.rounding is not None
+    assert chunked.rounding.sqnr_db == pytest.approx(whole.rounding.sqnr_db, rel=1e-9)
 
 
 def test_a_shared_weight_is_cast_once_and_subgraphs_keep_their_own() -> None:
@@ -100,7 +101,7 @@ def test_a_shared_weight_is_cast_once_and_subgraphs_keep_their_own() -> None:
 
 def test_only_what_is_asked_for() -> None:
     model = mlp()
-    assert [each.name for each in cast_weights(model, "bf16", only=lambda value: value.name == "w2")] == ["w2"]
+    assert [each.name for each in cast_weights(model, "bf16", {"w2"})] == ["w2"]
     assert {"w1", "b1", "w2_bf16", "b2"} == model.graph.initializers.keys()
 
 

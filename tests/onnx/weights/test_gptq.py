@@ -27,6 +27,7 @@ from quantcli.evaluation import contamination
 from quantcli.models.session import Session
 from quantcli.onnx.execution.nbits_decode import decode
 from quantcli.onnx.graph.model import open_onnx
+from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.plan import NodePlan
 from quantcli.onnx.plan.resolve import resolve_graph
 from quantcli.onnx.rewrite.transform import transform
@@ -301,11 +302,12 @@ class Fake:
 def test_a_singular_hessian_falls_back_and_says_so(scheme: str) -> None:
     plain, fallen = prepared(product_model(64, 32)), prepared(product_model(64, 32))
     base = "mse" if scheme == "int4" else "rtn"
-    transform(plain, resolve_graph(Recipe(scheme=scheme, algorithm=base), plain, Path("m")), None)
+    transform(plain, resolve_graph(Recipe(scheme=scheme, algorithm=base), plain, Path("m")), Evidence())
     plan = resolve_graph(Recipe(scheme=scheme, algorithm="gptq"), fallen, Path("m"))
-    (outcome,) = transform(fallen, plan, None, hessians=Fake())
-    assert outcome.warning == f"{base} in place of gptq: its inputs' Hessian cannot be factored"
-    assert outcome.plan.algorithm == base and outcome.warning in (outcome.plan.note or "")
+    (outcome,) = transform(fallen, plan, Evidence(hessians=Fake()))
+    assert outcome.rounding is not None
+    assert outcome.rounding.note == f"{base} in place of gptq: its inputs' Hessian cannot be factored"
+    assert outcome.plan.algorithm == base and outcome.rounding.note in (outcome.plan.note or "")
     assert ir.to_proto(plain).SerializeToString() == ir.to_proto(fallen).SerializeToString()
 
 
@@ -321,14 +323,14 @@ def test_groups_that_fail_and_groups_that_see_nothing() -> None:
     rows = torch.from_numpy(mixed(300, 64, seed=1))
     good = (rows.T @ rows)[None]
     found = compensate(weight, base, torch.float32, Hessian(torch.cat([good, BROKEN, torch.zeros(1, 64, 64)])))
-    assert found.algorithm == "gptq"
-    assert found.note == "rtn in place of gptq in 1 of 3 groups: its inputs' Hessian cannot be factored"
+    assert found.rounding.algorithm == "gptq"
+    assert found.rounding.note == "rtn in place of gptq in 1 of 3 groups: its inputs' Hessian cannot be factored"
     assert torch.equal(found.tensor.codes[2:], base.codes[2:])
     assert not torch.equal(found.tensor.codes[:2], base.codes[:2])
     # Not positive definite by little: more damping helps.
     shifted = good - 0.05 * good.diagonal(dim1=1, dim2=2).mean() * torch.eye(64)
     found = compensate(weight, base, torch.float32, Hessian(shifted))
-    assert (found.algorithm, found.note) == ("gptq", "gptq's damping raised to 0.1")
+    assert (found.rounding.algorithm, found.rounding.note) == ("gptq", "gptq's damping raised to 0.1")
 
 
 def test_a_bias_still_takes_back_what_weights_shift(tmp_path: Path) -> None:

@@ -32,26 +32,29 @@ def in_chunks(sizes: Mapping[K, int], limit: int) -> Iterator[list[K]]:
         yield chunk
 
 
-class TappedRuns:
-    """Sessions of one graph with different outputs.
+def capture_activations(graph: ir.Model, scratch: Path) -> ActivationCapture:
+    """Make ready to run a graph, which is left as it is; weights go into the folder ``scratch`` where they are many."""
+    import onnx_ir as ir
+
+    copy, weights = graph.clone(), list(constants(graph))
+    large = sum(tensor.nbytes for tensor in weights) > SINGLE_FILE_LIMIT_BYTES
+    if not large and not any(isinstance(tensor, ir.ExternalTensor) for tensor in weights):
+        return ActivationCapture(copy, None)
+    # Written once; every session's graph refers to the same weights.
+    ir.save(copy, scratch / "all.onnx", external_data="weights", max_workers=1)
+    return ActivationCapture(ir.load(scratch / "all.onnx"), scratch)
+
+
+class ActivationCapture:
+    """Sessions of one graph with different outputs. Use `capture_activations`.
 
     Args:
-        graph: the graph; it is left as it is.
-        scratch: a folder for weights, where they are many.
+        graph: a graph of its own.
+        folder: where its weights are, and its sessions' graphs go; None: all is in memory.
     """
 
-    def __init__(self, graph: ir.Model, scratch: Path) -> None:
-        import onnx_ir as ir
-
-        self._scratch = scratch
-        self._graph = graph.clone()
-        weights = list(constants(graph))
-        large = sum(tensor.nbytes for tensor in weights) > SINGLE_FILE_LIMIT_BYTES
-        self._in_memory = not large and not any(isinstance(tensor, ir.ExternalTensor) for tensor in weights)
-        if not self._in_memory:
-            # Written once; every session's graph refers to the same weights.
-            ir.save(self._graph, scratch / "all.onnx", external_data="weights", max_workers=1)
-            self._graph = ir.load(scratch / "all.onnx")
+    def __init__(self, graph: ir.Model, folder: Path | None) -> None:
+        self._graph, self._folder = graph, folder
 
     def session(self, names: Sequence[str], *, shared: bool = False) -> Session | None:
         """A session with these values as outputs, and no other nodes than they need; None where all are inputs.
@@ -101,15 +104,15 @@ class TappedRuns:
     def _load(self, model: ir.Model, *, shared: bool = False) -> Session:
         import onnx_ir as ir
 
-        if self._in_memory:
+        if self._folder is None:
             return Session(ir.to_proto(model).SerializeToString(), shared=shared)
-        path = self._scratch / "part.onnx"
+        path = self._folder / "part.onnx"
         ir.save(model, path)
         return Session(path, shared=shared)
 
 
 def _values(model: ir.Model) -> dict[str, ir.Value]:
     """Inputs and values of the graph itself, in order."""
-    found = {value.name: value for value in model.graph.inputs}
-    found |= {value.name: value for node in model.graph for value in node.outputs}
-    return {name: value for name, value in found.items() if name}
+    values = {value.name: value for value in model.graph.inputs}
+    values |= {value.name: value for node in model.graph for value in node.outputs}
+    return {name: value for name, value in values.items() if name}

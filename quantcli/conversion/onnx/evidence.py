@@ -1,0 +1,110 @@
+"""What a conversion learns of activations before it chooses codes, and what that changes in its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
+from quantcli.calibration.hessians import collect_hessians
+from quantcli.calibration.statistics import CalibrationStats
+from quantcli.conversion.onnx.source import Source
+from quantcli.data.fingerprint import fingerprint
+from quantcli.data.request import DataRequest
+from quantcli.models.source import source_sha256
+from quantcli.onnx.plan.evidence import Evidence
+from quantcli.onnx.plan.judge import without_inputs, without_outliers
+from quantcli.onnx.plan.placement import place
+from quantcli.onnx.plan.plan import GraphPlan, require_work
+from quantcli.system.progress import Progress
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from quantcli.data.samples import Samples
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Evidence, the plan that stands in its light, and what the data is told apart by."""
+
+    plan: GraphPlan
+    evidence: Evidence
+    fingerprint: Mapping[str, Any] | None
+    warnings: tuple[str, ...]
+
+
+def load(source: Source, data: DataRequest | None, *, trains: bool) -> Samples | None:
+    """The samples that the user gave, if any; a training takes all of them.
+
+    Raises:
+        InputError: they are missing, damaged or do not suit the model.
+    """
+    if data is None:
+        return None
+    from quantcli.data.samples import load_samples
+
+    request = data.at_most(None if trains else DEFAULT_SAMPLES)
+    return load_samples(request, source.model.inputs, folder=source.subject.folder)
+
+
+def gather(
+    source: Source,
+    graph: ir.Model,
+    plan: GraphPlan,
+    stats: Path | None,
+    samples: Samples | None,
+    seed: int,
+    folder: Path,
+    progress: Progress | None,
+) -> Gathered:
+    """Take the statistics and Hessians that a plan needs; layers that they speak against are planned otherwise.
+
+    ``graph`` is the one that the plan was made for, and is left as it is. Statistics are taken from ``samples`` unless
+    ``stats`` holds those of an earlier `calibrate`; Hessians are kept in ``folder``.
+
+    Raises:
+        InputError: statistics are another model's, the graph cannot be run, or nothing is left to be quantized.
+    """
+    statistics = _statistics(source, graph, plan, stats, samples, seed, progress)
+    if statistics is not None:
+        plan = without_outliers(plan, statistics)
+        require_work(plan, source.model.path)
+    hessians = None
+    if plan.needs_inputs and samples is not None:
+        hessians = collect_hessians(graph, plan, samples, folder, progress=progress)
+        plan = without_inputs(plan, hessians)
+    warnings: list[str] = []
+    if statistics is not None:
+        placed = place(graph, (node.node for node in plan.of_mode("static"))).values
+        warnings = statistics.warnings({value.name or "" for value in placed})
+    seen = statistics.provenance.fingerprint if statistics else None
+    if hessians is not None and samples is not None and seen is None:
+        seen = fingerprint(sample.inputs for sample in samples)
+    return Gathered(plan, Evidence(statistics, hessians, source.codes), seen, tuple(warnings))
+
+
+def _statistics(
+    source: Source,
+    graph: ir.Model,
+    plan: GraphPlan,
+    stats: Path | None,
+    samples: Samples | None,
+    seed: int,
+    progress: Progress | None,
+) -> CalibrationStats | None:
+    # Static layers need ranges; the biases of other convolutions profit from the means of what they read.
+    static = plan.of_mode("static")
+    read = [node.data for node in plan.of_mode("weights") if node.node.op_type == "Conv"]
+    if not static and not (read and (samples or stats)):
+        return None
+    sha256 = source_sha256(source.subject)
+    if stats is not None:
+        statistics = CalibrationStats.load(stats)
+        statistics.require_model(sha256)
+        return statistics
+    assert samples is not None
+    observed = None if static else list(dict.fromkeys(name for name in read if name))
+    return collect(graph, samples, observed, model_sha256=sha256, seed=seed, progress=progress)

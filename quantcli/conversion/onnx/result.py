@@ -1,0 +1,61 @@
+"""What a conversion to ONNX became, told in a manifest and in a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantcli.conversion.onnx.comparison import Comparison
+from quantcli.conversion.onnx.rows import layer_entries, layer_rows, left_rows
+from quantcli.conversion.onnx.source import Source
+from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
+from quantcli.reporting.report import ModelRow, Report
+from quantcli.version import __version__
+
+
+@dataclass(frozen=True)
+class Result:
+    """A plan as it was, or would be, carried out; sizes in bytes.
+
+    ``verified`` is what was proven of the artifact, ``compared`` its outputs beside the original's.
+    """
+
+    source: Source
+    output: Path
+    plan: GraphPlan
+    outcomes: Sequence[LayerOutcome]
+    verified: Mapping[str, Any] = field(default_factory=dict)
+    compared: Comparison | None = None
+
+    def manifest(self) -> dict[str, Any]:
+        """What the artifact says of itself."""
+        return {
+            "quantcli": __version__,
+            "input_sha256": self.source.model.sha256(),
+            "format": "onnx",
+            "scheme": self.plan.scheme,
+            "algorithm": self.plan.algorithm,
+            "recipe": self.plan.recipe.model_dump(mode="json"),
+            **({"source": self.source.origin} if self.source.origin else {}),
+            "layers": layer_entries(self.outcomes),
+            "verified": dict(self.verified),
+        }
+
+    def report(self, size: int, warnings: Sequence[str], details: dict[str, Any]) -> Report:
+        """The report of a conversion whose artifact has this size."""
+        original, plan = self.source.model, self.plan
+        rows = layer_rows(self.outcomes) + left_rows(original.ir, plan, original.path)
+        measured = [row.sqnr_db for row in rows if row.sqnr_db is not None]
+        metrics = {"size_ratio": size / original.size_bytes, "sqnr_db_min": min(measured, default=None)}
+        if self.compared is not None:
+            metrics |= {"output_sqnr_db": self.compared.sqnr_db, "speed": self.compared.speed}
+        path, sha256 = self.source.subject.path, original.sha256()
+        models = [
+            ModelRow(path, "reference", "onnx", None, sha256, original.size_bytes),
+            ModelRow(
+                str(self.output), "candidate", "onnx", plan.scheme, None, size, metrics, {"algorithm": plan.algorithm}
+            ),
+        ]
+        return Report("convert", models, rows, [], list(dict.fromkeys(warnings)), details)

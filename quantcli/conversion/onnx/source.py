@@ -1,0 +1,86 @@
+"""What a conversion to ONNX starts from: the user's model, as a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.quantized import is_quantized, open_coded
+from quantcli.conversion.onnx.repack import CheckpointCodes
+from quantcli.data.request import DataRequest
+from quantcli.models.source import ModelSource, open_model
+from quantcli.onnx.graph.model import OnnxModel, open_onnx
+from quantcli.onnx.graph.opset import upgrade
+from quantcli.onnx.graph.prepare import prepare
+from quantcli.onnx.plan.judge import needed_opset
+from quantcli.onnx.plan.plan import GraphPlan
+from quantcli.onnx.plan.resolve import resolve_graph
+from quantcli.onnx.plan.runtime_version import require_version
+from quantcli.planning.recipe import Recipe, dequantizes
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and its graph, which is exported where the model is none itself.
+
+    ``codes`` are those of a quantized checkpoint that are to be kept; ``origin`` is what its manifest said.
+    """
+
+    subject: ModelSource
+    model: OnnxModel
+    codes: CheckpointCodes | None
+    origin: dict[str, Any] | None
+    warnings: tuple[str, ...] = ()
+
+
+def open_source(model: str, weights: Path | None, recipe: Recipe, data: DataRequest | None, folder: Path) -> Source:
+    """Open a model; export it into ``folder`` where it is none of ONNX.
+
+    Raises:
+        InputError: the model is missing, damaged, or cannot be exported.
+        UsageError: it is quantized, and the recipe asks for what its codes cannot become.
+    """
+    subject = open_model(model, weights)
+    codes = origin = None
+    if subject.checkpoint is not None and is_quantized(subject.checkpoint):
+        codes, origin = _quantized(subject.checkpoint, recipe)
+    if subject.onnx is not None:
+        return Source(subject, subject.onnx, codes, origin)
+    from quantcli.export.export import export_to_onnx
+
+    exported = export_to_onnx(subject.path, folder, data=data, weights=subject.weights)
+    return Source(subject, open_onnx(exported.path), codes, origin, tuple(exported.warnings))
+
+
+def planned_graph(model: OnnxModel, recipe: Recipe, codes: CheckpointCodes | None = None) -> tuple[ir.Model, GraphPlan]:
+    """The graph to work on, in the operator set that its plan needs, and what becomes of it.
+
+    Raises:
+        InputError: nothing can be quantized, or the runtime's version or the operator set stands against it.
+        UsageError: the recipe does not suit the graph.
+    """
+    graph = prepare(model, fold=codes is None)
+    make_plan = codes.plan if codes else partial(resolve_graph, recipe)
+    plan = make_plan(graph, model.path)
+    opset, (_, version) = needed_opset(plan), recipe.runtime
+    if version:
+        require_version(plan, graph, opset, version)
+    if opset <= model.opset:
+        return graph, plan
+    # A plan speaks of a graph's own nodes.
+    upgraded = upgrade(graph, opset)
+    return upgraded, make_plan(upgraded, model.path)
+
+
+def _quantized(checkpoint: Checkpoint, recipe: Recipe) -> tuple[CheckpointCodes | None, dict[str, Any]]:
+    """The codes of a quantized checkpoint, unless they are to be values again; and where they come from."""
+    quantized = open_coded(checkpoint)
+    origin = DecodedCheckpoint(quantized).origin() | {"sha256": checkpoint.sha256()}
+    return None if dequantizes(recipe) else CheckpointCodes(checkpoint, quantized, recipe), origin

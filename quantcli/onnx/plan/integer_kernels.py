@@ -1,0 +1,40 @@
+"""Which layers onnxruntime has integer kernels for."""
+
+from __future__ import annotations
+
+from quantcli.core.scheme import Scheme
+from quantcli.onnx.graph.operands import channel_axis
+from quantcli.onnx.graph.opset import NARROW_OPSET, QDQ_OPSET
+from quantcli.onnx.graph.values import constant, input_of, integer, real
+from quantcli.onnx.plan.plan import NodePlan
+
+
+def integer_opset(layer: NodePlan) -> int:
+    """The operator set of scales per channel, or of codes that are stored in four bits."""
+    return NARROW_OPSET if layer.scheme and layer.scheme.weights.bits == 4 else QDQ_OPSET
+
+
+def no_integer_kernel(layer: NodePlan, scheme: Scheme) -> str | None:
+    """Why a layer cannot run on integers with such inputs, or None."""
+    node, inputs = layer.node, scheme.inputs
+    assert inputs is not None
+    if node.op_type == "ConvTranspose":
+        return "ConvTranspose has no integer kernel"
+    if node.op_type == "Conv" and inputs.dynamic:
+        return "onnxruntime's dynamic convolution is many times slower than its float one"
+    weight = constant(node.inputs[1])
+    if weight is None:
+        return "it turns a matrix that others read too"
+    if weight.dtype.name != "FLOAT":
+        return "integer kernels take and return float32, and this is half precision"
+    if node.op_type == "MatMul":
+        return None if len(weight.shape) == 2 else "the weight is not a matrix"
+    bias = constant(input_of(node, 2))
+    if input_of(node, 2) is not None and bias is None:
+        return "the bias is not constant"
+    if node.op_type == "Gemm":
+        if integer(node, "transA", 0) or real(node, "alpha", 1.0) != 1.0 or real(node, "beta", 1.0) != 1.0:
+            return "Gemm with a transposed or scaled input has no integer kernel"
+        if bias is not None and not inputs.dynamic and bias.size not in (1, weight.shape[channel_axis(node)]):
+            return "the bias is not one value per output"
+    return None
