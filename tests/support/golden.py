@@ -540,7 +540,11 @@ def use_float32() -> None:
 
 
 def processor() -> str:
-    """What decides how a product of floats is rounded: the processor, and the libraries that multiply."""
+    """What decides how a product of floats is rounded: the processor, and the libraries that multiply.
+
+    Cores count, too: the gradients of a graph in training are added up thread by thread (`encoder int4 by qat` differs
+    between one core and two).
+    """
     import onnxruntime
     import torch
 
@@ -549,7 +553,16 @@ def processor() -> str:
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
     told = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
     versions = [f"torch {torch.__version__}", f"onnxruntime {onnxruntime.__version__}", f"numpy {np.__version__}"]
-    return ", ".join([platform.machine(), model, torch.backends.cpu.get_cpu_capability(), *told, *versions])
+    return ", ".join(
+        [
+            platform.machine(),
+            model,
+            torch.backends.cpu.get_cpu_capability(),
+            f"{len(os.sched_getaffinity(0))} cores",
+            *told,
+            *versions,
+        ]
+    )
 
 
 def main() -> None:
