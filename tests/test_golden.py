@@ -39,7 +39,7 @@ def _marked(case: golden.Case) -> object:
     return pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else [])
 
 
-@pytest.mark.parametrize("case", map(_marked, CASES))
+@pytest.mark.parametrize("case", [_marked(case) for case in CASES])
 def test_bytes_are_those_of_the_golden_file(case: golden.Case, models: Path) -> None:
     if case.products and golden.processor() != GOLDEN["processor"]:
         pytest.skip(f"products of floats are rounded by the processor, here not {GOLDEN['processor']}")
