@@ -37,7 +37,7 @@ def function():
     ).eval()
 
 def metric(outputs, labels):
-    return {"mean": float(outputs[0].mean())}
+    return {"mean": float(outputs[0]["logits"].mean())}
 """
 
 

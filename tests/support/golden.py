@@ -392,6 +392,7 @@ def cases() -> Iterator[Case]:
     yield from _graphs()
     yield from _graphs_with_data()
     yield from _with_data()
+    yield from _exported()
 
 
 def _without_data() -> Iterator[Case]:
@@ -506,6 +507,15 @@ def _with_data() -> Iterator[Case]:
         yield Case(f"llama int4 as {format} by gptq", write, products=True, slow=True)
     recipe = {"scheme": "int4", "group_size": 32, "target": "vllm"}
     yield Case("tied int4 data", _convert("tied", recipe=recipe, data="tokens.npz"), products=True, slow=True)
+
+
+def _exported() -> Iterator[Case]:
+    """Through the exporter."""
+    for model, name in [("llama", "int4"), ("bert", "int8-dynamic"), ("bert", "nf4")]:
+        write = _convert(model, ".onnx", scheme=name, format="onnx")
+        yield Case(f"{model} {name} exported", write, products=True, slow=True)
+    first = {"model": "llama", "recipe": {"scheme": "int4", "group_size": 32, "format": "awq", "target": "vllm"}}
+    yield Case("int4 awq to onnx", _through(first, {"format": "onnx"}, ".onnx"), products=True, slow=True)
 
 
 # Running
