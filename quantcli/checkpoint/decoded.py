@@ -51,8 +51,7 @@ class DecodedCheckpoint(Checkpoint):
 
     def origin(self) -> dict[str, Any]:
         """What is known of where the codes come from, for the manifest of what is made of them."""
-        known = self.manifest or {}
-        made = {key: known[key] for key in _ORIGIN if key in known}
+        made = {key: value for key, value in self.manifest.to_json().items() if key in _ORIGIN}
         return {"format": self._coded.form.NAME} | made
 
     @property

@@ -98,12 +98,12 @@ class CodedCheckpoint:
     def scheme(self) -> str:
         """What the model was quantized to: as its manifest says, else the dtype of most weights."""
         counts = Counter(weight.scheme.weights.dtype for weight in self.weights.values())
-        return str((self.checkpoint.manifest or {}).get("scheme") or counts.most_common(1)[0][0])
+        return self.checkpoint.manifest.scheme or counts.most_common(1)[0][0]
 
     def algorithm(self, name: str) -> str | None:
         """What chose the codes of a weight, where the manifest tells."""
-        entry: dict[str, Any] = (self.checkpoint.manifest or {}).get("layers", {}).get(name, {})
-        return entry.get("algorithm")
+        layer = self.checkpoint.manifest.layers.get(name)
+        return layer.algorithm if layer else None
 
     def tensor(self, name: str) -> QuantizedTensor:
         """Codes, scales and zero points of one weight.

@@ -75,7 +75,7 @@ def evaluate(
     )
     parse_gates(require, _known_metrics(inputs.task, compared=bool(candidates)))
     scores = [task_for(inputs.task, subject, subjects[0]) for subject in subjects]
-    leaks = LeakCheck([(subject.path, subject.manifest) for subject in subjects])
+    leaks = LeakCheck([(subject.path, subject.manifest.calibration_fingerprint) for subject in subjects])
     layers = run_models(subjects, inputs, scores, leaks, by_layer, progress)
     rows = [
         model_row(subject, index, score) for index, (subject, score) in enumerate(zip(subjects, scores, strict=True))

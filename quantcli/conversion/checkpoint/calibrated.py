@@ -22,7 +22,6 @@ from quantcli.conversion.checkpoint.writer import (
     place_values,
     read_codes,
 )
-from quantcli.core.manifest import FINGERPRINT_KEY
 from quantcli.core.numerics import error_powers, in_groups
 from quantcli.core.tensors import QuantizedTensor
 from quantcli.data.fingerprint import fingerprint
@@ -135,7 +134,7 @@ class CalibratedWork:
         sketch = fingerprint(sample.inputs for sample in samples)
         if self.history is not None:
             counts["training"] = {key: getattr(self.history, key) for key in ("loss", "steps", "best_step", "stopped")}
-        return {"calibration": counts} | ({FINGERPRINT_KEY: sketch} if sketch else {})
+        return {"calibration": counts} | ({"calibration_fingerprint": sketch} if sketch else {})
 
     def run(self, output: Output) -> None:
         """Quantize and write every block whose tensors are not in the output's results yet, then tune."""

@@ -17,7 +17,7 @@ from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.hugging_face import companions
 from quantcli.conversion.checkpoint.layout import Destination, Layout
 from quantcli.conversion.staging import Staging
-from quantcli.core.manifest import FINGERPRINT_KEY
+from quantcli.core.manifest import Manifest, ManifestLayer
 from quantcli.errors import UsageError
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.system.parallel import Background, in_parallel, usable_cores
@@ -75,7 +75,7 @@ class Conversion:
         self.checkpoint, self.plan, self.layout = checkpoint, plan, layout
         self.workers, self.work, self.progress = workers, work, progress
         self.results: dict[str, LayerResult] = {}
-        self._earlier = checkpoint.manifest or {}
+        self._earlier = checkpoint.manifest
         self.sha256 = ""
         self._journal_lock = threading.Lock()
 
@@ -120,7 +120,7 @@ class Conversion:
         self.layout.write_manifest(staging.out, manifest)
         history = self.work.history if self.work else None
         trained = {"training": history.to_json()} if history else {}
-        return {"verified": manifest["verified"], "threads": self.workers, **trained}
+        return {"verified": manifest.verified, "threads": self.workers, **trained}
 
     def _verify(self, artifact: Path) -> dict[str, Any]:
         from quantcli.conversion.checkpoint.verify import Verifier
@@ -213,33 +213,31 @@ class Conversion:
 
     def _calibration(self) -> dict[str, Any]:
         """What is known of calibration data: of this run's, or of that which a quantized source has seen."""
-        kept = {key: self._earlier[key] for key in ("calibration", FINGERPRINT_KEY) if key in self._earlier}
+        kept = {key: getattr(self._earlier, key) for key in ("calibration", "calibration_fingerprint")}
         return kept | (self.work.manifest() if self.work else {})
 
-    def _manifest(self, verified: Mapping[str, Any]) -> dict[str, Any]:
+    def _manifest(self, verified: Mapping[str, Any]) -> Manifest:
         layers = {}
         for layer in self.plan.layers:
-            entry: dict[str, Any] = {"scheme": str(layer.scheme) if layer.scheme else None}
+            entry = layers[layer.info.name] = ManifestLayer(scheme=str(layer.scheme) if layer.scheme else None)
             if layer.scheme is not None:
                 result = self.results[layer.info.name]
-                sqnr_db = result.sqnr_db
-                entry |= {"algorithm": result.algorithm or None, "note": result.note or None}
-                entry |= {"sqnr_db": None if sqnr_db is None else round(sqnr_db, 4)}
+                entry.algorithm, entry.note = result.algorithm or None, result.note or None
+                entry.sqnr_db = None if result.sqnr_db is None else round(result.sqnr_db, 4)
             else:
-                entry |= {"dtype": layer.dtype, "reason": layer.reason}
-            layers[layer.info.name] = {key: value for key, value in entry.items() if value is not None}
-        return {
-            "quantcli": __version__,
-            "input_sha256": self.sha256,
-            "format": self.plan.format,
-            "scheme": self.plan.scheme,
-            "algorithm": self.plan.algorithm,
-            "recipe": self.plan.recipe.model_dump(mode="json"),
-            **({"source": self.checkpoint.origin()} if isinstance(self.checkpoint, DecodedCheckpoint) else {}),
+                entry.dtype, entry.reason = layer.dtype, layer.reason
+        return Manifest(
+            quantcli=__version__,
+            input_sha256=self.sha256,
+            format=self.plan.format,
+            scheme=self.plan.scheme,
+            algorithm=self.plan.algorithm,
+            recipe=self.plan.recipe.model_dump(mode="json"),
+            source=self.checkpoint.origin() if isinstance(self.checkpoint, DecodedCheckpoint) else None,
             **self._calibration(),
-            "layers": layers,
-            "verified": dict(verified),
-        }
+            layers=layers,
+            verified=dict(verified),
+        )
 
 
 def _without_data(layer: LayerPlan) -> LayerPlan:

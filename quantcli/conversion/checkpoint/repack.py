@@ -113,7 +113,7 @@ class _Planner:
             raise UsageError(f"One {self.form.NAME} model cannot hold what this one does: {reason}.")
         scale_dtype = self._scale_dtype()
         layers = tuple(self._layer(info, schemes.get(info.name)) for info in self.checkpoint.infos())
-        algorithm = str((self.checkpoint.manifest or {}).get("algorithm") or "carried over")
+        algorithm = self.checkpoint.manifest.algorithm or "carried over"
         return Plan(
             layers,
             self.form.NAME,

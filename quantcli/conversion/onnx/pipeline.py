@@ -21,7 +21,7 @@ from quantcli.conversion.onnx.comparison import Comparison, OutputComparison
 from quantcli.conversion.onnx.repack import GivenCodes
 from quantcli.conversion.onnx.rows import layer_entries, layer_rows, left_rows
 from quantcli.conversion.staging import Staging, open_staging
-from quantcli.core.manifest import FINGERPRINT_KEY, MANIFEST_KEY
+from quantcli.core.manifest import MANIFEST_KEY, Manifest
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import Calibration
 from quantcli.errors import InputError, UsageError
@@ -212,8 +212,8 @@ class _Conversion:
         seen = statistics.provenance.fingerprint if statistics else None
         if everything is not None and (self.trains or (hessians is not None and seen is None)):
             seen = fingerprint(sample.inputs for sample in everything)
-        manifest |= {FINGERPRINT_KEY: seen} if seen else {}
-        add_metadata(target, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
+        manifest.calibration_fingerprint = seen
+        add_metadata(target, MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
         self._check_size(original, files, before)
         self._copy_companions(original, staging.out)
         size = sum(file.stat().st_size for file in files)
@@ -369,18 +369,18 @@ class _Conversion:
 
     def _manifest(
         self, original: OnnxModel, plan: GraphPlan, outcomes: Sequence[LayerOutcome], verified: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        return {
-            "quantcli": __version__,
-            "input_sha256": original.sha256(),
-            "format": "onnx",
-            "scheme": plan.scheme,
-            "algorithm": plan.algorithm,
-            "recipe": self.recipe.model_dump(mode="json"),
-            **({"source": self.origin} if self.origin else {}),
-            "layers": layer_entries(outcomes),
-            "verified": dict(verified),
-        }
+    ) -> Manifest:
+        return Manifest(
+            quantcli=__version__,
+            input_sha256=original.sha256(),
+            format="onnx",
+            scheme=plan.scheme,
+            algorithm=plan.algorithm,
+            recipe=self.recipe.model_dump(mode="json"),
+            source=self.origin or None,
+            layers=layer_entries(outcomes),
+            verified=dict(verified),
+        )
 
     def _report(
         self,

@@ -278,7 +278,7 @@ def test_a_checkpoint_becomes_an_onnx_file(artifact: Artifacts, tmp_path: Path) 
     source = artifact("int4 asymmetric", "bert")
     report = convert(source, tmp_path / "out.onnx", format="onnx")
     require_carried(source, tmp_path / "out.onnx")
-    found: dict[str, Any] = open_onnx(tmp_path / "out.onnx").manifest or {}
+    found = open_onnx(tmp_path / "out.onnx").manifest.to_json()
     assert found["source"]["format"] == "compressed-tensors"
     assert found["source"]["sha256"] == open_checkpoint(source).sha256()
     assert found["layers"]["encoder.layer.0.attention.self.query.weight"]["algorithm"] == "mse"
