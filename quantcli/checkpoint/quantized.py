@@ -1,4 +1,4 @@
-"""Quantized checkpoints as inputs: every coded weight with its scheme, as codes and scales, or as plain values.
+"""Quantized checkpoints as inputs: every quantized weight with its scheme, as codes and scales, or as plain values.
 
 What the format modules can write they can read: shapes and schemes come from headers and the
 ``quantization_config``, codes through the same decoding that verifies what was written.
@@ -25,8 +25,6 @@ from quantcli.formats.base import CodedFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-    pass
-
 READ = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
 
 #: What config.json tells of codes, now and formerly.
@@ -35,7 +33,7 @@ SECTIONS = ("quantization_config", "compression_config")
 #: Tensors of a layer that no longer mean anything without its codes.
 _OF_INPUTS = ("input_scale", "input_zero_point")
 
-#: Parts of a coded weight, which mean nothing by themselves.
+#: Parts of a quantized weight, which mean nothing by themselves.
 _PART = re.compile(
     r"(^|\.)(qweight|qzeros|g_idx|SCB|weight_(packed|shape|zero_point)|weight\.(\w*absmax|\w*quant_map|quant_state\..+))$"
 )
@@ -46,7 +44,7 @@ _CONV1D_LEAF = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
 
 
 @dataclass(frozen=True)
-class CodedWeight:
+class QuantizedWeight:
     """A weight that is stored as codes: ``shape`` is that of the matrix ``[outputs, inputs]`` that was quantized.
 
     ``parts`` are the tensors that stand for it; ``transposed``: the model itself stores ``[inputs, outputs]``.
@@ -64,19 +62,19 @@ class CodedWeight:
         return sum(part.nbytes for part in self.parts)
 
 
-class CodedCheckpoint:
-    """The coded weights of a quantized checkpoint. Use `open_coded`."""
+class QuantizedCheckpoint:
+    """The quantized weights of a quantized checkpoint. Use `open_quantized`."""
 
     def __init__(self, checkpoint: Checkpoint, form: CodedFormat) -> None:
         self.checkpoint, self.form = checkpoint, form
         self._infos = {info.name: info for info in checkpoint.infos()}
         section = section_of(checkpoint.config)
         model_type = (checkpoint.config or {}).get("model_type")
-        self.weights: dict[str, CodedWeight] = {}
+        self.weights: dict[str, QuantizedWeight] = {}
         for name, (shape, scheme) in form.find(self._infos, section, self._load).items():
             parts = self._parts(name, shape, scheme)
             turned = model_type in _CONV1D_MODELS and bool(_CONV1D_LEAF.search(module_of(name)))
-            self.weights[name] = CodedWeight(name, shape, scheme, parts, turned and form.carries("conv1d") is None)
+            self.weights[name] = QuantizedWeight(name, shape, scheme, parts, turned and form.carries("conv1d") is None)
         if not self.weights:
             raise InputError(
                 f"{checkpoint.path} is declared as {form.NAME}, but holds no weight of a kind that is read."
@@ -90,7 +88,7 @@ class CodedCheckpoint:
 
     @property
     def rest(self) -> tuple[TensorInfo, ...]:
-        """Tensors that belong to no coded weight, in file order."""
+        """Tensors that belong to no quantized weight, in file order."""
         taken = {part.name for weight in self.weights.values() for part in weight.parts}
         return tuple(info for info in self._infos.values() if info.name not in taken)
 
@@ -175,8 +173,8 @@ def section_of(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return found[0] if found else {}
 
 
-def open_coded(checkpoint: Checkpoint) -> CodedCheckpoint:
-    """List the coded weights of a quantized checkpoint.
+def open_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
+    """List the quantized weights of a quantized checkpoint.
 
     Raises:
         InputError: it is quantized in a way that is not read, or what it holds contradicts itself.
@@ -192,7 +190,7 @@ def open_coded(checkpoint: Checkpoint) -> CodedCheckpoint:
             f"The model is quantized as {method}, which quantcli does not read.",
             f"Read are {', '.join(READ)}; or start from the original weights.",
         )
-    return CodedCheckpoint(checkpoint, formats.coded_format(method))
+    return QuantizedCheckpoint(checkpoint, formats.coded_format(method))
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:

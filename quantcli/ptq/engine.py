@@ -24,11 +24,12 @@ from quantcli.blocks.structure import BlockList
 from quantcli.checkpoint.roles import module_of
 from quantcli.core.dtypes import torch_dtype
 from quantcli.core.numerics import decoded
+from quantcli.core.tensors import RoundedTensor
 from quantcli.errors import InputError
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.ptq.input_quantization import fix_input_scales, quantized_inputs
 from quantcli.ptq.observe import observe
-from quantcli.ptq.rounding import Coded, round_block, round_unobserved
+from quantcli.ptq.rounding import round_block, round_unobserved
 from quantcli.ptq.transforms import Transforms
 from quantcli.system.hardware import release_freed
 
@@ -50,7 +51,7 @@ class BlockOutcome:
     """
 
     path: str
-    coded: dict[str, Coded] = field(default_factory=dict)
+    quantized: dict[str, RoundedTensor] = field(default_factory=dict)
     plain: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -222,13 +223,13 @@ class BlockEngine:
         if outcome is None:
             outcome = self._quantize(index, path, block, quantized, original, report)
         for name, info in self.skeleton.parameters(path).items():
-            if info.name in outcome.coded:
-                values = decoded(outcome.coded[info.name].tensor)
+            if info.name in outcome.quantized:
+                values = decoded(outcome.quantized[info.name].tensor)
             else:
                 values = outcome.plain[info.name]
             parameter = block.get_parameter(name.removeprefix(f"{path}."))
             parameter.data = values.reshape(parameter.shape).to(self.device)
-        tensors = {name: coded.tensor for name, coded in outcome.coded.items()}
+        tensors = {name: rounded.tensor for name, rounded in outcome.quantized.items()}
         with quantized_inputs(block, self._inside(path), tensors):
             self._advance(index, block, quantized, _part(report, _ROUNDED, 1.0))
         block.to("cpu")
@@ -247,18 +248,18 @@ class BlockEngine:
         release_freed()
         if self._transforms.names:
             self._transforms.apply(block, layers, calls[0], stats)
-        rounded = _part(report, _OBSERVED, _ROUNDED)
-        coded = round_block(block, layers, calls, targets, stats, self.plan, self.seed + index, rounded)
-        fix_input_scales(coded, layers, stats, torch_dtype(self.plan.scale_dtype))
+        part = _part(report, _OBSERVED, _ROUNDED)
+        rounded = round_block(block, layers, calls, targets, stats, self.plan, self.seed + index, part)
+        fix_input_scales(rounded, layers, stats, torch_dtype(self.plan.scale_dtype))
         parameters = self.skeleton.parameters(path)
-        outcome = BlockOutcome(path, {layers[name].info.name: each for name, each in coded.items()})
+        outcome = BlockOutcome(path, {layers[name].info.name: tensor for name, tensor in rounded.items()})
         for name, values in block.named_parameters():
             info = parameters[f"{path}.{name}"]
             layer = self._by_name[info.name]
-            if info.name in outcome.coded:
+            if info.name in outcome.quantized:
                 continue
             if layer.is_coded:
-                outcome.coded[info.name] = round_unobserved(values.detach().cpu(), layer, self.plan)
+                outcome.quantized[info.name] = round_unobserved(values.detach().cpu(), layer, self.plan)
             else:
                 outcome.plain[info.name] = values.detach().cpu().to(torch_dtype(layer.dtype)).float()
         return outcome

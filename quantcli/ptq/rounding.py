@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,12 @@ from quantcli.blocks.calls import Call
 from quantcli.core.dtypes import torch_dtype
 from quantcli.core.numerics import error_powers, in_groups
 from quantcli.core.scheme import NumberFormat
-from quantcli.core.tensors import QuantizedTensor
+from quantcli.core.tensors import QuantizedTensor, RoundedTensor, Rounding
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.ptq.observe import LinearStats
 
 #: Algorithms that need nothing of the data.
-_PLAIN = ("rtn", "mse")
-
-
-@dataclass
-class Coded:
-    """A layer's codes, by which algorithm, and what they cost: sums of squares of the weight and of its error."""
-
-    tensor: QuantizedTensor
-    algorithm: str
-    signal: float = 0.0
-    noise: float = 0.0
-    note: str | None = None
+_NEED_NO_DATA = ("rtn", "mse")
 
 
 def round_block(
@@ -45,7 +34,7 @@ def round_block(
     plan: Plan,
     seed: int,
     report: Callable[[float], None],
-) -> dict[str, Coded]:
+) -> dict[str, RoundedTensor]:
     """Codes of every layer of a block, by the layer's name in it.
 
     Args:
@@ -58,19 +47,19 @@ def round_block(
         seed: what is drawn at random is drawn by it.
         report: told the fraction that is done.
     """
-    coded: dict[str, Coded] = {}
+    rounded: dict[str, RoundedTensor] = {}
     dtype = torch_dtype(plan.scale_dtype)
     weights = {name: _weight(block, name) for name in layers}
     by_algorithm: dict[str, dict[str, LayerPlan]] = {}
     for name, layer in layers.items():
         # An expert, say, that no token was sent to.
-        unseen = layer.algorithm not in _PLAIN and not stats[name].tokens
+        unseen = layer.algorithm not in _NEED_NO_DATA and not stats[name].tokens
         by_algorithm.setdefault("" if unseen else layer.algorithm or "", {})[name] = layer
     for algorithm, own in by_algorithm.items():
         if algorithm == "gptq":
-            coded |= _gptq(own, weights, stats, dtype, plan.steps.options("gptq").damping, report)
+            rounded |= _gptq(own, weights, stats, dtype, plan.steps.options("gptq").damping, report)
         elif algorithm == "awq":
-            coded |= _awq(own, weights, stats, dtype)
+            rounded |= _awq(own, weights, stats, dtype)
         elif algorithm == "autoround":
             from quantcli.algorithms import autoround
 
@@ -78,31 +67,35 @@ def round_block(
             formats = {name: _format(layer) for name, layer in own.items()}
             options = plan.steps.options("autoround")
             tensors = autoround.run(block, formats, calls, targets, dtype, options, seed, report)
-            coded |= {name: Coded(tensor, algorithm) for name, tensor in tensors.items()}
+            rounded |= {name: RoundedTensor(tensor, Rounding(algorithm)) for name, tensor in tensors.items()}
         else:
-            coded |= {name: _plain(weights[name].cpu(), layer, dtype, "no token seen") for name, layer in own.items()}
-    for name, layer in layers.items():
-        own_powers = error_powers(in_groups(weights[name].cpu(), _format(layer)), coded[name].tensor)
-        coded[name].signal, coded[name].noise = own_powers
-    return {name: coded[name] for name in layers}
+            for name, layer in own.items():
+                rounded[name] = _round_without_data(weights[name].cpu(), layer, dtype, "no token seen")
+    return {name: _measured(rounded[name], weights[name].cpu()) for name in layers}
 
 
-def round_unobserved(weight: Tensor, layer: LayerPlan, plan: Plan) -> Coded:
+def round_unobserved(weight: Tensor, layer: LayerPlan, plan: Plan) -> RoundedTensor:
     """Codes of a weight, float32 as it is stored, whose inputs are not known: it is in no linear layer of torch's."""
     matrix = weight.reshape(layer.matrix_shape)
-    coded = _plain(matrix, layer, torch_dtype(plan.scale_dtype), "inputs not observed")
-    coded.signal, coded.noise = error_powers(in_groups(matrix, _format(layer)), coded.tensor)
-    return coded
+    return _measured(_round_without_data(matrix, layer, torch_dtype(plan.scale_dtype), "inputs not observed"), matrix)
 
 
-def _plain(matrix: Tensor, layer: LayerPlan, dtype: torch.dtype, because: str) -> Coded:
-    """Codes chosen without data; where that was not the plan, ``because`` tells why."""
-    number_format = _format(layer)
+def without_data(layer: LayerPlan, because: str) -> Rounding:
+    """What chooses a layer's codes where its inputs are not known; if that was not the plan, ``because`` tells why."""
     planned = layer.algorithm or ""
-    algorithm = planned if planned in _PLAIN else default_rounding(number_format)
-    tensor = by_rows(algorithms.rounding(algorithm).run, matrix, number_format, dtype)
-    note = None if algorithm == planned else f"{because}: {algorithm} in place of {planned}"
-    return Coded(tensor, algorithm, note=note)
+    algorithm = planned if planned in _NEED_NO_DATA else default_rounding(_format(layer))
+    return Rounding(algorithm, None if algorithm == planned else f"{because}: {algorithm} in place of {planned}")
+
+
+def _round_without_data(matrix: Tensor, layer: LayerPlan, dtype: torch.dtype, because: str) -> RoundedTensor:
+    rounding = without_data(layer, because)
+    return RoundedTensor(by_rows(algorithms.rounding(rounding.algorithm).run, matrix, _format(layer), dtype), rounding)
+
+
+def _measured(rounded: RoundedTensor, matrix: Tensor) -> RoundedTensor:
+    """The same with what the codes cost of the weight, float32 ``[rows, columns]``."""
+    signal, noise = error_powers(in_groups(matrix, rounded.tensor.number_format), rounded.tensor)
+    return RoundedTensor(rounded.tensor, replace(rounded.rounding, signal=signal, noise=noise))
 
 
 def _weight(block: nn.Module, name: str) -> Tensor:
@@ -121,16 +114,16 @@ def _awq(
     weights: Mapping[str, Tensor],
     stats: Mapping[str, LinearStats],
     dtype: torch.dtype,
-) -> dict[str, Coded]:
+) -> dict[str, RoundedTensor]:
     from quantcli.algorithms import awq
 
-    coded = {}
+    rounded = {}
     for name, layer in layers.items():
         gram = stats[name].gram
         assert gram is not None
         tensor = awq.run(weights[name], _format(layer), dtype, gram=gram)
-        coded[name] = Coded(_rows_of(tensor, slice(None), tensor.shape), "awq")
-    return coded
+        rounded[name] = RoundedTensor(_rows_of(tensor, slice(None), tensor.shape), Rounding("awq"))
+    return rounded
 
 
 def _gptq(
@@ -140,13 +133,13 @@ def _gptq(
     dtype: torch.dtype,
     damping: float,
     report: Callable[[float], None],
-) -> dict[str, Coded]:
+) -> dict[str, RoundedTensor]:
     """Layers that share an input share a Hessian, and are solved as one matrix: rows do not depend on each other."""
     groups: dict[tuple[int, str, NumberFormat], list[str]] = {}
     for name, layer in layers.items():
         alone = name if _format(layer).granularity.kind == "tensor" else ""
         groups.setdefault((id(stats[name].gram), alone, _format(layer)), []).append(name)
-    coded: dict[str, Coded] = {}
+    rounded: dict[str, RoundedTensor] = {}
     # What a weight takes grows with its size times its columns.
     total = sum(weights[name].numel() * weights[name].shape[1] for name in layers)
     left = Counter(id(stats[names[0]].gram) for names in groups.values())
@@ -161,18 +154,18 @@ def _gptq(
         start = 0
         for name in names:
             rows = slice(start, start := start + len(weights[name]))
-            coded[name] = _outcome(solved, rows, tuple(weights[name].shape), damping)
-        report(sum(weights[name].numel() * weights[name].shape[1] for name in coded) / total)
-    return coded
+            rounded[name] = _outcome(solved, rows, tuple(weights[name].shape), damping)
+        report(sum(weights[name].numel() * weights[name].shape[1] for name in rounded) / total)
+    return rounded
 
 
-def _outcome(solved: gptq.Solved, rows: slice, shape: tuple[int, ...], damping: float) -> Coded:
+def _outcome(solved: gptq.Solved, rows: slice, shape: tuple[int, ...], damping: float) -> RoundedTensor:
     tensor = _rows_of(solved.tensor, rows, shape)
     if solved.damping is None:
         fallback = default_rounding(tensor.number_format)
-        return Coded(tensor, fallback, note=f"singular Hessian: {fallback} in place of gptq")
+        return RoundedTensor(tensor, Rounding(fallback, f"singular Hessian: {fallback} in place of gptq"))
     note = f"damping {solved.damping:g} for a Hessian that is nearly singular" if solved.damping > damping else None
-    return Coded(tensor, "gptq", note=note)
+    return RoundedTensor(tensor, Rounding("gptq", note))
 
 
 def _rows_of(whole: QuantizedTensor, rows: slice, shape: tuple[int, ...]) -> QuantizedTensor:

@@ -32,17 +32,28 @@ _KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 class RuntimeCheck:
-    """A check under way. It can start once the artifact's headers and config.json are written."""
+    """A check under way, once it is entered: then the artifact's headers and config.json are written."""
 
     def __init__(self, artifact: Path, plan: Plan, checkpoint: Checkpoint, nbytes: int) -> None:
         self._child: Child | None = None
-        self._skipped = _reason_to_skip(plan, checkpoint, nbytes)
-        self.needs_weights = _needs_weights(plan)
-        device = "cpu" if self.needs_weights else "meta"
+        bare = "a bare file has no runtime of its own"
+        self._skipped = _reason_to_skip(plan, checkpoint, nbytes) if checkpoint.folder else bare
+        self._needs_weights = _needs_weights(plan)
+        device = "cpu" if self._needs_weights else "meta"
         self._request = {"artifact": str(artifact), "original": str(checkpoint.folder), "device": device}
 
-    def start(self) -> None:
-        """Begin, in the background."""
+    def __enter__(self) -> RuntimeCheck:
+        """Begin in the background, unless the weights are waited for."""
+        if not self._needs_weights:
+            self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End a check that is still running, and release what it holds."""
+        if self._child:
+            self._child.stop()
+
+    def _start(self) -> None:
         if not self._skipped and self._child is None:
             self._child = Child(f"{__name__}:check", self._request, {"OMP_NUM_THREADS": "1"})
 
@@ -54,7 +65,7 @@ class RuntimeCheck:
         """
         if self._skipped:
             return {"checked": False, "reason": self._skipped}
-        self.start()
+        self._start()
         assert self._child is not None
         try:
             found = self._child.result(TIMEOUT_SECONDS)
@@ -69,11 +80,6 @@ class RuntimeCheck:
                 hint="--skip the layers it names, choose another --format, or --target vllm if that is meant.",
             )
         return found
-
-    def stop(self) -> None:
-        """End a check that is still running, and release what it holds."""
-        if self._child:
-            self._child.stop()
 
 
 def _needs_weights(plan: Plan) -> bool:

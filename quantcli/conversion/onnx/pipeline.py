@@ -15,7 +15,7 @@ from quantcli.calibration.hessians import collect_hessians
 from quantcli.calibration.statistics import CalibrationStats
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.hugging_face import companions
-from quantcli.checkpoint.quantized import is_quantized, open_coded
+from quantcli.checkpoint.quantized import is_quantized, open_quantized
 from quantcli.conversion.onnx.advice import recommend
 from quantcli.conversion.onnx.comparison import Comparison, OutputComparison
 from quantcli.conversion.onnx.repack import GivenCodes
@@ -164,7 +164,7 @@ class _Conversion:
         checkpoint = self.subject.checkpoint
         if checkpoint is None or not is_quantized(checkpoint):
             return None
-        coded = open_coded(checkpoint)
+        coded = open_quantized(checkpoint)
         self.origin = DecodedCheckpoint(coded).origin() | {"sha256": checkpoint.sha256()}
         return None if dequantizes(self.recipe) else GivenCodes(checkpoint, coded, self.recipe)
 

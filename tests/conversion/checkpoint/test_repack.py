@@ -18,7 +18,7 @@ from torch import Tensor
 
 import quantcli
 from quantcli import convert
-from quantcli.checkpoint.quantized import CodedCheckpoint
+from quantcli.checkpoint.quantized import QuantizedCheckpoint
 from quantcli.cli.app import main
 from quantcli.errors import InputError, QuantcliError, UsageError
 from quantcli.models import hugging_face
@@ -169,8 +169,8 @@ def test_equal_work_gives_equal_bytes_after_an_interruption_too(
 ) -> None:
     convert(artifact("int4"), tmp_path / "wanted", threads=1, **wish)
     read: list[str] = []
-    original = CodedCheckpoint.tensor
-    monkeypatch.setattr(CodedCheckpoint, "tensor", lambda self, name: (read.append(name), original(self, name))[1])
+    original = QuantizedCheckpoint.tensor
+    monkeypatch.setattr(QuantizedCheckpoint, "tensor", lambda self, name: (read.append(name), original(self, name))[1])
 
     def stop(done: int, total: int) -> None:
         if done > 0.4 * total:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantcli import convert, evaluate
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.quantized import open_coded
+from quantcli.checkpoint.quantized import open_quantized
 from quantcli.conversion.onnx.repack import GivenCodes
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError, QuantcliError, UsageError, VerificationError
@@ -82,7 +82,7 @@ def layers(place: Path, recipe: dict[str, Any], columns: int, **weights: Tensor)
 
 def given(folder: Path, recipe: Recipe = ONNX) -> GivenCodes:
     checkpoint = open_checkpoint(folder)
-    return GivenCodes(checkpoint, open_coded(checkpoint), recipe)
+    return GivenCodes(checkpoint, open_quantized(checkpoint), recipe)
 
 
 def graph(weights: dict[str, np.ndarray], *, gemm: bool = False) -> ir.Model:
