@@ -145,15 +145,15 @@ class QuantizedCheckpoint:
             if info is None and part.endswith("g_idx"):
                 continue  # older files leave it out where it would only count
             if info is None or not _fits(info, spec):
-                found = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
+                fault = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
                 kind = "" if spec.dtype in FLOAT_DTYPES else f"{spec.dtype} "
                 raise InputError(
-                    f"{part} {found}, and {name} {list(shape)} as {scheme} needs {kind}{list(spec.shape)}.",
+                    f"{part} {fault}, and {name} {list(shape)} as {scheme} needs {kind}{list(spec.shape)}.",
                     "The file is damaged, or in a form that is not known.",
                 )
             parts.append(info)
         stem = name.removesuffix("weight")
-        extra = [self._infos[stem + each] for each in _OF_INPUTS if stem + each in self._infos]
+        extra = [self._infos[stem + leaf] for leaf in _OF_INPUTS if stem + leaf in self._infos]
         return tuple(parts + [info for info in extra if info not in parts])
 
 
@@ -169,8 +169,8 @@ def _fits(info: TensorInfo, spec: TensorSpec) -> bool:
 
 def section_of(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """The ``quantization_config`` of a config.json; empty where there is none."""
-    found = [section for key in SECTIONS if isinstance(section := (config or {}).get(key), Mapping)]
-    return found[0] if found else {}
+    sections = (section for key in SECTIONS if isinstance(section := (config or {}).get(key), Mapping))
+    return next(sections, {})
 
 
 def open_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:

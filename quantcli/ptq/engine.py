@@ -69,8 +69,8 @@ class Chain:
         # Masks and positions mostly are those of the batch before: then they are held once.
         same = self.arguments and alike(self.arguments[-1], captured.arguments)
         self.arguments.append(self.arguments[-1] if same else captured.arguments)
-        known = bool(self.returned) and alike(self.returned[-1], captured.returned)
-        self.returned.append(self.returned[-1] if known else captured.returned)
+        same_returned = bool(self.returned) and alike(self.returned[-1], captured.returned)
+        self.returned.append(self.returned[-1] if same_returned else captured.returned)
 
     @contextmanager
     def replaying(self, modules: Sequence[nn.Module], batch: int, rows: slice | None = None) -> Iterator[None]:
@@ -145,12 +145,12 @@ class BlockEngine:
             yield from self._run(finished)
         except BaseException:
             # What is interrupted goes on from whole blocks; hidden states would only take room on disk.
-            for each in self._hidden:
-                each.clear()
+            for states in self._hidden:
+                states.clear()
             raise
 
     def _run(self, finished: Finished) -> Iterator[BlockOutcome]:
-        total = sum(len(each.blocks) for each in self.lists)
+        total = sum(len(block_list.blocks) for block_list in self.lists)
         done = 0
         before: dict[str, list[tuple[list[nn.Module], Chain]]] = {}
         for blocks in self.lists:
@@ -159,19 +159,19 @@ class BlockEngine:
             chains = self._enter(blocks, modules, names, before)
             for index, path in enumerate(blocks.blocks):
                 report = _part(self.tick, done / total, (done + 1) / total)
-                known = finished(path)
-                outcome = self._block(index, path, chains, known, report)
+                earlier = finished(path)
+                outcome = self._block(index, path, chains, earlier, report)
                 done += 1
                 report(1.0)
-                if known is None:
+                if earlier is None:
                     yield outcome
             for name, chain in chains.items():
                 chain.arguments.clear()
                 before.setdefault(name, []).append((modules, chain))
-        self.final = {name: found[-1][1] for name, found in before.items()}
-        for each in self._hidden:
-            if all(each is not chain.hidden for chain in self.final.values()):
-                each.clear()
+        self.final = {name: lists[-1][1] for name, lists in before.items()}
+        for states in self._hidden:
+            if all(states is not chain.hidden for chain in self.final.values()):
+                states.clear()
 
     def _enter(
         self,
@@ -181,7 +181,7 @@ class BlockEngine:
         before: Mapping[str, list[tuple[list[nn.Module], Chain]]],
     ) -> dict[str, Chain]:
         """Run what comes before a list of blocks, and keep what its blocks are called with."""
-        everything = [path for each in self.lists for path in each.blocks]
+        everything = [path for block_list in self.lists for path in block_list.blocks]
         share = self._limit // len(names)
         chains = {name: Chain(Activations(self._scratch, f"{blocks.path}-{name}", share)) for name in names}
         self._hidden += [chain.hidden for chain in chains.values()]
@@ -296,13 +296,13 @@ def _counted(calls: Sequence[Call], report: Tick | None) -> Iterator[Call]:
 
 def linear_layers(skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:
     """Layers that get codes and are linear modules of the model, by the module's name."""
-    coded = {layer.info.name: layer for layer in plan.layers if layer.is_coded}
-    found = {}
+    quantized = {layer.info.name: layer for layer in plan.layers if layer.is_coded}
+    layers = {}
     for parameter, info in skeleton.parameters().items():
         path = module_of(parameter)
         module = skeleton.module.get_submodule(path)
         # torch's attention reads the weight of such a layer without calling it.
         linear = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-        if linear and info.name in coded and parameter.endswith(".weight"):
-            found[path] = coded[info.name]
-    return found
+        if linear and info.name in quantized and parameter.endswith(".weight"):
+            layers[path] = quantized[info.name]
+    return layers

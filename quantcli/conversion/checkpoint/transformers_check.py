@@ -58,7 +58,7 @@ class RuntimeCheck:
             self._child = Child(f"{__name__}:check", self._request, {"OMP_NUM_THREADS": "1"})
 
     def result(self) -> dict[str, Any]:
-        """What was found, for the manifest.
+        """What transformers says, for the manifest.
 
         Raises:
             InputError: transformers would miss or misread weights of the artifact.
@@ -68,18 +68,18 @@ class RuntimeCheck:
         self._start()
         assert self._child is not None
         try:
-            found = self._child.result(TIMEOUT_SECONDS)
+            answer = self._child.result(TIMEOUT_SECONDS)
         except ChildFailedError as error:
             ended = f"the check ended with status {error.status}"
             took = f"transformers took over {TIMEOUT_SECONDS} s"
             return {"checked": False, "reason": took if error.status is None else ended}
-        problems = found.pop("problems", [])
+        problems = answer.pop("problems", [])
         if problems:
             raise InputError(
-                f"transformers {found.get('transformers')} would not load the result: {'; '.join(problems[:4])}.",
+                f"transformers {answer.get('transformers')} would not load the result: {'; '.join(problems[:4])}.",
                 hint="--skip the layers it names, choose another --format, or --target vllm if that is meant.",
             )
-        return found
+        return answer
 
 
 def _needs_weights(plan: Plan) -> bool:
@@ -112,11 +112,11 @@ def check(request: dict[str, str]) -> dict[str, Any]:
     artifact, original, device = request["artifact"], request["original"], request["device"]
     import transformers
 
-    found: dict[str, Any] = {"checked": True, "transformers": transformers.__version__}
+    answer: dict[str, Any] = {"checked": True, "transformers": transformers.__version__}
     problems: list[str] = []
     try:
         after = _loading_info(artifact, None if device == "cpu" else device)
-        found["class"] = after["class"]
+        answer["class"] = after["class"]
     except Exception as error:
         after = None
         problems = [first_line(error)]
@@ -129,7 +129,7 @@ def check(request: dict[str, str]) -> dict[str, Any]:
         for kind in _KINDS:
             new = sorted(after[kind] - before[kind]) if after else []
             problems += [f"{kind.replace('_', ' ')}: {', '.join(new[:3])}"] if new else []
-    return found | {"problems": problems}
+    return answer | {"problems": problems}
 
 
 def _loading_info(folder: str, device: str | None) -> dict[str, Any]:
