@@ -20,7 +20,7 @@ from quantcli.core.dtypes import FLOAT_DTYPES
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import QuantizedTensor, TensorInfo, TensorSpec
 from quantcli.errors import InputError
-from quantcli.formats.base import CodedFormat
+from quantcli.formats.base import QuantizedFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ class QuantizedWeight:
 class QuantizedCheckpoint:
     """The quantized weights of a quantized checkpoint. Use `open_quantized`."""
 
-    def __init__(self, checkpoint: Checkpoint, form: CodedFormat) -> None:
+    def __init__(self, checkpoint: Checkpoint, form: QuantizedFormat) -> None:
         self.checkpoint, self.form = checkpoint, form
         self._infos = {info.name: info for info in checkpoint.infos()}
         section = section_of(checkpoint.config)
@@ -190,7 +190,7 @@ def open_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
             f"The model is quantized as {method}, which quantcli does not read.",
             f"Read are {', '.join(READ)}; or start from the original weights.",
         )
-    return QuantizedCheckpoint(checkpoint, formats.coded_format(method))
+    return QuantizedCheckpoint(checkpoint, formats.quantized_format(method))
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:

@@ -258,7 +258,7 @@ class BlockEngine:
             layer = self._by_name[info.name]
             if info.name in outcome.quantized:
                 continue
-            if layer.is_coded:
+            if layer.has_codes:
                 outcome.quantized[info.name] = round_unobserved(values.detach().cpu(), layer, self.plan)
             else:
                 outcome.plain[info.name] = values.detach().cpu().to(torch_dtype(layer.dtype)).float()
@@ -296,7 +296,7 @@ def _counted(calls: Sequence[Call], report: Tick | None) -> Iterator[Call]:
 
 def linear_layers(skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:
     """Layers that get codes and are linear modules of the model, by the module's name."""
-    quantized = {layer.info.name: layer for layer in plan.layers if layer.is_coded}
+    quantized = {layer.info.name: layer for layer in plan.layers if layer.has_codes}
     layers = {}
     for parameter, info in skeleton.parameters().items():
         path = module_of(parameter)

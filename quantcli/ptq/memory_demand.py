@@ -48,7 +48,7 @@ def foresee(
 
 def _block(path: str, parameters: Mapping[str, TensorInfo], plan: Plan, tokens: int, around: int) -> Demand:
     needs = plan.steps.needs
-    quantized_names = {layer.info.name for layer in plan.layers if layer.is_coded}
+    quantized_names = {layer.info.name for layer in plan.layers if layer.has_codes}
     size = sum(info.numel for info in parameters.values())
     linears = [info for info in parameters.values() if info.name in quantized_names]
     grams = [info.columns**2 for info in linears] if "gram" in needs else []

@@ -82,7 +82,7 @@ def prepare_calibration(
     data = load_batches(model, request, trains=_learns(plan, "qat"))
     linear = linear_layers(model.skeleton, plan)
     blocks = find_blocks(model.skeleton.module, linear, plan.recipe.blocks)
-    model.require_own_weights(blocks, {layer.info.name for layer in plan.layers if layer.is_coded})
+    model.require_own_weights(blocks, {layer.info.name for layer in plan.layers if layer.has_codes})
     inside = _names(model.skeleton, blocks)
     plan = _observable(plan, checkpoint, inside, {layer.info.name for layer in linear.values()} & inside)
     plan = for_target(replace(plan, warnings=(*plan.warnings, *data.samples.warnings)))
@@ -292,7 +292,7 @@ class CalibratedWork:
         artifact = open_checkpoint(output.staging.out)
         for name, values in load_file(learned).items():
             layer = self._layers[name]
-            if not layer.is_coded:
+            if not layer.has_codes:
                 output.record(name, write_values(layer, values, output.destinations))
                 continue
             tensor = replace(read_codes(layer, self.plan, artifact), scale=values)
@@ -318,7 +318,7 @@ class CalibratedWork:
         outcome = BlockOutcome(path)
         for name in names:
             layer = self._layers[name]
-            if layer.is_coded:
+            if layer.has_codes:
                 tensor = read_codes(layer, self.plan, artifact)
                 outcome.quantized[name] = RoundedTensor(tensor, results[name].rounding)
             else:

@@ -130,8 +130,8 @@ def plan_layout(plan: Plan, checkpoint: Checkpoint, target: Path) -> Layout:
 def _layer_specs(layer: LayerPlan, plan: Plan) -> dict[str, TensorSpec]:
     if layer.dropped:
         return {}
-    if layer.is_coded and layer.scheme is not None:
-        form = formats.coded_format(plan.format)
+    if layer.has_codes and layer.scheme is not None:
+        form = formats.quantized_format(plan.format)
         return form.layout(layer.info.name, layer.matrix_shape, layer.scheme, plan.scale_dtype)
     return {layer.info.name: TensorSpec(layer.dtype, layer.info.shape)}
 

@@ -215,7 +215,7 @@ def worker_count(plan: Plan, checkpoint: Checkpoint, threads: int | None, max_me
     decoding = checkpoint.held_bytes if isinstance(checkpoint, DecodedCheckpoint) else 0
     per_worker = working_set_bytes(largest) + decoding
     # A scale in float32 for every 16 values is the most there is.
-    scales = max((layer.info.numel // 4 for layer in plan.layers if layer.is_coded), default=0)
+    scales = max((layer.info.numel // 4 for layer in plan.layers if layer.has_codes), default=0)
     fitting = (max_memory - BASE_MEMORY_BYTES - scales) // max(1, per_worker)
     if fitting < 1:
         needed = format_bytes(BASE_MEMORY_BYTES + scales + per_worker)

@@ -20,7 +20,7 @@ from quantcli.checkpoint.roles import classify, original_dtype
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import RoundedTensor, Rounding, TensorInfo
 from quantcli.errors import UsageError
-from quantcli.formats.base import CodedFormat
+from quantcli.formats.base import QuantizedFormat
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.requantization import refuse_wishes
@@ -78,7 +78,7 @@ class Repacking:
 
     def run(self, output: Output) -> None:
         """Carry every layer over that is not in the output's results yet."""
-        layers = [layer for layer in self.plan.layers if layer.is_coded and layer.info.name not in output.results]
+        layers = [layer for layer in self.plan.layers if layer.has_codes and layer.info.name not in output.results]
         done = count(1)
 
         def carry(layer: LayerPlan) -> None:
@@ -99,7 +99,7 @@ class _Planner:
         name = recipe.format or ""
         if not hasattr(formats.output_format(name), "STORAGE"):
             raise UsageError(f"The format {name} holds no codes.", "Use --scheme bf16 to turn them into values.")
-        self.form: CodedFormat = formats.coded_format(name)
+        self.form: QuantizedFormat = formats.quantized_format(name)
         if name == quantized.form.NAME:
             raise UsageError(f"The model is stored as {name} already.")
         self.roles = classify(checkpoint.infos(), checkpoint.config)

@@ -70,13 +70,13 @@ class LayerJob:
         self._lock = threading.Lock()
         self._scale = self._zero_point = torch.empty(0)
         self._rounding = Rounding(layer.algorithm or "")
-        if layer.is_coded:
+        if layer.has_codes:
             self._rounding = without_data(layer, "outside the blocks")
 
     def run_slab(self, index: int) -> LayerResult | None:
         """Convert one slab; the one that completes the layer also writes its scales and returns the result."""
         start, stop = self.slabs[index]
-        result = self._quantize(start, stop) if self.layer.is_coded else self._cast(start, stop)
+        result = self._quantize(start, stop) if self.layer.has_codes else self._cast(start, stop)
         with self._lock:
             self._results[index] = result
             if len(self._results) < len(self.slabs):
@@ -184,7 +184,7 @@ class LayerJob:
         noise = sum(result.noise for result in ordered)
         rounding = replace(self._rounding, signal=signal, noise=noise)
         outcome = LayerResult([result.checksum for result in ordered], rounding=rounding)
-        if self.layer.is_coded and self.layer.scheme is not None:
+        if self.layer.has_codes and self.layer.scheme is not None:
             no_codes = torch.empty(0, dtype=torch.int8)
             zero_point = self._zero_point if self._zero_point.numel() else None
             weights, shape = self.layer.scheme.weights, self.layer.matrix_shape
@@ -206,7 +206,7 @@ class LayerJob:
                 hint="Repair the weight, or leave it out of the file.",
             )
         raise InputError(
-            f"{name} has values too large for {self.plan.scale_dtype if self.layer.is_coded else self.layer.dtype}: "
+            f"{name} has values too large for {self.plan.scale_dtype if self.layer.has_codes else self.layer.dtype}: "
             "they would become infinite.",
             hint="Use bf16, which has the range of fp32 (--scheme bf16, or --rest bf16)."
             if self.plan.scale_dtype == self.plan.dtype

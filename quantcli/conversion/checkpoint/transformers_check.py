@@ -85,13 +85,13 @@ class RuntimeCheck:
 def _needs_weights(plan: Plan) -> bool:
     """Whether shapes alone do not tell: settings that are tensors, and int4 experts, unpacked where they are joined."""
     return plan.format == "bitsandbytes" or any(
-        layer.role == "expert" and layer.is_coded and layer.scheme and layer.scheme.weights.bits == 4
+        layer.role == "expert" and layer.has_codes and layer.scheme and layer.scheme.weights.bits == 4
         for layer in plan.layers
     )
 
 
 def _reason_to_skip(plan: Plan, checkpoint: Checkpoint, nbytes: int) -> str | None:
-    if not any(layer.is_coded for layer in plan.layers) and not isinstance(checkpoint, DecodedCheckpoint):
+    if not any(layer.has_codes for layer in plan.layers) and not isinstance(checkpoint, DecodedCheckpoint):
         return "names and shapes are those of the original"
     if plan.recipe.runtime[0] not in (None, "transformers"):
         return f"the target is {plan.recipe.target}"

@@ -31,7 +31,7 @@ class Verifier:
 
     def check(self, layer: LayerPlan, result: LayerResult) -> None:
         """Decode one layer and compare. Raises VerificationError where a single code differs."""
-        if layer.is_coded:
+        if layer.has_codes:
             self._check_quantized(layer, result)
         else:
             self._check_values(layer, result)
@@ -44,7 +44,7 @@ class Verifier:
 
     def _check_quantized(self, layer: LayerPlan, result: LayerResult) -> None:
         assert layer.scheme is not None
-        form = formats.coded_format(self.plan.format)
+        form = formats.quantized_format(self.plan.format)
         name, columns = layer.info.name, layer.matrix_shape[1]
         info = self.infos[form.codes_name(name, layer.scheme)]
         rows = layer.matrix_shape[0]

@@ -105,7 +105,7 @@ def write_codes(
 def write_slab(layer: LayerPlan, start: int, codes: Tensor, plan: Plan, destinations: Mapping[str, Destination]) -> int:
     """Write the codes, int8 ``[rows, columns]``, of a layer's rows from ``start`` on; returns their checksum."""
     assert layer.scheme is not None
-    form = formats.coded_format(plan.format)
+    form = formats.quantized_format(plan.format)
     destination = destinations[form.codes_name(layer.info.name, layer.scheme)]
     _write(destination, form.codes_offset(start, codes.shape[1], layer.scheme), form.encode_codes(codes, layer.scheme))
     return numerics.checksum(codes)
@@ -116,7 +116,7 @@ def write_scales(
 ) -> tuple[int, int]:
     """Write everything of a layer but its codes; returns checksums of scales and zero points, and of all as stored."""
     assert layer.scheme is not None
-    form, scale = formats.coded_format(plan.format), tensor.scale
+    form, scale = formats.quantized_format(plan.format), tensor.scale
     others = form.encode_scales(layer.info.name, tensor, layer.scheme, plan.scale_dtype)
     for name, part in others.items():
         _write(destinations[name], 0, part)
@@ -148,7 +148,7 @@ def read_codes(layer: LayerPlan, plan: Plan, artifact: Checkpoint) -> QuantizedT
     """What `write_codes` wrote."""
     scheme = layer.scheme
     assert scheme is not None
-    form, shape = formats.coded_format(plan.format), layer.matrix_shape
+    form, shape = formats.quantized_format(plan.format), layer.matrix_shape
     stored = artifact.load(form.codes_name(layer.info.name, scheme))
     scale, zero_point = form.decode_scales(layer.info.name, shape, scheme, artifact.load)
     codes = form.decode_codes(stored, shape[1], scheme)
@@ -162,7 +162,7 @@ def _write(destination: Destination, offset: int, tensor: Tensor) -> None:
 
 def whole_tensor(layer: LayerPlan) -> bool:
     """Whether a layer cannot be worked on by rows: one scale for all, scales of scales, or transposed codes."""
-    if not layer.is_coded or layer.scheme is None:
+    if not layer.has_codes or layer.scheme is None:
         return False
     weights = layer.scheme.weights
     return weights.granularity.kind == "tensor" or weights.double_quantized or layer.transposed or not layer.by_rows
@@ -170,7 +170,7 @@ def whole_tensor(layer: LayerPlan) -> bool:
 
 def slabs(layer: LayerPlan) -> list[tuple[int, int]]:
     """Row ranges of the matrix that are read and written at a time."""
-    rows, columns = layer.matrix_shape if layer.is_coded else (layer.info.rows, layer.info.columns)
+    rows, columns = layer.matrix_shape if layer.has_codes else (layer.info.rows, layer.info.columns)
     if whole_tensor(layer) or not layer.info.numel:
         return [(0, rows)]
     return list(ranges(rows, columns, SLAB_ELEMENTS, row_alignment(layer)))
@@ -206,10 +206,10 @@ def others_checksum(parts: Mapping[str, Tensor]) -> int:
 def working_set_bytes(layer: LayerPlan) -> int:
     """Memory one worker needs for a slab of this layer, at the most."""
     largest = max((stop - start for start, stop in slabs(layer)), default=0)
-    columns = layer.matrix_shape[1] if layer.is_coded else layer.info.columns
+    columns = layer.matrix_shape[1] if layer.has_codes else layer.info.columns
     elements = largest * columns
     source = elements * (layer.info.nbytes // max(1, layer.info.numel))
-    if not layer.is_coded:
+    if not layer.has_codes:
         return 2 * source + 16 * min(elements, CHUNK_ELEMENTS)
     chunk = elements if _one_scale(layer.scheme) else min(elements, CHUNK_ELEMENTS)
     return source * (2 if layer.transposed else 1) + 3 * elements + 20 * chunk
