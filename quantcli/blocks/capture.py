@@ -117,11 +117,11 @@ class Capture:
 
     def _require_alike(self, hidden: Tensor, output: Any) -> None:
         """Raise InputError where the first block changes the shape, so that the others saw something else."""
-        found = output[0] if isinstance(output, tuple | list) and output else output
-        if isinstance(found, Tensor) and found.shape != hidden.shape:
+        states = output[0] if isinstance(output, tuple | list) and output else output
+        if isinstance(states, Tensor) and states.shape != hidden.shape:
             raise InputError(
                 f"The blocks that were found ({type(self.blocks[0]).__name__}) change the shape of hidden states, from "
-                f"{list(hidden.shape)} to {list(found.shape)}, and may be stages rather than blocks.",
+                f"{list(hidden.shape)} to {list(states.shape)}, and may be stages rather than blocks.",
                 hint="Name the lists within them in a recipe, as in blocks: ['encoder.layers.*.blocks'].",
             )
 

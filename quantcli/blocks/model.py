@@ -33,14 +33,14 @@ class SequentialModel:
         """Whether the model is always given an input of this name."""
         return any(port.name == name and not port.optional for port in self.ports)
 
-    def require_own_weights(self, blocks: Sequence[BlockList], coded: Collection[str]) -> None:
+    def require_own_weights(self, blocks: Sequence[BlockList], quantized: Collection[str]) -> None:
         """Raise InputError where a layer of a block that gets codes shares its weight with another layer.
 
-        ``coded`` are names of tensors. Codes that suit one place need not suit the other.
+        ``quantized`` are names of tensors. Codes that suit one place need not suit the other.
         """
-        inside = tuple(f"{path}." for each in blocks for path in each.blocks)
+        inside = tuple(f"{path}." for block_list in blocks for path in block_list.blocks)
         for names in self.skeleton.shared:
-            if self.skeleton.info(names[0]).name in coded and any(name.startswith(inside) for name in names):
+            if self.skeleton.info(names[0]).name in quantized and any(name.startswith(inside) for name in names):
                 raise InputError(
                     f"{listed(names)} are one weight in {type(self.skeleton.module).__name__}, and the inputs of "
                     "several layers are not looked at together.",
@@ -60,13 +60,13 @@ def _hugging_face_inputs(model: nn.Module, folder: Path) -> tuple[Port, ...]:
     taken = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
     if main in ("input_ids", "pixel_values"):
-        found = [port for port in hugging_face_ports(folder, vision=main == "pixel_values") if port.name in taken]
+        ports = [port for port in hugging_face_ports(folder, vision=main == "pixel_values") if port.name in taken]
     else:
-        found = [Port(main, np.dtype(np.float32), None)]
+        ports = [Port(main, np.dtype(np.float32), None)]
     if "decoder_input_ids" in taken:
         # By default an encoder-decoder's decoder reads the encoder's text.
-        found.append(Port("decoder_input_ids", np.dtype(np.int64), ("batch", "length"), optional=main == "input_ids"))
-    return tuple(found)
+        ports.append(Port("decoder_input_ids", np.dtype(np.int64), ("batch", "length"), optional=main == "input_ids"))
+    return tuple(ports)
 
 
 def plain_module(spec: str, checkpoint: Checkpoint) -> SequentialModel:
@@ -84,15 +84,15 @@ def plain_module(spec: str, checkpoint: Checkpoint) -> SequentialModel:
 
 def _require_fit(module: nn.Module, checkpoint: Checkpoint, spec: str) -> None:
     """Raise InputError, with names, where weights and module do not fit; of tied parameters one may be missing."""
-    wanted = {name: each for name, each in module.state_dict(keep_vars=True).items() if isinstance(each, Tensor)}
-    found = {info.name: info for info in checkpoint.infos()}
-    present = {id(each) for name, each in wanted.items() if name in found}
-    missing = [name for name, each in wanted.items() if id(each) not in present]
-    unknown = [name for name in found if name not in wanted]
+    state = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    stored = {info.name: info for info in checkpoint.infos()}
+    present = {id(tensor) for name, tensor in state.items() if name in stored}
+    missing = [name for name, tensor in state.items() if id(tensor) not in present]
+    unknown = [name for name in stored if name not in state]
     shapes = [
-        f"{name} is {list(info.shape)} and {list(wanted[name].shape)} in the module"
-        for name, info in found.items()
-        if name in wanted and info.shape != tuple(wanted[name].shape)
+        f"{name} is {list(info.shape)} and {list(state[name].shape)} in the module"
+        for name, info in stored.items()
+        if name in state and info.shape != tuple(state[name].shape)
     ]
     problems = [f"it lacks {listed(missing)}"] if missing else []
     problems += [f"the module has no {listed(unknown)}"] if unknown else []

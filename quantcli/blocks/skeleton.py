@@ -135,7 +135,11 @@ def open_skeleton(checkpoint: Checkpoint) -> Skeleton:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules built meanwhile have no memory for their parameters, and real buffers."""
+    """Modules built meanwhile have no memory for their parameters, and real buffers.
+
+    accelerate's ``init_empty_weights(include_buffers=False)`` makes a new parameter of one that is registered again, so
+    that tied weights of a user's module are tied no more; and such a module is calibrated without accelerate.
+    """
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -157,7 +161,7 @@ def _match(module: nn.Module, infos: Collection[TensorInfo]) -> tuple[dict[str, 
     by_name = {name: info for info in infos if (name := names[info.name]) is not None}
     tensors = dict(module.named_parameters(remove_duplicate=False))
     twins: dict[int, TensorInfo] = {id(tensors[name]): info for name, info in by_name.items() if name in tensors}
-    found: dict[str, TensorInfo] = {}
+    matched: dict[str, TensorInfo] = {}
     missing = []
     for name, parameter in tensors.items():
         info = by_name.get(name) or twins.get(id(parameter))
@@ -166,9 +170,9 @@ def _match(module: nn.Module, infos: Collection[TensorInfo]) -> tuple[dict[str, 
         elif tuple(parameter.shape) != info.shape:
             raise InputError(f"{info.name} has the shape {list(info.shape)}; config.json says {list(parameter.shape)}.")
         else:
-            found[name] = info
-    _require(module, missing, [name for name, known in names.items() if known is None])
-    return found, {name: by_name[name] for name, _ in module.named_buffers() if name in by_name}
+            matched[name] = info
+    _require(module, missing, [tensor for tensor, parameter in names.items() if parameter is None])
+    return matched, {name: by_name[name] for name, _ in module.named_buffers() if name in by_name}
 
 
 def _shared(module: nn.Module) -> list[list[str]]:
@@ -176,7 +180,7 @@ def _shared(module: nn.Module) -> list[list[str]]:
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return [found for found in names.values() if len(found) > 1]
+    return [shared for shared in names.values() if len(shared) > 1]
 
 
 def _require(module: nn.Module, missing: Collection[str], merged: Sequence[str]) -> None:

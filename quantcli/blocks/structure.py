@@ -34,7 +34,7 @@ def find_blocks(model: nn.Module, layers: Collection[str], named: Sequence[str] 
         UsageError: a name given is no list of modules.
         InputError: no list of blocks is found.
     """
-    lists = _named(model, named) if named else _found(model, layers)
+    lists = _named(model, named) if named else _outermost(model, layers)
     if not lists:
         raise InputError(
             "No list of equal blocks with layers to quantize is found in this model.",
@@ -43,7 +43,7 @@ def find_blocks(model: nn.Module, layers: Collection[str], named: Sequence[str] 
     return lists
 
 
-def _found(model: nn.Module, layers: Collection[str]) -> list[BlockList]:
+def _outermost(model: nn.Module, layers: Collection[str]) -> list[BlockList]:
     lists: list[BlockList] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(_prefix(outer.path)) for outer in lists)
@@ -72,18 +72,18 @@ def _prefix(path: str) -> str:
 
 def _named(model: nn.Module, globs: Sequence[str]) -> list[BlockList]:
     lists = (pair for pair in model.named_modules() if isinstance(pair[1], (nn.ModuleList, nn.Sequential)))
-    known = {path: each for path, each in lists if path and len(each)}
-    found: list[BlockList] = []
+    by_path = {path: module for path, module in lists if path and len(module)}
+    chosen: list[BlockList] = []
     for glob in globs:
-        matching = [_block_list(path, each) for path, each in known.items() if fnmatchcase(path, glob)]
+        matching = [_block_list(path, module) for path, module in by_path.items() if fnmatchcase(path, glob)]
         if not matching:
             raise UsageError(
                 f"The recipe's blocks: {glob!r} names no list of modules.",
-                f"This model's lists are {', '.join(known)}." if known else "This model has none.",
+                f"This model's lists are {', '.join(by_path)}." if by_path else "This model has none.",
             )
-        found += matching
-    for each in found:
-        inside = [other.path for other in found if f"{other.path}.".startswith(f"{each.path}.")]
+        chosen += matching
+    for outer in chosen:
+        inside = [other.path for other in chosen if f"{other.path}.".startswith(f"{outer.path}.")]
         if len(inside) > 1:
             raise UsageError(f"The recipe's blocks: {' and '.join(inside)} are the same list, or one holds the other.")
-    return found
+    return chosen

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from quantcli.checkpoint.hugging_face import load_json
 from quantcli.checkpoint.safetensors import SafetensorsReader, read_header
+from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError
 
@@ -91,18 +91,11 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.files)
 
     @property
-    def manifest(self) -> dict[str, Any] | None:
-        """What quantcli recorded of how it made this artifact, or None where it did not make it."""
-        if self.folder and (self.folder / "quantcli.json").is_file():
-            return load_json(self.folder / "quantcli.json")
-        text = self.metadata.get("quantcli")
-        if text is None:
-            return None
-        try:
-            loaded = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{self.path} holds a damaged quantcli manifest: {error}.") from error
-        return loaded if isinstance(loaded, dict) else None
+    def manifest(self) -> Manifest:
+        """What quantcli recorded of how it made this artifact. Raises InputError where that is damaged."""
+        if self.folder and (self.folder / MANIFEST).is_file():
+            return Manifest.of(load_json(self.folder / MANIFEST), self.path)
+        return Manifest.parse(self.metadata.get(MANIFEST_KEY), self.path)
 
     def load(self, name: str) -> Tensor:
         """One whole tensor in its own dtype. Raises KeyError for an unknown name."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.quantized import SECTIONS, CodedCheckpoint
+from quantcli.checkpoint.quantized import SECTIONS, QuantizedCheckpoint
 from quantcli.core.tensors import QuantizedTensor, TensorInfo
 
 if TYPE_CHECKING:
@@ -25,19 +25,19 @@ _HELD = 4
 
 
 class DecodedCheckpoint(Checkpoint):
-    """A quantized checkpoint seen as an ordinary one: coded weights are float32, the rest as it is.
+    """A quantized checkpoint seen as an ordinary one: quantized weights are float32, the rest as it is.
 
     At most a few weights are held as codes at a time; values are made of them as rows are asked for.
     """
 
-    def __init__(self, coded: CodedCheckpoint) -> None:
-        original = coded.checkpoint
+    def __init__(self, quantized: QuantizedCheckpoint) -> None:
+        original = quantized.checkpoint
         self.original = original
-        self._coded = coded
+        self._quantized = quantized
         self._kept: OrderedDict[str, QuantizedTensor] = OrderedDict()
         self._deciding = threading.Lock()
-        self._loading: dict[str, threading.Lock] = {name: threading.Lock() for name in coded.weights}
-        infos = tuple(_in_order(coded))
+        self._loading: dict[str, threading.Lock] = {name: threading.Lock() for name in quantized.weights}
+        infos = tuple(_in_order(quantized))
         super().__init__(
             original.path, infos, folder=original.folder, metadata=original.metadata, warnings=original.warnings
         )
@@ -47,13 +47,12 @@ class DecodedCheckpoint(Checkpoint):
     @property
     def held_bytes(self) -> int:
         """Memory for the largest weight while it is decoded: its codes as stored, unpacked, turned and kept."""
-        return max(_HELD * prod(weight.shape) + weight.nbytes for weight in self._coded.weights.values())
+        return max(_HELD * prod(weight.shape) + weight.nbytes for weight in self._quantized.weights.values())
 
     def origin(self) -> dict[str, Any]:
         """What is known of where the codes come from, for the manifest of what is made of them."""
-        known = self.manifest or {}
-        made = {key: known[key] for key in _ORIGIN if key in known}
-        return {"format": self._coded.form.NAME} | made
+        made = {key: value for key, value in self.manifest.to_json().items() if key in _ORIGIN}
+        return {"format": self._quantized.form.NAME} | made
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -62,7 +61,7 @@ class DecodedCheckpoint(Checkpoint):
 
     def read_rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor; float32 where they are decoded."""
-        weight = self._coded.weights.get(info.name)
+        weight = self._quantized.weights.get(info.name)
         if weight is None:
             return self.original.read_rows(info, start, stop)
         from quantcli.core import numerics
@@ -83,7 +82,7 @@ class DecodedCheckpoint(Checkpoint):
         with self._loading[name]:
             with self._deciding:
                 tensor = self._kept.pop(name, None)
-            tensor = tensor or self._coded.tensor(name)
+            tensor = tensor or self._quantized.tensor(name)
             with self._deciding:
                 self._kept[name] = tensor
                 while len(self._kept) > _KEPT:
@@ -105,12 +104,12 @@ def _blocks(tensor: QuantizedTensor, start: int, stop: int) -> Tensor:
     return values[start * columns - first * size : stop * columns - first * size].reshape(-1, columns)
 
 
-def _in_order(coded: CodedCheckpoint) -> list[TensorInfo]:
+def _in_order(quantized: QuantizedCheckpoint) -> list[TensorInfo]:
     """Tensors as the model itself has them, a weight where its codes lie."""
-    rest = {info.name for info in coded.rest}
-    by_codes = {coded.form.codes_name(name, weight.scheme): weight for name, weight in coded.weights.items()}
+    rest = {info.name for info in quantized.rest}
+    by_codes = {quantized.form.codes_name(name, weight.scheme): weight for name, weight in quantized.weights.items()}
     infos = []
-    for info in coded.checkpoint.infos():
+    for info in quantized.checkpoint.infos():
         if info.name in by_codes:
             weight = by_codes[info.name]
             shape = weight.shape[::-1] if weight.transposed else weight.shape

@@ -66,10 +66,6 @@ class PositionalFile:
         """Extend (sparsely) or cut the file to ``size`` bytes."""
         os.ftruncate(self._descriptor, size)
 
-    def sync(self) -> None:
-        """Flush to the device."""
-        os.fsync(self._descriptor)
-
     def close(self) -> None:
         """Release the descriptor; further use is an error, closing again is not."""
         if self._descriptor >= 0:

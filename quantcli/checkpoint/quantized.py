@@ -1,4 +1,4 @@
-"""Quantized checkpoints as inputs: every coded weight with its scheme, as codes and scales, or as plain values.
+"""Quantized checkpoints as inputs: every quantized weight with its scheme, as codes and scales, or as plain values.
 
 What the format modules can write they can read: shapes and schemes come from headers and the
 ``quantization_config``, codes through the same decoding that verifies what was written.
@@ -25,8 +25,6 @@ from quantcli.formats.base import QuantizedFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-    pass
-
 READ = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
 
 #: What config.json tells of codes, now and formerly.
@@ -35,7 +33,7 @@ SECTIONS = ("quantization_config", "compression_config")
 #: Tensors of a layer that no longer mean anything without its codes.
 _OF_INPUTS = ("input_scale", "input_zero_point")
 
-#: Parts of a coded weight, which mean nothing by themselves.
+#: Parts of a quantized weight, which mean nothing by themselves.
 _PART = re.compile(
     r"(^|\.)(qweight|qzeros|g_idx|SCB|weight_(packed|shape|zero_point)|weight\.(\w*absmax|\w*quant_map|quant_state\..+))$"
 )
@@ -46,7 +44,7 @@ _CONV1D_LEAF = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
 
 
 @dataclass(frozen=True)
-class CodedWeight:
+class QuantizedWeight:
     """A weight that is stored as codes: ``shape`` is that of the matrix ``[outputs, inputs]`` that was quantized.
 
     ``parts`` are the tensors that stand for it; ``transposed``: the model itself stores ``[inputs, outputs]``.
@@ -64,19 +62,19 @@ class CodedWeight:
         return sum(part.nbytes for part in self.parts)
 
 
-class CodedCheckpoint:
-    """The coded weights of a quantized checkpoint. Use `open_coded`."""
+class QuantizedCheckpoint:
+    """The quantized weights of a quantized checkpoint. Use `open_quantized`."""
 
     def __init__(self, checkpoint: Checkpoint, form: QuantizedFormat) -> None:
         self.checkpoint, self.form = checkpoint, form
         self._infos = {info.name: info for info in checkpoint.infos()}
         section = section_of(checkpoint.config)
         model_type = (checkpoint.config or {}).get("model_type")
-        self.weights: dict[str, CodedWeight] = {}
+        self.weights: dict[str, QuantizedWeight] = {}
         for name, (shape, scheme) in form.find(self._infos, section, self._load).items():
             parts = self._parts(name, shape, scheme)
             turned = model_type in _CONV1D_MODELS and bool(_CONV1D_LEAF.search(module_of(name)))
-            self.weights[name] = CodedWeight(name, shape, scheme, parts, turned and form.carries("conv1d") is None)
+            self.weights[name] = QuantizedWeight(name, shape, scheme, parts, turned and form.carries("conv1d") is None)
         if not self.weights:
             raise InputError(
                 f"{checkpoint.path} is declared as {form.NAME}, but holds no weight of a kind that is read."
@@ -90,7 +88,7 @@ class CodedCheckpoint:
 
     @property
     def rest(self) -> tuple[TensorInfo, ...]:
-        """Tensors that belong to no coded weight, in file order."""
+        """Tensors that belong to no quantized weight, in file order."""
         taken = {part.name for weight in self.weights.values() for part in weight.parts}
         return tuple(info for info in self._infos.values() if info.name not in taken)
 
@@ -98,12 +96,12 @@ class CodedCheckpoint:
     def scheme(self) -> str:
         """What the model was quantized to: as its manifest says, else the dtype of most weights."""
         counts = Counter(weight.scheme.weights.dtype for weight in self.weights.values())
-        return str((self.checkpoint.manifest or {}).get("scheme") or counts.most_common(1)[0][0])
+        return self.checkpoint.manifest.scheme or counts.most_common(1)[0][0]
 
     def algorithm(self, name: str) -> str | None:
         """What chose the codes of a weight, where the manifest tells."""
-        entry: dict[str, Any] = (self.checkpoint.manifest or {}).get("layers", {}).get(name, {})
-        return entry.get("algorithm")
+        layer = self.checkpoint.manifest.layers.get(name)
+        return layer.algorithm if layer else None
 
     def tensor(self, name: str) -> QuantizedTensor:
         """Codes, scales and zero points of one weight.
@@ -147,15 +145,15 @@ class CodedCheckpoint:
             if info is None and part.endswith("g_idx"):
                 continue  # older files leave it out where it would only count
             if info is None or not _fits(info, spec):
-                found = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
+                fault = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
                 kind = "" if spec.dtype in FLOAT_DTYPES else f"{spec.dtype} "
                 raise InputError(
-                    f"{part} {found}, and {name} {list(shape)} as {scheme} needs {kind}{list(spec.shape)}.",
+                    f"{part} {fault}, and {name} {list(shape)} as {scheme} needs {kind}{list(spec.shape)}.",
                     "The file is damaged, or in a form that is not known.",
                 )
             parts.append(info)
         stem = name.removesuffix("weight")
-        extra = [self._infos[stem + each] for each in _OF_INPUTS if stem + each in self._infos]
+        extra = [self._infos[stem + leaf] for leaf in _OF_INPUTS if stem + leaf in self._infos]
         return tuple(parts + [info for info in extra if info not in parts])
 
 
@@ -171,12 +169,12 @@ def _fits(info: TensorInfo, spec: TensorSpec) -> bool:
 
 def section_of(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """The ``quantization_config`` of a config.json; empty where there is none."""
-    found = [section for key in SECTIONS if isinstance(section := (config or {}).get(key), Mapping)]
-    return found[0] if found else {}
+    sections = (section for key in SECTIONS if isinstance(section := (config or {}).get(key), Mapping))
+    return next(sections, {})
 
 
-def open_coded(checkpoint: Checkpoint) -> CodedCheckpoint:
-    """List the coded weights of a quantized checkpoint.
+def open_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
+    """List the quantized weights of a quantized checkpoint.
 
     Raises:
         InputError: it is quantized in a way that is not read, or what it holds contradicts itself.
@@ -192,7 +190,7 @@ def open_coded(checkpoint: Checkpoint) -> CodedCheckpoint:
             f"The model is quantized as {method}, which quantcli does not read.",
             f"Read are {', '.join(READ)}; or start from the original weights.",
         )
-    return CodedCheckpoint(checkpoint, formats.quantized_format(method))
+    return QuantizedCheckpoint(checkpoint, formats.quantized_format(method))
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:

@@ -134,15 +134,15 @@ def _transposed(roles: Mapping[str, str], by_name: Mapping[str, TensorInfo]) -> 
     majority = sum(votes.values(), Counter())
     if not majority[True]:
         return []
-    found = []
+    transposed = []
     for name, role in roles.items():
         module = module_of(name)
         if role != "linear" or f"{module}.bias" not in by_name:
             continue
         verdict = votes.get(_leaf(module), majority)
         if verdict[True] > verdict[False]:
-            found.append(name)
-    return found
+            transposed.append(name)
+    return transposed
 
 
 def quantization_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> str | None:

@@ -6,17 +6,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.quantized import is_quantized
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
-from quantcli.conversion.checkpoint.repack import Carrier, decoded_view
+from quantcli.conversion.checkpoint.repack import decoded_view, prepare_repacking
 from quantcli.conversion.checkpoint.rows import conversion_report
 from quantcli.conversion.staging import open_staging
 from quantcli.data.request import DataRequest
 from quantcli.errors import UsageError
 from quantcli.onnx.graph.model import is_onnx
+from quantcli.planning.plan import Plan
 from quantcli.planning.recipe import Recipe, dequantizes, load_recipe
 from quantcli.planning.resolve import resolve
 from quantcli.planning.steps import training_step
@@ -99,7 +99,6 @@ def convert(
         InputError: the model is missing, damaged or unsupported, or the output cannot be written.
         VerificationError: what was written does not decode to what was meant.
     """
-    started = time.monotonic()
     place = Path(output)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
     wishes = base.with_flags(
@@ -147,44 +146,70 @@ def convert(
             "Statistics of `calibrate` are for ONNX: a checkpoint's layers are calibrated one block after the other.",
             hint="Give the data itself with --data, or use --format onnx.",
         )
-    source, function = _weights_of(str(model), weights)
-    checkpoint, carrier = open_checkpoint(source), None
-    if is_quantized(checkpoint) and dequantizes(wishes):
-        checkpoint = decoded_view(checkpoint)
-    elif is_quantized(checkpoint):
-        carrier = Carrier(checkpoint, wishes, data=data is not None)
-        checkpoint = carrier.checkpoint
-    plan = carrier.plan if carrier else resolve(wishes, checkpoint.infos(), checkpoint.config, data=data is not None)
-    plan = for_target(plan)
-    if not dry_run:
-        check_target(place, checkpoint.folder or source, force=force)
-    work: Work | None = carrier
-    if request is not None:
-        from quantcli.conversion.checkpoint.calibrated import CalibratedWork
+    return _convert_checkpoint(
+        str(model),
+        place,
+        wishes,
+        request,
+        weights=weights,
+        device=device,
+        threads=threads,
+        max_memory=max_memory,
+        dry_run=dry_run,
+        force=force,
+        progress=progress,
+    )
 
-        work = CalibratedWork(checkpoint, plan, request, function=function, device=device, memory_limit=max_memory)
-        # What calibration leaves out may matter to the target.
-        plan = for_target(work.plan)
-    layout = plan_layout(plan, checkpoint, place)
+
+def _convert_checkpoint(
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    request: DataRequest | None,
+    *,
+    weights: str | Path | None,
+    device: str,
+    threads: int | None,
+    max_memory: int | None,
+    dry_run: bool,
+    force: bool,
+    progress: Progress | None,
+) -> Report:
+    started = time.monotonic()
+    source, function = _weights_of(model, weights)
+    checkpoint, plan, work = _planned(open_checkpoint(source), recipe, data=request is not None)
+    if not dry_run:
+        check_target(output, checkpoint.folder or source, force=force)
+    if request is not None:
+        from quantcli.conversion.checkpoint.calibrated import prepare_calibration
+
+        work = prepare_calibration(checkpoint, plan, request, function=function, device=device, memory_limit=max_memory)
+        plan = work.plan
+    layout = plan_layout(plan, checkpoint, output)
     if dry_run:
-        return conversion_report(checkpoint, place, plan, layout, {}, None, {"dry_run": True})
-    held = checkpoint.held_bytes if isinstance(checkpoint, DecodedCheckpoint) else 0
-    workers = worker_count(plan, threads, max_memory, held)
-    if carrier:
-        carrier.workers = workers
+        return conversion_report(checkpoint, output, plan, layout, {}, None, {"dry_run": True})
+    workers = worker_count(plan, checkpoint, threads, max_memory)
     conversion = Conversion(checkpoint, plan, layout, workers, work, progress)
-    with at_most(threads), open_staging(place) as staging:
+    with at_most(threads), open_staging(output) as staging:
         done = staging.begin(conversion.fingerprint(), force=force)
         try:
-            require_space(
-                place, layout.nbytes - sum(path.stat().st_size for path in staging.out.rglob("*.safetensors"))
-            )
+            written = sum(path.stat().st_size for path in staging.out.rglob("*.safetensors"))
+            require_space(output, layout.nbytes - written)
             details = conversion.run(staging, done)
             staging.publish(single_file=layout.single_file)
         except OSError as error:
-            raise explain(error, place) from error
+            raise explain(error, output) from error
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-    return conversion_report(checkpoint, place, plan, layout, conversion.results, conversion.sha256, details)
+    return conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
+
+
+def _planned(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tuple[Checkpoint, Plan, Work | None]:
+    """What is read of a checkpoint, what becomes of it, and the work where its codes are carried over."""
+    if not is_quantized(stored) or dequantizes(recipe):
+        checkpoint = decoded_view(stored) if is_quantized(stored) else stored
+        return checkpoint, for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=data)), None
+    work = prepare_repacking(stored, recipe, data=data)
+    return work.checkpoint, for_target(work.plan), work
 
 
 def goes_to_onnx(model: str | Path, output: Path, format: str | None) -> bool:

@@ -72,7 +72,7 @@ def evaluate(
     inputs = load_inputs(sources, request, named)
     parse_gates(require, _known_metrics(inputs.task, compared=bool(candidates)))
     scores = [inputs.task.scorer(source, sources[0]) for source in sources]
-    leaks = LeakCheck([(source.path, source.manifest) for source in sources])
+    leaks = LeakCheck([(source.path, source.manifest.calibration_fingerprint) for source in sources])
     layers = run_models(sources, inputs, scores, leaks, by_layer, progress)
     rows = [model_row(source, index, score) for index, (source, score) in enumerate(zip(sources, scores, strict=True))]
     size_metrics(rows)

@@ -10,7 +10,6 @@ from typing import Any
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.roles import classify, original_dtype, quantization_of
 from quantcli.core.dtypes import NUMBER_OF_DTYPE
-from quantcli.core.manifest import layer_schemes
 from quantcli.errors import InputError
 from quantcli.onnx.graph.model import is_onnx
 from quantcli.reporting.report import LayerRow, ModelRow, Report
@@ -39,7 +38,7 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
         )
     checkpoint = open_checkpoint(Path(model))
     infos = checkpoint.infos()
-    manifest = checkpoint.manifest or {}
+    manifest = checkpoint.manifest
     quantized = quantization_of(infos, checkpoint.config)
     dtype = original_dtype(infos)
     roles = classify(infos, checkpoint.config)
@@ -50,15 +49,13 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
         "parameters": sum(info.numel for info in infos if info.is_float) if not quantized else None,
         "dtypes": _bytes_by([(info.dtype, info.nbytes) for info in infos]),
         "roles": _bytes_by([(roles[info.name], info.nbytes) for info in infos]) if not quantized else {},
-        "quantized_layers": layer_schemes(manifest),
+        "quantized_layers": manifest.layer_schemes(),
     }
     row = ModelRow(
         str(checkpoint.path),
         "reference",
-        manifest.get("format")
-        or quantized
-        or ("torch" if checkpoint.files[0].suffix != ".safetensors" else "safetensors"),
-        manifest.get("scheme") or (None if quantized else NUMBER_OF_DTYPE.get(dtype, dtype)),
+        manifest.format or quantized or ("torch" if checkpoint.files[0].suffix != ".safetensors" else "safetensors"),
+        manifest.scheme or (None if quantized else NUMBER_OF_DTYPE.get(dtype, dtype)),
         None,
         checkpoint.size_bytes,
         details=details,

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantcli.core.manifest import layer_schemes
 from quantcli.errors import InputError
 from quantcli.onnx.graph.model import OnnxModel, open_onnx
 from quantcli.onnx.plan.plan import LayerOutcome, graph_quantization, tensor_info, weighted_nodes
@@ -24,7 +23,7 @@ def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
     """
     model = open_onnx(path)
     graph = model.ir.graph
-    manifest = model.manifest or {}
+    manifest = model.manifest
     infos = [tensor_info(v, model.path) for v in graph.initializers.values() if v.const_value is not None]
     roles = {value.name: node.op_type for node, value in weighted_nodes(model.ir)}
     sizes, counts = Counter[str](), Counter[str]()
@@ -39,14 +38,14 @@ def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
         "parameters": None if quantized else sum(info.numel for info in infos if info.is_float),
         "dtypes": {dtype: {"tensors": counts[dtype], "bytes": size} for dtype, size in sizes.most_common()},
         "roles": {},
-        "quantized_layers": layer_schemes(manifest),
+        "quantized_layers": manifest.layer_schemes(),
         "operators": dict(Counter(node.op_type for node in graph.all_nodes()).most_common()),
         "inputs": [str(port) for port in model.inputs],
         "outputs": [str(port) for port in model.outputs],
         "quantization": quantized,
     }
     row = ModelRow(
-        str(path), "reference", "onnx", manifest.get("scheme") or quantized, None, model.size_bytes, details=details
+        str(path), "reference", "onnx", manifest.scheme or quantized, None, model.size_bytes, details=details
     )
     report = Report("inspect", [row])
     if not schemes:

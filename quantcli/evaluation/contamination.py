@@ -7,7 +7,6 @@ import binascii
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantcli.core.manifest import FINGERPRINT_KEY
 from quantcli.data.fingerprint import ARRAYS, LEAST_SEEN, NEARLY_ALL, NGRAM, TOKENS, hashes
 
 if TYPE_CHECKING:
@@ -73,13 +72,12 @@ def overlap(found: Mapping[str, Any], samples: Iterable[Mapping[str, ArrayLike] 
 class LeakCheck:
     """Evaluation data beside the calibration data of every model that has a fingerprint."""
 
-    def __init__(self, manifests: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """``manifests`` are names of models and what quantcli recorded of each."""
+    def __init__(self, fingerprints: Sequence[tuple[str, Mapping[str, Any] | None]]) -> None:
+        """``fingerprints`` are names of models and what quantcli recorded of the calibration data of each."""
         self._overlaps: list[tuple[str, Overlap]] = []
         self._unreadable: list[str] = []
-        for name, manifest in manifests:
-            found = manifest.get(FINGERPRINT_KEY)
-            if not isinstance(found, Mapping):
+        for name, found in fingerprints:
+            if found is None:
                 continue
             try:
                 self._overlaps.append((name, Overlap(found)))

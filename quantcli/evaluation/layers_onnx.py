@@ -102,16 +102,17 @@ def _layers(reference: OnnxModel, candidate: OnnxModel) -> Iterator[tuple[str, s
     They are those of the candidate's manifest; without one, those whose weight the candidate does not have.
     Where a batch norm was folded into a layer, its output has the batch norm's name.
     """
-    if candidate.manifest:
-        for name, entry in candidate.manifest.get("layers", {}).items():
-            if entry.get("scheme"):
+    layers = candidate.manifest.layers
+    if layers:
+        for name, layer in layers.items():
+            if layer.scheme:
                 both = [
                     node
                     for model in (reference, candidate)
                     for node in model.ir.graph
-                    if node.name and node.name == entry.get("node")
+                    if node.name and node.name == layer.node
                 ]
-                yield name, entry["scheme"], [out.name for node in both for out in node.outputs[:1] if out.name]
+                yield name, layer.scheme, [out.name for node in both for out in node.outputs[:1] if out.name]
         return
     kept = {*candidate.ir.graph.initializers}
     for node in reference.ir.graph:

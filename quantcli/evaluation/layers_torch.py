@@ -81,8 +81,7 @@ def _bytes_by_module(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _schemes(checkpoint: Checkpoint) -> dict[str, str]:
-    layers = (checkpoint.manifest or {}).get("layers", {})
-    return {module_of(name): entry["scheme"] for name, entry in layers.items() if entry.get("scheme")}
+    return {module_of(name): layer.scheme for name, layer in checkpoint.manifest.layers.items() if layer.scheme}
 
 
 def _stored_name(module: str, stored: dict[str, int]) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.hugging_face import load_json
-from quantcli.checkpoint.quantized import open_coded, section_of
+from quantcli.checkpoint.quantized import open_quantized, section_of
 from quantcli.errors import InputError, MissingExtraError
 from quantcli.system.text import first_line
 
@@ -53,7 +53,7 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
     method = section.get("quant_method")
     plain = None
     if (decoded and method) or _needs_decoding(section):
-        coded = open_coded(open_checkpoint(path))
+        coded = open_quantized(open_checkpoint(path))
         if not decoded and any(weight.scheme.inputs for weight in coded.weights.values()):
             raise InputError(f"{path} has asymmetric weights beside quantized inputs, and such a model cannot be run.")
         plain = DecodedCheckpoint(coded)

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.roles import original_dtype, quantization_of
 from quantcli.core.dtypes import NUMBER_OF_DTYPE
+from quantcli.core.manifest import Manifest
 from quantcli.errors import InputError
 from quantcli.onnx.graph.model import OnnxModel, constants, is_onnx, open_onnx
 from quantcli.reporting.report import ModelRow
@@ -85,16 +86,16 @@ class ModelSource:
         return self.checkpoint.warnings if self.checkpoint else ()
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """What quantcli recorded of how it made this model; empty where it did not make it."""
-        manifest = self.checkpoint.manifest if self.checkpoint else self.onnx.manifest if self.onnx else None
-        return manifest or {}
+        model = self.checkpoint or self.onnx
+        return model.manifest if model else Manifest()
 
     @property
     def format(self) -> str:
         """How its weights are laid out."""
-        if self.manifest.get("format"):
-            return str(self.manifest["format"])
+        if self.manifest.format:
+            return self.manifest.format
         if self.checkpoint:
             return quantization_of(self.checkpoint.infos(), self.checkpoint.config) or "safetensors"
         return {"onnx": "onnx", "program": "torch.export"}.get(self.kind, "torch")
@@ -102,8 +103,8 @@ class ModelSource:
     @property
     def scheme(self) -> str | None:
         """The scheme it was converted with, else the number format that most of its weights have."""
-        if self.manifest.get("scheme"):
-            return str(self.manifest["scheme"])
+        if self.manifest.scheme:
+            return self.manifest.scheme
         if self.checkpoint:
             dtype = original_dtype(self.checkpoint.infos())
             return NUMBER_OF_DTYPE.get(dtype, dtype)

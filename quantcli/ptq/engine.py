@@ -24,11 +24,12 @@ from quantcli.blocks.structure import BlockList
 from quantcli.checkpoint.roles import module_of
 from quantcli.core.dtypes import torch_dtype
 from quantcli.core.numerics import decoded
+from quantcli.core.tensors import RoundedTensor
 from quantcli.errors import InputError
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.ptq.input_quantization import fix_input_scales, quantized_inputs
 from quantcli.ptq.observe import observe
-from quantcli.ptq.rounding import Coded, round_block, round_unobserved
+from quantcli.ptq.rounding import round_block, round_unobserved
 from quantcli.ptq.transforms import Transforms
 from quantcli.system.hardware import release_freed
 
@@ -50,7 +51,7 @@ class BlockOutcome:
     """
 
     path: str
-    coded: dict[str, Coded] = field(default_factory=dict)
+    quantized: dict[str, RoundedTensor] = field(default_factory=dict)
     plain: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -68,8 +69,8 @@ class Chain:
         # Masks and positions mostly are those of the batch before: then they are held once.
         same = self.arguments and alike(self.arguments[-1], captured.arguments)
         self.arguments.append(self.arguments[-1] if same else captured.arguments)
-        known = bool(self.returned) and alike(self.returned[-1], captured.returned)
-        self.returned.append(self.returned[-1] if known else captured.returned)
+        same_returned = bool(self.returned) and alike(self.returned[-1], captured.returned)
+        self.returned.append(self.returned[-1] if same_returned else captured.returned)
 
     @contextmanager
     def replaying(self, modules: Sequence[nn.Module], batch: int, rows: slice | None = None) -> Iterator[None]:
@@ -144,12 +145,12 @@ class BlockEngine:
             yield from self._run(finished)
         except BaseException:
             # What is interrupted goes on from whole blocks; hidden states would only take room on disk.
-            for each in self._hidden:
-                each.clear()
+            for states in self._hidden:
+                states.clear()
             raise
 
     def _run(self, finished: Finished) -> Iterator[BlockOutcome]:
-        total = sum(len(each.blocks) for each in self.lists)
+        total = sum(len(block_list.blocks) for block_list in self.lists)
         done = 0
         before: dict[str, list[tuple[list[nn.Module], Chain]]] = {}
         for blocks in self.lists:
@@ -158,19 +159,19 @@ class BlockEngine:
             chains = self._enter(blocks, modules, names, before)
             for index, path in enumerate(blocks.blocks):
                 report = _part(self.tick, done / total, (done + 1) / total)
-                known = finished(path)
-                outcome = self._block(index, path, chains, known, report)
+                earlier = finished(path)
+                outcome = self._block(index, path, chains, earlier, report)
                 done += 1
                 report(1.0)
-                if known is None:
+                if earlier is None:
                     yield outcome
             for name, chain in chains.items():
                 chain.arguments.clear()
                 before.setdefault(name, []).append((modules, chain))
-        self.final = {name: found[-1][1] for name, found in before.items()}
-        for each in self._hidden:
-            if all(each is not chain.hidden for chain in self.final.values()):
-                each.clear()
+        self.final = {name: lists[-1][1] for name, lists in before.items()}
+        for states in self._hidden:
+            if all(states is not chain.hidden for chain in self.final.values()):
+                states.clear()
 
     def _enter(
         self,
@@ -180,7 +181,7 @@ class BlockEngine:
         before: Mapping[str, list[tuple[list[nn.Module], Chain]]],
     ) -> dict[str, Chain]:
         """Run what comes before a list of blocks, and keep what its blocks are called with."""
-        everything = [path for each in self.lists for path in each.blocks]
+        everything = [path for block_list in self.lists for path in block_list.blocks]
         share = self._limit // len(names)
         chains = {name: Chain(Activations(self._scratch, f"{blocks.path}-{name}", share)) for name in names}
         self._hidden += [chain.hidden for chain in chains.values()]
@@ -222,13 +223,13 @@ class BlockEngine:
         if outcome is None:
             outcome = self._quantize(index, path, block, quantized, original, report)
         for name, info in self.skeleton.parameters(path).items():
-            if info.name in outcome.coded:
-                values = decoded(outcome.coded[info.name].tensor)
+            if info.name in outcome.quantized:
+                values = decoded(outcome.quantized[info.name].tensor)
             else:
                 values = outcome.plain[info.name]
             parameter = block.get_parameter(name.removeprefix(f"{path}."))
             parameter.data = values.reshape(parameter.shape).to(self.device)
-        tensors = {name: coded.tensor for name, coded in outcome.coded.items()}
+        tensors = {name: rounded.tensor for name, rounded in outcome.quantized.items()}
         with quantized_inputs(block, self._inside(path), tensors):
             self._advance(index, block, quantized, _part(report, _ROUNDED, 1.0))
         block.to("cpu")
@@ -247,18 +248,18 @@ class BlockEngine:
         release_freed()
         if self._transforms.steps:
             self._transforms.apply(block, layers, calls[0], stats)
-        rounded = _part(report, _OBSERVED, _ROUNDED)
-        coded = round_block(block, layers, calls, targets, stats, self.plan, self.seed + index, rounded)
-        fix_input_scales(coded, layers, stats, torch_dtype(self.plan.scale_dtype))
+        part = _part(report, _OBSERVED, _ROUNDED)
+        rounded = round_block(block, layers, calls, targets, stats, self.plan, self.seed + index, part)
+        fix_input_scales(rounded, layers, stats, torch_dtype(self.plan.scale_dtype))
         parameters = self.skeleton.parameters(path)
-        outcome = BlockOutcome(path, {layers[name].info.name: each for name, each in coded.items()})
+        outcome = BlockOutcome(path, {layers[name].info.name: tensor for name, tensor in rounded.items()})
         for name, values in block.named_parameters():
             info = parameters[f"{path}.{name}"]
             layer = self._by_name[info.name]
-            if info.name in outcome.coded:
+            if info.name in outcome.quantized:
                 continue
             if layer.has_codes:
-                outcome.coded[info.name] = round_unobserved(values.detach().cpu(), layer, self.plan)
+                outcome.quantized[info.name] = round_unobserved(values.detach().cpu(), layer, self.plan)
             else:
                 outcome.plain[info.name] = values.detach().cpu().to(torch_dtype(layer.dtype)).float()
         return outcome
@@ -295,13 +296,13 @@ def _counted(calls: Sequence[Call], report: Tick | None) -> Iterator[Call]:
 
 def linear_layers(skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:
     """Layers that get codes and are linear modules of the model, by the module's name."""
-    coded = {layer.info.name: layer for layer in plan.layers if layer.has_codes}
-    found = {}
+    quantized = {layer.info.name: layer for layer in plan.layers if layer.has_codes}
+    layers = {}
     for parameter, info in skeleton.parameters().items():
         path = module_of(parameter)
         module = skeleton.module.get_submodule(path)
         # torch's attention reads the weight of such a layer without calling it.
         linear = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-        if linear and info.name in coded and parameter.endswith(".weight"):
-            found[path] = coded[info.name]
-    return found
+        if linear and info.name in quantized and parameter.endswith(".weight"):
+            layers[path] = quantized[info.name]
+    return layers

@@ -139,10 +139,10 @@ def holds(block: nn.Module, call: Call, folds: Sequence[Fold]) -> bool:
         expected = call.run(block)
         for fold in folds:
             apply_fold(block, fold, _trial_scale(fold.channels, expected.device))
-        found = call.run(block)
+        output = call.run(block)
         for name, values in block.named_parameters():
             values.copy_(kept[name])
-    return _same(expected, found)
+    return _same(expected, output)
 
 
 def _trial_scale(channels: int, device: torch.device) -> Tensor:

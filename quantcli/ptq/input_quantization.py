@@ -14,17 +14,19 @@ from quantcli.algorithms.base import LinearStats
 from quantcli.algorithms.smoothquant import fake_quantized_inputs
 from quantcli.core.numerics import choose_qparams
 from quantcli.core.scheme import NumberFormat
-from quantcli.core.tensors import QuantizedTensor
+from quantcli.core.tensors import QuantizedTensor, RoundedTensor
 from quantcli.errors import InputError
 from quantcli.planning.plan import LayerPlan
-from quantcli.ptq.rounding import Coded
 
 #: A symmetric int8 scale times this is the largest magnitude that it covers.
 _REACH = 127.5
 
 
 def fix_input_scales(
-    coded: Mapping[str, Coded], layers: Mapping[str, LayerPlan], stats: Mapping[str, LinearStats], dtype: torch.dtype
+    rounded: Mapping[str, RoundedTensor],
+    layers: Mapping[str, LayerPlan],
+    stats: Mapping[str, LinearStats],
+    dtype: torch.dtype,
 ) -> None:
     """Give layers with fixed input ranges the scale of all that was observed, stored as ``dtype``; by layer.
 
@@ -39,22 +41,22 @@ def fix_input_scales(
                 f"{layer.info.name} saw no token of the calibration data, so the range of its inputs is not known.",
                 hint="Use more data, --scheme int8-dynamic, or --skip the layer.",
             )
-        coded[name].tensor.input_scale = choose_qparams(None, absmax.amax(), layer.scheme.inputs, dtype)[0].cpu()
+        rounded[name].tensor.input_scale = choose_qparams(None, absmax.amax(), layer.scheme.inputs, dtype)[0].cpu()
 
 
 @contextmanager
 def quantized_inputs(
-    block: nn.Module, layers: Mapping[str, LayerPlan], coded: Mapping[str, QuantizedTensor]
+    block: nn.Module, layers: Mapping[str, LayerPlan], quantized: Mapping[str, QuantizedTensor]
 ) -> Iterator[None]:
     """Meanwhile the layers of a block quantize their inputs where their scheme says so.
 
-    ``layers`` are named as in the block, ``coded`` holds their codes (and static scales of their inputs) by tensor.
+    ``layers`` are named as in the block, ``quantized`` holds their codes (and static scales of their inputs) by tensor.
     The rounding has slope one for gradients (straight-through).
     """
     with ExitStack() as stack:
         for name, layer in layers.items():
             if layer.scheme is not None and layer.scheme.inputs is not None:
-                static = coded[layer.info.name].input_scale
+                static = quantized[layer.info.name].input_scale
                 hook = partial(_quantize, layer.scheme.inputs, static)
                 stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
         yield

@@ -38,19 +38,19 @@ def foresee(
     Layers that share an input share its Hessian, which shapes do not tell: this is what they take if none do.
     """
     tokens = max((_tokens(batch) for batch in batches), default=BATCH_TOKENS)
-    inside = {path: skeleton.parameters(path) for each in lists for path in each.blocks}
+    inside = {path: skeleton.parameters(path) for block_list in lists for path in block_list.blocks}
     names = {name for parameters in inside.values() for name in parameters}
     # Around the blocks: the largest tensor, which mostly is the embedding, is held while the first block is run.
     around = max((info.numel for name, info in skeleton.parameters().items() if name not in names), default=0)
     demands = [_block(path, parameters, plan, tokens, around) for path, parameters in inside.items()]
-    return max(demands, key=lambda each: each.nbytes)
+    return max(demands, key=lambda demand: demand.nbytes)
 
 
 def _block(path: str, parameters: Mapping[str, TensorInfo], plan: Plan, tokens: int, around: int) -> Demand:
     needs = plan.steps.needs
-    coded = {layer.info.name for layer in plan.layers if layer.has_codes}
+    quantized_names = {layer.info.name for layer in plan.layers if layer.has_codes}
     size = sum(info.numel for info in parameters.values())
-    linears = [info for info in parameters.values() if info.name in coded]
+    linears = [info for info in parameters.values() if info.name in quantized_names]
     grams = [info.columns**2 for info in linears] if "gram" in needs else []
     outputs = sorted((info.rows for info in linears), reverse=True)
     learned = "original" in needs

@@ -107,11 +107,11 @@ class _Gathering:
             raise _shared_at_times(owner, name)
 
     def results(self, linears: Collection[str]) -> dict[str, LinearStats]:
-        found = {owner: sums.result(owner) for owner, sums in self.sums.items()}
+        results = {owner: sums.result(owner) for owner, sums in self.sums.items()}
         for name, owner in self.owners.items():
             if self.tokens[name] != self.tokens[owner]:
                 raise _shared_at_times(owner, name)
-        return {name: found[self.owners[name]] if name in self.owners else LinearStats() for name in linears}
+        return {name: results[self.owners[name]] if name in self.owners else LinearStats() for name in linears}
 
 
 def _shared_at_times(first: str, second: str) -> InputError:

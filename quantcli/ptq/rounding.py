@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,8 @@ from quantcli.blocks.calls import Call
 from quantcli.core.dtypes import torch_dtype
 from quantcli.core.numerics import error_powers, in_groups
 from quantcli.core.scheme import NumberFormat
-from quantcli.core.tensors import QuantizedTensor
+from quantcli.core.tensors import RoundedTensor, Rounding
 from quantcli.planning.plan import LayerPlan, Plan
-
-
-@dataclass
-class Coded:
-    """A layer's codes, by which algorithm, and what they cost: sums of squares of the weight and of its error."""
-
-    tensor: QuantizedTensor
-    algorithm: str
-    signal: float = 0.0
-    noise: float = 0.0
-    note: str | None = None
 
 
 def round_block(
@@ -40,7 +29,7 @@ def round_block(
     plan: Plan,
     seed: int,
     report: Callable[[float], None],
-) -> dict[str, Coded]:
+) -> dict[str, RoundedTensor]:
     """Codes of every layer of a block, by the layer's name in it.
 
     Args:
@@ -53,7 +42,7 @@ def round_block(
         seed: what is drawn at random is drawn by it.
         report: told the fraction that is done.
     """
-    coded: dict[str, Coded] = {}
+    rounded: dict[str, RoundedTensor] = {}
     dtype = torch_dtype(plan.scale_dtype)
     weights = {name: _weight(block, name) for name in layers}
     by_algorithm: dict[str, dict[str, LayerPlan]] = {}
@@ -63,36 +52,38 @@ def round_block(
         by_algorithm.setdefault("" if unseen else layer.algorithm or "", {})[name] = layer
     for algorithm, own in by_algorithm.items():
         if not algorithm or needs_no_data(algorithm):
-            coded |= {name: _plain(weights[name].cpu(), layer, dtype, "no token seen") for name, layer in own.items()}
+            for name, layer in own.items():
+                rounded[name] = _round_without_data(weights[name].cpu(), layer, dtype, "no token seen")
             continue
         own_weights = {name: weights[name] for name in own}
         formats = {name: _format(layer) for name, layer in own.items()}
         work = BlockLayers(block, own_weights, formats, stats, calls, targets, dtype, seed, report)
-        rounded = algorithms.calibrated_rounding(algorithm).round_layers(work, plan.steps.options(algorithm))
-        for name, each in rounded.items():
-            coded[name] = Coded(each.tensor, each.rounding.algorithm, note=each.rounding.note)
-    for name, layer in layers.items():
-        own_powers = error_powers(in_groups(weights[name].cpu(), _format(layer)), coded[name].tensor)
-        coded[name].signal, coded[name].noise = own_powers
-    return {name: coded[name] for name in layers}
+        rounded |= algorithms.calibrated_rounding(algorithm).round_layers(work, plan.steps.options(algorithm))
+    return {name: _measured(rounded[name], weights[name].cpu()) for name in layers}
 
 
-def round_unobserved(weight: Tensor, layer: LayerPlan, plan: Plan) -> Coded:
+def round_unobserved(weight: Tensor, layer: LayerPlan, plan: Plan) -> RoundedTensor:
     """Codes of a weight, float32 as it is stored, whose inputs are not known: it is in no linear layer of torch's."""
     matrix = weight.reshape(layer.matrix_shape)
-    coded = _plain(matrix, layer, torch_dtype(plan.scale_dtype), "inputs not observed")
-    coded.signal, coded.noise = error_powers(in_groups(matrix, _format(layer)), coded.tensor)
-    return coded
+    return _measured(_round_without_data(matrix, layer, torch_dtype(plan.scale_dtype), "inputs not observed"), matrix)
 
 
-def _plain(matrix: Tensor, layer: LayerPlan, dtype: torch.dtype, because: str) -> Coded:
-    """Codes chosen without data; where that was not the plan, ``because`` tells why."""
-    number_format = _format(layer)
+def without_data(layer: LayerPlan, because: str) -> Rounding:
+    """What chooses a layer's codes where its inputs are not known; if that was not the plan, ``because`` tells why."""
     planned = layer.algorithm or ""
-    algorithm = planned if needs_no_data(planned) else default_rounding(number_format)
-    tensor = by_rows(algorithms.rounding(algorithm).run, matrix, number_format, dtype)
-    note = None if algorithm == planned else f"{because}: {algorithm} in place of {planned}"
-    return Coded(tensor, algorithm, note=note)
+    algorithm = planned if needs_no_data(planned) else default_rounding(_format(layer))
+    return Rounding(algorithm, None if algorithm == planned else f"{because}: {algorithm} in place of {planned}")
+
+
+def _round_without_data(matrix: Tensor, layer: LayerPlan, dtype: torch.dtype, because: str) -> RoundedTensor:
+    rounding = without_data(layer, because)
+    return RoundedTensor(by_rows(algorithms.rounding(rounding.algorithm).run, matrix, _format(layer), dtype), rounding)
+
+
+def _measured(rounded: RoundedTensor, matrix: Tensor) -> RoundedTensor:
+    """The same with what the codes cost of the weight, float32 ``[rows, columns]``."""
+    signal, noise = error_powers(in_groups(matrix, rounded.tensor.number_format), rounded.tensor)
+    return RoundedTensor(rounded.tensor, replace(rounded.rounding, signal=signal, noise=noise))
 
 
 def _weight(block: nn.Module, name: str) -> Tensor:

@@ -23,7 +23,7 @@ class Transforms:
     def __init__(self, plan: Plan) -> None:
         self.steps = plan.steps.transforms
         self._scale_dtype = torch_dtype(plan.scale_dtype)
-        self._known: dict[str, list[Fold]] = {}
+        self._by_structure: dict[str, list[Fold]] = {}
 
     def apply(
         self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call, stats: Mapping[str, LinearStats]
@@ -44,11 +44,11 @@ class Transforms:
     def _folds(self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call) -> list[Fold]:
         # A trial runs the block some twenty times, and blocks that are built alike mostly are folded alike.
         key = f"{block} {sorted(layers)}"
-        if key not in self._known:
-            self._known[key] = find_folds(block, call, layers)
-        elif not holds(block, call, self._known[key]):
+        if key not in self._by_structure:
+            self._by_structure[key] = find_folds(block, call, layers)
+        elif not holds(block, call, self._by_structure[key]):
             return find_folds(block, call, layers)
-        return self._known[key]
+        return self._by_structure[key]
 
     def _fold(
         self,

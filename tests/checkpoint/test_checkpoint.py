@@ -19,6 +19,7 @@ from torch import Tensor
 from quantcli.checkpoint import open_checkpoint
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.hugging_face import companions
+from quantcli.core.manifest import Manifest
 from quantcli.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -193,15 +194,15 @@ class TestFolders:
     def test_manifest(self, tmp_path: Path) -> None:
         path = tmp_path / "model.safetensors"
         save_file({"a": A}, path, {"quantcli": '{"quantcli": "1"}'})
-        assert open_checkpoint(path).manifest == {"quantcli": "1"}
+        assert open_checkpoint(path).manifest == Manifest(quantcli="1")
         assert write_json(tmp_path / "quantcli.json", {"quantcli": "2"})
-        assert open_checkpoint(tmp_path).manifest == {"quantcli": "2"}
+        assert open_checkpoint(tmp_path).manifest == Manifest(quantcli="2")
         for damaged in ("{", "[" * 100_000):
             save_file({"a": A}, path, {"quantcli": damaged})
             with pytest.raises(InputError, match=r"model\.safetensors holds a damaged quantcli manifest"):
                 _ = open_checkpoint(path).manifest
         save_file({"a": A}, path)
-        assert open_checkpoint(path).manifest is None
+        assert open_checkpoint(path).manifest == Manifest()
 
 
 class TestShards:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
-from quantcli.checkpoint.quantized import open_coded
+from quantcli.checkpoint.quantized import open_quantized
 from quantcli.errors import InputError
 
 #: A weight of every llama artifact.
@@ -25,7 +25,7 @@ STEM = NAME.removesuffix("weight")
 
 
 def view(folder: Path) -> DecodedCheckpoint:
-    return DecodedCheckpoint(open_coded(open_checkpoint(folder)))
+    return DecodedCheckpoint(open_quantized(open_checkpoint(folder)))
 
 
 def values(checkpoint: DecodedCheckpoint) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def test_values_are_those_of_the_formats_own_decoder(artifact: Artifacts, kind: 
     folder = artifact(kind, rest=rest)
     found, wanted = values(view(folder)), decoded(folder)
     assert found.keys() == wanted.keys()
-    coded = open_coded(open_checkpoint(folder)).weights
+    coded = open_quantized(open_checkpoint(folder)).weights
     assert len(coded) == 14
     for name, part in wanted.items():
         # Their decoders return the dtype of the scales, or of the model; ours float32.
@@ -84,13 +84,13 @@ def test_it_says_what_is_known_of_its_making(artifact: Artifacts, models: Path, 
     }  # fmt: skip
     foreign = changed(artifact("gptq"), tmp_path / "foreign")
     assert view(foreign).origin() == {"format": "gptq"}
-    assert open_coded(open_checkpoint(foreign)).scheme == "int4"
+    assert open_quantized(open_checkpoint(foreign)).scheme == "int4"
 
 
 @pytest.mark.parametrize("kind", ["int4", "gptq", "gptq int8", "awq asymmetric", "nf4"])
 def test_a_bare_file_tells_its_kind_by_its_tensors(artifact: Artifacts, tmp_path: Path, kind: str) -> None:
     folder = artifact(kind)
-    checkpoint = DecodedCheckpoint(open_coded(open_checkpoint(folder / "model.safetensors")))
+    checkpoint = DecodedCheckpoint(open_quantized(open_checkpoint(folder / "model.safetensors")))
     assert {name: part.tolist() for name, part in values(checkpoint).items()} == {
         name: part.tolist() for name, part in values(view(folder)).items()
     }
@@ -173,7 +173,7 @@ def test_damaged_parts_are_named(
     artifact: Artifacts, tmp_path: Path, kind: str, damage: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as raised:
-        open_coded(open_checkpoint(changed(artifact(kind), tmp_path / "damaged", damage)))
+        open_quantized(open_checkpoint(changed(artifact(kind), tmp_path / "damaged", damage)))
     assert STEM in str(raised.value)
 
 
@@ -183,7 +183,7 @@ def test_damaged_parts_are_named(
 )
 def test_scales_that_are_not_finite(artifact: Artifacts, tmp_path: Path, kind: str, part: str) -> None:
     damaged = changed(artifact(kind), tmp_path / "damaged", put(part, with_nan))
-    coded = open_coded(open_checkpoint(damaged))
+    coded = open_quantized(open_checkpoint(damaged))
     with pytest.raises(InputError, match=f"The scales of {NAME} are not finite: the model is damaged"):
         coded.tensor(NAME)
 
@@ -223,7 +223,7 @@ def test_what_cannot_be_read_is_named(
     artifact: Artifacts, tmp_path: Path, kind: str, config: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        open_coded(open_checkpoint(changed(artifact(kind), tmp_path / "other", config=config)))
+        open_quantized(open_checkpoint(changed(artifact(kind), tmp_path / "other", config=config)))
 
 
 def test_other_tools_leave_some_things_out(artifact: Artifacts, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_fixed_ranges_of_inputs_belong_to_the_weight(artifact: Artifacts, tmp_pa
 
     fixed = {"num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": False}
     folder = changed(artifact("int8-dynamic"), tmp_path / "static", static, in_group(input_activations=fixed))
-    coded = open_coded(open_checkpoint(folder))
+    coded = open_quantized(open_checkpoint(folder))
     inputs = coded.weights[NAME].scheme.inputs
     assert inputs is not None and not inputs.dynamic and not inputs.symmetric and inputs.granularity.kind == "tensor"
     assert {name: part.tolist() for name, part in values(DecodedCheckpoint(coded)).items()} == {
@@ -260,35 +260,35 @@ def test_fixed_ranges_of_inputs_belong_to_the_weight(artifact: Artifacts, tmp_pa
     del (damaged := tensors_of(folder))[f"{STEM}input_scale"]
     save_file(damaged, folder / "model.safetensors")
     with pytest.raises(InputError, match="input_scale is missing"):
-        open_coded(open_checkpoint(folder))
+        open_quantized(open_checkpoint(folder))
 
 
 def test_zero_points_decide_what_is_symmetric(artifact: Artifacts) -> None:
     for kind in ("int4", "gptq", "awq"):
         for name, symmetric in ((kind, True), (f"{kind} asymmetric", False)):
-            weights = open_coded(open_checkpoint(artifact(name))).weights
+            weights = open_quantized(open_checkpoint(artifact(name))).weights
             assert {weight.scheme.weights.symmetric for weight in weights.values()} == {symmetric}
 
 
 def test_groups_that_do_not_divide_in_a_bare_file(artifact: Artifacts, tmp_path: Path) -> None:
     folder = changed(artifact("awq"), tmp_path / "damaged", put("qweight", fewer_rows))
     with pytest.raises(InputError, match=f"{NAME} has 191 columns, and scales for groups of 31"):
-        open_coded(open_checkpoint(folder / "model.safetensors"))
+        open_quantized(open_checkpoint(folder / "model.safetensors"))
 
 
 def test_nothing_quantized_and_unknown_kinds(models: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="quantized as nothing"):
-        open_coded(open_checkpoint(models / "llama"))
+        open_quantized(open_checkpoint(models / "llama"))
     save_file({"a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
     with pytest.raises(InputError, match="quantized as fp8, which quantcli does not read"):
-        open_coded(open_checkpoint(tmp_path / "m.safetensors"))
+        open_quantized(open_checkpoint(tmp_path / "m.safetensors"))
 
 
 def test_weights_are_decoded_once_for_neighbouring_rows(artifact: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = view(artifact("gptq"))
     read: list[str] = []
-    load = checkpoint._coded.tensor
-    monkeypatch.setattr(checkpoint._coded, "tensor", lambda name: (read.append(name), load(name))[1])
+    load = checkpoint._quantized.tensor
+    monkeypatch.setattr(checkpoint._quantized, "tensor", lambda name: (read.append(name), load(name))[1])
     info = next(info for info in checkpoint.infos() if info.name == NAME)
     for start in range(0, 128, 8):
         checkpoint.read_rows(info, start, start + 8)

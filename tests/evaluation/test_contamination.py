@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantcli
 from quantcli.cli.app import main
-from quantcli.core.manifest import FINGERPRINT_KEY
 from quantcli.data.fingerprint import fingerprint
 from quantcli.evaluation import contamination
 
@@ -121,7 +120,7 @@ def test_arrays_are_compared_sample_by_sample() -> None:
 def test_a_broken_fingerprint_is_said_to_be_one(broken: dict[str, object]) -> None:
     found = fingerprint([stream(0, 100)])
     assert found
-    check = contamination.LeakCheck([("model", {FINGERPRINT_KEY: found | broken if broken else {}})])
+    check = contamination.LeakCheck([("model", found | broken if broken else {})])
     check.add(np.array(stream(0, 100)))
     (warning,) = check.warnings()
     assert "cannot be told" in warning and "model" in warning
@@ -154,7 +153,7 @@ def test_eval_warns_of_text_that_calibration_saw(
     # Token ids of the test's tokenizer are those of the words, after the two special ones.
     ids = [WORDS.index(word) + 2 for word in seen.read_text().split()]
     manifest = json.loads((candidate / "quantcli.json").read_text())
-    manifest[FINGERPRINT_KEY] = fingerprint(windows(ids, 100))
+    manifest["calibration_fingerprint"] = fingerprint(windows(ids, 100))
     (candidate / "quantcli.json").write_text(json.dumps(manifest))
 
     def warnings(data: Path, *flags: str) -> list[str]:
@@ -191,7 +190,7 @@ def test_a_calibrated_checkpoint_knows_its_data(llama: Path, tmp_path: Path) -> 
 @pytest.mark.usefixtures("no_runtime_check")
 def test_what_is_made_of_a_calibrated_checkpoint_keeps_its_fingerprint(llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path / "calibrated")
-    known = {"calibration": {"samples": 3}, FINGERPRINT_KEY: fingerprint([stream(0, 100)])}
+    known = {"calibration": {"samples": 3}, "calibration_fingerprint": fingerprint([stream(0, 100)])}
     (tmp_path / "calibrated" / "quantcli.json").write_text(json.dumps(known))
     quantcli.convert(tmp_path / "calibrated", tmp_path / "int8", scheme="int8")
     manifest = json.loads((tmp_path / "int8" / "quantcli.json").read_text())

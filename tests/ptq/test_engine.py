@@ -208,7 +208,7 @@ def test_again_and_from_disk(
     for out in ("one", "two", "disk"):
         if out == "disk":
             assert not any(spilled)
-            monkeypatch.setattr(calibrated.CalibratedWork, "_spare_memory", lambda *_: 0)
+            monkeypatch.setattr(calibrated, "spare_memory", lambda *_: 0)
         quantize(lively / name, tmp_path / out, data, **options)
     assert max(spilled) > 1
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "disk")
@@ -217,7 +217,7 @@ def test_again_and_from_disk(
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, place: str, after: int) -> Callable[[], None]:
     """Let a function of `calibrated` raise at one of its calls; returns what puts it right again."""
-    owner = calibrated.CalibratedWork if place == "_place" else calibrated
+    owner = calibrated.CalibratedWork if place == "_write" else calibrated
     original = getattr(owner, place)
     calls: list[int] = []
 
@@ -237,7 +237,7 @@ CODED, PARAMETERS = 7, 9
 
 @pytest.mark.parametrize("options", ALGORITHMS, ids=["gptq", "autoround", "awq and gptq"])
 @pytest.mark.parametrize(
-    ("place", "after", "blocks"), [("_place", 0, 0), ("_place", 2, 2), ("place_codes", CODED + 3, 1)]
+    ("place", "after", "blocks"), [("_write", 0, 0), ("_write", 2, 2), ("write_codes", CODED + 3, 1)]
 )
 def test_an_interrupted_run_continues(
     lively: Path,
@@ -271,11 +271,11 @@ def test_an_interrupted_run_leaves_no_hidden_states(
     lively: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scratch = tmp_path / ".out.partial" / "scratch"
-    monkeypatch.setattr(calibrated.CalibratedWork, "_spare_memory", lambda *_: 0)
+    monkeypatch.setattr(calibrated, "spare_memory", lambda *_: 0)
     seen: list[int] = []
     original = engine.round_block
     monkeypatch.setattr(engine, "round_block", lambda *args: seen.append(len([*scratch.iterdir()])) or original(*args))
-    interrupted(monkeypatch, "_place", 1)
+    interrupted(monkeypatch, "_write", 1)
     with pytest.raises(KeyboardInterrupt):
         quantize(lively / "t5", tmp_path / "out", data)
     assert seen[0] > 0 and not [*scratch.iterdir()]
@@ -285,7 +285,7 @@ def test_an_interrupted_run_leaves_no_hidden_states(
 def test_another_recipe_or_other_data_does_not_continue(
     lively: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    restore = interrupted(monkeypatch, "_place", 1)
+    restore = interrupted(monkeypatch, "_write", 1)
     with pytest.raises(KeyboardInterrupt):
         quantize(lively / "llama", tmp_path / "out", data)
     restore()

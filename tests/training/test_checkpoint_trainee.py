@@ -224,11 +224,11 @@ def interrupted_in(monkeypatch: pytest.MonkeyPatch, place: str, placed: int = 5)
     if place == "training":
         monkeypatch.setattr(loop.Training, "_log", interrupting(25))
     elif place == "blocks":
-        monkeypatch.setattr(calibrated, "place_codes", stops_after(9, calibrated.place_codes))
+        monkeypatch.setattr(calibrated, "write_codes", stops_after(9, calibrated.write_codes))
     elif place == "between":
         monkeypatch.setattr(calibrated, "load_trained", stops_after(0, calibrated.load_trained))
     else:
-        monkeypatch.setattr(calibrated, "place_codes", stops_after(placed, calibrated.place_codes))
+        monkeypatch.setattr(calibrated, "write_codes", stops_after(placed, calibrated.write_codes))
 
 
 def test_runs_are_equal_also_when_they_were_interrupted_anywhere(
@@ -292,7 +292,7 @@ def test_smoothed_and_scaled_models_are_trained_too(models: Path, make: Callable
 
 def test_too_little_memory_is_foreseen(make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantcli.training.checkpoint_trainee.free_memory_bytes", lambda: 1 << 20)
-    monkeypatch.setattr(calibrated.CalibratedWork, "_spare_memory", lambda *_: 1 << 30)
+    monkeypatch.setattr(calibrated, "spare_memory", lambda *_: 1 << 30)
     monkeypatch.setattr("quantcli.training.data.free_memory_bytes", lambda: 1 << 20)
     with pytest.raises(InputError, match=r"Training needs .* of memory for the model and what it learns by") as caught:
         make("out", recipe())

@@ -107,7 +107,7 @@ def test_labels_are_learned_from_and_reported(home: Path, done: Convert) -> None
 
 def test_the_manifest_says_that_it_was_trained(home: Path, tmp_path: Path, done: Convert) -> None:
     done(home / "cnn.onnx", "W4A8", home / "cnn.npz")
-    manifest = open_onnx(tmp_path / "out.onnx").manifest or {}
+    manifest = open_onnx(tmp_path / "out.onnx").manifest.to_json()
     assert manifest["recipe"]["steps"] == [{"qat": {"batch_size": 16, "epochs": 2}}]
     layers = [layer for layer in manifest["layers"].values() if layer["mode"] != "float"]
     assert len(layers) == 5 and all(layer["algorithm"].endswith("+ qat") for layer in layers)
@@ -294,7 +294,7 @@ def test_what_gptq_chose_is_trained_and_continued(home: Path, tmp_path: Path, mo
         convert("support.small_nets:cnn", tmp_path / "out.onnx", **wishes)
     convert("support.small_nets:cnn", tmp_path / "out.onnx", **wishes)
     assert (tmp_path / "whole.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
-    layers = (open_onnx(tmp_path / "out.onnx").manifest or {})["layers"]
+    layers = open_onnx(tmp_path / "out.onnx").manifest.to_json()["layers"]
     assert {layer["algorithm"] for layer in layers.values() if "algorithm" in layer} == {"gptq + qat"}
 
 

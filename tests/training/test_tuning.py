@@ -176,13 +176,13 @@ def test_two_runs_are_equal_and_so_is_one_that_was_interrupted(
         make("resumed", "gptq", TUNE)
     from quantcli.conversion.checkpoint import calibrated
 
-    original, calls = calibrated.place_scales, iter(range(100))
+    original, calls = calibrated.write_scales, iter(range(100))
 
     def stops(*args: Any) -> Any:
         return original(*args) if next(calls) < 3 else interrupted()
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(calibrated, "place_scales", stops)
+        patch.setattr(calibrated, "write_scales", stops)
         make("resumed", "gptq", TUNE)
     learned = load_file(tmp_path / ".resumed.partial" / "scratch" / "tuned.safetensors")
     assert len(learned) > 3

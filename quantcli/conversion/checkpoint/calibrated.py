@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from quantcli.blocks.batches import CalibrationBatches, load_batches
-from quantcli.blocks.model import hugging_face, plain_module
-from quantcli.blocks.structure import find_blocks
+from quantcli.blocks.model import SequentialModel, hugging_face, plain_module
+from quantcli.blocks.skeleton import Skeleton
+from quantcli.blocks.structure import BlockList, find_blocks
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.conversion.checkpoint.layout import Destination
 from quantcli.conversion.checkpoint.writer import (
     LayerResult,
     Output,
-    place_codes,
-    place_scales,
-    place_values,
     read_codes,
+    write_codes,
+    write_scales,
+    write_values,
 )
-from quantcli.core.manifest import FINGERPRINT_KEY
 from quantcli.core.numerics import error_powers, in_groups
-from quantcli.core.tensors import QuantizedTensor
+from quantcli.core.tensors import QuantizedTensor, RoundedTensor, Rounding
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.planning.resolve import resolve
+from quantcli.planning.targets import for_target
 from quantcli.ptq.engine import BlockEngine, BlockOutcome, Chain, linear_layers
-from quantcli.ptq.memory_demand import foresee
-from quantcli.ptq.rounding import Coded
+from quantcli.ptq.memory_demand import Demand, foresee
 from quantcli.system.devices import check_device
 from quantcli.system.files import whole_file
 from quantcli.system.hardware import free_memory_bytes, resident_bytes
@@ -51,81 +52,124 @@ _TRAINING = 0.7
 _LEARNED = "tuned.safetensors"
 
 
-class CalibratedWork:
-    """Quantizes the blocks of a model with the data at hand.
+def prepare_calibration(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    request: DataRequest,
+    *,
+    function: str | None = None,
+    device: str,
+    memory_limit: int | None,
+) -> CalibratedWork:
+    """Get ready to quantize blocks: lay the model out, read the data, find the blocks, and count memory.
 
-    ``plan`` is the one it was given, without what only the blocks' layers can have, and with warnings of the data.
+    Args:
+        checkpoint: a Hugging Face folder, or the weights of the module of ``function``.
+        plan: what becomes of its tensors; static ranges of inputs outside the blocks' layers are taken out.
+        request: what data to calibrate on.
+        function: ``package.module:function``, if that makes the module.
+        device: ``cpu`` or ``cuda``.
+        memory_limit: bytes that this process must not exceed.
 
-    Raises (when made):
+    Raises:
         UsageError: a recipe's list of blocks is none, or the memory allowed is too little for a block.
         InputError: the model cannot be run, its blocks are not found, the data does not suit it, or the machine has too
             little memory for a block.
         MissingExtraError: transformers is not installed.
     """
+    check_device(device)
+    model = _open_model(checkpoint, function)
+    data = load_batches(model, request, trains=_learns(plan, "qat"))
+    linear = linear_layers(model.skeleton, plan)
+    blocks = find_blocks(model.skeleton.module, linear, plan.recipe.blocks)
+    model.require_own_weights(blocks, {layer.info.name for layer in plan.layers if layer.has_codes})
+    inside = _names(model.skeleton, blocks)
+    plan = _observable(plan, checkpoint, inside, {layer.info.name for layer in linear.values()} & inside)
+    plan = for_target(replace(plan, warnings=(*plan.warnings, *data.samples.warnings)))
+    hidden_bytes = spare_memory(foresee(model.skeleton, plan, blocks, data.batches), memory_limit) // _HIDDEN_SHARE
+    return CalibratedWork(checkpoint, plan, model, blocks, data, function, device, request.seed, hidden_bytes)
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        plan: Plan,
-        request: DataRequest,
-        *,
-        function: str | None = None,
-        device: str,
-        memory_limit: int | None,
-    ) -> None:
-        """Get ready. The checkpoint is a Hugging Face folder, or holds the weights of the module of ``function``."""
-        check_device(device)
-        self.checkpoint, self.plan, self.request, self.device = checkpoint, plan, request, device
-        model = plain_module(function, checkpoint) if function else hugging_face(checkpoint)
-        self._function, self._model, self.skeleton = function, model, model.skeleton
-        self.history: History | None = None
-        self.data: CalibrationBatches = load_batches(model, request, trains=self._trains)
-        linear = linear_layers(self.skeleton, plan)
-        self._blocks = find_blocks(self.skeleton.module, linear, plan.recipe.blocks)
-        model.require_own_weights(self._blocks, {layer.info.name for layer in plan.layers if layer.has_codes})
-        inside = self.names()
-        seen = {layer.info.name for layer in linear.values()} & inside
-        unseen = {layer.info.name for layer in plan.quantized if layer.scheme and layer.scheme.is_static} - seen
-        if unseen:
-            places = {name: "in no layer of its own" if name in inside else "outside the blocks" for name in unseen}
-            leave = {name: f"{place}, where the range of inputs is not observed" for name, place in places.items()}
-            self.plan = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave)
-        self.plan = replace(self.plan, warnings=(*self.plan.warnings, *self.data.samples.warnings))
-        self._by_name: dict[str, LayerPlan] = {layer.info.name: layer for layer in self.plan.layers}
-        self._hidden_bytes = self._spare_memory(memory_limit) // _HIDDEN_SHARE
 
-    def _spare_memory(self, limit: int | None) -> int:
-        """Bytes that the heaviest block leaves.
+def _open_model(checkpoint: Checkpoint, function: str | None) -> SequentialModel:
+    return plain_module(function, checkpoint) if function else hugging_face(checkpoint)
 
-        Raises:
-            UsageError: it does not fit into ``limit``, bytes that this process must not exceed.
-            InputError: it does not fit into the memory that is free.
-        """
-        demand = foresee(self.skeleton, self.plan, self._blocks, self.data.batches)
-        taken, free = resident_bytes(), free_memory_bytes()
-        if limit is not None and taken + demand.nbytes > limit:
-            raise UsageError(
-                f"--max-memory {format_bytes(limit)} is too little: with {demand.block}, its Hessians and what goes "
-                f"through it, {format_bytes(taken + demand.nbytes)} are needed.",
-                hint="Raise the limit, or use an algorithm without data, such as mse.",
-            )
-        if demand.nbytes > free:
-            raise InputError(
-                f"{demand.block}, its Hessians and what goes through it need {format_bytes(demand.nbytes)} of memory, "
-                f"and {format_bytes(free)} are free.",
-                hint="Free some, or use an algorithm without data, such as mse.",
-            )
-        return (free if limit is None else min(free, limit - taken)) - demand.nbytes
+
+def _learns(plan: Plan, name: str) -> bool:
+    """Whether the plan's chain ends with the algorithm of this name."""
+    return any(step.name == name for step in plan.steps.final)
+
+
+def _names(skeleton: Skeleton, blocks: Sequence[BlockList]) -> set[str]:
+    """Tensors that belong to blocks."""
+    paths = (path for block_list in blocks for path in block_list.blocks)
+    return {info.name for path in paths for info in skeleton.parameters(path).values()}
+
+
+def _observable(plan: Plan, checkpoint: Checkpoint, inside: Collection[str], observed: Collection[str]) -> Plan:
+    """The plan itself, or one that leaves layers whose inputs have a static range and are not ``observed``."""
+    static = [layer.info.name for layer in plan.quantized if layer.scheme and layer.scheme.is_static]
+    places = {name: "in no layer of its own" if name in inside else "outside the blocks" for name in static}
+    leave = {
+        name: f"{place}, where the range of inputs is not observed"
+        for name, place in places.items()
+        if name not in observed
+    }
+    return resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave) if leave else plan
+
+
+def spare_memory(demand: Demand, limit: int | None) -> int:
+    """Bytes that the heaviest block leaves.
+
+    Raises:
+        UsageError: it does not fit into ``limit``, bytes that this process must not exceed.
+        InputError: it does not fit into the memory that is free.
+    """
+    taken, free = resident_bytes(), free_memory_bytes()
+    if limit is not None and taken + demand.nbytes > limit:
+        raise UsageError(
+            f"--max-memory {format_bytes(limit)} is too little: with {demand.block}, its Hessians and what goes "
+            f"through it, {format_bytes(taken + demand.nbytes)} are needed.",
+            hint="Raise the limit, or use an algorithm without data, such as mse.",
+        )
+    if demand.nbytes > free:
+        raise InputError(
+            f"{demand.block}, its Hessians and what goes through it need {format_bytes(demand.nbytes)} of memory, "
+            f"and {format_bytes(free)} are free.",
+            hint="Free some, or use an algorithm without data, such as mse.",
+        )
+    return (free if limit is None else min(free, limit - taken)) - demand.nbytes
+
+
+@dataclass
+class CalibratedWork:
+    """Quantizes the blocks of a model with the data at hand. Use `prepare_calibration`.
+
+    ``hidden_bytes``: memory for hidden states between blocks. ``history``: of training, once there was some.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    model: SequentialModel
+    blocks: Sequence[BlockList]
+    data: CalibrationBatches
+    function: str | None
+    device: str
+    seed: int
+    hidden_bytes: int
+    history: History | None = None
+
+    @cached_property
+    def _layers(self) -> dict[str, LayerPlan]:
+        return {layer.info.name: layer for layer in self.plan.layers}
 
     def names(self) -> set[str]:
         """Tensors that belong to blocks."""
-        paths = (path for each in self._blocks for path in each.blocks)
-        return {info.name for path in paths for info in self.skeleton.parameters(path).values()}
+        return _names(self.model.skeleton, self.blocks)
 
     def fingerprint(self) -> dict[str, Any]:
         """What of the data, and of how it goes through the model, decides the output."""
-        function = {"function": self._function} if self._function else {}
-        return {"data_sha256": self.data.samples.sha256, "seed": self.request.seed, "device": self.device} | function
+        function = {"function": self.function} if self.function else {}
+        return {"data_sha256": self.data.samples.sha256, "seed": self.seed, "device": self.device} | function
 
     def manifest(self) -> dict[str, Any]:
         """Entries of the manifest that tell of the data: hashes and counts, no path and no text."""
@@ -136,102 +180,100 @@ class CalibratedWork:
         sketch = fingerprint(sample.inputs for sample in samples)
         if self.history is not None:
             counts["training"] = {key: getattr(self.history, key) for key in ("loss", "steps", "best_step", "stopped")}
-        return {"calibration": counts} | ({FINGERPRINT_KEY: sketch} if sketch else {})
+        return {"calibration": counts} | ({"calibration_fingerprint": sketch} if sketch else {})
 
     def run(self, output: Output) -> None:
-        """Quantize and write every block whose tensors are not in the output's results yet, then tune."""
-        learned = output.scratch / _LEARNED
-        with torch_threads():
-            if not learned.exists():
+        """Quantize and write every block whose tensors are not in the output's results yet, then learn."""
+        learned = output.staging.scratch / _LEARNED
+        if not learned.exists():
+            with torch_threads():
                 chain = self._run_blocks(output)
                 if self._tunes:
                     self._tune(output, chain, learned)
                 elif self._trains:
                     self._train(output, learned)
         if self._tunes:
-            self._place_tuned(output, learned)
+            self._write_tuned(output, learned)
         elif self._trains:
-            self._place_trained(output, learned)
+            self._write_trained(output, learned)
 
     def _run_blocks(self, output: Output) -> Chain:
         """Quantize and write block after block; returns what comes out of the last one."""
         share = _BLOCKS if self._tunes else 1 - _TRAINING if self._trains else 1.0
         engine = BlockEngine(
-            self.skeleton,
+            self.model.skeleton,
             self.plan,
-            self._blocks,
+            self.blocks,
             self.data.batches,
-            scratch=output.scratch,
-            memory_limit=self._hidden_bytes,
+            scratch=output.staging.scratch,
+            memory_limit=self.hidden_bytes,
             device=self.device,
-            seed=self.request.seed,
+            seed=self.seed,
             tick=lambda done: output.tick(share * done),
         )
-        artifact = open_checkpoint(output.folder) if output.results else None
+        artifact = open_checkpoint(output.staging.out) if output.results else None
         for outcome in engine.run(lambda path: self._finished(path, artifact, output.results)):
-            for name, result in self._place(outcome, output.destinations).items():
+            for name, result in self._write(outcome, output.destinations).items():
                 output.record(name, result)
         return engine.final["original" if self._tunes else "quantized"]
 
     @property
     def _tunes(self) -> bool:
-        return any(step.name == "tune" for step in self.plan.steps.final)
+        return _learns(self.plan, "tune")
 
     @property
     def _trains(self) -> bool:
-        return any(step.name == "qat" for step in self.plan.steps.final)
+        return _learns(self.plan, "qat")
 
     def _written(self, output: Output) -> Parameters:
         """The blocks' parameters as they were written."""
-        artifact = open_checkpoint(output.folder)
-        outcomes = [self._finished(path, artifact, output.results) for each in self._blocks for path in each.blocks]
-        coded = {name: each.tensor for outcome in outcomes if outcome for name, each in outcome.coded.items()}
-        plain = {name: values for outcome in outcomes if outcome for name, values in outcome.plain.items()}
-        return Parameters(coded, plain)
+        artifact = open_checkpoint(output.staging.out)
+        paths = [path for block_list in self.blocks for path in block_list.blocks]
+        outcomes = [outcome for path in paths if (outcome := self._finished(path, artifact, output.results))]
+        quantized = {name: rounded.tensor for outcome in outcomes for name, rounded in outcome.quantized.items()}
+        plain = {name: values for outcome in outcomes for name, values in outcome.plain.items()}
+        return Parameters(quantized, plain)
 
     def _train(self, output: Output, learned: Path) -> None:
         """Train what was written, into a file of its own: what is written stays whole."""
-        again = plain_module(self._function, self.checkpoint) if self._function else hugging_face(self.checkpoint)
         trained, history = train_checkpoint(
-            self._model,
-            again,
+            self.model,
+            _open_model(self.checkpoint, self.function),
             self.plan,
-            self._blocks,
+            self.blocks,
             self._written(output),
             self.data.samples,
             Run(
-                self.request.seed,
+                self.seed,
                 self.device,
-                output.scratch / "training.pt",
+                output.staging.scratch / "training.pt",
                 tick=lambda done: output.tick(1 - _TRAINING + _TRAINING * done),
                 say=output.say,
             ),
         )
-        self.skeleton.drop()
+        self.model.skeleton.drop()
         save_trained(learned, trained, history)
 
-    def _place_trained(self, output: Output, learned: Path) -> None:
-        trained, self.history = load_trained(learned, self._by_name)
+    def _write_trained(self, output: Output, learned: Path) -> None:
+        trained, self.history = load_trained(learned, self._layers)
         for name, values in trained.plain.items():
-            output.record(name, place_values(self._by_name[name], values, output.destinations))
+            output.record(name, write_values(self._layers[name], values, output.destinations))
         for name, tensor in trained.quantized.items():
-            layer = self._by_name[name]
-            result = place_codes(layer, tensor, self.plan, output.destinations)
-            # Where an interrupted run placed it already, that is said already.
-            before = output.results[name]
-            result.algorithm, result.note = f"{before.algorithm.removesuffix(' + qat')} + qat", before.note
-            result.signal, result.noise = self._powers(layer, tensor)
-            output.record(name, result)
+            # Where an interrupted run wrote it already, that is said already.
+            algorithm = f"{output.results[name].rounding.algorithm.removesuffix(' + qat')} + qat"
+            rounded = RoundedTensor(tensor, replace(self._measured(name, tensor, output), algorithm=algorithm))
+            output.record(name, write_codes(self._layers[name], rounded, self.plan, output.destinations))
 
-    def _powers(self, layer: LayerPlan, tensor: QuantizedTensor) -> tuple[float, float]:
-        """Sums of squares of a weight and of its error; zeros where scales moved between layers.
+    def _measured(self, name: str, tensor: QuantizedTensor, output: Output) -> Rounding:
+        """How a layer's codes came about so far, with what they cost now; zeros where scales moved between layers.
 
         There the weight that the codes stand for is none of the checkpoint's.
         """
-        if self.plan.steps.transforms:
-            return 0.0, 0.0
-        weight = self.checkpoint.load(layer.info.name).float().reshape(layer.matrix_shape)
-        return error_powers(in_groups(weight, tensor.number_format), tensor)
+        signal = noise = 0.0
+        if not self.plan.steps.transforms:
+            weight = self.checkpoint.load(name).float().reshape(self._layers[name].matrix_shape)
+            signal, noise = error_powers(in_groups(weight, tensor.number_format), tensor)
+        return replace(output.results[name].rounding, signal=signal, noise=noise)
 
     def _tune(self, output: Output, teacher: Chain, learned: Path) -> None:
         """Learn scales and norms of the written blocks, into a file of their own: what is written stays whole."""
@@ -239,51 +281,49 @@ class CalibratedWork:
 
         from quantcli.training.tuning import ModelTuning
 
-        options = self.plan.steps.options("tune")
-        tuning = ModelTuning(self.skeleton, self.plan, self._blocks, self._written(output), options)
-        seed = self.request.seed
-        tuned = tuning.run(self.data.batches, teacher, seed, lambda done: output.tick(_BLOCKS + _TUNE * done))
-        self.skeleton.drop()
-        output.scratch.mkdir(parents=True, exist_ok=True)
+        skeleton, options = self.model.skeleton, self.plan.steps.options("tune")
+        tuning = ModelTuning(skeleton, self.plan, self.blocks, self._written(output), options)
+        tuned = tuning.run(self.data.batches, teacher, self.seed, lambda done: output.tick(_BLOCKS + _TUNE * done))
+        skeleton.drop()
+        learned.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(learned) as unfinished:
-            save_file({name: each.contiguous() for name, each in tuned.items()}, unfinished)
+            save_file({name: values.contiguous() for name, values in tuned.items()}, unfinished)
 
-    def _place_tuned(self, output: Output, learned: Path) -> None:
+    def _write_tuned(self, output: Output, learned: Path) -> None:
         from safetensors.torch import load_file
 
-        artifact = open_checkpoint(output.folder)
+        artifact = open_checkpoint(output.staging.out)
         for name, values in load_file(learned).items():
-            layer = self._by_name[name]
+            layer = self._layers[name]
             if not layer.has_codes:
-                output.record(name, place_values(layer, values, output.destinations))
+                output.record(name, write_values(layer, values, output.destinations))
                 continue
             tensor = replace(read_codes(layer, self.plan, artifact), scale=values)
-            signal, noise = self._powers(layer, tensor)
-            result = replace(output.results[name], signal=signal, noise=noise)
-            output.record(name, place_scales(layer, tensor, self.plan, output.destinations, result))
+            checksums = write_scales(layer, tensor, self.plan, output.destinations)
+            rounding = self._measured(name, tensor, output)
+            output.record(name, LayerResult(output.results[name].checksums, *checksums, rounding))
 
-    def _place(self, outcome: BlockOutcome, destinations: Mapping[str, Destination]) -> dict[str, LayerResult]:
-        placed = {}
-        for name, coded in outcome.coded.items():
-            result = placed[name] = place_codes(self._by_name[name], coded.tensor, self.plan, destinations)
-            result.signal, result.noise = coded.signal, coded.noise
-            result.algorithm, result.note = coded.algorithm, coded.note or ""
+    def _write(self, outcome: BlockOutcome, destinations: Mapping[str, Destination]) -> dict[str, LayerResult]:
+        results = {}
+        for name, rounded in outcome.quantized.items():
+            results[name] = write_codes(self._layers[name], rounded, self.plan, destinations)
         for name, values in outcome.plain.items():
-            placed[name] = place_values(self._by_name[name], values, destinations)
-        return placed
+            results[name] = write_values(self._layers[name], values, destinations)
+        return results
 
     def _finished(
         self, path: str, artifact: Checkpoint | None, results: Mapping[str, LayerResult]
     ) -> BlockOutcome | None:
         """A block whose every tensor was done when this run began, read back from the files; None for another."""
-        names = [info.name for info in self.skeleton.parameters(path).values()]
+        names = [info.name for info in self.model.skeleton.parameters(path).values()]
         if artifact is None or not all(name in results for name in names):
             return None
         outcome = BlockOutcome(path)
         for name in names:
-            layer = self._by_name[name]
+            layer = self._layers[name]
             if layer.has_codes:
-                outcome.coded[name] = Coded(read_codes(layer, self.plan, artifact), results[name].algorithm)
+                tensor = read_codes(layer, self.plan, artifact)
+                outcome.quantized[name] = RoundedTensor(tensor, results[name].rounding)
             else:
                 outcome.plain[name] = artifact.load(name).float()
         return outcome

@@ -14,7 +14,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.positional import PositionalFile
 from quantcli.checkpoint.safetensors import build_header
 from quantcli.core.dtypes import TORCH_NAMES
-from quantcli.core.manifest import MANIFEST
+from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.core.tensors import TensorSpec
 from quantcli.errors import UsageError
 from quantcli.planning.plan import LayerPlan, Plan, quantization_config
@@ -80,14 +80,15 @@ class Layout:
         section = quantization_config(plan)
         return config | {"quantization_config": section} if section else config
 
-    def write_manifest(self, out: Path, manifest: Mapping[str, Any]) -> None:
+    def write_manifest(self, out: Path, manifest: Manifest) -> None:
         """quantcli.json in a folder; in a single file its metadata, for which room was kept."""
         if self.single_file is None:
-            text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+            text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
             (out / MANIFEST).write_text(text + "\n", encoding="utf-8")
             return
         reserved = len(self.headers[self.single_file][0])
-        metadata = self.metadata | {"quantcli": json.dumps(manifest, separators=(",", ":"), allow_nan=False)}
+        text = json.dumps(manifest.to_json(), separators=(",", ":"), allow_nan=False)
+        metadata = self.metadata | {MANIFEST_KEY: text}
         header, _, _ = build_header(self.shards[self.single_file], metadata)
         padding = reserved - len(header)
         if padding < 0:
@@ -109,7 +110,7 @@ def plan_layout(plan: Plan, checkpoint: Checkpoint, target: Path) -> Layout:
     layer_specs = {layer.info.name: _layer_specs(layer, plan) for layer in plan.layers}
     shards = _fill_shards(layer_specs.values(), None if wants_file else plan.recipe.max_shard_size)
     metadata = checkpoint.metadata | {"format": "pt"}
-    metadata.pop("quantcli", None)
+    metadata.pop(MANIFEST_KEY, None)
     layout = Layout(target.name if wants_file else None, {}, layer_specs, metadata)
     reserve = 0
     if wants_file:

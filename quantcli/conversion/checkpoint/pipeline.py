@@ -5,23 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import threading
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quantcli.algorithms import default_rounding, needs_no_data
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.hugging_face import companions
-from quantcli.conversion.checkpoint.layout import Destination, Layout
+from quantcli.conversion.checkpoint.layout import Layout
 from quantcli.conversion.staging import Staging
-from quantcli.core.manifest import FINGERPRINT_KEY
+from quantcli.core.manifest import Manifest, ManifestLayer
 from quantcli.errors import UsageError
-from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.planning.plan import Plan
 from quantcli.system.parallel import Background, in_parallel, usable_cores
-from quantcli.system.progress import Fractions, Progress, Tracker, say
+from quantcli.system.progress import Fractions, Progress, Tracker
 from quantcli.system.text import format_bytes
 from quantcli.version import __version__
 
@@ -42,9 +40,10 @@ _OF_WEIGHTS = ("config.json", "quantcli.json", "quantize_config.json", "quant_co
 class Work(Protocol):
     """The part of a conversion that works its tensors out by itself, before all others are streamed.
 
-    ``history``: of training, where there was some.
+    ``plan``: of the whole conversion. ``history``: of training, where there was some.
     """
 
+    plan: Plan
     history: History | None
 
     def names(self) -> set[str]:
@@ -75,9 +74,10 @@ class Conversion:
         self.checkpoint, self.plan, self.layout = checkpoint, plan, layout
         self.workers, self.work, self.progress = workers, work, progress
         self.results: dict[str, LayerResult] = {}
-        self._earlier = checkpoint.manifest or {}
         self.sha256 = ""
-        self._journal_lock = threading.Lock()
+        self._own_names = work.names() if work else set[str]()
+        # An output may take the place of its input.
+        self._earlier = checkpoint.manifest
 
     def fingerprint(self) -> str:
         """Hash of all that decides the output, short of reading the weights."""
@@ -94,108 +94,72 @@ class Conversion:
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
     def run(self, staging: Staging, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Write, verify and describe everything inside the staging folder."""
+        """Write, verify and describe everything inside the staging folder; returns details for the report.
+
+        Args:
+            staging: where the output is built.
+            done: records of the tensors that an interrupted run has written, by name.
+        """
         from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
 
-        destinations = self.layout.create_files(staging.out)
+        output = self._open_output(staging, done)
         self._write_companions(staging.out)
-        check = None
-        if self.checkpoint.folder:
-            check = RuntimeCheck(staging.out, self.plan, self.checkpoint, self.layout.nbytes)
-        try:
-            if check and not check.needs_weights:
-                check.start()
+        with RuntimeCheck(staging.out, self.plan, self.checkpoint, self.layout.nbytes) as check:
             # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
             hashing = Background(self.checkpoint.sha256)
-            self._work(staging, destinations, done)
+            if self.work:
+                self.work.run(output)
+            self._stream(output)
             self.sha256 = hashing.result()
-            for destination in destinations.values():
+            for destination in output.destinations.values():
                 destination.file.close()
             verified = self._verify(staging.out / (self.layout.single_file or ""))
-            runtime = check.result() if check else {"checked": False, "reason": "a bare file has no runtime of its own"}
-        finally:
-            if check:
-                check.stop()
-        manifest = self._manifest({**verified, "runtime": runtime})
-        self.layout.write_manifest(staging.out, manifest)
+            verified["runtime"] = check.result()
+        self.layout.write_manifest(staging.out, self._manifest(verified))
         history = self.work.history if self.work else None
         trained = {"training": history.to_json()} if history else {}
-        return {"verified": manifest["verified"], "threads": self.workers, **trained}
+        return {"verified": verified, "threads": self.workers, **trained}
+
+    def _open_output(self, staging: Staging, done: Mapping[str, Mapping[str, Any]]) -> Output:
+        from quantcli.conversion.checkpoint.writer import LayerResult, Output
+
+        destinations = self.layout.create_files(staging.out)
+        self.results = {name: LayerResult.from_json(record) for name, record in done.items()}
+        own = sum(layer.info.nbytes for layer in self.plan.layers if layer.info.name in self._own_names)
+        streamed = sum(layer.info.nbytes for layer in self.plan.layers) - own
+        tracker = Tracker(_CALIBRATED_WEIGHT * own + streamed, self.progress)
+        tick = Fractions(tracker, _CALIBRATED_WEIGHT * own)
+        return Output(staging, destinations, self.results, self.workers, tracker, tick)
+
+    def _stream(self, output: Output) -> None:
+        """Write all tensors that are not done, on worker threads."""
+        from quantcli.conversion.checkpoint.stream import LayerJob
+
+        jobs = []
+        for layer in self.plan.layers:
+            if not layer.dropped and layer.info.name not in output.results:
+                jobs.append(LayerJob(layer, self.plan, self.checkpoint, output.destinations))
+            elif layer.info.name not in self._own_names:
+                output.tracker.add(layer.info.nbytes)
+        in_parallel(
+            (partial(self._stream_slab, output, job, index) for job in jobs for index in range(len(job.slabs))),
+            self.workers,
+        )
+
+    def _stream_slab(self, output: Output, job: LayerJob, index: int) -> None:
+        result = job.run_slab(index)
+        if result is not None:
+            output.record(job.layer.info.name, result)
+        if job.layer.info.name not in self._own_names:
+            output.tracker.add(job.slab_nbytes(index))
 
     def _verify(self, artifact: Path) -> dict[str, Any]:
         from quantcli.conversion.checkpoint.verify import Verifier
 
         verifier = Verifier(artifact, self.plan, self.layout.specs)
         layers = [layer for layer in self.plan.layers if not layer.dropped]
-        tasks = ((lambda layer=layer: verifier.check(layer, self.results[layer.info.name])) for layer in layers)
-        in_parallel(tasks, self.workers)
+        in_parallel((partial(verifier.check, layer, self.results[layer.info.name]) for layer in layers), self.workers)
         return {"tensors": len(layers), "codes": "equal", "names_and_shapes": "as planned"}
-
-    def _work(
-        self, staging: Staging, destinations: Mapping[str, Destination], done: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        """Write every tensor: those that are worked out by themselves first, then all others."""
-        from quantcli.conversion.checkpoint.writer import LayerResult, Output
-
-        self.results = {name: LayerResult.from_json(record) for name, record in done.items()}
-        inside = self.work.names() if self.work else set()
-        calibrated = sum(layer.info.nbytes for layer in self.plan.layers if layer.info.name in inside)
-        streamed = sum(layer.info.nbytes for layer in self.plan.layers) - calibrated
-        tracker = Tracker(_CALIBRATED_WEIGHT * calibrated + streamed, self.progress)
-
-        def record(name: str, result: LayerResult) -> None:
-            with self._journal_lock:
-                staging.record({"name": name, **result.to_json()})
-                self.results[name] = result
-
-        if self.work:
-            tick = Fractions(tracker, _CALIBRATED_WEIGHT * calibrated)
-            self.work.run(
-                Output(
-                    staging.out,
-                    staging.scratch,
-                    destinations,
-                    self.results,
-                    record,
-                    tick,
-                    lambda text: say(self.progress, text),
-                )
-            )
-        self._stream(destinations, record, tracker, inside)
-
-    def _stream(
-        self,
-        destinations: Mapping[str, Destination],
-        record: Callable[[str, LayerResult], None],
-        tracker: Tracker,
-        counted: Collection[str],
-    ) -> None:
-        """Tensor by tensor, on worker threads; ``counted`` are tensors whose progress is known elsewhere."""
-        from quantcli.conversion.checkpoint.stream import LayerJob
-
-        jobs = []
-        algorithms = {layer.info.name: layer.algorithm for layer in self.plan.layers}
-        for layer in self.plan.layers:
-            size = 0 if layer.info.name in counted else layer.info.nbytes
-            if layer.dropped or layer.info.name in self.results:
-                tracker.add(size)
-            else:
-                jobs.append(LayerJob(_without_data(layer), self.plan, self.checkpoint, destinations))
-
-        def convert_slab(job: LayerJob, index: int) -> None:
-            result = job.run_slab(index)
-            if result is not None:
-                result.algorithm, planned = job.layer.algorithm or "", algorithms[job.layer.info.name] or ""
-                if result.algorithm != planned:
-                    result.note = f"outside the blocks: {result.algorithm} in place of {planned}"
-                record(job.layer.info.name, result)
-            if job.layer.info.name not in counted:
-                tracker.add(job.slab_nbytes(index))
-
-        tasks = (
-            (lambda job=job, index=index: convert_slab(job, index)) for job in jobs for index in range(len(job.slabs))
-        )
-        in_parallel(tasks, self.workers)
 
     def _write_companions(self, out: Path) -> None:
         """Config and tokenizer files; what describes the weights is rewritten, the rest copied."""
@@ -213,59 +177,48 @@ class Conversion:
 
     def _calibration(self) -> dict[str, Any]:
         """What is known of calibration data: of this run's, or of that which a quantized source has seen."""
-        kept = {key: self._earlier[key] for key in ("calibration", FINGERPRINT_KEY) if key in self._earlier}
+        kept = {key: getattr(self._earlier, key) for key in ("calibration", "calibration_fingerprint")}
         return kept | (self.work.manifest() if self.work else {})
 
-    def _manifest(self, verified: Mapping[str, Any]) -> dict[str, Any]:
+    def _manifest(self, verified: Mapping[str, Any]) -> Manifest:
         layers = {}
         for layer in self.plan.layers:
-            entry: dict[str, Any] = {"scheme": str(layer.scheme) if layer.scheme else None}
+            entry = layers[layer.info.name] = ManifestLayer(scheme=str(layer.scheme) if layer.scheme else None)
             if layer.scheme is not None:
-                result = self.results[layer.info.name]
-                sqnr_db = result.sqnr_db
-                entry |= {"algorithm": result.algorithm or None, "note": result.note or None}
-                entry |= {"sqnr_db": None if sqnr_db is None else round(sqnr_db, 4)}
+                rounding = self.results[layer.info.name].rounding
+                entry.algorithm, entry.note = rounding.algorithm or None, rounding.note
+                entry.sqnr_db = None if rounding.sqnr_db is None else round(rounding.sqnr_db, 4)
             else:
-                entry |= {"dtype": layer.dtype, "reason": layer.reason}
-            layers[layer.info.name] = {key: value for key, value in entry.items() if value is not None}
-        return {
-            "quantcli": __version__,
-            "input_sha256": self.sha256,
-            "format": self.plan.format,
-            "scheme": self.plan.scheme,
-            "algorithm": self.plan.algorithm,
-            "recipe": self.plan.recipe.model_dump(mode="json"),
-            **({"source": self.checkpoint.origin()} if isinstance(self.checkpoint, DecodedCheckpoint) else {}),
+                entry.dtype, entry.reason = layer.dtype, layer.reason
+        return Manifest(
+            quantcli=__version__,
+            input_sha256=self.sha256,
+            format=self.plan.format,
+            scheme=self.plan.scheme,
+            algorithm=self.plan.algorithm,
+            recipe=self.plan.recipe.model_dump(mode="json"),
+            source=self.checkpoint.origin() if isinstance(self.checkpoint, DecodedCheckpoint) else None,
             **self._calibration(),
-            "layers": layers,
-            "verified": dict(verified),
-        }
+            layers=layers,
+            verified=dict(verified),
+        )
 
 
-def _without_data(layer: LayerPlan) -> LayerPlan:
-    """A layer outside the blocks: what an algorithm of the chain would need is not known of it."""
-    if layer.scheme is None or not layer.has_codes or needs_no_data(layer.algorithm):
-        return layer
-    return replace(layer, algorithm=default_rounding(layer.scheme.weights))
-
-
-def worker_count(plan: Plan, threads: int | None, max_memory: int | None, held: int = 0) -> int:
-    """Threads to use, fewer where memory is short; ``held`` are bytes that each holds of a weight as it decodes it.
-
-    Raises UsageError where not even one fits.
-    """
+def worker_count(plan: Plan, checkpoint: Checkpoint, threads: int | None, max_memory: int | None) -> int:
+    """Threads to use, fewer where memory is short. Raises UsageError where not even one fits."""
     workers = threads or usable_cores()
     if max_memory is None:
         return workers
     from quantcli.conversion.checkpoint.writer import working_set_bytes
 
     largest = max(plan.layers, key=working_set_bytes)
-    each = working_set_bytes(largest) + held
+    decoding = checkpoint.held_bytes if isinstance(checkpoint, DecodedCheckpoint) else 0
+    per_worker = working_set_bytes(largest) + decoding
     # A scale in float32 for every 16 values is the most there is.
     scales = max((layer.info.numel // 4 for layer in plan.layers if layer.has_codes), default=0)
-    fitting = (max_memory - BASE_MEMORY_BYTES - scales) // max(1, each)
+    fitting = (max_memory - BASE_MEMORY_BYTES - scales) // max(1, per_worker)
     if fitting < 1:
-        needed = format_bytes(BASE_MEMORY_BYTES + scales + each)
+        needed = format_bytes(BASE_MEMORY_BYTES + scales + per_worker)
         raise UsageError(
             f"--max-memory {format_bytes(max_memory)} is too little: {largest.info.name} needs {needed} in all.",
             hint="Raise the limit, or --skip this layer.",

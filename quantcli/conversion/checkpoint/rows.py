@@ -38,16 +38,16 @@ def conversion_report(
     """The report of a conversion; without ``results`` of one that is only planned."""
     before = checkpoint.size_bytes
     rows = [_layer_row(layer, layout, results.get(layer.info.name)) for layer in plan.layers]
-    coded = [row.sqnr_db for row in rows if row.sqnr_db is not None]
+    measured = [row.sqnr_db for row in rows if row.sqnr_db is not None]
     metrics: dict[str, float | None] = {
         "size_ratio": layout.nbytes / before,
-        "sqnr_db_min": min(coded, default=None),
+        "sqnr_db_min": min(measured, default=None),
     }
     source = ModelRow(str(checkpoint.path), "reference", sha256=sha256, size_bytes=before)
     artifact = ModelRow(
         str(target), "candidate", plan.format, plan.scheme, None, layout.nbytes, metrics, {"algorithm": plan.algorithm}
     )
-    notes = Counter(result.note for result in results.values() if result.note)
+    notes = Counter(result.rounding.note for result in results.values() if result.rounding.note)
     odd = [f"{count} layer{'s' * (count > 1)}: {note}." for note, count in notes.most_common(3)]
     warnings = [*checkpoint.warnings, *plan.warnings, *odd, *details.get("training", {}).get("warnings", [])]
     return Report("convert", [source, artifact], rows, [], warnings, details)
@@ -55,7 +55,7 @@ def conversion_report(
 
 def _layer_row(layer: LayerPlan, layout: Layout, result: LayerResult | None) -> LayerRow:
     after = sum(spec.nbytes for spec in layout.layer_specs[layer.info.name].values())
-    reason = layer.reason or (result.note or None if result else None)
+    reason = layer.reason or (result.rounding.note if result else None)
     if layer.reason and layer.dtype != layer.info.dtype:
         reason = f"{reason}; cast {layer.info.dtype} to {layer.dtype}"
     return LayerRow(
@@ -63,7 +63,7 @@ def _layer_row(layer: LayerPlan, layout: Layout, result: LayerResult | None) -> 
         full_label(layer.label, layer.scheme),
         layer.info.nbytes,
         after,
-        result.sqnr_db if result else None,
+        result.rounding.sqnr_db if result else None,
         reason,
         details={"shape": list(layer.info.shape), "role": layer.role},
     )

@@ -9,31 +9,32 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from quantcli import algorithms, formats
+from quantcli import algorithms
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.positional import tensor_bytes
 from quantcli.conversion.checkpoint.layout import Destination
 from quantcli.conversion.checkpoint.writer import (
     CHUNK_ELEMENTS,
     LayerResult,
-    others_checksum,
     ranges,
     row_alignment,
-    scales_checksum,
     slabs,
+    write_rows,
+    write_scales,
+    write_slab,
 )
 from quantcli.core import nf4, numerics
 from quantcli.core.dtypes import torch_dtype
 from quantcli.core.scheme import NumberFormat
-from quantcli.core.tensors import QuantizedTensor
+from quantcli.core.tensors import QuantizedTensor, Rounding
 from quantcli.errors import InputError
 from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.ptq.rounding import without_data
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ def _scale_shape(weights: NumberFormat, shape: tuple[int, int]) -> tuple[int, ..
 
 
 class LayerJob:
-    """One layer on its way; slabs may come in any order and from any thread."""
+    """One layer on its way; slabs may come in any order and from any thread.
+
+    A layer whose plan is an algorithm that needs data lies outside the blocks, and gets its codes without.
+    """
 
     def __init__(
         self, layer: LayerPlan, plan: Plan, checkpoint: Checkpoint, destinations: Mapping[str, Destination]
@@ -65,11 +69,14 @@ class LayerJob:
         self._results: dict[int, _SlabResult] = {}
         self._lock = threading.Lock()
         self._scale = self._zero_point = torch.empty(0)
+        self._rounding = Rounding(layer.algorithm or "")
+        if layer.has_codes:
+            self._rounding = without_data(layer, "outside the blocks")
 
     def run_slab(self, index: int) -> LayerResult | None:
         """Convert one slab; the one that completes the layer also writes its scales and returns the result."""
         start, stop = self.slabs[index]
-        result = self._coded(start, stop) if self.layer.has_codes else self._plain(start, stop)
+        result = self._quantize(start, stop) if self.layer.has_codes else self._cast(start, stop)
         with self._lock:
             self._results[index] = result
             if len(self._results) < len(self.slabs):
@@ -95,17 +102,14 @@ class LayerJob:
         rows = self.slabs[-1][1]
         return self.layer.info.nbytes * (stop - start) // rows if rows else self.layer.info.nbytes
 
-    def _plain(self, start: int, stop: int) -> _SlabResult:
+    def _cast(self, start: int, stop: int) -> _SlabResult:
         info = self.layer.info
         rows = self.checkpoint.read_rows(info, start, stop)
         stored = rows.to(torch_dtype(self.layer.dtype))
         if info.is_float and not bool(torch.isfinite(stored).all()) and not self._is_mask(rows, stored):
             self._refuse(rows, start)
         signal, noise = _cast_powers(rows, stored) if stored.dtype != rows.dtype else (0.0, 0.0)
-        data = tensor_bytes(stored)
-        width = len(data) // (stop - start) if stop > start else 0
-        self._write(info.name, start * width, data)
-        return _SlabResult(numerics.checksum(stored), signal, noise)
+        return _SlabResult(write_rows(self.layer, start, stored, self.destinations), signal, noise)
 
     def _is_mask(self, rows: Tensor, stored: Tensor) -> bool:
         """Whether infinities are meant: an attention mask is no weight, and a cast must not make new ones."""
@@ -115,11 +119,11 @@ class LayerJob:
             and torch.equal(torch.isinf(rows), torch.isinf(stored))
         )
 
-    def _coded(self, start: int, stop: int) -> _SlabResult:
+    def _quantize(self, start: int, stop: int) -> _SlabResult:
         scheme = self.layer.scheme
-        assert scheme is not None and self.layer.algorithm is not None
+        assert scheme is not None
         weights, dtype = scheme.weights, torch_dtype(self.plan.scale_dtype)
-        form, algorithm = formats.quantized_format(self.plan.format), algorithms.rounding(self.layer.algorithm)
+        algorithm = algorithms.rounding(self._rounding.algorithm)
         self._reserve_scales(weights)
         rows = self._matrix(start, stop)
         elements = rows.numel() if weights.granularity.kind == "tensor" else CHUNK_ELEMENTS
@@ -143,11 +147,7 @@ class LayerJob:
             self._refuse(rows, start)
         if weights.double_quantized:
             signal, noise = self._nested_powers(rows, codes, chunks)
-        offset = form.codes_offset(start, rows.shape[1], scheme)
-        self._write(
-            form.codes_name(self.layer.info.name, scheme), offset, tensor_bytes(form.encode_codes(codes, scheme))
-        )
-        return _SlabResult(numerics.checksum(codes), signal, noise)
+        return _SlabResult(write_slab(self.layer, start, codes, self.plan, self.destinations), signal, noise)
 
     def _scale_rows(self, first: int, last: int) -> slice:
         """Where the scales of some rows of the matrix lie."""
@@ -182,27 +182,16 @@ class LayerJob:
         ordered = [self._results[index] for index in range(len(self.slabs))]
         signal = sum(result.signal for result in ordered)
         noise = sum(result.noise for result in ordered)
-        outcome = LayerResult([result.checksum for result in ordered], signal=signal, noise=noise)
-        scheme = self.layer.scheme
-        if not self.layer.has_codes or scheme is None:
-            return outcome
-        no_codes = torch.empty(0, dtype=torch.int8)
-        zero_point = self._zero_point if self._zero_point.numel() else None
-        tensor = QuantizedTensor(no_codes, self._scale, zero_point, self.layer.matrix_shape, scheme.weights)
-        form = formats.quantized_format(self.plan.format)
-        others = form.encode_scales(self.layer.info.name, tensor, scheme, self.plan.scale_dtype)
-        for name, part in others.items():
-            self._write(name, 0, tensor_bytes(part))
-        restored = self._scale
-        if scheme.weights.double_quantized:
-            restored = nf4.dequantize_scales(*nf4.quantize_scales(restored))
-        outcome.scales_checksum = scales_checksum(restored, zero_point)
-        outcome.others_checksum = others_checksum(others)
+        rounding = replace(self._rounding, signal=signal, noise=noise)
+        outcome = LayerResult([result.checksum for result in ordered], rounding=rounding)
+        if self.layer.has_codes and self.layer.scheme is not None:
+            no_codes = torch.empty(0, dtype=torch.int8)
+            zero_point = self._zero_point if self._zero_point.numel() else None
+            weights, shape = self.layer.scheme.weights, self.layer.matrix_shape
+            tensor = QuantizedTensor(no_codes, self._scale, zero_point, shape, weights)
+            checksums = write_scales(self.layer, tensor, self.plan, self.destinations)
+            outcome.scales_checksum, outcome.others_checksum = checksums
         return outcome
-
-    def _write(self, name: str, offset: int, data: bytes | memoryview) -> None:
-        destination = self.destinations[name]
-        destination.file.write(destination.offset + offset, data)
 
     def _refuse(self, rows: Tensor, first_row: int) -> NoReturn:
         """Raise for values that are not finite, in the weight itself or only once stored."""

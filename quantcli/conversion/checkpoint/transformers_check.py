@@ -32,48 +32,54 @@ _KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 class RuntimeCheck:
-    """A check under way. It can start once the artifact's headers and config.json are written."""
+    """A check under way, once it is entered: then the artifact's headers and config.json are written."""
 
     def __init__(self, artifact: Path, plan: Plan, checkpoint: Checkpoint, nbytes: int) -> None:
         self._child: Child | None = None
-        self._skipped = _reason_to_skip(plan, checkpoint, nbytes)
-        self.needs_weights = _needs_weights(plan)
-        device = "cpu" if self.needs_weights else "meta"
+        bare = "a bare file has no runtime of its own"
+        self._skipped = _reason_to_skip(plan, checkpoint, nbytes) if checkpoint.folder else bare
+        self._needs_weights = _needs_weights(plan)
+        device = "cpu" if self._needs_weights else "meta"
         self._request = {"artifact": str(artifact), "original": str(checkpoint.folder), "device": device}
 
-    def start(self) -> None:
-        """Begin, in the background."""
+    def __enter__(self) -> RuntimeCheck:
+        """Begin in the background, unless the weights are waited for."""
+        if not self._needs_weights:
+            self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End a check that is still running, and release what it holds."""
+        if self._child:
+            self._child.stop()
+
+    def _start(self) -> None:
         if not self._skipped and self._child is None:
             self._child = Child(f"{__name__}:check", self._request, {"OMP_NUM_THREADS": "1"})
 
     def result(self) -> dict[str, Any]:
-        """What was found, for the manifest.
+        """What transformers says, for the manifest.
 
         Raises:
             InputError: transformers would miss or misread weights of the artifact.
         """
         if self._skipped:
             return {"checked": False, "reason": self._skipped}
-        self.start()
+        self._start()
         assert self._child is not None
         try:
-            found = self._child.result(TIMEOUT_SECONDS)
+            answer = self._child.result(TIMEOUT_SECONDS)
         except ChildFailedError as error:
             ended = f"the check ended with status {error.status}"
             took = f"transformers took over {TIMEOUT_SECONDS} s"
             return {"checked": False, "reason": took if error.status is None else ended}
-        problems = found.pop("problems", [])
+        problems = answer.pop("problems", [])
         if problems:
             raise InputError(
-                f"transformers {found.get('transformers')} would not load the result: {'; '.join(problems[:4])}.",
+                f"transformers {answer.get('transformers')} would not load the result: {'; '.join(problems[:4])}.",
                 hint="--skip the layers it names, choose another --format, or --target vllm if that is meant.",
             )
-        return found
-
-    def stop(self) -> None:
-        """End a check that is still running, and release what it holds."""
-        if self._child:
-            self._child.stop()
+        return answer
 
 
 def _needs_weights(plan: Plan) -> bool:
@@ -106,11 +112,11 @@ def check(request: dict[str, str]) -> dict[str, Any]:
     artifact, original, device = request["artifact"], request["original"], request["device"]
     import transformers
 
-    found: dict[str, Any] = {"checked": True, "transformers": transformers.__version__}
+    answer: dict[str, Any] = {"checked": True, "transformers": transformers.__version__}
     problems: list[str] = []
     try:
         after = _loading_info(artifact, None if device == "cpu" else device)
-        found["class"] = after["class"]
+        answer["class"] = after["class"]
     except Exception as error:
         after = None
         problems = [first_line(error)]
@@ -123,7 +129,7 @@ def check(request: dict[str, str]) -> dict[str, Any]:
         for kind in _KINDS:
             new = sorted(after[kind] - before[kind]) if after else []
             problems += [f"{kind.replace('_', ' ')}: {', '.join(new[:3])}"] if new else []
-    return found | {"problems": problems}
+    return answer | {"problems": problems}
 
 
 def _loading_info(folder: str, device: str | None) -> dict[str, Any]:

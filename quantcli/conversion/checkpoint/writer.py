@@ -1,11 +1,11 @@
-"""Writing what was worked out for a whole layer to its place, and reading it back where a run is continued."""
+"""The writer: codes, scales and values go to their places in the output, and are read back where a run is continued."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from math import gcd
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,73 +16,116 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.positional import tensor_bytes
 from quantcli.checkpoint.roles import module_of
 from quantcli.conversion.checkpoint.layout import Destination
-from quantcli.core import numerics
+from quantcli.conversion.staging import Staging
+from quantcli.core import nf4, numerics
 from quantcli.core.dtypes import torch_dtype
 from quantcli.core.scheme import INPUT_SCALE, Scheme
-from quantcli.core.tensors import QuantizedTensor
+from quantcli.core.tensors import QuantizedTensor, RoundedTensor, Rounding
 from quantcli.errors import InputError
 from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.system.progress import Fractions, Tracker, say
+
+#: Elements worked on at a time: as float32 they fill a 1 MiB cache.
+CHUNK_ELEMENTS = 1 << 18
+#: Elements read and written at a time.
+SLAB_ELEMENTS = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass
 class Output:
-    """An output under way, for what works its tensors out by itself.
+    """An output under way: where its tensors go, which of them are done, and who is told how far the work is.
 
-    ``folder``: its files, which exist at their full size. ``scratch``: a folder for what does not fit into memory.
-    ``destinations``: where each tensor goes. ``results``: of tensors that are done. ``record`` is called with each
-    tensor that is done, once all that belongs to it is written; ``tick`` with the fraction that is done, and
-    ``say`` with words of how it goes.
+    ``results``: of tensors that are done. ``workers``: threads to work on. ``tick`` is called with the fraction that
+    is done of the work that is not streamed.
     """
 
-    folder: Path
-    scratch: Path
+    staging: Staging
     destinations: Mapping[str, Destination]
-    results: Mapping[str, LayerResult]
-    record: Callable[[str, LayerResult], None]
-    tick: Callable[[float], None]
-    say: Callable[[str], None] = lambda _: None
+    results: dict[str, LayerResult]
+    workers: int
+    tracker: Tracker
+    tick: Fractions
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def record(self, name: str, result: LayerResult) -> None:
+        """A tensor is done, with all that belongs to it written; from any thread."""
+        with self._lock:
+            self.staging.record({"name": name, **result.to_json()})
+            self.results[name] = result
+
+    def say(self, text: str) -> None:
+        """Tell in words how it goes."""
+        say(self.tracker.progress, text)
 
 
-def place_codes(
-    layer: LayerPlan, tensor: QuantizedTensor, plan: Plan, destinations: Mapping[str, Destination]
+@dataclass
+class LayerResult:
+    """What is known of a finished tensor: checksums of what was meant, and how its codes came about.
+
+    ``checksums``: one per slab, of the codes (int8), or of the stored bytes of a copy or cast.
+    ``scales_checksum``: of scale and zero point, as decoding gives them. ``others_checksum``: of all that is
+    stored beside the codes. A cast's ``rounding`` has its signal and noise.
+    """
+
+    checksums: list[int]
+    scales_checksum: int = 0
+    others_checksum: int = 0
+    rounding: Rounding = field(default_factory=lambda: Rounding(""))
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal."""
+        rounding = self.rounding
+        powers = {"signal": rounding.signal, "noise": rounding.noise}
+        named = {"algorithm": rounding.algorithm, "note": rounding.note or ""}
+        return {name: getattr(self, name) for name in _CHECKSUMS} | powers | named
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> LayerResult:
+        """Inverse of `to_json`."""
+        rounding = Rounding(record["algorithm"], record["note"] or None, record["signal"], record["noise"])
+        return cls(**{name: record[name] for name in _CHECKSUMS}, rounding=rounding)
+
+
+_CHECKSUMS = ("checksums", "scales_checksum", "others_checksum")
+
+
+def write_codes(
+    layer: LayerPlan, rounded: RoundedTensor, plan: Plan, destinations: Mapping[str, Destination]
 ) -> LayerResult:
     """Write a layer's codes and scales. Raises InputError where a scale is not finite."""
-    scheme = layer.scheme
-    assert scheme is not None
-    form, name = formats.quantized_format(plan.format), layer.info.name
+    tensor = rounded.tensor
     if not bool(torch.isfinite(tensor.scale).all()):
-        raise InputError(f"{name} has values too large for scales in {plan.scale_dtype}.", "Use --rest bf16.")
-    result = LayerResult()
-    for start, stop in slabs(layer):
-        codes = tensor.codes[start:stop]
-        _write(
-            destinations[form.codes_name(name, scheme)],
-            form.codes_offset(start, codes.shape[1], scheme),
-            form.encode_codes(codes, scheme),
+        raise InputError(
+            f"{layer.info.name} has values too large for scales in {plan.scale_dtype}.", "Use --rest bf16."
         )
-        result.checksums.append(numerics.checksum(codes))
-    return place_scales(layer, tensor, plan, destinations, result)
+    checksums = [write_slab(layer, start, tensor.codes[start:stop], plan, destinations) for start, stop in slabs(layer)]
+    return LayerResult(checksums, *write_scales(layer, tensor, plan, destinations), rounded.rounding)
 
 
-def place_scales(
-    layer: LayerPlan,
-    tensor: QuantizedTensor,
-    plan: Plan,
-    destinations: Mapping[str, Destination],
-    result: LayerResult,
-) -> LayerResult:
-    """Write everything of a layer but its codes, and note it in ``result``, which is returned."""
+def write_slab(layer: LayerPlan, start: int, codes: Tensor, plan: Plan, destinations: Mapping[str, Destination]) -> int:
+    """Write the codes, int8 ``[rows, columns]``, of a layer's rows from ``start`` on; returns their checksum."""
     assert layer.scheme is not None
     form = formats.quantized_format(plan.format)
+    destination = destinations[form.codes_name(layer.info.name, layer.scheme)]
+    _write(destination, form.codes_offset(start, codes.shape[1], layer.scheme), form.encode_codes(codes, layer.scheme))
+    return numerics.checksum(codes)
+
+
+def write_scales(
+    layer: LayerPlan, tensor: QuantizedTensor, plan: Plan, destinations: Mapping[str, Destination]
+) -> tuple[int, int]:
+    """Write everything of a layer but its codes; returns checksums of scales and zero points, and of all as stored."""
+    assert layer.scheme is not None
+    form, scale = formats.quantized_format(plan.format), tensor.scale
     others = form.encode_scales(layer.info.name, tensor, layer.scheme, plan.scale_dtype)
     for name, part in others.items():
         _write(destinations[name], 0, part)
-    result.scales_checksum = scales_checksum(tensor.scale, tensor.zero_point)
-    result.others_checksum = others_checksum(others)
-    return result
+    if layer.scheme.weights.double_quantized:
+        scale = nf4.dequantize_scales(*nf4.quantize_scales(scale))
+    return scales_checksum(scale, tensor.zero_point), others_checksum(others)
 
 
-def place_values(layer: LayerPlan, values: Tensor, destinations: Mapping[str, Destination]) -> LayerResult:
+def write_values(layer: LayerPlan, values: Tensor, destinations: Mapping[str, Destination]) -> LayerResult:
     """Write a tensor that is not quantized, float32 ``values``, in its planned dtype.
 
     Raises InputError where a value does not fit that dtype.
@@ -90,13 +133,19 @@ def place_values(layer: LayerPlan, values: Tensor, destinations: Mapping[str, De
     stored = values.reshape(layer.info.shape).to(torch_dtype(layer.dtype))
     if not bool(torch.isfinite(stored).all()):
         raise InputError(f"{layer.info.name} has values too large for {layer.dtype}.", "Use --rest bf16.")
-    _write(destinations[layer.info.name], 0, stored)
-    rows = [stored[start:stop] if stored.ndim else stored for start, stop in slabs(layer)]
-    return LayerResult([numerics.checksum(part) for part in rows])
+    parts = [(start, stored[start:stop] if stored.ndim else stored) for start, stop in slabs(layer)]
+    return LayerResult([write_rows(layer, start, part, destinations) for start, part in parts])
+
+
+def write_rows(layer: LayerPlan, start: int, stored: Tensor, destinations: Mapping[str, Destination]) -> int:
+    """Write rows of a tensor that is not quantized, as they are stored, from ``start`` on; returns their checksum."""
+    width = stored.nbytes // len(stored) if start else 0
+    _write(destinations[layer.info.name], start * width, stored)
+    return numerics.checksum(stored)
 
 
 def read_codes(layer: LayerPlan, plan: Plan, artifact: Checkpoint) -> QuantizedTensor:
-    """What `place_codes` wrote."""
+    """What `write_codes` wrote."""
     scheme = layer.scheme
     assert scheme is not None
     form, shape = formats.quantized_format(plan.format), layer.matrix_shape
@@ -109,44 +158,6 @@ def read_codes(layer: LayerPlan, plan: Plan, artifact: Checkpoint) -> QuantizedT
 
 def _write(destination: Destination, offset: int, tensor: Tensor) -> None:
     destination.file.write(destination.offset + offset, tensor_bytes(tensor))
-
-
-#: Elements worked on at a time: as float32 they fill a 1 MiB cache.
-CHUNK_ELEMENTS = 1 << 18
-#: Elements read and written at a time.
-SLAB_ELEMENTS = 1 << 20
-
-
-@dataclass
-class LayerResult:
-    """What is known of a finished layer: checksums of what was meant, and the error that it costs.
-
-    ``checksums``: one per slab, of the codes (int8), or of the stored bytes of a copy or cast.
-    ``scales_checksum``: of scale and zero point, as decoding gives them. ``others_checksum``: of all that is
-    stored beside the codes. ``signal`` and ``noise`` are sums of squares of the weight and of its error.
-    """
-
-    checksums: list[int] = field(default_factory=list)
-    scales_checksum: int = 0
-    others_checksum: int = 0
-    signal: float = 0.0
-    noise: float = 0.0
-    algorithm: str = ""
-    note: str = ""
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """Signal to quantization noise; None where nothing was lost."""
-        return numerics.decibels(self.signal, self.noise)
-
-    def to_json(self) -> dict[str, Any]:
-        """For the journal."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> LayerResult:
-        """Inverse of `to_json`."""
-        return cls(**{each.name: record[each.name] for each in fields(cls)})
 
 
 def whole_tensor(layer: LayerPlan) -> bool:

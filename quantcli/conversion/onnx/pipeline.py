@@ -18,7 +18,7 @@ from quantcli.conversion.onnx.evidence import gather, load
 from quantcli.conversion.onnx.result import Result
 from quantcli.conversion.onnx.source import Source, open_source, planned_graph
 from quantcli.conversion.staging import Staging, open_staging
-from quantcli.core.manifest import FINGERPRINT_KEY, MANIFEST, MANIFEST_KEY
+from quantcli.core.manifest import MANIFEST, MANIFEST_KEY
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
@@ -154,8 +154,8 @@ def _convert(job: _Job, staging: Staging) -> Report:
         verified["compared"] = compared.to_json()
         advice = advise(job.recipe, source.model, gathered.evidence, outputs, compared.sqnr_db, staging.root)
     result = Result(source, job.output, done, outcomes, verified, compared)
-    manifest = result.manifest() | ({FINGERPRINT_KEY: data_fingerprint} if data_fingerprint else {})
-    add_metadata(target, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
+    manifest = result.manifest(data_fingerprint)
+    add_metadata(target, MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
     size = sum(file.stat().st_size for file in files)
     _require_smaller(size, source.model.size_bytes, weights_before)
     _copy_companions(source, job, staging.out)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
-from quantcli.checkpoint.quantized import CodedCheckpoint, CodedWeight
+from quantcli.checkpoint.quantized import QuantizedCheckpoint, QuantizedWeight
 from quantcli.checkpoint.roles import classify
 from quantcli.core.scheme import Granularity, Scheme
 from quantcli.core.tensors import QuantizedTensor
@@ -35,7 +35,7 @@ _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 class CheckpointCodes:
     """The codes of a checkpoint, for the nodes of its export."""
 
-    def __init__(self, checkpoint: Checkpoint, quantized: CodedCheckpoint, recipe: Recipe) -> None:
+    def __init__(self, checkpoint: Checkpoint, quantized: QuantizedCheckpoint, recipe: Recipe) -> None:
         """Check whether n-bit nodes can hold what the checkpoint does.
 
         Raises:
@@ -119,7 +119,7 @@ def _refuse(name: str, reason: str | None) -> None:
         )
 
 
-def _reason(weight: CodedWeight, role: str) -> str | None:
+def _reason(weight: QuantizedWeight, role: str) -> str | None:
     """Why MatMulNBits cannot hold a weight, or None."""
     if weight.scheme.inputs is not None:
         return "its inputs are quantized as well"
@@ -132,11 +132,11 @@ def _reason(weight: CodedWeight, role: str) -> str | None:
     return None
 
 
-def _group(weight: CodedWeight) -> int | None:
+def _group(weight: QuantizedWeight) -> int | None:
     return weight.scheme.weights.granularity.size
 
 
-def _block(weight: CodedWeight) -> int:
+def _block(weight: QuantizedWeight) -> int:
     """The largest block size that each scale is whole blocks of; 0 where there is none."""
     from quantcli.onnx.plan.nbits import block_size
 

@@ -10,6 +10,7 @@ from typing import Any
 from quantcli.conversion.onnx.comparison import Comparison
 from quantcli.conversion.onnx.rows import layer_entries, layer_rows, left_rows
 from quantcli.conversion.onnx.source import Source
+from quantcli.core.manifest import Manifest
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
 from quantcli.reporting.report import ModelRow, Report
 from quantcli.version import __version__
@@ -29,19 +30,20 @@ class Result:
     verified: Mapping[str, Any] = field(default_factory=dict)
     compared: Comparison | None = None
 
-    def manifest(self) -> dict[str, Any]:
-        """What the artifact says of itself."""
-        return {
-            "quantcli": __version__,
-            "input_sha256": self.source.model.sha256(),
-            "format": "onnx",
-            "scheme": self.plan.scheme,
-            "algorithm": self.plan.algorithm,
-            "recipe": self.plan.recipe.model_dump(mode="json"),
-            **({"source": self.source.origin} if self.source.origin else {}),
-            "layers": layer_entries(self.outcomes),
-            "verified": dict(self.verified),
-        }
+    def manifest(self, data_fingerprint: Mapping[str, Any] | None) -> Manifest:
+        """What the artifact says of itself, and of the data that it has seen."""
+        return Manifest(
+            quantcli=__version__,
+            input_sha256=self.source.model.sha256(),
+            format="onnx",
+            scheme=self.plan.scheme,
+            algorithm=self.plan.algorithm,
+            recipe=self.plan.recipe.model_dump(mode="json"),
+            source=self.source.origin or None,
+            calibration_fingerprint=data_fingerprint or None,
+            layers=layer_entries(self.outcomes),
+            verified=dict(self.verified),
+        )
 
     def report(self, size: int, warnings: Sequence[str], details: dict[str, Any]) -> Report:
         """The report of a conversion whose artifact has this size."""

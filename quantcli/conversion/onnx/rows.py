@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from quantcli.core.manifest import ManifestLayer
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome, tensor_info
 from quantcli.planning.rules import full_label
 from quantcli.reporting.report import LayerRow
@@ -34,21 +35,20 @@ def layer_rows(outcomes: Sequence[LayerOutcome]) -> list[LayerRow]:
     return rows
 
 
-def layer_entries(outcomes: Sequence[LayerOutcome]) -> dict[str, dict[str, Any]]:
+def layer_entries(outcomes: Sequence[LayerOutcome]) -> dict[str, ManifestLayer]:
     """What the manifest says of each weight of a plan, by name."""
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, ManifestLayer] = {}
     for outcome in outcomes:
         node = outcome.plan
-        entry: dict[str, Any] = {"node": node.node.name, "mode": node.mode}
+        entry = ManifestLayer(node=node.node.name, mode=node.mode)
         if node.scheme is not None:
-            sqnr_db = outcome.sqnr_db
-            entry |= {"scheme": node.label, "algorithm": node.algorithm, "note": node.note}
-            entry["sqnr_db"] = None if sqnr_db is None else round(sqnr_db, 4)
+            entry.scheme, entry.algorithm, entry.note = node.label, node.algorithm, node.note
+            entry.sqnr_db = None if outcome.sqnr_db is None else round(outcome.sqnr_db, 4)
         else:
-            entry["reason"] = node.reason
+            entry.reason = node.reason
         # A weight that several nodes read is one entry for each; all but the first go by their own names.
         name = node.name if node.name not in entries else node.node.name or node.name
-        entries[name] = {key: value for key, value in entry.items() if value is not None}
+        entries[name] = entry
     return entries
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
-from quantcli.checkpoint.quantized import is_quantized, open_coded
+from quantcli.checkpoint.quantized import is_quantized, open_quantized
 from quantcli.conversion.onnx.repack import CheckpointCodes
 from quantcli.data.request import DataRequest
 from quantcli.models.source import ModelSource, open_model
@@ -81,6 +81,6 @@ def planned_graph(model: OnnxModel, recipe: Recipe, codes: CheckpointCodes | Non
 
 def _quantized(checkpoint: Checkpoint, recipe: Recipe) -> tuple[CheckpointCodes | None, dict[str, Any]]:
     """The codes of a quantized checkpoint, unless they are to be values again; and where they come from."""
-    quantized = open_coded(checkpoint)
+    quantized = open_quantized(checkpoint)
     origin = DecodedCheckpoint(quantized).origin() | {"sha256": checkpoint.sha256()}
     return None if dequantizes(recipe) else CheckpointCodes(checkpoint, quantized, recipe), origin

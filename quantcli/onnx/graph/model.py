@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.core.manifest import MANIFEST_KEY
+from quantcli.core.manifest import MANIFEST_KEY, Manifest
 from quantcli.core.ports import Port
 from quantcli.errors import InputError
 from quantcli.system.text import first_line
@@ -75,14 +74,12 @@ class OnnxModel:
         return sum(file.stat().st_size for file in self.files)
 
     @property
-    def manifest(self) -> dict[str, Any] | None:
-        """What quantcli wrote into the model, or None."""
-        text = self.ir.metadata_props.get(MANIFEST_KEY)
+    def manifest(self) -> Manifest:
+        """What quantcli wrote into the model; empty where that is nothing, or is not quantcli's."""
         try:
-            manifest = json.loads(text) if text else None
-        except ValueError:
-            return None
-        return manifest if isinstance(manifest, dict) else None
+            return Manifest.parse(self.ir.metadata_props.get(MANIFEST_KEY), self.path)
+        except InputError:
+            return Manifest()  # whoever wrote it, the graph is whole without it
 
     def sha256(self) -> str:
         """Hash of all files, names aside: that of the file itself where there is only one. Read once."""

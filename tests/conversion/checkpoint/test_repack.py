@@ -18,9 +18,8 @@ from torch import Tensor
 
 import quantcli
 from quantcli import convert
-from quantcli.checkpoint.quantized import CodedCheckpoint
+from quantcli.checkpoint.quantized import QuantizedCheckpoint
 from quantcli.cli.app import main
-from quantcli.core.manifest import FINGERPRINT_KEY
 from quantcli.errors import InputError, QuantcliError, UsageError
 from quantcli.models import hugging_face
 from quantcli.planning.recipe import validate
@@ -145,7 +144,7 @@ def test_shards(artifact: Artifacts, tmp_path: Path) -> None:
 def test_the_manifest_says_where_codes_come_from(artifact: Artifacts, models: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(artifact("int4"), source)
-    known = {"calibration": {"samples": 3}, FINGERPRINT_KEY: {"kind": "tokens", "hashes": ""}}
+    known = {"calibration": {"samples": 3}, "calibration_fingerprint": {"kind": "tokens", "hashes": ""}}
     (source / "quantcli.json").write_text(json.dumps(manifest(source) | known))
     (source / "quantize_config.json").write_text("{}")
     convert(source, tmp_path / "gptq", format="gptq")
@@ -170,8 +169,8 @@ def test_equal_work_gives_equal_bytes_after_an_interruption_too(
 ) -> None:
     convert(artifact("int4"), tmp_path / "wanted", threads=1, **wish)
     read: list[str] = []
-    original = CodedCheckpoint.tensor
-    monkeypatch.setattr(CodedCheckpoint, "tensor", lambda self, name: (read.append(name), original(self, name))[1])
+    original = QuantizedCheckpoint.tensor
+    monkeypatch.setattr(QuantizedCheckpoint, "tensor", lambda self, name: (read.append(name), original(self, name))[1])
 
     def stop(done: int, total: int) -> None:
         if done > 0.4 * total:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantcli import convert, evaluate
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.quantized import open_coded
+from quantcli.checkpoint.quantized import open_quantized
 from quantcli.conversion.onnx.repack import CheckpointCodes
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError, QuantcliError, UsageError, VerificationError
@@ -83,7 +83,7 @@ def layers(place: Path, recipe: dict[str, Any], columns: int, **weights: Tensor)
 
 def given(folder: Path, recipe: Recipe = ONNX) -> CheckpointCodes:
     checkpoint = open_checkpoint(folder)
-    return CheckpointCodes(checkpoint, open_coded(checkpoint), recipe)
+    return CheckpointCodes(checkpoint, open_quantized(checkpoint), recipe)
 
 
 def graph(weights: dict[str, np.ndarray], *, gemm: bool = False) -> ir.Model:
@@ -279,7 +279,7 @@ def test_a_checkpoint_becomes_an_onnx_file(artifact: Artifacts, tmp_path: Path) 
     source = artifact("int4 asymmetric", "bert")
     report = convert(source, tmp_path / "out.onnx", format="onnx")
     require_carried(source, tmp_path / "out.onnx")
-    found: dict[str, Any] = open_onnx(tmp_path / "out.onnx").manifest or {}
+    found = open_onnx(tmp_path / "out.onnx").manifest.to_json()
     assert found["source"]["format"] == "compressed-tensors"
     assert found["source"]["sha256"] == open_checkpoint(source).sha256()
     assert found["layers"]["encoder.layer.0.attention.self.query.weight"]["algorithm"] == "mse"

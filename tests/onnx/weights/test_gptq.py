@@ -18,7 +18,6 @@ from support.graphs import model, node, normal, prepared
 
 import quantcli
 from quantcli.cli.app import main
-from quantcli.core.manifest import FINGERPRINT_KEY
 from quantcli.core.numerics import quantize
 from quantcli.core.scheme import Granularity, NumberFormat
 from quantcli.core.tensors import Hessian, QuantizedTensor
@@ -209,8 +208,8 @@ def test_the_manifest_names_each_layers_algorithm_and_the_report_what_fell_back(
     report = quantcli.convert(home / "encoder.onnx", home / "out.onnx", **wishes)
     quantcli.convert(home / "encoder.onnx", home / "again.onnx", **wishes)
     assert (home / "out.onnx").read_bytes() == (home / "again.onnx").read_bytes()
-    manifest = open_onnx(home / "out.onnx").manifest
-    assert manifest is not None and manifest["algorithm"] == "gptq and mse and rtn"
+    manifest = open_onnx(home / "out.onnx").manifest.to_json()
+    assert manifest["algorithm"] == "gptq and mse and rtn"
     algorithms = {name: layer["algorithm"] for name, layer in manifest["layers"].items()}
     assert algorithms == {"up": "gptq", "down": "gptq", "table": "mse", "tied": "rtn", "head": "rtn"}
     assert "mse in place of gptq: a lookup multiplies by nothing" in manifest["layers"]["table"]["note"]
@@ -219,7 +218,7 @@ def test_the_manifest_names_each_layers_algorithm_and_the_report_what_fell_back(
     assert "rtn in place of gptq: a lookup reads the same table." in said
     ids = np.load(home / "ids.npz")["ids"]
     # That eval can tell when it is given the same text.
-    assert contamination.overlap(manifest[FINGERPRINT_KEY], [{"ids": row[None]} for row in ids]) == 1.0
+    assert contamination.overlap(manifest["calibration_fingerprint"], [{"ids": row[None]} for row in ids]) == 1.0
     assert not (home / ".out.onnx.partial").exists()
 
 
@@ -258,7 +257,7 @@ def test_recipes_with_other_algorithms_are_refused(home: Path, recipe: dict[str,
 def test_recipes_choose_layers_and_damping(home: Path) -> None:
     wishes = validate({"scheme": "int4", "rules": [{"match": "up", "algorithm": "gptq"}]}, "recipe")
     quantcli.convert(home / "encoder.onnx", home / "one.onnx", recipe=wishes, data=home / "ids.npz")
-    layers = (open_onnx(home / "one.onnx").manifest or {})["layers"]
+    layers = open_onnx(home / "one.onnx").manifest.to_json()["layers"]
     assert {name: layer["algorithm"] for name, layer in layers.items() if name in ("up", "down")} == {
         "up": "gptq", "down": "mse",
     }  # fmt: skip
