@@ -68,7 +68,7 @@ class QuantizedFormat(Format, Protocol):
     def find(
         self, infos: Mapping[str, TensorInfo], section: Mapping[str, Any], load: Callable[[str], Tensor]
     ) -> dict[str, tuple[tuple[int, int], Scheme]]:
-        """Shape and scheme of every coded weight of a checkpoint, by the weight's name."""
+        """Shape and scheme of every quantized weight of a checkpoint, by the weight's name."""
 
 
 @dataclass(frozen=True)

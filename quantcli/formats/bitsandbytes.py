@@ -158,7 +158,7 @@ def decode_scales(
 def find(
     infos: Mapping[str, TensorInfo], section: Mapping[str, Any], load: Callable[[str], Tensor]
 ) -> dict[str, tuple[tuple[int, int], Scheme]]:
-    """Shape and scheme of every coded weight, by its name; each carries its own description.
+    """Shape and scheme of every quantized weight, by its name; each carries its own description.
 
     Raises:
         InputError: a description that is damaged, or of another kind than NF4 in bytes.

@@ -170,7 +170,7 @@ def decode_scales(
 def find(
     infos: Mapping[str, TensorInfo], section: Mapping[str, Any], load: Callable[[str], Tensor]
 ) -> dict[str, tuple[tuple[int, int], Scheme]]:
-    """Shape and scheme of every coded weight, by its name; ``section`` is the ``quantization_config``.
+    """Shape and scheme of every quantized weight, by its name; ``section`` is the ``quantization_config``.
 
     Shapes tell bits and granularity; how inputs are quantized is taken from the section.
 

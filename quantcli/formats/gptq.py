@@ -173,7 +173,7 @@ def decode_scales(
 def find(
     infos: Mapping[str, TensorInfo], section: Mapping[str, Any], load: Callable[[str], Tensor]
 ) -> dict[str, tuple[tuple[int, int], Scheme]]:
-    """Shape ``[O, I]`` and scheme of every coded weight, by its name; ``section`` is the ``quantization_config``.
+    """Shape ``[O, I]`` and scheme of every quantized weight, by its name; ``section`` is the ``quantization_config``.
 
     Shapes tell bits and groups. Weights whose zero points are all in the middle are symmetric.
 

@@ -53,10 +53,10 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
     method = section.get("quant_method")
     plain = None
     if (decoded and method) or _needs_decoding(section):
-        coded = open_quantized(open_checkpoint(path))
+        quantized = open_quantized(open_checkpoint(path))
         if not decoded and any(weight.scheme.inputs for weight in coded.weights.values()):
             raise InputError(f"{path} has asymmetric weights beside quantized inputs, and such a model cannot be run.")
-        plain = DecodedCheckpoint(coded)
+        plain = DecodedCheckpoint(quantized)
     for needed, extra in {
         "compressed-tensors": ("compressed_tensors", "hf"),
         "bitsandbytes": ("bitsandbytes", "bnb"),

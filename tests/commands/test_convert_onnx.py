@@ -89,7 +89,7 @@ def test_every_scheme(home: Path, tmp_path: Path, name: str, scheme: str) -> Non
 def test_the_manifest_holds_what_was_done_and_neither_time_nor_path(home: Path, tmp_path: Path) -> None:
     wishes: dict[str, Any] = {"scheme": "int8-static", "skip": ["stem.*"]}
     report = convert(home / "cnn.onnx", tmp_path / "out.onnx", data=home / "cnn.npz", **wishes)
-    manifest = open_onnx(tmp_path / "out.onnx").manifest
+    manifest = open_onnx(tmp_path / "out.onnx").manifest.to_json()
     assert manifest is not None
     assert manifest["scheme"] == "int8-static" and manifest["format"] == "onnx"
     assert manifest["input_sha256"] == report.models[0].sha256
@@ -470,7 +470,7 @@ def test_outliers_make_a_product_dynamic(tmp_path: Path) -> None:
     rows = {row.name: row for row in report.layers}
     assert rows["w1"].scheme == "int8-dynamic" and "outliers" in rows["w1"].details["note"]
     assert rows["w2"].scheme == "int8-static" and "outliers" not in rows["w2"].details.get("note", "")
-    manifest = open_onnx(tmp_path / "o.onnx").manifest
+    manifest = open_onnx(tmp_path / "o.onnx").manifest.to_json()
     assert manifest is not None and manifest["layers"]["w1"]["mode"] == "dynamic"
     assert report.details["verified"]["runtime"]["integer_kernels"] == {
         "DynamicQuantizeMatMul": 1, "MatMulIntegerToFloat": 1,

@@ -107,7 +107,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def modules(layers: Iterable[LayerPlan], holds: Callable[[Scheme], bool]) -> list[str]:
-    """Names of the coded layers of which something holds."""
+    """Names of the quantized layers of which something holds."""
     return [module_of(layer.info.name) for layer in layers if (scheme := scheme_of(layer)) and holds(scheme)]
 
 

@@ -22,7 +22,7 @@ from quantcli.onnx.plan.forms import FORMS
 def converted(source: Path, target: Path) -> dict[str, Any]:
     """What the command line makes of a model with ranges at run time: the layers of its manifest."""
     assert main(["convert", str(source), "-o", str(target), "--scheme", "int8-dynamic", "--force", "--quiet"]) == 0
-    manifest = open_onnx(target).manifest
+    manifest = open_onnx(target).manifest.to_json()
     assert manifest is not None
     layers: dict[str, Any] = manifest["layers"]
     return layers
