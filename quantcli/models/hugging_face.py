@@ -54,7 +54,7 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
     plain = None
     if (decoded and method) or _needs_decoding(section):
         quantized = open_quantized(open_checkpoint(path))
-        if not decoded and any(weight.scheme.inputs for weight in coded.weights.values()):
+        if not decoded and any(weight.scheme.inputs for weight in quantized.weights.values()):
             raise InputError(f"{path} has asymmetric weights beside quantized inputs, and such a model cannot be run.")
         plain = DecodedCheckpoint(quantized)
     for needed, extra in {
