@@ -53,7 +53,9 @@ def load_feeds(
         raise UsageError("--batch-size counts samples: at least one is needed.")
     text = request is None or is_text(request.data)
     ports = input_ports(sources, text=text)
-    fixed = min(batch_sizes(ports), default=None)
+    # First dimensions that differ count no samples.
+    known = batch_sizes(ports)
+    fixed = next(iter(known)) if len(known) == 1 else None
     sizes = list(dict.fromkeys(sizes or (fixed or 1,)))
     wrong = [size for size in sizes if fixed and size != fixed]
     if wrong:

@@ -91,8 +91,9 @@ def _sketched(groups: Iterator[Group], sketch: Sketch) -> Iterator[Group]:
     """The same batches, their samples added to a sketch on the way."""
     for feeds, labels in groups:
         for index in range(len(labels)):
-            single = slice(index, index + 1) if len(labels) > 1 else slice(None)
-            sketch.add({name: array[single] for name, array in feeds.items()})
+            # A single sample can hold scalars, and states whose first axis counts something else.
+            several = len(labels) > 1
+            sketch.add({name: array[index : index + 1] if several else array for name, array in feeds.items()})
         yield feeds, labels
 
 

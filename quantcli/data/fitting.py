@@ -1,7 +1,8 @@
 """Arrays for a model's inputs: opened without loading them, compared with what the model asks for, converted.
 
 An array of a file fits an input in one of two ways: it has as many dimensions, and the first one counts
-samples; or it has one more, and each entry is one whole input, as states and scalars need it.
+samples; or it has one more, and each entry is one whole input, as states and scalars need it. Where the arrays of a
+file fit as they are, and their first dimensions count no samples, they are one feed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from quantcli.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-#: How an array's entries become one sample's input: a slice that keeps the first axis, an entry itself, or the
-#: whole array with an axis before it.
-Layout = Literal["rows", "entries", "single"]
+#: How an array's entries become one sample's input: a slice that keeps the first axis, an entry itself, the whole
+#: array with an axis before it, or the array as it is.
+Layout = Literal["rows", "entries", "single", "whole"]
 
 _BFLOAT16 = "bfloat16"
 
@@ -30,6 +31,8 @@ def layouts(
     Raises:
         InputError: names, dtypes or shapes are not what the model asks for, all of which is listed.
     """
+    if _is_feed(ports, arrays):
+        return {port.name: "whole" for port in ports if port.name in arrays}
     found = {
         port.name: layout
         for port in ports
@@ -40,6 +43,31 @@ def layouts(
     if missing or unknown:
         raise mismatch(ports, arrays, where)
     return found
+
+
+def _is_feed(ports: Sequence[Port], arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether arrays are what one run of the model takes, and cannot be samples along their first axes."""
+    present = [port for port in ports if port.name in arrays]
+    if arrays.keys() - {port.name for port in present} or any(
+        port.name not in arrays and not port.optional for port in ports
+    ):
+        return False
+    named: dict[str, int] = {}
+    for port in present:
+        shape, array = port.shape, arrays[port.name]
+        if shape is None or len(shape) != array.ndim or not converts(array.dtype, port.dtype):
+            return False
+        for dim, size in zip(shape, array.shape, strict=True):
+            wanted = named.setdefault(dim, size) if isinstance(dim, str) else dim
+            if isinstance(wanted, int) and wanted != size:
+                return False
+    firsts = {port.shape[0] for port in present if port.shape}
+    counts = {arrays[port.name].shape[:1] for port in present}
+    fixed = {first for first in firsts if isinstance(first, int)}
+    # Samples have one count, and a model that takes a number of them at a time takes it of every input. Where first
+    # axes have no names, counts that differ are a mistake rather than a feed.
+    counted = () not in counts and len(fixed) < 2 and not (fixed and len(firsts) > 1)
+    return not counted or (len(counts) > 1 and None not in firsts)
 
 
 def mismatch(ports: Sequence[Port], arrays: Mapping[str, np.ndarray], where: str) -> InputError:
@@ -54,7 +82,7 @@ def mismatch(ports: Sequence[Port], arrays: Mapping[str, np.ndarray], where: str
     lines += [f"{name} is no input, got {described(array)}" for name, array in arrays.items() if name not in known]
     return InputError(
         f"{where} does not fit the model's inputs. {'; '.join(lines)}.",
-        "The first axis counts samples.",
+        "The first axis counts samples; a file that holds exactly what the model is fed is one sample.",
     )
 
 

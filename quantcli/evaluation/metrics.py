@@ -60,7 +60,8 @@ class Perplexity:
 
     def metrics(self) -> dict[str, float | None]:
         """Perplexity, and its standard error by the delta method."""
-        perplexity, error = exp(self._nll.mean), self._nll.standard_error
+        # Beyond 700 nats a token, the exponential is no float any more.
+        perplexity, error = (exp(self._nll.mean) if self._nll.mean < 700 else inf), self._nll.standard_error
         return {"perplexity": perplexity, "perplexity_se": None if error is None else perplexity * error}
 
 
@@ -110,27 +111,41 @@ def verdict(kl_nats: float) -> str:
 
 
 class Fidelity:
-    """How much of a signal survived: signal to noise over all samples, and the cosine of each."""
+    """How much of a signal survived: signal to noise over all samples, and the cosine of each.
+
+    Values are compared where both are finite. ``not_finite`` counts those of the candidate that are NaN or infinite
+    where the reference's are something else: with one of them, no other figure means anything, and none is given.
+    """
 
     def __init__(self) -> None:
         self._signal = self._noise = 0.0
         self._cosine = Mean()
+        self.not_finite = 0
 
     def add(self, reference: Tensor, candidate: Tensor) -> None:
         """The same output of both models."""
         ours, theirs = reference.double().flatten(), candidate.double().flatten()
+        finite = ours.isfinite() & theirs.isfinite()
+        if not finite.all():
+            same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+            self.not_finite += int((~theirs.isfinite() & ~same).sum())
+            ours, theirs = ours[finite], theirs[finite]
         self._signal += torch.dot(ours, ours).item()
         self._noise += torch.dot(ours - theirs, ours - theirs).item()
         self._cosine.add(cosine(ours, theirs))
 
     @property
     def sqnr_db(self) -> float | None:
-        """Signal to quantization noise; None where the outputs are equal."""
-        return decibels(self._signal, self._noise)
+        """Signal to quantization noise; None where the outputs are equal, or the candidate's are not finite."""
+        return None if self.not_finite else decibels(self._signal, self._noise)
 
     def metrics(self) -> dict[str, float | None]:
-        """Signal to noise, mean cosine and its standard error."""
-        return {"sqnr_db": self.sqnr_db, "cosine": self._cosine.mean, "cosine_se": self._cosine.standard_error}
+        """Signal to noise, mean cosine and its standard error, and how many values are not finite."""
+        counted = {"not_finite": float(self.not_finite)}
+        if self.not_finite:
+            return {"sqnr_db": None, "cosine": None, "cosine_se": None} | counted
+        own = {"sqnr_db": self.sqnr_db, "cosine": self._cosine.mean, "cosine_se": self._cosine.standard_error}
+        return own | counted
 
 
 def cosine(one: Tensor, other: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from math import isfinite
 
 import torch
 
@@ -26,7 +27,9 @@ LAYERWISE_SAMPLES, LAYERWISE_LENGTH = 8, 128
 
 def model_row(source: ModelSource, index: int, score: Scorer) -> ModelRow:
     """A model's row of the report."""
-    row = source.row(index, score.metrics())
+    # What outputs that are not finite make of a metric is no number.
+    found = {name: value if value is None or isfinite(value) else None for name, value in score.metrics().items()}
+    row = source.row(index, found)
     row.details = score.details()
     return row
 

@@ -14,6 +14,7 @@ METRICS = {
     "cosine": ("Cosine", "{:.5f}"),
     "cosine_min": ("Worst cosine", "{:.5f}"),
     "sqnr_db": ("SQNR", "{:.1f} dB"),
+    "not_finite": ("Not finite", "{:,.0f}"),
 }
 
 

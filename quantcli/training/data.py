@@ -116,6 +116,8 @@ def _is_masked(inputs: Mapping[str, np.ndarray]) -> bool:
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Samples along the first axis, filled up with zeros, which a mask means as padding, along the second."""
+    if len(arrays) == 1:  # perhaps a scalar
+        return arrays[0]
     if len({array.shape[1:] for array in arrays}) > 1:
         longest = max(array.shape[1] for array in arrays)
         arrays = [np.pad(array, ((0, 0), (0, longest - array.shape[1]))) for array in arrays]

@@ -217,7 +217,9 @@ def test_fidelity_reports_the_worst_output_and_reads_probabilities() -> None:
     assert metrics["kl_nats"] == pytest.approx(0.25 * math.log(2))
     assert metrics["argmax_agreement"] == 0
     assert metrics["sqnr_db"] == pytest.approx(10 * math.log10(0.375 / 0.125))
-    assert score.details()["outputs"]["hidden"] == {"sqnr_db": None, "cosine": 1.0, "cosine_se": None}
+    assert score.details()["outputs"]["hidden"] == {
+        "sqnr_db": None, "cosine": 1.0, "cosine_se": None, "not_finite": 0.0,
+    }  # fmt: skip
 
 
 def quantized_pair(place: Path) -> None:

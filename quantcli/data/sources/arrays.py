@@ -44,18 +44,19 @@ class ArraySource:
         self._starts = [0]
         self._files = list(files)
         labelled = []
-        batch: int | None = None
+        batches = set[int | None]()
         for file in files:
             opened = self._open(file)
             self._starts.append(self._starts[-1] + opened.count)
             labelled.append(opened.labels is not None)
-            batch = fixed_batch_of(ports, opened.forms, str(file))
+            batches.add(fixed_batch_of(ports, opened.forms, str(file)))
         if not self._starts[-1]:
             raise InputError(f"{given} holds no samples: its arrays are empty.")
         if len(set(labelled)) > 1:
             missing = files[labelled.index(False)]
             raise InputError(f"{missing} has no labels, and others in {given} do.")
-        self.labels, self.fixed_batch = labelled[0], batch
+        # Files that are fed as they are cannot be stacked with others.
+        self.labels, self.fixed_batch = labelled[0], 1 if 1 in batches else batches.pop()
 
     def _open(self, path: Path) -> _Opened:
         return _Opened(ArrayFile(path, self._ports), self._ports, single=self._single)
@@ -86,7 +87,9 @@ class _Opened:
         self.forms = layouts(ports, file.arrays, where, single=single)
         if len({form == "single" for form in self.forms.values()}) > 1:
             raise mismatch(ports, file.arrays, where)
-        counts = {name: 1 if form == "single" else len(file.arrays[name]) for name, form in self.forms.items()}
+        counts = {
+            name: 1 if form in ("single", "whole") else len(file.arrays[name]) for name, form in self.forms.items()
+        }
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise InputError(f"{where} has different numbers of samples: {listed}.", "The first axis counts samples.")
@@ -100,7 +103,12 @@ class _Opened:
         inputs = {}
         for port in (port for port in self._ports if port.name in self.forms):
             array, form = self._file.arrays[port.name], self.forms[port.name]
-            entry = {"rows": lambda a: a[index : index + 1], "entries": lambda a: a[index], "single": lambda a: a[None]}
+            entry = {
+                "rows": lambda a: a[index : index + 1],
+                "entries": lambda a: a[index],
+                "single": lambda a: a[None],
+                "whole": lambda a: a,
+            }
             inputs[port.name] = converted(entry[form](array), port, where)
         self._file.release()
         return Sample(inputs, None if self.labels is None else int(self.labels[index]))

@@ -79,7 +79,7 @@ def evenly(available: int, wanted: int | None) -> Sequence[int]:
 
 def fixed_batch_of(ports: Sequence[Port], forms: Mapping[str, Layout], where: str) -> int | None:
     """How many samples a model takes at a time, as its inputs' first dimensions say; None: any number."""
-    if "entries" in forms.values():
+    if "entries" in forms.values() or "whole" in forms.values():
         return 1
     fixed = batch_sizes(ports)
     if len(fixed) > 1:
@@ -91,5 +91,11 @@ def fixed_batch_of(ports: Sequence[Port], forms: Mapping[str, Layout], where: st
 
 
 def batch_sizes(ports: Sequence[Port]) -> set[int]:
-    """The numbers that inputs have for a first dimension, of those whose first dimension is a number."""
-    return {port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], int)}
+    """The numbers of samples that inputs take: those they have for a first dimension, where none of these is free.
+
+    Where one is free, it is that one which counts samples: a fixed one beside it is a state's layers, or the like.
+    """
+    firsts = [port.shape[0] for port in ports if port.shape]
+    fixed = {first for first in firsts if isinstance(first, int)}
+    # A single one is the same for any number of samples only where the model is fed one.
+    return fixed if all(isinstance(first, int) for first in firsts) or fixed == {1} else set()

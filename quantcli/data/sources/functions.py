@@ -91,11 +91,12 @@ class FunctionSource:
             if "entries" in forms.values() or len({form == "single" for form in forms.values()}) > 1:
                 raise mismatch(self._ports, arrays, where)
             single = "single" in forms.values()
+            whole = "whole" in forms.values()
             counts = {1 if single or not array.ndim else len(array) for array in arrays.values()}
             sizes = batch_sizes(self._ports)
             present = (port for port in self._ports if port.name in forms)
             inputs = {port.name: converted(arrays[port.name], port, where) for port in present}
-            if len(counts) > 1:
+            if whole or len(counts) > 1:
                 # First axes that differ count no samples: this is one whole feed.
                 self.fixed_batch = 1
                 yield Sample(inputs, None if labels is None else int(labels_of(np.reshape(labels, -1), 1, where)[0]))

@@ -19,6 +19,7 @@ NAME = "fidelity"
 METRICS = ()
 CANDIDATE_METRICS = (
     "sqnr_db", "cosine", "cosine_se", "kl_nats", "kl_nats_se", "argmax_agreement", "argmax_agreement_se",
+    "not_finite",
 )  # fmt: skip
 DEFAULT_SAMPLES: int | None = 64
 LOADING: dict[str, bool] = {}
@@ -36,6 +37,9 @@ _LEAST_PROBABILITY = 1e-12
 
 class Fidelity:
     """Every floating-point output against the reference's, without labels.
+
+    ``not_finite`` counts values that are NaN or infinite in the candidate alone: then the other metrics are None, so
+    that no gate on them passes.
 
     KL divergence and argmax agreement are taken of outputs that hold class scores: those named ``logits``,
     those whose rows are probabilities, and tables of one row per sample whose name does not say that they
@@ -55,7 +59,7 @@ class Fidelity:
             if not ours.size:
                 continue
             self._fidelity.setdefault(name, metrics.Fidelity()).add(torch.from_numpy(ours), torch.from_numpy(theirs))
-            if is_classes(name, ours):
+            if is_classes(name, ours) and np.isfinite(theirs).all() and np.isfinite(ours).all():
                 probable = is_distribution(ours)
                 scores = (_logits(each, probable=probable) for each in (ours, theirs))
                 self._divergence.setdefault(name, metrics.Divergence()).add(*scores)
@@ -66,8 +70,11 @@ class Fidelity:
 
     def metrics(self) -> Metrics:
         """Of every metric the worst output's."""
-        worst: Metrics = {}
         rows = [self._of(name) for name in self._fidelity]
+        broken = sum(each.not_finite for each in self._fidelity.values())
+        worst: Metrics = {"not_finite": float(broken)} if rows else {}
+        if broken:
+            return {metric: None for row in rows for metric in row} | worst
         for metric, sign in (("sqnr_db", 1), ("cosine", 1), ("kl_nats", -1), ("argmax_agreement", 1)):
             having = [(sign * value, index) for index, row in enumerate(rows) if (value := row.get(metric)) is not None]
             if having:

@@ -20,6 +20,9 @@ def eval_tables(report: Report) -> list[Table]:
     """Models side by side; then layers, worst first; then gates."""
     known = dict.fromkeys([*METRICS, *(name for model in report.models for name in model.metrics)])
     present = [name for name in known if is_shown(name) and any(name in model.metrics for model in report.models)]
+    # Worth a column only where there are such values.
+    if not any(model.metrics.get("not_finite") for model in report.models):
+        present = [name for name in present if name != "not_finite"]
     columns = ("Model", "Scheme", "Size", "Ratio", *(metric_label(name) for name in present))
     names, folder = short_names(report.models)
     rows = []

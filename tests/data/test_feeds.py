@@ -1,0 +1,144 @@
+"""Models with scalar inputs, states and first axes that count no samples: every command takes their feeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import quantcli
+from quantcli.core.ports import Port
+from quantcli.data.request import DataRequest
+from quantcli.data.samples import batches, load_samples
+from quantcli.data.sources.base import batch_sizes
+from quantcli.errors import InputError
+from quantcli.models.session import Session
+
+FLOAT, INT = np.dtype(np.float32), np.dtype(np.int64)
+
+
+def ports(*shapes: tuple[Any, ...]) -> list[Port]:
+    return [Port(f"p{number}", FLOAT, shape) for number, shape in enumerate(shapes)]
+
+
+def folder(place: Path, *files: dict[str, np.ndarray]) -> Path:
+    place.mkdir()
+    for number, arrays in enumerate(files):
+        np.savez(place / f"{number}.npz", **arrays)  # type: ignore[arg-type]
+    return place
+
+
+def sample_shapes(data: Path, inputs: list[Port]) -> list[list[tuple[int, ...]]]:
+    samples = load_samples(DataRequest(str(data)), inputs, folder=None)
+    return [[array.shape for array in feeds.values()] for feeds, _ in batches(samples, 4)]
+
+
+def array(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "shapes", "expected"),
+    [
+        (ports(("n", 4), (2, "n", 4), ()), [(1, 4), (2, 1, 4), ()], [(1, 4), (2, 1, 4), ()]),
+        (ports((3, 4), (6, 5)), [(3, 4), (6, 5)], [(3, 4), (6, 5)]),
+        (ports(("n", 4), (2, 4)), [(2, 4), (2, 4)], [(2, 4), (2, 4)]),
+        (ports(()), [()], [()]),
+    ],
+)
+def test_a_file_of_a_folder_that_fits_exactly_is_one_feed(
+    tmp_path: Path, inputs: list[Port], shapes: list[tuple[int, ...]], expected: list[tuple[int, ...]]
+) -> None:
+    feeds = {f"p{number}": array(*shape) for number, shape in enumerate(shapes)}
+    assert sample_shapes(folder(tmp_path / "d", feeds, feeds), inputs) == [expected, expected]
+
+
+def test_samples_along_first_axes_stay_samples(tmp_path: Path) -> None:
+    feeds = {"p0": array(5, 4), "p1": array(5, 3)}
+    data = folder(tmp_path / "d", feeds)
+    assert sample_shapes(data, ports(("n", 4), ("n", 3))) == [[(4, 4), (4, 3)], [(1, 4), (1, 3)]]
+    fixed = folder(tmp_path / "f", {"p0": array(4, 4)}, {"p0": array(4, 4)})
+    assert sample_shapes(fixed, ports((2, 4))) == [[(2, 4)]] * 4
+
+
+def test_which_first_dimension_counts_samples() -> None:
+    assert batch_sizes(ports((4, 3), (4, 2))) == {4}
+    assert batch_sizes(ports(("n", 3), (2, "n", 2))) == set()
+    assert batch_sizes(ports((3, 3), (6, 2))) == {3, 6}
+
+
+def stateful(path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Gather", ["state", "zero"], ["s"], axis=0),
+        helper.make_node("Add", ["x", "s"], ["a"]),
+        helper.make_node("MatMul", ["a", "w"], ["z"]),
+        helper.make_node("Cast", ["rate"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["z", "f"], ["y"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64]),
+        helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, "n", 64]),
+        helper.make_tensor_value_info("rate", TensorProto.INT64, []),
+    ]
+    weights = {"zero": np.array(0), "w": generator.standard_normal((64, 96)).astype(np.float32)}
+    constants = [numpy_helper.from_array(values, name) for name, values in weights.items()]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 96])
+    graph = helper.make_graph(nodes, "graph", inputs, [output], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def test_a_state_and_a_scalar_in_every_command(tmp_path: Path) -> None:
+    model, generator = stateful(tmp_path / "m.onnx"), np.random.default_rng(1)
+    files = [
+        {
+            "x": generator.standard_normal((1, 64)).astype(np.float32),
+            "state": generator.standard_normal((2, 1, 64)).astype(np.float32),
+            "rate": np.array(16000),
+        }
+        for _ in range(6)
+    ]
+    data = folder(tmp_path / "data", *files)
+    quantcli.calibrate(model, data=data, output=tmp_path / "stats.safetensors")
+    report = quantcli.convert(model, tmp_path / "o.onnx", scheme="int8-static", data=data)
+    assert report.details["outputs"]["samples"] == 6
+    found = quantcli.evaluate(model, [tmp_path / "o.onnx"], data=data).models[1].metrics
+    before, after = (
+        np.concatenate([Session(path).run(each)["y"] for each in files]).astype(np.float64)
+        for path in (model, tmp_path / "o.onnx")
+    )
+    assert found["sqnr_db"] == pytest.approx(10 * np.log10(np.square(before).sum() / np.square(before - after).sum()))
+    stacked = {"x": "x", "state": "state", "rate": "rate"}
+    np.savez(tmp_path / "all.npz", **{name: np.stack([each[key] for each in files]) for name, key in stacked.items()})
+    again = quantcli.evaluate(model, [tmp_path / "o.onnx"], data=tmp_path / "all.npz").models[1].metrics
+    assert again["sqnr_db"] == pytest.approx(found["sqnr_db"])
+
+
+@pytest.mark.parametrize("scheme", ["int8-static", "int8", "int4"])
+def test_a_fixed_number_of_samples(tmp_path: Path, scheme: str) -> None:
+    generator = np.random.default_rng(0)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, columns])]
+        for name, columns in (("x", 64), ("y", 96))
+    )
+    weights = [numpy_helper.from_array(generator.standard_normal((64, 96)).astype(np.float32), "w")]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=generator.standard_normal((40, 64)).astype(np.float32))
+    algorithm = "gptq" if scheme == "int4" else None
+    report = quantcli.convert(
+        tmp_path / "m.onnx", tmp_path / "o.onnx", scheme=scheme, algorithm=algorithm, data=tmp_path / "d.npz"
+    )
+    assert report.details["outputs"]["samples"] == 8
+
+
+def test_what_fits_in_no_way_is_listed(tmp_path: Path) -> None:
+    data = folder(tmp_path / "d", {"p0": array(3, 5), "p1": array(6, 5)})
+    with pytest.raises(InputError, match="p0: float32 3 x 4 is expected, got float32 3 x 5"):
+        sample_shapes(data, ports((3, 4), (6, 5)))
