@@ -230,7 +230,7 @@ def _as_loaded(plan: Plan, checkpoint: Checkpoint, loader: Loader, *, data: bool
     if loader == Loader():
         return plan
     if carried:
-        return replace(plan, loader=replace(loader, leave={}, unpacked=frozenset()))
+        return replace(plan, loader=replace(loader, leave={}, unpacked=frozenset(), weights_only=frozenset()))
     return for_target(resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=data, loader=loader))
 
 

@@ -42,6 +42,7 @@ class Loader:
     - ``modules``: modules of the file that it calls otherwise. ``absent``: linear modules that no tensor fills.
     - ``leave``: reasons, by tensor, why it would not run codes.
     - ``unpacked``: weights whose codes it takes only under the weight's own name.
+    - ``weights_only``: weights that it runs only with inputs as they are.
     - ``wide``: tensors that it keeps in float32 whatever the model's dtype is.
     """
 
@@ -50,6 +51,7 @@ class Loader:
     absent: tuple[str, ...] = ()
     leave: Mapping[str, str] = field(default_factory=dict)
     unpacked: frozenset[str] = frozenset()
+    weights_only: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
 
 

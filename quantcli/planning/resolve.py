@@ -263,6 +263,8 @@ class _Resolver:
             scheme = scheme.with_group_size(size)
         elif wanted and not self.recipe.rules:
             raise no_groups(label, scheme)
+        if info.name in self.loader.weights_only and scheme.inputs is not None:
+            scheme, note = replace(scheme, inputs=None), "inputs as they are, since transformers joins experts"
         self._check_combination(scheme)
         if info.name in self.loader.unpacked:
             unpacked = replace(scheme, unpacked=True)

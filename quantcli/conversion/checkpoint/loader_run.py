@@ -51,12 +51,7 @@ def prove(request: dict[str, Any]) -> dict[str, Any]:
             comparison.call_others()
             comparison.compare_joined()
     reached, called, joined = comparison.counts
-    ran: dict[str, Any] = {
-        "layers": reached + called + joined,
-        "by_forward": reached,
-        "by_themselves": called,
-        "joined": joined,
-    }
+    ran: dict[str, Any] = {"by_forward": reached, "by_themselves": called, "joined": joined}
     if comparison.error:
         ran["forward"] = f"no forward pass with made-up inputs, of the original either: {comparison.error}"
     return answer | {"ran": ran, "problems": comparison.problems}
@@ -86,9 +81,9 @@ class _Comparison:
         modules = dict(model.named_modules())
         self.layers = {}
         for name in quantized.weights:
-            module = modules.get(loaded.get(name, "").rpartition(".")[0])
-            if module is not None:
-                self.layers[name] = module
+            module, _, leaf = loaded.get(name, "").rpartition(".")
+            if leaf == "weight" and module in modules:
+                self.layers[name] = modules[module]
         self.joined = {name: joined[name] for name in quantized.weights if name in joined}
         self.problems: list[str] = []
         self.error: str | None = None

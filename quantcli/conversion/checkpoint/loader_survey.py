@@ -53,6 +53,7 @@ class _Survey:
         self.loaded, self.joined, self.unknown = self._names()
         self.leave: dict[str, str] = {}
         self.unpacked: list[str] = []
+        self.weights_only: list[str] = []
 
     def answer(self) -> dict[str, Any]:
         """All findings."""
@@ -73,6 +74,7 @@ class _Survey:
             "absent": self._absent(),
             "leave": self.leave,
             "unpacked": self.unpacked,
+            "weights_only": self.weights_only,
             "wide": self._wide(),
             "loaded": {name: loaded for name, loaded in self.loaded.items() if name in self.coded},
             "joined": {name: place for name, place in self.joined.items() if name in self.coded},
@@ -119,8 +121,8 @@ class _Survey:
                 self.leave[name] = f"{self.name} of transformers has no such weight, carried over as it is"
             elif name in self.joined:
                 expert = how["role"] in ("expert", "experts")
-                if expert and how["inputs"]:
-                    self.leave[name] = "transformers joins the experts of a layer, and runs none with quantized inputs"
+                if expert and how["inputs"] and self.request["format"] == "compressed-tensors":
+                    self.weights_only.append(name)
                 elif not expert or self.request["format"] != "compressed-tensors":
                     self.leave[name] = "transformers joins it with other weights or splits it as it loads"
             elif self._linear(name) is None:

@@ -51,6 +51,7 @@ class RuntimeCheck:
         self._answers: dict[str, Any] = {}
         self._rehearsed: dict[str, Any] = {}
         self._not_run: str | None = None
+        self._other = "int8" if plan.format == "bitsandbytes" else "nf4"
         # Where the child imports what it needs, this process goes on.
         self._service = None if self._skipped else Service({"OMP_NUM_THREADS": str(usable_cores())})
         if self._service:
@@ -80,6 +81,7 @@ class RuntimeCheck:
             tuple(answer["absent"]),
             answer["leave"],
             frozenset(answer["unpacked"]),
+            frozenset(answer["weights_only"]),
             frozenset(answer["wide"]),
         )
 
@@ -146,8 +148,8 @@ class RuntimeCheck:
             raise InputError(
                 f"transformers {self._rehearsed.get('transformers', '')} would not run the result: "
                 f"{'; '.join(problems[:4])}.".replace("transformers  ", "transformers "),
-                hint="--skip the layers it names, choose another --scheme such as int8-dynamic or nf4, or --target "
-                "vllm if that is meant.",
+                hint=f"--skip the layers it names, choose another --scheme such as {self._other}, or --target vllm if "
+                "that is meant.",
             )
 
     def _survey_request(self, plan: Plan) -> dict[str, Any]:

@@ -113,8 +113,9 @@ def _runtime_text(runtime: Mapping[str, Any]) -> str:
         ran = runtime["ran"]
         parts = [(ran["by_forward"], ""), (ran["by_themselves"], "called by themselves"), (ran["joined"], "joined")]
         odd = ", ".join(f"{count} {how}" for count, how in parts if count and how)
-        text = f"transformers {runtime['transformers']} runs {counted_text(ran['layers'], 'quantized layer')} of "
-        text += f"{runtime['class']} as the codes say" + (f" ({odd})" if odd else "")
+        layers = counted_text(sum(count for count, _ in parts), "quantized layer")
+        text = f"transformers {runtime['transformers']} runs {layers} of {runtime['class']} as the codes say"
+        text += f" ({odd})" if odd else ""
         return f"{text}; {ran['forward']}" if "forward" in ran else text
     if runtime["checked"] and "not_run" in runtime:
         names = f"transformers {runtime['transformers']} finds every weight of {runtime['class']}"
