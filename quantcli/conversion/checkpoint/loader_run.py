@@ -44,9 +44,9 @@ def prove(request: dict[str, Any]) -> dict[str, Any]:
     comparison = _Comparison(model.eval(), quantized, request["loaded"], request["joined"])
     with torch.no_grad():
         comparison.run()
-        if comparison.error and _runs(comparison, request["original"]):
+        if comparison.error and (reason := _why_it_should_run(comparison, request["original"])):
             broken = f" in {comparison.broken}" if comparison.broken else ""
-            comparison.problems.insert(0, f"it does not run{broken}: {comparison.error}")
+            comparison.problems.insert(0, f"it does not run{broken} ({comparison.error}), {reason}")
         elif not comparison.problems:
             comparison.call_others()
             comparison.compare_joined()
@@ -57,12 +57,27 @@ def prove(request: dict[str, Any]) -> dict[str, Any]:
     return answer | {"ran": ran, "problems": comparison.problems}
 
 
-def _runs(comparison: _Comparison, original: str) -> bool:
-    """Whether the original runs on one of the inputs that the artifact does not run on."""
+def _why_it_should_run(comparison: _Comparison, original: str) -> str | None:
+    """What of the original runs on inputs that the artifact does not run on; None where nothing does."""
+    dtype = comparison.model.dtype
     comparison.model = None
     gc.collect()
     model, _ = load(original, original, None)
-    for inputs in candidates(model) if model is not None else ():
+    if model is None:
+        return None
+    if model.dtype != dtype and _runs(model):
+        # A module's conversion changes it in place.
+        name = str(dtype).removeprefix("torch.")
+        return _AS_ORIGINAL if _runs(model.to(dtype)) else _WIDE.format(name)
+    return _AS_ORIGINAL if _runs(model) else None
+
+
+_AS_ORIGINAL = "and the original does"
+_WIDE = "and neither does the original in {}: --rest keep leaves what is not quantized as it is"
+
+
+def _runs(model: Any) -> bool:
+    for inputs in candidates(model):
         try:
             model(**inputs)
         except Exception:
