@@ -23,9 +23,22 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         model = build(request["folder"], request["dtype"])
+        _patch(model, request["format"])
     except Exception as error:
         return {"error": first_line(error)}
     return _Survey(model, request).answer()
+
+
+def _patch(model: Any, method: str) -> None:
+    """Put layers in place of fused experts where transformers does so for this quantization."""
+    import torch
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as PATCHES
+
+    for name, module in list(model.named_modules()):
+        patch = PATCHES.get(type(module).__name__)
+        if patch is not None and method in [each.value for each in patch["quantization_methods"]]:
+            with torch.device("meta"):
+                model.set_submodule(name, patch["module_name"](model.config.get_text_config()).eval())
 
 
 def build(folder: str, dtype: str) -> Any:
@@ -76,6 +89,7 @@ class _Survey:
             "unpacked": self.unpacked,
             "weights_only": self.weights_only,
             "wide": self._wide(),
+            "split": self._split(),
             "loaded": {name: loaded for name, loaded in self.loaded.items() if name in self.coded},
             "joined": {name: place for name, place in self.joined.items() if name in self.coded},
         }
@@ -129,6 +143,35 @@ class _Survey:
                 module = self.modules.get(self.loaded[name].rpartition(".")[0])
                 kind = type(module).__name__
                 self.leave[name] = f"{kind} of transformers, which {self.request['format']} does not replace"
+
+    def _split(self) -> dict[str, list[dict[str, Any]]]:
+        """Fused experts of the file that the library holds as layers, and which part of them each layer is."""
+        found = {}
+        for name in self.unknown:
+            shape, (path, _, leaf) = self.request["tensors"][name], name.rpartition(".")
+            # The file's path to the experts is the library's own here, but for what it puts in front.
+            inside = [key for key in self.modules if f".{path}".endswith(f".{key}") or key.endswith(f".{path}")]
+            experts = self.modules[max(inside, key=len)] if len(shape) == 3 and inside else None
+            children = list(experts.children()) if experts is not None else []
+            if not children or len(children) != shape[0]:
+                continue
+            if not all(hasattr(child, each) for child in children for each in leaves):
+                continue
+            rows, columns = getattr(children[0], leaves[0]).weight.shape
+            turned = [columns, rows * len(leaves)] == list(shape[1:])
+            if turned or [rows * len(leaves), columns] == list(shape[1:]):
+                found[name] = [
+                    {
+                        "name": f"{path}.{expert}.{each}.weight",
+                        "expert": expert,
+                        "first": rows * index,
+                        "shape": [rows, columns],
+                        "turned": turned,
+                    }
+                    for expert in range(len(children))
+                    for index, each in enumerate(leaves)
+                ]
+        return found
 
     def _absent(self) -> list[str]:
         """Linear layers that no tensor of the file fills, such as a pooler that only the class has."""

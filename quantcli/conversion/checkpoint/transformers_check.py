@@ -16,6 +16,7 @@ from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.split_experts import SplitExperts
 from quantcli.conversion.checkpoint.layout import Layout
 from quantcli.core.dtypes import TORCH_NAMES
 from quantcli.errors import InputError
@@ -65,6 +66,18 @@ class RuntimeCheck:
         """End it, and release what it holds."""
         if self._service:
             self._service.stop()
+
+    def as_layers(self) -> Checkpoint | None:
+        """The checkpoint with its experts one by one, where it fuses them and the library runs codes only so."""
+        split = self._result().get("split")
+        if not split:
+            return None
+        self._checkpoint = SplitExperts(self._checkpoint, split)
+        return self._checkpoint
+
+    def ask(self, plan: Plan) -> None:
+        """Ask again, of another plan."""
+        self._start("loader_survey:survey", self._survey_request(plan))
 
     def survey(self) -> Loader:
         """What the library makes of names and layers; nothing where it is not asked, or has no such model."""
@@ -164,7 +177,7 @@ class RuntimeCheck:
         }
         return {
             "folder": str(self._checkpoint.folder),
-            "tensors": [layer.info.name for layer in plan.layers if not layer.dropped],
+            "tensors": {layer.info.name: layer.info.shape for layer in plan.layers if not layer.dropped},
             "coded": coded,
             "format": plan.format,
             "dtype": TORCH_NAMES[plan.dtype],

@@ -44,7 +44,7 @@ def surveyed(folder: Path, scheme: str) -> tuple[Plan, dict[str, Any]]:
         for layer in plan.layers
         if layer.has_codes and layer.scheme
     }
-    names = [layer.info.name for layer in plan.layers]
+    names = {layer.info.name: layer.info.shape for layer in plan.layers}
     request = {"folder": str(folder), "tensors": names, "coded": coded, "format": plan.format, "dtype": "bfloat16"}
     return plan, survey(request)
 
