@@ -63,13 +63,14 @@ def _why_it_should_run(comparison: _Comparison, original: str) -> str | None:
     comparison.model = None
     gc.collect()
     model, _ = load(original, original, None)
-    if model is None:
+    if model is None or not _runs(model):
         return None
-    if model.dtype != dtype and _runs(model):
-        # A module's conversion changes it in place.
-        name = str(dtype).removeprefix("torch.")
-        return _AS_ORIGINAL if _runs(model.to(dtype)) else _WIDE.format(name)
-    return _AS_ORIGINAL if _runs(model) else None
+    if model.dtype != dtype:
+        del model
+        gc.collect()
+        model, _ = load(original, original, None, dtype)
+    runs = model is not None and _runs(model)
+    return _AS_ORIGINAL if runs else _WIDE.format(str(dtype).removeprefix("torch."))
 
 
 _AS_ORIGINAL = "and the original does"

@@ -153,6 +153,7 @@ class _Survey:
             inside = [key for key in self.modules if f".{path}".endswith(f".{key}") or key.endswith(f".{path}")]
             experts = self.modules[max(inside, key=len)] if len(shape) == 3 and inside else None
             children = list(experts.children()) if experts is not None else []
+            leaves = ["gate_proj", "up_proj"] if leaf == "gate_up_proj" else [leaf]
             if not children or len(children) != shape[0]:
                 continue
             if not all(hasattr(child, each) for child in children for each in leaves):

@@ -225,7 +225,7 @@ def load_names(request: dict[str, str]) -> dict[str, Any]:
     return answer
 
 
-def load(artifact: str, original: str, device: str | None) -> tuple[Any, dict[str, Any]]:
+def load(artifact: str, original: str, device: str | None, dtype: Any = None) -> tuple[Any, dict[str, Any]]:
     """In the child: the loaded artifact, and what transformers found wrong with it that is right in the original."""
     import transformers
 
@@ -233,7 +233,7 @@ def load(artifact: str, original: str, device: str | None) -> tuple[Any, dict[st
     problems: list[str] = []
     model, after = None, None
     try:
-        model, after = _loading_info(artifact, device)
+        model, after = _loading_info(artifact, device, dtype)
         answer["class"] = type(model).__name__
     except Exception as error:
         problems = [first_line(error)]
@@ -249,13 +249,14 @@ def load(artifact: str, original: str, device: str | None) -> tuple[Any, dict[st
     return model, answer | {"problems": problems}
 
 
-def _loading_info(folder: str, device: str | None) -> tuple[Any, dict[str, Any]]:
+def _loading_info(folder: str, device: str | None, dtype: Any = None) -> tuple[Any, dict[str, Any]]:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     named = getattr(transformers, (config.architectures or [""])[0], None)
     loader = named or transformers.AutoModel
     options = {"device_map": device} if device else {}
+    options |= {"dtype": dtype} if dtype else {}
     model, info = loader.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
     return model, {kind: {_name(entry) for entry in info.get(kind, ())} for kind in _KINDS}
 
