@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import tempfile
 from math import prod
 from pathlib import Path
@@ -127,7 +128,7 @@ class RuntimeCheck:
             request = {"artifact": str(artifact), "original": str(self._checkpoint.folder), "threads": usable_cores()}
             request |= {"loaded": self._answers.get("loaded", {}), "joined": self._answers.get("joined", {})}
             self._start("loader_run:prove", request)
-            answer = self._result()
+            answer = self._result(running=True)
             self._refuse(answer.pop("problems", []))
             self._rehearsed |= answer
         if self._skipped or not self._rehearsed:
@@ -138,13 +139,16 @@ class RuntimeCheck:
         assert self._service is not None
         self._service.start(f"{_HERE}.{function}", request)
 
-    def _result(self) -> dict[str, Any]:
+    def _result(self, *, running: bool = False) -> dict[str, Any]:
         """The answer to the last request; empty where there is none, and then nothing more is asked."""
         if self._skipped or self._service is None:
             return {}
         try:
             answer = self._service.result(TIMEOUT_SECONDS)
         except ChildFailedError as error:
+            if running and error.status is not None and error.status < 0 and error.status != -signal.SIGKILL:
+                name = signal.Signals(-error.status).name
+                self._refuse([f"it crashes as a forward pass is computed ({name})"])
             took = f"transformers took over {TIMEOUT_SECONDS} s"
             self._skip(took if error.status is None else f"the check ended with status {error.status}")
             return {}
@@ -184,7 +188,9 @@ class RuntimeCheck:
         }
 
     def _reason_not_to_run(self, plan: Plan, layout: Layout) -> str | None:
-        """Why the artifact is not run, or None."""
+        """Why the artifact is not run, or None; empty where no layer has codes, and nothing is to be proven by that."""
+        if not any(layer.has_codes for layer in plan.layers):
+            return ""
         if self._verify == "codes":
             return "--verify codes"
         # Codes are unpacked as the first input comes, and a layer is decoded in float32 beside that.
