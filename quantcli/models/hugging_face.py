@@ -123,7 +123,7 @@ def build_model(path: Path) -> nn.Module:
         if named is not None:
             return named._from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
         return transformers.AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         reason = first_line(error)
         raise InputError(f"transformers {transformers.__version__} cannot build {path}: {reason}") from error
 
@@ -219,11 +219,37 @@ def is_causal(path: Path) -> bool:
     return any("CausalLM" in str(name) or str(name).endswith("LMHeadModel") for name in architectures)
 
 
+#: What configurations call the number of positions that a model knows.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+_LONGEST_TABLE = 1 << 14
+
+
 def longest_sequence(path: Path) -> int:
-    """Tokens a model can take, as its config.json says; 512 where it does not."""
+    """Tokens a model can take, as its config.json says and its class counts them; 512 where neither does."""
     config = load_json(require_folder(path) / "config.json")
-    longest = config.get("max_position_embeddings") or config.get("n_positions")
-    return longest if isinstance(longest, int) and longest > 0 else 512
+    nested = config.get("text_config")
+    known = [section.get(key) for section in (config, nested) if isinstance(section, dict) for key in _POSITIONS]
+    longest = next((value for value in known if isinstance(value, int) and value > 0), 512)
+    # Only a learned table can be short of places, which a long one is not, and only one with a place for padding.
+    learned = longest <= _LONGEST_TABLE and config.get("pad_token_id") is not None
+    return longest - _places_of_padding(path, longest) if learned else longest
+
+
+def _places_of_padding(path: Path, positions: int) -> int:
+    """Of a table of positions, the first places that no token takes: RoBERTa counts from behind its padding."""
+    try:
+        with torch.device("meta"):
+            model = build_model(path)
+    except InputError:
+        return 0  # a class that transformers does not know has nothing to look at, and is refused where it must run
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    padded = [
+        place
+        for module in model.modules()
+        if isinstance(place := getattr(module, "padding_idx", None), int) and module is not words
+        if isinstance(table := getattr(module, "weight", None), Tensor) and len(table) == positions
+    ]
+    return max(padded) + 1 if padded else 0
 
 
 def pooling_of(path: Path) -> str:
