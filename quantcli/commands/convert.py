@@ -205,8 +205,11 @@ def _convert_checkpoint(
 
 def _planned(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tuple[Checkpoint, Plan, Work | None]:
     """What is read of a checkpoint, what becomes of it, and the work where its codes are carried over."""
-    if not is_quantized(stored) or dequantizes(recipe):
-        checkpoint = decoded_view(stored) if is_quantized(stored) else stored
+    checkpoint: Checkpoint | None = stored
+    if is_quantized(stored):
+        decoded = decoded_view(stored) if recipe.scheme is not None else None
+        checkpoint = decoded if dequantizes(recipe) or (decoded and decoded.is_read_only) else None
+    if checkpoint is not None:
         return checkpoint, for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=data)), None
     work = prepare_repacking(stored, recipe, data=data)
     return work.checkpoint, for_target(work.plan), work

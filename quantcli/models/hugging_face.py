@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.decoded import DecodedCheckpoint, decoded_checkpoint
 from quantcli.checkpoint.hugging_face import load_json
-from quantcli.checkpoint.quantized import open_quantized, section_of
+from quantcli.checkpoint.quantized import FLOATS, section_of
 from quantcli.errors import InputError, MissingExtraError
 from quantcli.system.text import first_line
 
@@ -53,10 +53,9 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
     method = section.get("quant_method")
     plain = None
     if (decoded and method) or _needs_decoding(section):
-        quantized = open_quantized(open_checkpoint(path))
-        if not decoded and any(weight.scheme.inputs for weight in quantized.weights.values()):
+        plain = decoded_checkpoint(open_checkpoint(path))
+        if not decoded and plain.quantizes_inputs:
             raise InputError(f"{path} has asymmetric weights beside quantized inputs, and such a model cannot be run.")
-        plain = DecodedCheckpoint(quantized)
     for needed, extra in {
         "compressed-tensors": ("compressed_tensors", "hf"),
         "bitsandbytes": ("bitsandbytes", "bnb"),
@@ -88,7 +87,7 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
 
 def _needs_decoding(section: Mapping[str, Any]) -> bool:
     """Whether transformers 5.23 loads codes of this kind only with what cannot be had on a CPU, or not as they are."""
-    if section.get("quant_method") in ("gptq", "awq"):
+    if section.get("quant_method") in ("gptq", "awq", *FLOATS):
         return True
     groups = (section.get("config_groups") or {}).values()
     return any((group.get("weights") or {}).get("symmetric") is False for group in groups)
