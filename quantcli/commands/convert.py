@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantcli.checkpoint.hugging_face import neighbours
 from quantcli.checkpoint.quantized import is_quantized
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
@@ -178,6 +179,8 @@ def _convert_checkpoint(
     started = time.monotonic()
     source, function = _weights_of(model, weights)
     checkpoint, plan, work = _planned(open_checkpoint(source), recipe, data=request is not None)
+    if checkpoint.folder:
+        checkpoint.warnings += neighbours(checkpoint.folder, checkpoint.files).warnings
     if not dry_run:
         check_target(output, checkpoint.folder or source, force=force)
     if request is not None:
