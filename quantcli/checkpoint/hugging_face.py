@@ -33,6 +33,21 @@ _COMPANION_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|README)", re.IGNOR
 _WEIGHT_INDEX = re.compile(r"\.index\.json$")
 
 
+#: What a diffusers pipeline lists its components in, and what each of its own models is stored as.
+PIPELINE_INDEX = "model_index.json"
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+
+
+def is_diffusers(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config.json is that of a diffusers model."""
+    return config is not None and "_class_name" in config and "_diffusers_version" in config
+
+
+def weights_stem(config: Mapping[str, Any] | None) -> str:
+    """What the library that loads a folder calls its file of weights, without the suffix."""
+    return DIFFUSERS_STEM if is_diffusers(config) else "model"
+
+
 def companions(folder: Path) -> Iterator[Path]:
     """Files of a model folder that travel with its weights: configuration, tokenizer, licence, text.
 

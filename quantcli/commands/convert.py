@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.hugging_face import neighbours
 from quantcli.checkpoint.quantized import is_quantized
+from quantcli.commands.convert_pipeline import convert_pipeline, is_pipeline
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
 from quantcli.conversion.checkpoint.repack import decoded_view, prepare_repacking
@@ -176,6 +178,22 @@ def _convert_checkpoint(
     force: bool,
     progress: Progress | None,
 ) -> Report:
+    if is_pipeline(Path(model)):
+        if request is not None:
+            raise UsageError(
+                f"{model} is a diffusers pipeline, which is not calibrated from data.", "Leave out --data."
+            )
+        one = partial(
+            _convert_checkpoint, recipe=recipe, request=None, weights=weights, device=device, threads=threads,
+            max_memory=max_memory, force=force, progress=progress,
+        )  # fmt: skip
+        return convert_pipeline(
+            Path(model),
+            output,
+            lambda source, place, planned: one(str(source), place, dry_run=planned),
+            dry_run=dry_run,
+            force=force,
+        )
     started = time.monotonic()
     source, function = _weights_of(model, weights)
     checkpoint, plan, work = _planned(open_checkpoint(source), recipe, data=request is not None)
