@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-<<<<<<< HEAD
 from dataclasses import replace
-=======
 from functools import partial
->>>>>>> h-sources
 from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -194,7 +191,7 @@ def _convert_checkpoint(
             )
         one = partial(
             _convert_checkpoint, recipe=recipe, request=None, weights=weights, device=device, threads=threads,
-            max_memory=max_memory, force=force, progress=progress,
+            max_memory=max_memory, verify=verify, force=force, progress=progress,
         )  # fmt: skip
         return convert_pipeline(
             Path(model),
