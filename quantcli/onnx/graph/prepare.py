@@ -61,6 +61,8 @@ def prepare(model: OnnxModel, *, fold: bool = True, without: Collection[str] = (
         except _STUMBLES as error:
             raise InputError(f"{model.path} is not a consistent ONNX graph: {first_line(error)}") from error
         common.RemoveInitializersFromInputsPass()(graph_model)
+        # Initializers that are no inputs came with this version.
+        graph_model.ir_version = max(graph_model.ir_version or 0, 4)
         take_in(graph_model, SMALL_BYTES)
         failed = _first_failure(graph_model, {name: step for name, step in steps.items() if name not in left_out})
         if failed is None:

@@ -174,6 +174,16 @@ def test_masks_are_not_written_out(mask: list[onnx.NodeProto]) -> None:
     assert nbytes(after) <= nbytes(opened(proto).ir) + 8192
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.bool_])
+def test_codes_and_masks_are_not_made_floats(dtype: type) -> None:
+    codes = np.arange(64 * 64).reshape(64, 64).astype(dtype)
+    nodes = [
+        node("Cast", ["q"], ["f"], to=1), node("Mul", ["f", "s"], ["w"]), node("MatMul", ["x", "w"], ["y"]),
+    ]  # fmt: skip
+    proto = model(nodes, {"x": ["n", 64]}, {"y": None}, {"q": codes, "s": np.float32(0.1)})
+    assert nbytes(kept(proto, {"x": normal(3, 64)})) == codes.nbytes + 4
+
+
 def test_a_table_that_is_the_heads_matrix_is_one() -> None:
     table = normal(300, 64)
     nodes = [
