@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.decoded import decoded_checkpoint
 from quantcli.checkpoint.quantized import is_quantized, open_quantized
 from quantcli.conversion.onnx.equivalence import simplified, upgraded
 from quantcli.conversion.onnx.repack import CheckpointCodes
@@ -105,6 +105,8 @@ def _without_newer(plan: GraphPlan, opset: int, error: InputError, file: Path) -
 
 def _quantized(checkpoint: Checkpoint, recipe: Recipe) -> tuple[CheckpointCodes | None, dict[str, Any]]:
     """The codes of a quantized checkpoint, unless they are to be values again; and where they come from."""
-    quantized = open_quantized(checkpoint)
-    origin = DecodedCheckpoint(quantized).origin() | {"sha256": checkpoint.sha256()}
-    return None if dequantizes(recipe) else CheckpointCodes(checkpoint, quantized, recipe), origin
+    decoded = decoded_checkpoint(checkpoint)
+    origin = decoded.origin() | {"sha256": checkpoint.sha256()}
+    if dequantizes(recipe) or (decoded.is_read_only and recipe.scheme is not None):
+        return None, origin
+    return CheckpointCodes(checkpoint, open_quantized(checkpoint), recipe), origin
