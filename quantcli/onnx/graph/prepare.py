@@ -98,7 +98,7 @@ def _first_failure(model: ir.Model, steps: Mapping[str, Callable[[ir.Model], obj
 
 
 def _turn_weights(model: ir.Model) -> None:
-    """Take Transposes of a matrix that nobody else reads into it; the turned one is made when it is read."""
+    """Take Transposes of a matrix that nobody else reads into it, or of a table; it is turned when it is read."""
     import onnx_ir as ir
 
     for node in list(model.graph):
@@ -106,13 +106,24 @@ def _turn_weights(model: ir.Model) -> None:
         tensor = constant(value)
         if value is None or output is None or tensor is None or value.graph is not model.graph:
             continue
-        if len(value.uses()) != 1 or value.is_graph_output() or output.is_graph_output() or len(tensor.shape) != 2:
+        if value.is_graph_output() or output.is_graph_output() or len(tensor.shape) != 2:
+            continue
+        others = [use for use in value.uses() if use.node is not node]
+        # A table is stored as it is looked up in; what multiplies by it turns it.
+        if others and not any(is_standard(reader, "Gather") for reader in output.consumers()):
             continue
         shape = ir.Shape(tensor.shape.numpy()[::-1])
         value.const_value = ir.LazyTensor(partial(_turned, tensor), dtype=tensor.dtype, shape=shape, name=value.name)
         value.shape = shape
         output.replace_all_uses_with(value)
-        model.graph.remove(node, safe=True)
+        if not others:
+            model.graph.remove(node, safe=True)
+            continue
+        output.shape = ir.Shape(tensor.shape.numpy())
+        for reader, index in others:
+            reader.replace_input_with(index, output)
+        model.graph.remove(node)
+        model.graph.insert_before(model.graph[0], node)
 
 
 def _turned(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

@@ -196,6 +196,19 @@ def test_a_table_that_is_the_heads_matrix_is_one() -> None:
     assert nbytes(after) == table.nbytes
 
 
+def test_a_head_whose_matrix_is_looked_up_in_is_stored_as_a_table() -> None:
+    matrix = normal(64, 300)
+    nodes = [
+        node("Transpose", ["e"], ["t"], perm=[1, 0]), node("Gather", ["t", "ids"], ["h"]),
+        node("MatMul", ["h", "e"], ["y"]),
+    ]  # fmt: skip
+    proto = model(nodes, {"ids": ["n"]}, {"y": None}, {"e": matrix})
+    proto.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
+    after = kept(proto, {"ids": np.array([3, 299, 0])})
+    assert nbytes(after) == matrix.nbytes
+    assert next(each for each in after.graph if each.op_type == "Gather").inputs[0].is_initializer()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_that_fails_is_left_out(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(graph: ir.Model) -> None:
