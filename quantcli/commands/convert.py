@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantcli.checkpoint.hugging_face import neighbours
 from quantcli.checkpoint.quantized import is_quantized
+from quantcli.commands.convert_pipeline import convert_pipeline, is_pipeline
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
 from quantcli.conversion.checkpoint.repack import decoded_view, prepare_repacking
@@ -185,9 +188,27 @@ def _convert_checkpoint(
     force: bool,
     progress: Progress | None,
 ) -> Report:
+    if is_pipeline(Path(model)):
+        if request is not None:
+            raise UsageError(
+                f"{model} is a diffusers pipeline, which is not calibrated from data.", "Leave out --data."
+            )
+        one = partial(
+            _convert_checkpoint, recipe=recipe, request=None, weights=weights, device=device, threads=threads,
+            max_memory=max_memory, verify=verify, force=force, progress=progress,
+        )  # fmt: skip
+        return convert_pipeline(
+            Path(model),
+            output,
+            lambda source, place, planned: one(str(source), place, dry_run=planned),
+            dry_run=dry_run,
+            force=force,
+        )
     started = time.monotonic()
     source, function = _weights_of(model, weights)
     checkpoint, plan, work = _planned(open_checkpoint(source), recipe, data=request is not None)
+    if checkpoint.folder:
+        checkpoint.warnings += neighbours(checkpoint.folder, checkpoint.files).warnings
     if not dry_run:
         check_target(output, checkpoint.folder or source, force=force)
     from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
@@ -232,8 +253,11 @@ def _convert_checkpoint(
 
 def _planned(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tuple[Checkpoint, Plan, Work | None]:
     """What is read of a checkpoint, what becomes of it, and the work where its codes are carried over."""
-    if not is_quantized(stored) or dequantizes(recipe):
-        checkpoint = decoded_view(stored) if is_quantized(stored) else stored
+    checkpoint: Checkpoint | None = stored
+    if is_quantized(stored):
+        decoded = decoded_view(stored) if recipe.scheme is not None else None
+        checkpoint = decoded if dequantizes(recipe) or (decoded and decoded.is_read_only) else None
+    if checkpoint is not None:
         return checkpoint, for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=data)), None
     work = prepare_repacking(stored, recipe, data=data)
     return work.checkpoint, for_target(work.plan), work

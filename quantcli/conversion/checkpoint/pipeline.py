@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
-from quantcli.checkpoint.hugging_face import companions
+from quantcli.checkpoint.hugging_face import neighbours
 from quantcli.conversion.checkpoint.layout import Layout
 from quantcli.conversion.staging import Staging
 from quantcli.core.manifest import Manifest, ManifestLayer
@@ -176,11 +176,11 @@ class Conversion:
         return {"tensors": len(layers), "codes": "equal", "names_and_shapes": "as planned"}
 
     def _write_companions(self, out: Path) -> None:
-        """Config and tokenizer files; what describes the weights is rewritten, the rest copied."""
+        """All that lies beside the weights; what describes them is rewritten, the rest copied."""
         folder = self.checkpoint.folder
         if folder is None:
             return
-        for relative in companions(folder):
+        for relative in neighbours(folder, self.checkpoint.files).copied:
             destination = out / relative
             destination.parent.mkdir(parents=True, exist_ok=True)
             if relative.as_posix() not in _OF_WEIGHTS:
