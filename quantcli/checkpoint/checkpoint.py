@@ -160,6 +160,12 @@ def _open(path: Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} is an adapter (it has an adapter_config.json): a change to another model, and no model.",
+            "Merge it into its base model first: peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
+            ".merge_and_unload().save_pretrained(MERGED), then convert MERGED.",
+        )
     for name in _FOLDER_ENTRIES:
         entry = folder / name
         if entry.is_file():
