@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import os
@@ -64,8 +65,10 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
         if method == needed and not plain:
             _require(extra[0], extra[1], f"Loading {path} ({needed})")
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    if headed:
-        loader = getattr(transformers, (config.get("architectures") or [""])[0], loader)
+    if headed or (causal and _reads_more_than_text(config)):
+        loader = named_class(config) or loader
+    elif not causal and _is_bare(config):
+        loader = named_class(config) or loader  # T5EncoderModel, say, for which AutoModel makes a decoder
     try:
         with quiet():
             options = {"dtype": torch.float32, "output_loading_info": True}
@@ -77,10 +80,11 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
         reason = first_line(error)
         raise InputError(f"transformers {transformers.__version__} cannot load {path}: {reason}") from error
     missing = [name for name in info["missing_keys"] if not any(part in name for part in HARMLESS_WHEN_MISSING)]
+    missing = sorted(set(missing) - computed_tables(model, missing).keys())
     if missing:
         raise InputError(
             f"{path} lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
-            f"{', '.join(sorted(missing)[:3])}.",
+            f"{', '.join(missing[:3])}.",
             hint="Choose another --task, or repair the model.",
         )
     return model.eval()
@@ -90,6 +94,9 @@ def _needs_decoding(section: Mapping[str, Any]) -> bool:
     """Whether transformers 5.23 loads codes of this kind only with what cannot be had on a CPU, or not as they are."""
     if section.get("quant_method") in ("gptq", "awq"):
         return True
+    if section.get("quant_method") == "bitsandbytes":
+        # bitsandbytes computes in 16 bits, and only some classes, with some shapes, on this processor.
+        return section.get("bnb_4bit_quant_type") == "nf4" and bool(section.get("load_in_4bit"))
     groups = (section.get("config_groups") or {}).values()
     return any((group.get("weights") or {}).get("symmetric") is False for group in groups)
 
@@ -121,11 +128,54 @@ def build_model(path: Path) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         named = getattr(transformers, (config.architectures or [""])[0], None)
         if named is not None:
-            return named._from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
-        return transformers.AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
+            model = named._from_config(config, dtype=torch.float32)
+        else:
+            model = transformers.AutoModel.from_config(config, dtype=torch.float32)
+        _disable_caches(model.config)
+        return model  # type: ignore[no-any-return]
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
         reason = first_line(error)
         raise InputError(f"transformers {transformers.__version__} cannot build {path}: {reason}") from error
+
+
+def _disable_caches(config: Any) -> None:
+    """Turn off key-value caches of a configuration and of all that are nested in it, where each part looks."""
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    for name in getattr(config, "sub_configs", None) or {}:
+        if (nested := getattr(config, name, None)) is not None:
+            _disable_caches(nested)
+
+
+def named_class(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that a config.json names; None where there is none of that name."""
+    return getattr(_transformers(), (config.get("architectures") or [""])[0], None)
+
+
+def computed_tables(model: nn.Module, missing: Iterable[str]) -> dict[str, Tensor]:
+    """Values of those of the ``missing`` parameters that a class computes, such as a table of sinusoids.
+
+    Checkpoints need not hold these. Such a parameter is an embedding's, and is initialized to the same values, not all
+    one, whatever was there before, and whatever the random numbers.
+    """
+    initialize = getattr(model, "_init_weights", None)
+    found: dict[str, Tensor] = {}
+    for name in missing if initialize else ():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if not isinstance(module, nn.Embedding) or leaf != "weight":
+            continue
+        tries = []
+        for seed in range(2):
+            twin = copy.copy(module)
+            twin._parameters = {leaf: nn.Parameter(torch.full(tuple(module.weight.shape), float(seed)))}
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(seed)
+                initialize(twin)  # type: ignore[misc]
+            tries.append(twin.weight.detach().float())
+        if torch.equal(*tries) and bool((tries[0] != tries[0].reshape(-1)[0]).any()):
+            found[name] = tries[0]
+    return found
 
 
 def parameter_names(model: nn.Module, tensors: Iterable[str]) -> dict[str, str | None]:
@@ -137,12 +187,9 @@ def parameter_names(model: nn.Module, tensors: Iterable[str]) -> dict[str, str |
     if not hasattr(model, "base_model_prefix"):
         return {name: name for name in tensors}
     _transformers()
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import rename_source_key
 
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    renamings, converters = _renamings(model)
     prefix, known = model.base_model_prefix, dict(model.state_dict())
     found: dict[str, str | None] = {}
     for name in tensors:
@@ -152,6 +199,56 @@ def parameter_names(model: nn.Module, tensors: Iterable[str]) -> dict[str, str |
             renamed, merged = (plain, None) if plain in known else (renamed, merged)
         found[name] = None if merged else renamed
     return found
+
+
+def _renamings(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """The rules by which transformers renames a checkpoint's tensors, and those by which it merges or splits them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return renamings, [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+
+
+class MergedExperts:
+    """Which tensors of a checkpoint transformers stacks, one for each expert, into a parameter of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._known: dict[str, Any] = {}
+        if hasattr(model, "base_model_prefix"):
+            _transformers()
+            self._prefix, self._known = model.base_model_prefix, dict(model.state_dict())
+            self._renamings, self._converters = _renamings(model)
+
+    def place(self, tensor: str) -> tuple[str, int, int, str] | None:
+        """The parameter, the expert's number, which of the parts joined by rows it is, and the layer's own name.
+
+        None where the tensor is no expert's, or is put together with others in another way.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        if not self._known:
+            return None
+        plain, _ = rename_source_key(tensor, self._renamings, [], self._prefix, self._known)
+        for rule in self._converters:
+            target, pattern = rename_source_key(tensor, self._renamings, [rule], self._prefix, self._known)
+            if pattern is None:
+                continue
+            steps = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
+            numbers = [(at, part) for at, part in enumerate(plain.split(".")) if part.isdigit()]
+            stacked = steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+            if not stacked or len(rule.target_patterns) > 1 or not numbers or target not in self._known:
+                return None
+            at, number = numbers[-1]
+            leaf = "_".join(plain.removesuffix(".weight").split(".")[at + 1 :])
+            return target, int(number), rule.source_patterns.index(pattern), leaf or "weight"
+        return None
+
+
+def use_plain_experts(model: nn.Module) -> None:
+    """Let a mixture compute one expert after the other, in its class's own code."""
+    model.set_experts_implementation("eager")  # type: ignore[operator]
 
 
 @contextlib.contextmanager
@@ -204,7 +301,10 @@ def require_folder(path: Path) -> Path:
 
 def require_vocabulary(model: nn.Module, ids: Sequence[Any], data: str) -> None:
     """Raise InputError where token ids are none of the model's: the tokenizer belongs to another model."""
-    known = getattr(getattr(model, "config", None), "vocab_size", None)
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "get_text_config", None)
+    config = text_config() if callable(text_config) else config
+    known = getattr(config, "vocab_size", None)
     largest = max((int(each.max()) for each in ids), default=0)
     if isinstance(known, int) and largest >= known:
         raise InputError(
@@ -214,14 +314,50 @@ def require_vocabulary(model: nn.Module, ids: Sequence[Any], data: str) -> None:
 
 
 def is_causal(path: Path) -> bool:
-    """Whether a folder's architecture is a causal language model."""
-    architectures = load_json(require_folder(path) / "config.json").get("architectures") or []
-    return any("CausalLM" in str(name) or str(name).endswith("LMHeadModel") for name in architectures)
+    """Whether a folder's architecture is a causal language model, or holds one that also sees or hears."""
+    config = load_json(require_folder(path) / "config.json")
+    architectures = config.get("architectures") or []
+    return _reads_more_than_text(config) or any(
+        "CausalLM" in str(name) or str(name).endswith("LMHeadModel") for name in architectures
+    )
+
+
+def _reads_more_than_text(config: Mapping[str, Any]) -> bool:
+    """Whether a model continues text that may come with images or sound, of which the text may also be all."""
+    architectures = config.get("architectures") or []
+    towers = any(f"{tower}_config" in config for tower in ("vision", "audio"))
+    speaks = any(str(name).endswith("ForConditionalGeneration") for name in architectures)
+    return towers and speaks and not config.get("is_encoder_decoder") and "input_ids" in config_inputs(config)
+
+
+def _is_bare(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json names a class without a head."""
+    name = str((config.get("architectures") or [""])[0])
+    return name.endswith("Model") and not name.endswith(("LMHeadModel", "HeadsModel"))
+
+
+def config_inputs(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of what the forward of a config.json's class takes, its main input first."""
+    cls = named_class(config)
+    if cls is None:
+        return ("input_ids", "attention_mask", "token_type_ids")
+    main = getattr(cls, "main_input_name", "input_ids")
+    return tuple(dict.fromkeys((main, *inspect.signature(cls.forward).parameters)))
+
+
+def decoder_start(model: nn.Module) -> int | None:
+    """The token that an encoder-decoder's decoder starts from; None for a model of another kind."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    start = getattr(config, "decoder_start_token_id", None)
+    return start if isinstance(start, int) else getattr(config, "bos_token_id", None) or 0
 
 
 def longest_sequence(path: Path) -> int:
     """Tokens a model can take, as its config.json says; 512 where it does not."""
     config = load_json(require_folder(path) / "config.json")
+    config = config.get("text_config") or config
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     return longest if isinstance(longest, int) and longest > 0 else 512
 
