@@ -219,13 +219,11 @@ class BlockEngine:
     ) -> None:
         """See by a batch of one sample which of the blocks' arguments have rows for every sample, and how many."""
         samples = len(next(iter(batch.values())))
-        if samples == 1 or any(len(values) != samples for values in batch.values()):
+        # A later list's arguments come of blocks that are replayed; what they return beside is not split by samples.
+        if before or samples == 1 or any(len(values) != samples for values in batch.values()):
             return
-        for name, chain in chains.items():
-            with ExitStack() as stack:
-                for earlier, finished in before.get(name, ()):
-                    stack.enter_context(finished.replaying(earlier, 0, slice(0, 1)))
-                single = capture.run({key: values[:1] for key, values in batch.items()})
+        single = capture.run({key: values[:1] for key, values in batch.items()})
+        for chain in chains.values():
             pairs = zip(chain.arguments[0], single.arguments, strict=True)
             chain.per_sample = [several.per_sample(one, samples) for several, one in pairs]
 
