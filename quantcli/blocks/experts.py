@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantcli.core.tensors import TensorInfo
-from quantcli.models import hugging_face
+from quantcli.models import stored_parameters
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def take_experts_apart(model: nn.Module, infos: Iterable[TensorInfo]) -> dict[st
     Experts that are put together in another way than one after the other, parts joined by rows, are left as they are.
     """
     pieces: dict[str, list[_Piece]] = {}
-    merged = hugging_face.MergedExperts(model)
+    merged = stored_parameters.MergedExperts(model)
     for info in infos:
         place = merged.place(info.name)
         if place is not None:
@@ -48,7 +48,7 @@ def take_experts_apart(model: nn.Module, infos: Iterable[TensorInfo]) -> dict[st
     for target, found in whole.items():
         names |= _take_apart(model, target, found)
     if names:
-        hugging_face.use_plain_experts(model)
+        stored_parameters.use_plain_experts(model)
     return names
 
 

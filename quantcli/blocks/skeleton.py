@@ -15,7 +15,7 @@ from quantcli.blocks.experts import take_experts_apart
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError
-from quantcli.models import hugging_face
+from quantcli.models import hugging_face, stored_parameters
 
 #: Elements of a tensor that are read at a time.
 _READ_ELEMENTS = 1 << 20
@@ -229,7 +229,7 @@ def _match(
     """
     apart = take_experts_apart(module, infos)
     left = [info.name for info in infos if info.name not in apart]
-    names: dict[str, str | None] = {**hugging_face.parameter_names(module, left), **apart}
+    names: dict[str, str | None] = {**stored_parameters.parameter_names(module, left), **apart}
     by_name = {name: info for info in infos if (name := names[info.name]) is not None}
     tensors = dict(module.named_parameters(remove_duplicate=False))
     twins: dict[int, TensorInfo] = {id(tensors[name]): info for name, info in by_name.items() if name in tensors}
@@ -243,7 +243,7 @@ def _match(
             raise InputError(f"{info.name} has the shape {list(info.shape)}; config.json says {list(parameter.shape)}.")
         else:
             matched[name] = info
-    computed = hugging_face.computed_tables(module, missing)
+    computed = stored_parameters.computed_tables(module, missing)
     missing = [name for name in missing if name not in computed]
     _require(module, missing, [tensor for tensor, parameter in names.items() if parameter is None])
     return matched, {name: by_name[name] for name, _ in module.named_buffers() if name in by_name}, computed

@@ -165,6 +165,7 @@ def convert(
     device: options.Device = "cpu",
     threads: options.Threads = None,
     max_memory: options.MaxMemory = None,
+    verify: options.Verify = None,
     dry_run: options.DryRun = False,
     force: options.Force = False,
 ) -> Outcome:
@@ -198,6 +199,7 @@ def convert(
             tokenizer=tokenizer,
             preprocess=preprocess,
             weights=weights,
+            verify=verify,
             dry_run=dry_run,
             force=force,
             progress=progress,

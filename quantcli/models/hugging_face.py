@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.decoded import DecodedCheckpoint, decoded_checkpoint
 from quantcli.checkpoint.hugging_face import load_json
-from quantcli.checkpoint.quantized import open_quantized, section_of
+from quantcli.checkpoint.quantized import FLOATS, section_of
 from quantcli.errors import InputError, MissingExtraError
+from quantcli.models.stored_parameters import computed_tables
 from quantcli.system.text import first_line
 
 #: Parameters that a checkpoint may lack without its outputs being random.
@@ -54,10 +54,9 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
     method = section.get("quant_method")
     plain = None
     if (decoded and method) or _needs_decoding(section):
-        quantized = open_quantized(open_checkpoint(path))
-        if not decoded and any(weight.scheme.inputs for weight in quantized.weights.values()):
+        plain = decoded_checkpoint(open_checkpoint(path))
+        if not decoded and plain.quantizes_inputs:
             raise InputError(f"{path} has asymmetric weights beside quantized inputs, and such a model cannot be run.")
-        plain = DecodedCheckpoint(quantized)
     for needed, extra in {
         "compressed-tensors": ("compressed_tensors", "hf"),
         "bitsandbytes": ("bitsandbytes", "bnb"),
@@ -92,7 +91,7 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
 
 def _needs_decoding(section: Mapping[str, Any]) -> bool:
     """Whether transformers 5.23 loads codes of this kind only with what cannot be had on a CPU, or not as they are."""
-    if section.get("quant_method") in ("gptq", "awq"):
+    if section.get("quant_method") in ("gptq", "awq", *FLOATS):
         return True
     if section.get("quant_method") == "bitsandbytes":
         # bitsandbytes computes in 16 bits, and only some classes, with some shapes, on this processor.
@@ -133,7 +132,7 @@ def build_model(path: Path) -> nn.Module:
             model = transformers.AutoModel.from_config(config, dtype=torch.float32)
         _disable_caches(model.config)
         return model  # type: ignore[no-any-return]
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         reason = first_line(error)
         raise InputError(f"transformers {transformers.__version__} cannot build {path}: {reason}") from error
 
@@ -150,105 +149,6 @@ def _disable_caches(config: Any) -> None:
 def named_class(config: Mapping[str, Any]) -> Any:
     """The class of transformers that a config.json names; None where there is none of that name."""
     return getattr(_transformers(), (config.get("architectures") or [""])[0], None)
-
-
-def computed_tables(model: nn.Module, missing: Iterable[str]) -> dict[str, Tensor]:
-    """Values of those of the ``missing`` parameters that a class computes, such as a table of sinusoids.
-
-    Checkpoints need not hold these. Such a parameter is an embedding's, and is initialized to the same values, not all
-    one, whatever was there before, and whatever the random numbers.
-    """
-    initialize = getattr(model, "_init_weights", None)
-    found: dict[str, Tensor] = {}
-    for name in missing if initialize else ():
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if not isinstance(module, nn.Embedding) or leaf != "weight":
-            continue
-        tries = []
-        for seed in range(2):
-            twin = copy.copy(module)
-            twin._parameters = {leaf: nn.Parameter(torch.full(tuple(module.weight.shape), float(seed)))}
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(seed)
-                initialize(twin)  # type: ignore[misc]
-            tries.append(twin.weight.detach().float())
-        if torch.equal(*tries) and bool((tries[0] != tries[0].reshape(-1)[0]).any()):
-            found[name] = tries[0]
-    return found
-
-
-def parameter_names(model: nn.Module, tensors: Iterable[str]) -> dict[str, str | None]:
-    """What a model calls the tensors of a checkpoint; None for one that it merges with others, or splits.
-
-    Architectures change in transformers, and published checkpoints do not: it renames tensors as it loads them. The
-    rules are its own.
-    """
-    if not hasattr(model, "base_model_prefix"):
-        return {name: name for name in tensors}
-    _transformers()
-    from transformers.core_model_loading import rename_source_key
-
-    renamings, converters = _renamings(model)
-    prefix, known = model.base_model_prefix, dict(model.state_dict())
-    found: dict[str, str | None] = {}
-    for name in tensors:
-        renamed, merged = rename_source_key(name, renamings, converters, prefix, known)
-        if renamed not in known:
-            plain, _ = rename_source_key(name, [], [], prefix, known)
-            renamed, merged = (plain, None) if plain in known else (renamed, merged)
-        found[name] = None if merged else renamed
-    return found
-
-
-def _renamings(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """The rules by which transformers renames a checkpoint's tensors, and those by which it merges or splits them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    return renamings, [rule for rule in rules if not isinstance(rule, WeightRenaming)]
-
-
-class MergedExperts:
-    """Which tensors of a checkpoint transformers stacks, one for each expert, into a parameter of a model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._known: dict[str, Any] = {}
-        if hasattr(model, "base_model_prefix"):
-            _transformers()
-            self._prefix, self._known = model.base_model_prefix, dict(model.state_dict())
-            self._renamings, self._converters = _renamings(model)
-
-    def place(self, tensor: str) -> tuple[str, int, int, str] | None:
-        """The parameter, the expert's number, which of the parts joined by rows it is, and the layer's own name.
-
-        None where the tensor is no expert's, or is put together with others in another way.
-        """
-        from transformers.core_model_loading import rename_source_key
-
-        if not self._known:
-            return None
-        plain, _ = rename_source_key(tensor, self._renamings, [], self._prefix, self._known)
-        for rule in self._converters:
-            target, pattern = rename_source_key(tensor, self._renamings, [rule], self._prefix, self._known)
-            if pattern is None:
-                continue
-            steps = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
-            numbers = [(at, part) for at, part in enumerate(plain.split(".")) if part.isdigit()]
-            stacked = steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
-            if not stacked or len(rule.target_patterns) > 1 or not numbers or target not in self._known:
-                return None
-            at, number = numbers[-1]
-            leaf = "_".join(plain.removesuffix(".weight").split(".")[at + 1 :])
-            return target, int(number), rule.source_patterns.index(pattern), leaf or "weight"
-        return None
-
-
-def use_plain_experts(model: nn.Module) -> None:
-    """Let a mixture compute one expert after the other, in its class's own code."""
-    model.set_experts_implementation("eager")  # type: ignore[operator]
 
 
 @contextlib.contextmanager
@@ -354,12 +254,37 @@ def decoder_start(model: nn.Module) -> int | None:
     return start if isinstance(start, int) else getattr(config, "bos_token_id", None) or 0
 
 
+#: What configurations call the number of positions that a model knows.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+_LONGEST_TABLE = 1 << 14
+
+
 def longest_sequence(path: Path) -> int:
-    """Tokens a model can take, as its config.json says; 512 where it does not."""
+    """Tokens a model can take, as its config.json says and its class counts them; 512 where neither does."""
     config = load_json(require_folder(path) / "config.json")
-    config = config.get("text_config") or config
-    longest = config.get("max_position_embeddings") or config.get("n_positions")
-    return longest if isinstance(longest, int) and longest > 0 else 512
+    nested = config.get("text_config")
+    known = [section.get(key) for section in (config, nested) if isinstance(section, dict) for key in _POSITIONS]
+    longest = next((value for value in known if isinstance(value, int) and value > 0), 512)
+    # Only a learned table can be short of places, which a long one is not, and only one with a place for padding.
+    learned = longest <= _LONGEST_TABLE and config.get("pad_token_id") is not None
+    return longest - _places_of_padding(path, longest) if learned else longest
+
+
+def _places_of_padding(path: Path, positions: int) -> int:
+    """Of a table of positions, the first places that no token takes: RoBERTa counts from behind its padding."""
+    try:
+        with torch.device("meta"):
+            model = build_model(path)
+    except InputError:
+        return 0  # a class that transformers does not know has nothing to look at, and is refused where it must run
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    padded = [
+        place
+        for module in model.modules()
+        if isinstance(place := getattr(module, "padding_idx", None), int) and module is not words
+        if isinstance(table := getattr(module, "weight", None), Tensor) and len(table) == positions
+    ]
+    return max(padded) + 1 if padded else 0
 
 
 def pooling_of(path: Path) -> str:

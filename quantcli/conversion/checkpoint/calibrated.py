@@ -132,7 +132,7 @@ def _reachable(
         f"The calibration data does not reach {' and '.join(towers)}, which is left unquantized. Calibrate on data "
         "that does, or use an algorithm without data, such as mse."
     )
-    found = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave)
+    found = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave, loader=plan.loader)
     return replace(found, warnings=(*found.warnings, warning)), leave
 
 
@@ -156,7 +156,8 @@ def _observable(
     }
     if not leave:
         return plan
-    found = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave={**left, **leave})
+    every = {**left, **leave}
+    found = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=every, loader=plan.loader)
     return replace(found, warnings=tuple(dict.fromkeys((*found.warnings, *plan.warnings))))
 
 
