@@ -98,6 +98,8 @@ def made_up_feeds(ports: Sequence[Port], size: int, seq_len: int | None, seed: i
     generator = np.random.default_rng(seed)
     found: Arrays = {}
     for port in ports:
+        if port.optional and port.shape is None:
+            continue
         if port.shape is None or port.dtype.kind not in "iufbV":
             raise InputError(f"The model does not tell the shape of its input {port}.", "Give real ones with --data.")
         shape = [_dimension(port, axis, size, seq_len) for axis in range(len(port.shape))]

@@ -54,9 +54,11 @@ def probe(
         try:
             return Probe(**child.result())
         except ChildFailedError as error:
+            reason = error.last_line.removeprefix("quantcli.errors.InputError: ")
+            killed = error.status is not None and error.status < 0
             raise InputError(
-                f"{model} could not be run in a process of its own (status {error.status}): {error.last_line}",
-                "It may have run out of memory.",
+                f"{model} could not be run in a process of its own (status {error.status}): {reason}",
+                "It was killed, which is what happens where memory runs out." if killed else None,
             ) from error
         finally:
             child.stop()
