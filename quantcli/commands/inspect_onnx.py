@@ -25,7 +25,7 @@ def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
     graph = model.ir.graph
     manifest = model.manifest
     infos = [tensor_info(v, model.path) for v in graph.initializers.values() if v.const_value is not None]
-    roles = {value.name: node.op_type for node, value in weighted_nodes(model.ir)}
+    roles = {weight.value.name: node.op_type for node, weight in weighted_nodes(model.ir)}
     sizes, counts = Counter[str](), Counter[str]()
     for info in infos:
         sizes[info.dtype] += info.nbytes

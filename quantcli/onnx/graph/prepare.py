@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from quantcli.errors import InputError
+from quantcli.onnx.graph.casts import keeps_codes, look_through_casts
 from quantcli.onnx.graph.fold import fold_affine
 from quantcli.onnx.graph.model import OnnxModel
 from quantcli.onnx.graph.operands import is_matrix_transpose
@@ -49,11 +50,13 @@ def prepare(model: OnnxModel, *, fold: bool = True) -> ir.Model:
         common.RemoveInitializersFromInputsPass()(graph_model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
         common.IdentityEliminationPass()(graph_model)
+        look_through_casts(graph_model)
         optimizer.fold_constants(
             graph_model,
             onnx_shape_inference=False,
             input_size_limit=_FOLD_LIMIT_BYTES,
             output_size_limit=_FOLD_LIMIT_BYTES,
+            should_fold=keeps_codes,
         )
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
         common.ShapeInferencePass(check_type=False, strict_mode=False)(graph_model)
