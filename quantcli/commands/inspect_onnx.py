@@ -48,6 +48,11 @@ def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
         str(path), "reference", "onnx", manifest.scheme or quantized, None, model.size_bytes, details=details
     )
     report = Report("inspect", [row])
+    if quantized and roles:
+        report.warnings.append(
+            f"The model is quantized in part ({quantized}): {len(roles)} of its weights are in floating point, and "
+            "convert would quantize those alone."
+        )
     if not schemes:
         report.layers = [
             LayerRow(

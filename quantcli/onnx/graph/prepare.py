@@ -14,6 +14,7 @@ from quantcli.onnx.graph.casts import keeps_codes, look_through_casts
 from quantcli.onnx.graph.fold import fold_affine
 from quantcli.onnx.graph.model import OnnxModel
 from quantcli.onnx.graph.operands import is_matrix_transpose
+from quantcli.onnx.graph.products import plain_products
 from quantcli.onnx.graph.values import (
     add_initializer,
     array,
@@ -60,6 +61,7 @@ def prepare(model: OnnxModel, *, fold: bool = True) -> ir.Model:
         )
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
         common.ShapeInferencePass(check_type=False, strict_mode=False)(graph_model)
+        plain_products(graph_model)
         _products_with_bias(graph_model)
         _turn_weights(graph_model)
         if fold:

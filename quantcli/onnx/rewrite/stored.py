@@ -15,8 +15,11 @@ import numpy as np
 from quantcli import algorithms
 from quantcli.core.scheme import Granularity, NumberFormat, Scheme
 from quantcli.core.tensors import QuantizedTensor, Rounding
+from quantcli.onnx.graph.operands import operand_of
 from quantcli.onnx.graph.opset import NARROW_OPSET, QDQ_OPSET
 from quantcli.onnx.graph.values import add_initializer, array, drop_unused, free_name, prepend
+from quantcli.onnx.plan import nbits
+from quantcli.onnx.plan.carriers import carried
 from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.forms import Form
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
@@ -29,13 +32,20 @@ _DTYPES = ("int8", "int4")
 
 
 def _supports(layer: NodePlan, scheme: Scheme) -> str | None:
-    weights = scheme.weights
-    if weights.dtype not in _DTYPES and weights.dtype != "nf4":
-        return f"no {weights.dtype} is stored in a graph"
+    weights, node = scheme.weights, layer.node
+    if weights.dtype not in (*_DTYPES, "nf4") or weights.double_quantized:
+        return f"no {weights.dtype} of this kind is stored in a graph"
     if weights.granularity.kind not in ("channel", "group", "tensor", "block"):
         return f"no scales by {weights.granularity} are stored in a graph"
-    if not any(value is layer.weight for value in layer.node.inputs):
+    operand = operand_of(node)
+    if not isinstance(operand, str) and (reason := nbits.refusal(node, operand, scheme)):
+        # A plain product that the n-bit operators have no such scheme for: then nor has this form.
+        return reason
+    if not any(value is layer.weight for value in node.inputs):
         return "others read its weight behind the same Transpose"
+    for use in layer.weight.uses():
+        if layer.weight not in [each.value for each in carried(use.node)]:
+            return f"its weight also serves {use.node.name or use.node.op_type}, which needs it as it is"
     return "its weight is an output of the model" if layer.weight.is_graph_output() else None
 
 
