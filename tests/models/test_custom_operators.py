@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from support.graphs import model, node
 
 from quantcli.cli.app import main
 from quantcli.models import custom_operators
 from quantcli.models.session import Session
-from tests.support.onnx_models import model, node
 
 #: Counts its calls in a file beside it; onnxruntime takes a null pointer for success.
 _SOURCE = """
