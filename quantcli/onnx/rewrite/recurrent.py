@@ -98,7 +98,7 @@ def _quantized(layer: NodePlan, recurrent: bool) -> _Codes:
     number_format = replace(layer.scheme.weights, granularity=Granularity("channel"), narrow=True)
 
     def run(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-        rows = torch.from_numpy(np.ascontiguousarray(matrix, np.float32))
+        rows = torch.from_numpy(np.array(matrix, np.float32, order="C"))
         tensor = algorithms.rounding(layer.algorithm or "").run(rows, number_format, torch.float32)
         signal, noise = numerics.error_powers(numerics.in_groups(rows, number_format), tensor)
         return np.asarray(tensor.codes), np.asarray(tensor.scale).reshape(-1), signal, noise
