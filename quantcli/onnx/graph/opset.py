@@ -46,6 +46,7 @@ def upgrade(model: ir.Model, opset: int) -> ir.Model:
             model.graph.initializers[name].const_value = tensor
     for name, tensor in weights.items():
         converted.graph.initializers[name].const_value = tensor
+        converted.graph.initializers[name].meta.update(model.graph.initializers[name].meta)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(converted)
     return converted
 

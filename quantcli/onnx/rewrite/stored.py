@@ -16,7 +16,7 @@ from quantcli import algorithms
 from quantcli.core.scheme import Granularity, NumberFormat, Scheme
 from quantcli.core.tensors import QuantizedTensor, Rounding
 from quantcli.onnx.graph.operands import operand_of
-from quantcli.onnx.graph.opset import NARROW_OPSET, QDQ_OPSET
+from quantcli.onnx.graph.opset import NARROW_OPSET
 from quantcli.onnx.graph.values import add_initializer, array, drop_unused, free_name, prepend
 from quantcli.onnx.plan import nbits
 from quantcli.onnx.plan.carriers import carried
@@ -27,6 +27,9 @@ from quantcli.onnx.weights.rows import require_finite, rows_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+#: The operator set from which on Slice takes its bounds as inputs.
+_SLICE_OPSET = 10
 
 _DTYPES = ("int8", "int4")
 
@@ -196,6 +199,6 @@ FORM = Form(
     lambda scheme: scheme.inputs is None and not scheme.weights.is_cast,
     _supports,
     _rewriter,
-    lambda layer: NARROW_OPSET if layer.scheme and layer.scheme.weights.bits == 4 else QDQ_OPSET,
+    lambda layer: NARROW_OPSET if layer.scheme and layer.scheme.weights.bits == 4 else _SLICE_OPSET,
     _substitute,
 )

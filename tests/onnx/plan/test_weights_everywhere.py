@@ -11,6 +11,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantiz
 from support.graphs import model, node, normal
 from support.static_graphs import Converted
 
+from quantcli.commands.calibrate import calibrate
 from quantcli.commands.convert import convert
 from quantcli.commands.inspect_onnx import inspect_onnx
 from quantcli.models.session import Session
@@ -178,8 +179,11 @@ def test_partly_quantized_graphs(tmp_path: Path, kind: str, scheme: str) -> None
     else:
         convert(path, part, scheme=kind, skip=["w2"])
     assert "quantized in part" in " ".join(inspect_onnx(part).warnings)
-    data = tmp_path / "x.npz" if scheme == "int8-static" else None
-    report = convert(part, tmp_path / "o.onnx", scheme=scheme, data=data)
+    ranges = {}
+    if scheme == "int8-static":
+        calibrate(part, data=tmp_path / "x.npz", output=tmp_path / "s.safetensors")
+        ranges = {"calibration": tmp_path / "s.safetensors"}
+    report = convert(part, tmp_path / "o.onnx", scheme=scheme, **ranges)
     assert any("what is quantized stays as it is" in warning for warning in report.warnings)
     codes = {
         each.name: onnx.numpy_helper.to_array(each)
