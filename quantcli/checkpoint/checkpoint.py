@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Protocol
 
-from quantcli.checkpoint.hugging_face import load_json
+from quantcli.checkpoint.hugging_face import DIFFUSERS_STEM, PIPELINE_INDEX, load_json
 from quantcli.checkpoint.safetensors import SafetensorsReader, read_header
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.core.tensors import TensorInfo
@@ -28,6 +28,8 @@ _FOLDER_ENTRIES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    f"{DIFFUSERS_STEM}.safetensors",
+    f"{DIFFUSERS_STEM}.safetensors.index.json",
 )
 
 _OTHER_FORMATS = {
@@ -158,6 +160,12 @@ def _open(path: Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} is an adapter (it has an adapter_config.json): a change to another model, and no model.",
+            "Merge it into its base model first: peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
+            ".merge_and_unload().save_pretrained(MERGED), then convert MERGED.",
+        )
     for name in _FOLDER_ENTRIES:
         entry = folder / name
         if entry.is_file():
@@ -172,6 +180,11 @@ def _open_folder(folder: Path) -> Checkpoint:
         raise InputError(
             f"{folder} holds {len(files)} safetensors files and no index that joins them.",
             hint="Add model.safetensors.index.json, or name one file.",
+        )
+    if (folder / PIPELINE_INDEX).is_file():
+        raise InputError(
+            f"{folder} is a diffusers pipeline, whose models lie in folders of their own.",
+            f"Name one of them, such as {folder / 'transformer'} or {folder / 'unet'}; convert takes the whole, too.",
         )
     if (folder / "config.json").is_file():
         raise InputError(f"{folder} has a config.json but no weights (model.safetensors or pytorch_model.bin).")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.quantized import SECTIONS, QuantizedCheckpoint
+from quantcli.checkpoint.floats import FloatCheckpoint
+from quantcli.checkpoint.quantized import SECTIONS, QuantizedCheckpoint, open_values
 from quantcli.core.tensors import QuantizedTensor, TensorInfo
 
 if TYPE_CHECKING:
@@ -31,15 +32,17 @@ class DecodedCheckpoint(Checkpoint):
     """
 
     def __init__(self, quantized: QuantizedCheckpoint) -> None:
-        original = quantized.checkpoint
-        self.original = original
         self._quantized = quantized
         self._kept: OrderedDict[str, QuantizedTensor] = OrderedDict()
         self._deciding = threading.Lock()
         self._loading: dict[str, threading.Lock] = {name: threading.Lock() for name in quantized.weights}
-        infos = tuple(_in_order(quantized))
+        self._show(quantized.checkpoint, _in_order(quantized), quantized.form.NAME)
+
+    def _show(self, original: Checkpoint, infos: list[TensorInfo], method: str) -> None:
+        """Be the checkpoint that has these tensors in place of the original's."""
+        self.original, self.method = original, method
         super().__init__(
-            original.path, infos, folder=original.folder, metadata=original.metadata, warnings=original.warnings
+            original.path, tuple(infos), folder=original.folder, metadata=original.metadata, warnings=original.warnings
         )
         if self.config is not None:
             self.config = {key: value for key, value in self.config.items() if key not in SECTIONS}
@@ -52,7 +55,17 @@ class DecodedCheckpoint(Checkpoint):
     def origin(self) -> dict[str, Any]:
         """What is known of where the codes come from, for the manifest of what is made of them."""
         made = {key: value for key, value in self.manifest.to_json().items() if key in _ORIGIN}
-        return {"format": self._quantized.form.NAME} | made
+        return {"format": self.method} | made
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether it is in a form that quantcli does not write: its values can be quantized to any scheme."""
+        return self._quantized.is_read_only
+
+    @property
+    def quantizes_inputs(self) -> bool:
+        """Whether the inputs of some layers are quantized as well, which its values do not tell."""
+        return any(weight.scheme.inputs for weight in self._quantized.weights.values())
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -67,6 +80,8 @@ class DecodedCheckpoint(Checkpoint):
         from quantcli.core import numerics
 
         tensor = self._tensor(info.name)
+        if weight.order is not None:
+            return self._in_groups(tensor, weight.order, start, stop)
         if weight.transposed:
             return _blocks(tensor, 0, weight.shape[0]).T[start:stop].contiguous()
         if tensor.number_format.granularity.kind == "block":
@@ -78,6 +93,14 @@ class DecodedCheckpoint(Checkpoint):
         part = QuantizedTensor(codes, tensor.scale[rows], zero_point, tuple(codes.shape), tensor.number_format)
         return numerics.decoded(part)
 
+    def _in_groups(self, tensor: QuantizedTensor, order: TensorInfo, start: int, stop: int) -> Tensor:
+        """Rows of a weight each of whose columns has the scale of its own group."""
+        groups = self.original.read_rows(order, 0, order.rows).long()
+        values = tensor.codes[start:stop].float()
+        if tensor.zero_point is not None:
+            values -= tensor.zero_point[start:stop][:, groups]
+        return values.mul_(tensor.scale[start:stop][:, groups])
+
     def _tensor(self, name: str) -> QuantizedTensor:
         with self._loading[name]:
             with self._deciding:
@@ -88,6 +111,49 @@ class DecodedCheckpoint(Checkpoint):
                 while len(self._kept) > _KEPT:
                     self._kept.popitem(last=False)
             return tensor
+
+
+class DecodedFloats(DecodedCheckpoint):
+    """A checkpoint of scaled floating-point weights seen as an ordinary one, as `DecodedCheckpoint`.
+
+    Nothing is held: values are made of the rows that are asked for.
+    """
+
+    def __init__(self, floats: FloatCheckpoint) -> None:
+        self._floats = floats
+        self._show(floats.checkpoint, floats.infos(), floats.method)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory for rows while they are decoded."""
+        return self._floats.held_bytes
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether it is in a form that quantcli does not write: its values can be quantized to any scheme."""
+        return True
+
+    @property
+    def quantizes_inputs(self) -> bool:
+        """Whether the inputs of some layers are quantized as well; that does not count, since these never were here."""
+        return False
+
+    def read_rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of a tensor; float32 where they are decoded."""
+        if info.name in self._floats.weights:
+            return self._floats.rows(info.name, start, stop)
+        return self.original.read_rows(info, start, stop)
+
+
+def decoded_checkpoint(checkpoint: Checkpoint) -> DecodedCheckpoint:
+    """A quantized checkpoint of any kind that is read, as values. Raises InputError where it is not or is damaged."""
+    found = open_values(checkpoint)
+    if isinstance(found, FloatCheckpoint):
+        return DecodedFloats(found)
+    decoded = DecodedCheckpoint(found)
+    if found.is_read_only:
+        decoded.warnings += (f"The model was quantized before ({found.scheme}): what that cost stays.",)
+    return decoded
 
 
 def _blocks(tensor: QuantizedTensor, start: int, stop: int) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+from quantcli.core.manifest import MANIFEST
 from quantcli.errors import InputError
 
-if TYPE_CHECKING:
-    pass
 MAX_JSON_BYTES = 256 << 20
 
 
@@ -33,17 +33,109 @@ _COMPANION_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|README)", re.IGNOR
 _WEIGHT_INDEX = re.compile(r"\.index\.json$")
 
 
+#: What a diffusers pipeline lists its components in, and what each of its own models is stored as.
+PIPELINE_INDEX = "model_index.json"
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+
+
+def is_diffusers(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config.json is that of a diffusers model."""
+    return config is not None and "_class_name" in config and "_diffusers_version" in config
+
+
+def weights_stem(config: Mapping[str, Any] | None) -> str:
+    """What the library that loads a folder calls its file of weights, without the suffix."""
+    return DIFFUSERS_STEM if is_diffusers(config) else "model"
+
+
 def companions(folder: Path) -> Iterator[Path]:
     """Files of a model folder that travel with its weights: configuration, tokenizer, licence, text.
 
     Relative paths, sorted. Subfolders are searched (sentence-transformers keeps its pooling in one),
     hidden ones and linked ones are not.
     """
+    for path in _visible_files(folder):
+        if _WEIGHT_INDEX.search(path.name):
+            continue
+        if path.suffix.lower() in _COMPANION_SUFFIXES or _COMPANION_NAMES.match(path.name):
+            yield path.relative_to(folder)
+
+
+#: What weights are kept in, by any library.
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".ggml", ".onnx", ".onnx_data",
+    ".tflite", ".mlmodel", ".npz", ".data", ".pte",
+)  # fmt: skip
+#: A subfolder with at least this share of the model's own weights holds another copy of them.
+_COPY_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What lies beside a model's weights: what travels with them, and weights of other kinds that do not."""
+
+    copied: tuple[Path, ...]
+    left: tuple[str, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is left behind, by name."""
+        if not self.left:
+            return ()
+        more = f" and {len(self.left) - 4} more" if len(self.left) > 4 else ""
+        return (f"Left behind, as other weights of the same model: {', '.join(self.left[:4])}{more}.",)
+
+
+def neighbours(folder: Path, weights: Collection[Path]) -> Neighbours:
+    """Everything of a model folder but its ``weights``; relative paths, sorted.
+
+    Files travel whatever they are, and so do the modules that sentence-transformers lists, with weights of their own.
+    Left are other copies of the model's weights (of another library, a training run, an earlier conversion): weights
+    beside the model's, and subfolders that hold as many. Hidden files and folders, and folders that are links, are
+    not looked at.
+    """
+    paths = [PurePosixPath(str(module.get("path") or "")) for module in _listed_modules(folder)]
+    modules = {path.parts[0] for path in paths if path.parts}
+    own = sum(file.stat().st_size for file in weights)
+    files = [path for path in _visible_files(folder) if path not in weights]
+    in_folder: dict[str, list[Path]] = {}
+    copied, left = [], []
+    for path in files:
+        top = path.relative_to(folder).parts[0]
+        if path.parent == folder and _WEIGHT_INDEX.search(path.name):
+            continue
+        if path.parent != folder and top not in modules:
+            in_folder.setdefault(top, []).append(path)
+        elif path.parent == folder and path.suffix.lower() in _WEIGHT_SUFFIXES:
+            left.append(path.name)
+        else:
+            copied.append(path)
+    for top, members in in_folder.items():
+        held = [path for path in members if path.suffix.lower() in _WEIGHT_SUFFIXES]
+        is_copy = sum(path.stat().st_size for path in held) >= max(1, _COPY_SHARE * own)
+        if is_copy or (folder / top / MANIFEST).is_file():
+            left.append(f"{top}/")
+        else:
+            copied += members
+    return Neighbours(tuple(sorted(path.relative_to(folder) for path in copied)), tuple(left))
+
+
+def _listed_modules(folder: Path) -> list[Mapping[str, Any]]:
+    """The parts of a sentence-transformers model, as its modules.json lists them."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return []
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}.") from error
+    return [module for module in listed if isinstance(module, dict)] if isinstance(listed, list) else []
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
         linked = any((folder / parent).is_symlink() for parent in relative.parents if parent.parts)
-        if hidden or linked or not path.is_file() or _WEIGHT_INDEX.search(path.name):
-            continue
-        if path.suffix.lower() in _COMPANION_SUFFIXES or _COMPANION_NAMES.match(path.name):
-            yield relative
+        if not hidden and not linked and path.is_file():
+            yield path

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quantcli import formats
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.floats import FloatCheckpoint, holds_floats
 from quantcli.checkpoint.roles import module_of, quantization_of
 from quantcli.core.dtypes import FLOAT_DTYPES
 from quantcli.core.scheme import Scheme
@@ -26,9 +27,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 READ = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
+#: Kinds of scaled floating-point weights, by the names that their configurations have.
+FLOATS = ("fp8", "fbgemm_fp8", "mxfp4")
 
 #: What config.json tells of codes, now and formerly.
 SECTIONS = ("quantization_config", "compression_config")
+
+#: What the second version of gptq's format is called, which gptqmodel computes with.
+_GPTQ_V2 = "gptq_v2"
 
 #: Tensors of a layer that no longer mean anything without its codes.
 _OF_INPUTS = ("input_scale", "input_zero_point")
@@ -48,6 +54,7 @@ class QuantizedWeight:
     """A weight that is stored as codes: ``shape`` is that of the matrix ``[outputs, inputs]`` that was quantized.
 
     ``parts`` are the tensors that stand for it; ``transposed``: the model itself stores ``[inputs, outputs]``.
+    ``order`` holds the group of each column where groups are not columns side by side (``desc_act``, ``actorder``).
     """
 
     name: str
@@ -55,6 +62,7 @@ class QuantizedWeight:
     scheme: Scheme
     parts: tuple[TensorInfo, ...]
     transposed: bool = False
+    order: TensorInfo | None = None
 
     @property
     def nbytes(self) -> int:
@@ -69,12 +77,25 @@ class QuantizedCheckpoint:
         self.checkpoint, self.form = checkpoint, form
         self._infos = {info.name: info for info in checkpoint.infos()}
         section = section_of(checkpoint.config)
+        versions = (section.get("checkpoint_format"), section.get("format"))
+        self._plain_zeros = form.NAME == "gptq" and _GPTQ_V2 in versions
+        if self._plain_zeros:
+            section = {key: value for key, value in section.items() if key not in ("checkpoint_format", "format")}
+        groups = self._group_indices()
+        hidden = {index.name for index, _ in groups.values()}
+        plain = {name: info for name, info in self._infos.items() if name not in hidden}
         model_type = (checkpoint.config or {}).get("model_type")
         self.weights: dict[str, QuantizedWeight] = {}
-        for name, (shape, scheme) in form.find(self._infos, section, self._load).items():
+        for name, (shape, found) in form.find(plain, section, self._load).items():
+            scheme = self._of_version_2(name, shape, found) if self._plain_zeros else found
             parts = self._parts(name, shape, scheme)
+            index, in_order = groups.get(name.removesuffix("weight"), (None, True))
+            if index is not None:
+                parts = (*(part for part in parts if part != index), index)
+                self._check_groups(name, index, shape, scheme)
             turned = model_type in _CONV1D_MODELS and bool(_CONV1D_LEAF.search(module_of(name)))
-            self.weights[name] = QuantizedWeight(name, shape, scheme, parts, turned and form.carries("conv1d") is None)
+            turned = turned and form.carries("conv1d") is None
+            self.weights[name] = QuantizedWeight(name, shape, scheme, parts, turned, None if in_order else index)
         if not self.weights:
             raise InputError(
                 f"{checkpoint.path} is declared as {form.NAME}, but holds no weight of a kind that is read."
@@ -85,6 +106,48 @@ class QuantizedCheckpoint:
                     f"{info.name} belongs to no weight that is whole.",
                     "The file is damaged, or in a form that is not known.",
                 )
+
+    def _group_indices(self) -> dict[str, tuple[TensorInfo, bool]]:
+        """The groups of columns where they have an order of their own, by module; and whether they have it after all.
+
+        gptq lists groups for every weight, and those in order are checked by the format itself.
+        """
+        import torch
+
+        found = {}
+        for name, info in self._infos.items():
+            stem, mark, _ = name.rpartition("g_idx")
+            if not mark or len(info.shape) != 1 or info.dtype not in ("I32", "I64"):
+                continue
+            indices = self._load(name)
+            if stem.endswith("weight_"):
+                # -1 stands for an index that was never filled.
+                found[stem.removesuffix("weight_")] = info, bool((indices < 0).any())
+            elif self.form.NAME == "gptq" and f"{stem}scales" in self._infos:
+                size = max(1, info.rows // max(1, self._infos[f"{stem}scales"].rows))
+                if not bool((indices == torch.arange(info.rows) // size).all()):
+                    found[stem] = info, False
+        return found
+
+    def _check_groups(self, name: str, index: TensorInfo, shape: tuple[int, int], scheme: Scheme) -> None:
+        groups, indices = shape[1] // (scheme.weights.granularity.size or shape[1]), self._load(index.name)
+        if index.shape != (shape[1],) or bool((indices >= groups).any()):
+            raise InputError(
+                f"{index.name} {list(index.shape)} does not give each of {shape[1]} columns of {name} one of {groups} "
+                "groups: the file is damaged."
+            )
+
+    def _of_version_2(self, name: str, shape: tuple[int, int], found: Scheme) -> Scheme:
+        """The scheme of a weight of gptq's version 2, which was read as version 1: zero points are one less."""
+        asymmetric = replace(found, weights=replace(found.weights, symmetric=False))
+        _, zero_point = self.form.decode_scales(name, shape, asymmetric, self._load)
+        symmetric = zero_point is not None and bool((zero_point == 1).all())
+        return replace(found, weights=replace(found.weights, symmetric=symmetric))
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether it is in a form that quantcli does not write: its values can be quantized to any scheme."""
+        return self._plain_zeros or any(weight.order for weight in self.weights.values())
 
     @property
     def rest(self) -> tuple[TensorInfo, ...]:
@@ -120,7 +183,12 @@ class QuantizedCheckpoint:
         import torch
 
         weight = self.weights[name]
-        scale, zero_point = self.form.decode_scales(name, weight.shape, weight.scheme, self._load)
+        scheme = weight.scheme
+        if self._plain_zeros:
+            scheme = replace(scheme, weights=replace(scheme.weights, symmetric=False))
+        scale, zero_point = self.form.decode_scales(name, weight.shape, scheme, self._load)
+        if self._plain_zeros and zero_point is not None:
+            zero_point = None if weight.scheme.weights.symmetric else zero_point - 1
         if not bool(torch.isfinite(scale).all()):
             raise InputError(f"The scales of {name} are not finite: the model is damaged.")
         return scale, zero_point
@@ -173,24 +241,65 @@ def section_of(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return next(sections, {})
 
 
-def open_quantized(checkpoint: Checkpoint) -> QuantizedCheckpoint:
-    """List the quantized weights of a quantized checkpoint.
+def open_quantized(checkpoint: Checkpoint, *, as_values: bool = False) -> QuantizedCheckpoint:
+    """List the quantized weights of a quantized checkpoint whose codes are integers, or nf4.
+
+    With ``as_values`` their codes need not be such as another container could hold.
 
     Raises:
         InputError: it is quantized in a way that is not read, or what it holds contradicts itself.
     """
-    method = quantization_of(checkpoint.infos(), checkpoint.config) or "nothing"
-    if method == "gptq or awq":
-        infos = {info.name: info for info in checkpoint.infos()}
-        stem = next(name.removesuffix("qweight") for name in infos if name.endswith("qweight"))
-        packed, scales = infos[f"{stem}qweight"], infos.get(f"{stem}scales")
-        method = "gptq" if scales and scales.shape[-1:] == packed.shape[-1:] else "awq"
+    method = _method_of(checkpoint)
     if method not in READ:
+        if method in FLOATS:
+            raise InputError(
+                f"The model is quantized as {method}, and no other container holds its weights as they are.",
+                "Give a --scheme to quantize their values anew.",
+            )
         raise InputError(
             f"The model is quantized as {method}, which quantcli does not read.",
-            f"Read are {', '.join(READ)}; or start from the original weights.",
+            f"Read are {', '.join((*READ, *FLOATS))}; or start from the original weights.",
         )
-    return QuantizedCheckpoint(checkpoint, formats.quantized_format(method))
+    quantized = QuantizedCheckpoint(checkpoint, formats.quantized_format(method))
+    ordered = [weight for weight in quantized.weights.values() if weight.order]
+    if ordered and not as_values:
+        raise InputError(
+            f"The groups of {ordered[0].name} follow the order of activations (desc_act, actorder), and no other "
+            "container holds them so.",
+            "Give a --scheme to quantize its values anew.",
+        )
+    return quantized
+
+
+def open_values(checkpoint: Checkpoint) -> QuantizedCheckpoint | FloatCheckpoint:
+    """List the quantized weights of a quantized checkpoint of any kind that is read, for their values.
+
+    Raises:
+        InputError: it is quantized in a way that is not read, or what it holds contradicts itself.
+    """
+    return open_floats_of(checkpoint) or open_quantized(checkpoint, as_values=True)
+
+
+def open_floats_of(checkpoint: Checkpoint) -> FloatCheckpoint | None:
+    """The scaled floating-point weights of a quantized checkpoint; None where it is of another kind.
+
+    Raises:
+        InputError: they are scaled in a way that is not read, or what is there contradicts itself.
+    """
+    method = _method_of(checkpoint)
+    if method not in FLOATS and not (method == "compressed-tensors" and holds_floats(checkpoint.infos())):
+        return None
+    return FloatCheckpoint(checkpoint, method, section_of(checkpoint.config))
+
+
+def _method_of(checkpoint: Checkpoint) -> str:
+    method = quantization_of(checkpoint.infos(), checkpoint.config) or "nothing"
+    if method != "gptq or awq":
+        return method
+    infos = {info.name: info for info in checkpoint.infos()}
+    stem = next(name.removesuffix("qweight") for name in infos if name.endswith("qweight"))
+    packed, scales = infos[f"{stem}qweight"], infos.get(f"{stem}scales")
+    return "gptq" if scales and scales.shape[-1:] == packed.shape[-1:] else "awq"
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-from quantcli.core.dtypes import FLOAT_DTYPES
+from quantcli.core.dtypes import FLOAT_DTYPES, SMALL_DTYPES
 from quantcli.core.tensors import TensorInfo
 
 #: Roles whose tensors are weights of a layer that some format can quantize.
@@ -159,8 +159,12 @@ def quantization_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | Non
         leaf = info.name.rpartition(".")[2]
         if leaf in suffixes:
             return suffixes[leaf]
+        if info.dtype == "U8" and leaf.endswith("_blocks"):
+            return "mxfp4"
         if info.dtype.startswith("F8_"):
             return "fp8"
+        if info.dtype in SMALL_DTYPES:
+            return info.dtype
     return None
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.positional import PositionalFile
-from quantcli.core.dtypes import DTYPE_BYTES
+from quantcli.core.dtypes import DTYPE_BYTES, SMALL_DTYPES
 from quantcli.core.tensors import TensorInfo, TensorSpec
 from quantcli.errors import InputError
 
@@ -31,7 +31,7 @@ _MAX_SIZE = 1 << 62
 #: The order of dtypes in which the reference writer lays tensors out, widest first so that all are aligned.
 _DTYPE_ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
-    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+    "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
 )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def _parse_entry(entry: Any) -> tuple[TensorSpec, int, int]:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError("lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in (*DTYPE_BYTES, *SMALL_DTYPES):
         raise ValueError(f"has the unknown dtype {reprlib.repr(dtype)}")
     if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS or prod(max(1, n) for n in shape) >= _MAX_SIZE:
         raise ValueError(f"has the impossible shape {reprlib.repr(shape)}")
@@ -123,8 +123,9 @@ def _parse_entry(entry: Any) -> tuple[TensorSpec, int, int]:
         raise ValueError(f"has the impossible offsets {reprlib.repr(offsets)}")
     begin, end = offsets
     spec = TensorSpec(dtype, tuple(shape))
-    if end - begin != spec.nbytes:
-        raise ValueError(f"spans {end - begin} bytes, but {dtype} {shape} needs {spec.nbytes}")
+    nbytes = -(-prod(shape) * SMALL_DTYPES[dtype] // 8) if dtype in SMALL_DTYPES else spec.nbytes
+    if end - begin != nbytes:
+        raise ValueError(f"spans {end - begin} bytes, but {dtype} {shape} needs {nbytes}")
     return spec, begin, end
 
 
@@ -161,14 +162,27 @@ class SafetensorsReader:
         self._file = PositionalFile(path)
 
     def read_rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a tensor, in its own dtype, shape ``[stop - start, ...]``."""
+        """Rows ``start`` to ``stop`` of a tensor, in its own dtype, shape ``[stop - start, ...]``.
+
+        Raises:
+            InputError: torch has no such dtype.
+        """
+        import torch
+
         from quantcli.core.dtypes import torch_dtype
 
+        try:
+            dtype = torch_dtype(info.dtype)
+        except (KeyError, AttributeError) as error:
+            raise InputError(
+                f"{info.name} in {self._file.path} is {info.dtype}, which torch {torch.__version__} has no dtype for.",
+                "Start from weights of another dtype, or update torch.",
+            ) from error
         row_bytes = info.nbytes // info.rows if info.rows else 0
         offset = self.header.offsets[info.name] + start * row_bytes
         data = self._file.read_tensor(offset, (stop - start) * row_bytes)
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
-        return data.view(torch_dtype(info.dtype)).reshape(shape)
+        return data.view(dtype).reshape(shape)
 
     def close(self) -> None:
         """Release the file."""

@@ -57,6 +57,11 @@ def devices() -> list[str]:
     return ["cpu", "cuda"]
 
 
+def verifications() -> list[str]:
+    """How an artifact is proven by the library that loads it."""
+    return ["codes", "run"]
+
+
 #: The choices of an option, by the name of the parameter.
 CHOICES: dict[str, Callable[[], list[str]]] = {
     "scheme": schemes,
@@ -67,6 +72,7 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
     "method": methods,
     "rest": rests,
     "device": devices,
+    "verify": verifications,
 }
 
 

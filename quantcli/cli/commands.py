@@ -170,6 +170,7 @@ def convert(
     device: options.Device = "cpu",
     threads: options.Threads = None,
     max_memory: options.MaxMemory = None,
+    verify: options.Verify = None,
     dry_run: options.DryRun = False,
     force: options.Force = False,
 ) -> Outcome:
@@ -204,6 +205,7 @@ def convert(
             tokenizer=tokenizer,
             preprocess=preprocess,
             weights=weights,
+            verify=verify,
             dry_run=dry_run,
             force=force,
             progress=progress,

@@ -121,6 +121,15 @@ Target = Annotated[
         text="What is to load it: {choices}; also with ==VERSION.",
     ),
 ]
+Verify = Annotated[
+    Optional[str],
+    _work(
+        "--verify",
+        metavar="HOW",
+        choices="verify",
+        text="How transformers proves a checkpoint: {choices}; by default run where memory allows.",
+    ),
+]
 DryRun = Annotated[bool, _write("--dry-run", text="Plan and report; write nothing.")]
 Force = Annotated[bool, _write("--force", text="Replace an existing output.")]
 

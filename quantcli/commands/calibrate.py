@@ -9,12 +9,12 @@ from pathlib import Path
 from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
 from quantcli.calibration.ranges import DEFAULT_METHOD, METHODS
 from quantcli.calibration.statistics import CalibrationStats
+from quantcli.conversion.onnx.equivalence import simplified
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.errors import InputError, UsageError
 from quantcli.models.source import ModelSource, model_sha256, open_model, source_sha256
 from quantcli.onnx.graph.model import OnnxModel, open_onnx
-from quantcli.onnx.graph.prepare import prepare
 from quantcli.onnx.plan.plan import graph_quantization, observed_tensors
 from quantcli.reporting.report import ModelRow, Report
 from quantcli.system.files import check_target
@@ -80,7 +80,7 @@ def calibrate(
             data, samples=samples, seq_len=seq_len, seed=seed, tokenizer=tokenizer, preprocess=preprocess
         )
         onnx, warnings = _as_onnx(source, Path(scratch), request)
-        graph = prepare(onnx)
+        graph = simplified(onnx)
         names, quantized = observed_tensors(graph), graph_quantization(graph)
         if quantized and not names:
             raise InputError(f"{given} is quantized already ({quantized}).", "Calibrate the model it was made from.")

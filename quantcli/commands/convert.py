@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantcli.checkpoint.hugging_face import neighbours
 from quantcli.checkpoint.quantized import is_quantized
+from quantcli.commands.convert_pipeline import convert_pipeline, is_pipeline
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
 from quantcli.conversion.checkpoint.repack import decoded_view, prepare_repacking
 from quantcli.conversion.checkpoint.rows import conversion_report
 from quantcli.conversion.staging import open_staging
 from quantcli.data.request import DataRequest
-from quantcli.errors import UsageError
+from quantcli.errors import InputError, UsageError
 from quantcli.onnx.graph.model import is_onnx
-from quantcli.planning.plan import Plan
+from quantcli.planning.plan import Loader, Plan
 from quantcli.planning.recipe import Recipe, dequantizes, load_recipe
 from quantcli.planning.resolve import resolve
 from quantcli.planning.steps import training_step
@@ -52,6 +56,7 @@ def convert(
     preprocess: str | Path | None = None,
     weights: str | Path | None = None,
     device: str = "cpu",
+    verify: str | None = None,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -87,6 +92,8 @@ def convert(
         preprocess: a file that says how images become inputs.
         weights: a state dict for a model that is a function; what is quantized where the output is a checkpoint.
         device: where the block at hand runs, and a model is trained: ``cpu`` or ``cuda``.
+        verify: of a checkpoint, ``run`` to have transformers run it beside its decoded codes, ``codes`` to have it
+            look at names and shapes alone; by default run where the model fits into half of the free memory.
         dry_run: plan and report only.
         force: replace an existing output.
         progress: called with bytes (or samples) done and in all, from any thread.
@@ -155,6 +162,7 @@ def convert(
         device=device,
         threads=threads,
         max_memory=max_memory,
+        verify=verify,
         dry_run=dry_run,
         force=force,
         progress=progress,
@@ -171,45 +179,93 @@ def _convert_checkpoint(
     device: str,
     threads: int | None,
     max_memory: int | None,
+    verify: str | None,
     dry_run: bool,
     force: bool,
     progress: Progress | None,
 ) -> Report:
+    if is_pipeline(Path(model)):
+        if request is not None:
+            raise UsageError(
+                f"{model} is a diffusers pipeline, which is not calibrated from data.", "Leave out --data."
+            )
+        one = partial(
+            _convert_checkpoint, recipe=recipe, request=None, weights=weights, device=device, threads=threads,
+            max_memory=max_memory, verify=verify, force=force, progress=progress,
+        )  # fmt: skip
+        return convert_pipeline(
+            Path(model),
+            output,
+            lambda source, place, planned: one(str(source), place, dry_run=planned),
+            dry_run=dry_run,
+            force=force,
+        )
     started = time.monotonic()
     source, function = _weights_of(model, weights)
     checkpoint, plan, work = _planned(open_checkpoint(source), recipe, data=request is not None)
+    if checkpoint.folder:
+        checkpoint.warnings += neighbours(checkpoint.folder, checkpoint.files).warnings
     if not dry_run:
         check_target(output, checkpoint.folder or source, force=force)
-    if request is not None:
-        from quantcli.conversion.checkpoint.calibrated import prepare_calibration
+    from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
 
-        work = prepare_calibration(checkpoint, plan, request, function=function, device=device, memory_limit=max_memory)
-        plan = work.plan
-    layout = plan_layout(plan, checkpoint, output)
-    if dry_run:
-        return conversion_report(checkpoint, output, plan, layout, {}, None, {"dry_run": True})
-    workers = worker_count(plan, checkpoint, threads, max_memory)
-    conversion = Conversion(checkpoint, plan, layout, workers, work, progress)
-    with at_most(threads), open_staging(output) as staging:
-        done = staging.begin(conversion.fingerprint(), force=force)
-        try:
-            written = sum(path.stat().st_size for path in staging.out.rglob("*.safetensors"))
-            require_space(output, layout.nbytes - written)
-            details = conversion.run(staging, done)
-            staging.publish(single_file=layout.single_file)
-        except OSError as error:
-            raise explain(error, output) from error
+    with at_most(threads), RuntimeCheck(plan, checkpoint, verify, max_memory) as check:
+        split = None if work else check.as_layers()
+        if split:
+            if request is not None:
+                raise InputError(
+                    "transformers runs these experts as single layers, and the model to calibrate has them fused.",
+                    "Leave --data out: mse, the default for int4, chooses codes without.",
+                )
+            checkpoint = split
+            plan = for_target(resolve(recipe, checkpoint.infos(), checkpoint.config))
+            check.ask(plan)
+        plan = _as_loaded(plan, checkpoint, check.survey(), data=request is not None, carried=work is not None)
+        if request is not None:
+            from quantcli.conversion.checkpoint.calibrated import prepare_calibration
+
+            work = prepare_calibration(
+                checkpoint, plan, request, function=function, device=device, memory_limit=max_memory
+            )
+            plan = work.plan
+        layout = plan_layout(plan, checkpoint, output)
+        check.rehearse(plan, layout)
+        if dry_run:
+            return conversion_report(checkpoint, output, plan, layout, {}, None, {"dry_run": True})
+        workers = worker_count(plan, checkpoint, threads, max_memory)
+        conversion = Conversion(checkpoint, plan, layout, workers, work, progress, check)
+        with open_staging(output) as staging:
+            done = staging.begin(conversion.fingerprint(), force=force)
+            try:
+                written = sum(path.stat().st_size for path in staging.out.rglob("*.safetensors"))
+                require_space(output, layout.nbytes - written)
+                details = conversion.run(staging, done)
+                staging.publish(single_file=layout.single_file)
+            except OSError as error:
+                raise explain(error, output) from error
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
     return conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
 
 
 def _planned(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tuple[Checkpoint, Plan, Work | None]:
     """What is read of a checkpoint, what becomes of it, and the work where its codes are carried over."""
-    if not is_quantized(stored) or dequantizes(recipe):
-        checkpoint = decoded_view(stored) if is_quantized(stored) else stored
+    checkpoint: Checkpoint | None = stored
+    if is_quantized(stored):
+        decoded = decoded_view(stored) if recipe.scheme is not None else None
+        checkpoint = decoded if dequantizes(recipe) or (decoded and decoded.is_read_only) else None
+    if checkpoint is not None:
         return checkpoint, for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=data)), None
     work = prepare_repacking(stored, recipe, data=data)
     return work.checkpoint, for_target(work.plan), work
+
+
+def _as_loaded(plan: Plan, checkpoint: Checkpoint, loader: Loader, *, data: bool, carried: bool) -> Plan:
+    """The plan with what is known of the library that loads the result; codes that are carried over stay."""
+    if loader == Loader():
+        return plan
+    if carried:
+        return replace(plan, loader=replace(loader, leave={}, unpacked=frozenset(), weights_only=frozenset()))
+    return for_target(resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=data, loader=loader))
 
 
 def goes_to_onnx(model: str | Path, output: Path, format: str | None) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantcli.checkpoint.decoded import DecodedFloats
+from quantcli.checkpoint.quantized import open_floats_of
 from quantcli.checkpoint.roles import classify, original_dtype, quantization_of
 from quantcli.core.dtypes import NUMBER_OF_DTYPE
 from quantcli.errors import InputError
@@ -40,6 +42,7 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
     infos = checkpoint.infos()
     manifest = checkpoint.manifest
     quantized = quantization_of(infos, checkpoint.config)
+    floats = open_floats_of(checkpoint) if quantized else None
     dtype = original_dtype(infos)
     roles = classify(infos, checkpoint.config)
     details: dict[str, Any] = {
@@ -55,7 +58,7 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
         str(checkpoint.path),
         "reference",
         manifest.format or quantized or ("torch" if checkpoint.files[0].suffix != ".safetensors" else "safetensors"),
-        manifest.scheme or (None if quantized else NUMBER_OF_DTYPE.get(dtype, dtype)),
+        manifest.scheme or (floats.scheme if floats else None if quantized else NUMBER_OF_DTYPE.get(dtype, dtype)),
         None,
         checkpoint.size_bytes,
         details=details,
@@ -70,7 +73,8 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
             for info in infos
         ]  # fmt: skip
         return report
-    report.details["schemes"] = [_plan(checkpoint, scheme, report) for scheme in schemes]
+    source = DecodedFloats(floats) if floats else checkpoint
+    report.details["schemes"] = [_plan(source, scheme, report) for scheme in schemes]
     return report
 
 

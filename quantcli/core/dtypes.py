@@ -17,7 +17,11 @@ _NAMES = {
     "BOOL": ("bool", "BOOL", 1), "C64": ("complex64", "COMPLEX64", 8),
     "F8_E4M3": ("float8_e4m3fn", "FLOAT8E4M3FN", 1), "F8_E5M2": ("float8_e5m2", "FLOAT8E5M2", 1),
     "F8_E8M0": ("float8_e8m0fnu", "FLOAT8E8M0", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", "FLOAT8E4M3FNUZ", 1), "F8_E5M2FNUZ": ("float8_e5m2fnuz", "FLOAT8E5M2FNUZ", 1),
 }  # fmt: skip
+
+#: safetensors dtypes of less than a byte, which no tensor of torch has, and bits per element.
+SMALL_DTYPES = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 #: safetensors dtype -> torch's name of it, and the other way.
 TORCH_NAMES = {name: torch_name for name, (torch_name, _, _) in _NAMES.items()}

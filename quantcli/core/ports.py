@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 class Port:
     """A model's input or output: a name, a numpy dtype, and a shape whose free dimensions are names or None.
 
-    ``optional``: data may lack it.
+    ``optional``: data may lack it. ``kind`` says what it is where it is no tensor: a sequence, optional or map.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...] | None
     optional: bool = False
+    kind: str = ""
 
     def __str__(self) -> str:
+        if self.kind:
+            return f"{self.name}: {self.kind}"
         dims = "any shape" if self.shape is None else " x ".join(str(d) if d is not None else "?" for d in self.shape)
         return f"{self.name}: {self.dtype} {dims or 'scalar'}"
 

@@ -82,10 +82,14 @@ class NumberFormat:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a layer's weights, and optionally its inputs, are quantized. ``help`` is a preset's line in lists of them."""
+    """How a layer's weights, and optionally its inputs, are quantized. ``help`` is a preset's line in lists of them.
+
+    ``unpacked``: 8-bit codes take a byte each and the weight's own name, where a container has another form as well.
+    """
 
     weights: NumberFormat
     inputs: NumberFormat | None = None
+    unpacked: bool = False
     help: str = field(default="", compare=False, repr=False)
 
     @property

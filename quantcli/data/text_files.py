@@ -7,31 +7,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli.data.records import KNOWN_KEYS, LABEL_KEYS, ChatText, label_of, plain_chat, text_of, unknown_fields
 from quantcli.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_TEXT_KEYS = ("text", "sentence", "content")
-_LABEL_KEYS = ("label", "labels")
 
 
-def load_labelled_texts(path: Path, *, lines: bool) -> tuple[list[str], list[int] | None]:
+def load_labelled_texts(path: Path, *, lines: bool, chat: ChatText = plain_chat) -> tuple[list[str], list[int] | None]:
     """Texts of a ``.txt``, ``.jsonl`` or ``.parquet`` file, and their labels where they have some.
 
     A ``.txt`` file is one text, or one per line with ``lines``; records of the other kinds are one text
-    each, their field ``text`` (or ``sentence``, ``content``, or the only string there is). Their label is the whole
+    each, of the fields that `quantcli.data.records` knows, a chat as ``chat`` writes it. Their label is the whole
     number in the field ``label`` (or ``labels``).
 
     Raises:
-        InputError: the file is missing, of another kind, empty, or not what its suffix says, or some records have a
-            label and others have none.
+        InputError: the file is missing, of another kind, empty, or not what its suffix says, records have no field
+            that is known to hold text, or some records have a label and others have none.
     """
     if path.suffix not in TEXT_SUFFIXES:
         raise InputError(f"{path} is not text data.", f"DATA here is a file ending in {', '.join(TEXT_SUFFIXES)}.")
     try:
-        found = list(_read(path, lines))
+        found = list(_read(path, lines, chat))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except OSError as error:
@@ -47,46 +46,28 @@ def load_labelled_texts(path: Path, *, lines: bool) -> tuple[list[str], list[int
     return [text for text, _ in found], labels or None
 
 
-def _read(path: Path, lines: bool) -> Iterator[tuple[str, int | None]]:
+def _read(path: Path, lines: bool, chat: ChatText) -> Iterator[tuple[str, int | None]]:
     """Texts and labels, one after the other."""
     if path.suffix == ".txt":
         text = path.read_text(encoding="utf-8")
         yield from ((part, None) for part in (text.splitlines() if lines else [text]))
         return
     if path.suffix == ".parquet":
-        yield from _parquet_texts(path)
+        yield from _parquet_texts(path, chat)
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Only a line feed ends a record: JSON may hold other separators of lines as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}, line {number} is not JSON: {error}.") from error
-        yield _text_of(record, f"{path}, line {number}"), _label_of(record)
+        yield text_of(record, f"{path}, line {number}", chat), label_of(record)
 
 
-def _label_of(record: Any) -> int | None:
-    """The class of a record; None where it has none, such as where it is a name."""
-    label = next((record[key] for key in _LABEL_KEYS if key in record), None) if isinstance(record, dict) else None
-    return label if isinstance(label, int) and not isinstance(label, bool) else None
-
-
-def _text_of(record: Any, where: str) -> str:
-    if isinstance(record, str):
-        return record
-    if isinstance(record, dict):
-        for key in _TEXT_KEYS:
-            if isinstance(record.get(key), str):
-                return str(record[key])
-        strings = [value for value in record.values() if isinstance(value, str)]
-        if len(strings) == 1:
-            return strings[0]
-        raise InputError(f"{where} has no field {' or '.join(_TEXT_KEYS)}; it has {', '.join(record) or 'none'}.")
-    raise InputError(f"{where} is neither a text nor a record.")
-
-
-def _parquet_texts(path: Path) -> Iterator[tuple[str, int | None]]:
+def _parquet_texts(path: Path, chat: ChatText) -> Iterator[tuple[str, int | None]]:
+    """Texts and labels of rows; those without any text are left out."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -94,16 +75,17 @@ def _parquet_texts(path: Path) -> Iterator[tuple[str, int | None]]:
         raise MissingExtraError("pyarrow", "data", "Reading parquet") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        names = [field.name for field in file.schema_arrow if pyarrow.types.is_string(field.type)]
-        chosen = next((key for key in _TEXT_KEYS if key in names), names[0] if len(names) == 1 else None)
-        if chosen is None:
-            raise InputError(f"{path} has no column {' or '.join(_TEXT_KEYS)}; it has {', '.join(names) or 'no text'}.")
-        whole = {field.name for field in file.schema_arrow if pyarrow.types.is_integer(field.type)}
-        label = next((key for key in _LABEL_KEYS if key in whole), None)
-        for batch in file.iter_batches(columns=[chosen, *([label] if label else [])]):
+        names = [field.name for field in file.schema_arrow]
+        # Whatever type strings have (dictionaries, views, those of polars), Python sees the same.
+        wanted = [name for name in names if name in KNOWN_KEYS]
+        if not set(wanted) - set(LABEL_KEYS):
+            raise unknown_fields(str(path), names)
+        number = 0
+        for batch in file.iter_batches(columns=wanted):
             for row in batch.to_pylist():
-                if row[chosen]:
-                    yield row[chosen], row[label] if label else None
+                number += 1
+                if any(value is not None for key, value in row.items() if key not in LABEL_KEYS):
+                    yield text_of(row, f"{path}, row {number}", chat), label_of(row)
     except pyarrow.ArrowException as error:
         raise InputError(f"{path} is not a readable parquet file: {error}.") from error
 

@@ -77,13 +77,15 @@ class Storage:
 
     ``scale_dtype``: safetensors' name of the dtype of scales; None: that of the model. ``by_rows``: the codes of a row
     lie together, so that a weight can be written row by row. ``lowest_zero_point``: a zero point may be the lowest
-    code. ``input_zero_points``: fixed ranges of inputs may be asymmetric.
+    code. ``input_zero_points``: fixed ranges of inputs may be asymmetric. ``one_dtype``: weights that are not quantized
+    are multiplied in the dtype that they are stored in.
     """
 
     scale_dtype: str | None = None
     by_rows: bool = True
     lowest_zero_point: bool = True
     input_zero_points: bool = True
+    one_dtype: bool = False
 
 
 class Checked:

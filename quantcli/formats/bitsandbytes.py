@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "bitsandbytes"
-STORAGE = Storage()
+STORAGE = Storage(one_dtype=True)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 ROLES = {
@@ -32,6 +32,9 @@ ROLES = {
     "expert": "transformers 5 fuses experts into 3-D weights, which bitsandbytes cannot carry",
     "experts": "bitsandbytes cannot carry fused 3-D expert weights",
 }
+
+#: Rows that bitsandbytes' kernel for AVX512-BF16 multiplies at a time; it has no other way on these processors.
+KERNEL_ROWS = 32
 
 #: Room for the JSON that describes one layer; it is padded with spaces, because its length must be
 #: known before the offset it holds is.
@@ -58,7 +61,12 @@ def carries(role: str) -> str | None:
 
 
 def fits(shape: tuple[int, ...], scheme: Scheme) -> str | None:
-    """None: a matrix is laid out flat, so its shape does not matter."""
+    """Why a matrix does not fit, or None: processors with AVX512-BF16 have kernels for some shapes, and no others."""
+    size = scheme.weights.granularity.size or 1
+    if shape[0] % KERNEL_ROWS:
+        return f"bitsandbytes' kernel for processors takes rows in multiples of {KERNEL_ROWS}, not {shape[0]}"
+    if shape[1] % size:
+        return f"bitsandbytes' kernel for processors takes columns in blocks of {size}, not {shape[1]}"
     return None
 
 

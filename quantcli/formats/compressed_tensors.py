@@ -43,6 +43,8 @@ def supports(scheme: Scheme) -> str | None:
         return f"{NAME} carries int4 and int8 weights, not {weights.dtype}"
     if weights.granularity.kind not in ("tensor", "channel", "group"):
         return f"{NAME} carries scales per tensor, channel or group, not per {weights.granularity.kind}"
+    if scheme.unpacked and (weights.dtype != "int8" or not weights.symmetric or weights.granularity.kind == "group"):
+        return f"unpacked codes are symmetric int8 with scales per tensor or channel, not {weights}"
     if weights.dynamic or weights.double_quantized:
         return f"{NAME} stores the scales of weights as they are; not {weights}"
     if not weights.symmetric and weights.granularity.kind == "tensor":
@@ -74,7 +76,7 @@ def together(schemes: Iterable[Scheme]) -> str | None:
 
 
 def _is_packed(scheme: Scheme) -> bool:
-    return scheme.inputs is None
+    return scheme.inputs is None and not scheme.unpacked
 
 
 def codes_name(weight: str, scheme: Scheme) -> str:
@@ -234,14 +236,15 @@ def _find_plain(
 ) -> tuple[tuple[int, int], Scheme]:
     if f"{weight}_zero_point" in infos:
         raise InputError(f"{weight} is int8 with zero points, and not packed; that is not read.")
-    if group is None or not group.get("input_activations"):
+    if group is None:
         raise InputError(
             f"{weight} is int8 and not packed, and no config.json says how its layer's inputs are quantized.",
             "Give the folder with its config.json.",
         )
     rows, columns = infos[weight].shape
     granularity = _granularity(infos[f"{weight}_scale"].shape, (rows, columns))
-    return (rows, columns), Scheme(NumberFormat("int8", granularity), _inputs(group["input_activations"]))
+    inputs = _inputs(group["input_activations"]) if group.get("input_activations") else None
+    return (rows, columns), Scheme(NumberFormat("int8", granularity), inputs, unpacked=inputs is None)
 
 
 def _granularity(scales: tuple[int, ...], shape: tuple[int, int]) -> Granularity:

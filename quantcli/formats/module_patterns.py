@@ -26,6 +26,12 @@ def module_patterns(names: Iterable[str], everything: Iterable[str]) -> list[str
     return list(found)
 
 
+def not_matched(names: Iterable[str], given: Iterable[str], everything: Iterable[str]) -> list[str]:
+    """Those of ``names`` that the patterns of ``given`` do not mean."""
+    patterns = [re.compile(pattern) for pattern in module_patterns(given, everything)]
+    return [name for name in dict.fromkeys(names) if not any(pattern.fullmatch(name) for pattern in patterns)]
+
+
 def _any_number(name: str) -> str:
     return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
 

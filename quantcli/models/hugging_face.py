@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.decoded import DecodedCheckpoint, decoded_checkpoint
 from quantcli.checkpoint.hugging_face import load_json
-from quantcli.checkpoint.quantized import open_quantized, section_of
+from quantcli.checkpoint.quantized import FLOATS, section_of
 from quantcli.errors import InputError, MissingExtraError
 from quantcli.system.text import first_line
 
@@ -53,10 +53,9 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
     method = section.get("quant_method")
     plain = None
     if (decoded and method) or _needs_decoding(section):
-        quantized = open_quantized(open_checkpoint(path))
-        if not decoded and any(weight.scheme.inputs for weight in quantized.weights.values()):
+        plain = decoded_checkpoint(open_checkpoint(path))
+        if not decoded and plain.quantizes_inputs:
             raise InputError(f"{path} has asymmetric weights beside quantized inputs, and such a model cannot be run.")
-        plain = DecodedCheckpoint(quantized)
     for needed, extra in {
         "compressed-tensors": ("compressed_tensors", "hf"),
         "bitsandbytes": ("bitsandbytes", "bnb"),
@@ -88,7 +87,7 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
 
 def _needs_decoding(section: Mapping[str, Any]) -> bool:
     """Whether transformers 5.23 loads codes of this kind only with what cannot be had on a CPU, or not as they are."""
-    if section.get("quant_method") in ("gptq", "awq"):
+    if section.get("quant_method") in ("gptq", "awq", *FLOATS):
         return True
     groups = (section.get("config_groups") or {}).values()
     return any((group.get("weights") or {}).get("symmetric") is False for group in groups)
@@ -123,7 +122,7 @@ def build_model(path: Path) -> nn.Module:
         if named is not None:
             return named._from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
         return transformers.AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         reason = first_line(error)
         raise InputError(f"transformers {transformers.__version__} cannot build {path}: {reason}") from error
 
@@ -219,11 +218,37 @@ def is_causal(path: Path) -> bool:
     return any("CausalLM" in str(name) or str(name).endswith("LMHeadModel") for name in architectures)
 
 
+#: What configurations call the number of positions that a model knows.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+_LONGEST_TABLE = 1 << 14
+
+
 def longest_sequence(path: Path) -> int:
-    """Tokens a model can take, as its config.json says; 512 where it does not."""
+    """Tokens a model can take, as its config.json says and its class counts them; 512 where neither does."""
     config = load_json(require_folder(path) / "config.json")
-    longest = config.get("max_position_embeddings") or config.get("n_positions")
-    return longest if isinstance(longest, int) and longest > 0 else 512
+    nested = config.get("text_config")
+    known = [section.get(key) for section in (config, nested) if isinstance(section, dict) for key in _POSITIONS]
+    longest = next((value for value in known if isinstance(value, int) and value > 0), 512)
+    # Only a learned table can be short of places, which a long one is not, and only one with a place for padding.
+    learned = longest <= _LONGEST_TABLE and config.get("pad_token_id") is not None
+    return longest - _places_of_padding(path, longest) if learned else longest
+
+
+def _places_of_padding(path: Path, positions: int) -> int:
+    """Of a table of positions, the first places that no token takes: RoBERTa counts from behind its padding."""
+    try:
+        with torch.device("meta"):
+            model = build_model(path)
+    except InputError:
+        return 0  # a class that transformers does not know has nothing to look at, and is refused where it must run
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    padded = [
+        place
+        for module in model.modules()
+        if isinstance(place := getattr(module, "padding_idx", None), int) and module is not words
+        if isinstance(table := getattr(module, "weight", None), Tensor) and len(table) == positions
+    ]
+    return max(padded) + 1 if padded else 0
 
 
 def pooling_of(path: Path) -> str:

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 #: onnxruntime's log level that lets only errors through: what it warns of, we report ourselves.
 _ERRORS_ONLY = 3
 
+#: onnxruntime's names of dtypes that ml_dtypes calls otherwise.
+_NARROW = {
+    "float8e4m3fn": "float8_e4m3fn", "float8e4m3fnuz": "float8_e4m3fnuz", "float8e5m2": "float8_e5m2",
+    "float8e5m2fnuz": "float8_e5m2fnuz", "float8e8m0": "float8_e8m0fnu", "float4e2m1": "float4_e2m1fn",
+}  # fmt: skip
+
 
 #: What to do about operators that onnxruntime does not know.
 _CUSTOM_OPERATORS = "If it is a custom operator, name the library that has it: --custom-ops FILE.so."
@@ -110,7 +116,11 @@ def _port(node: Any) -> Port:
     import ml_dtypes
     import numpy as np
 
+    if not node.type.startswith("tensor("):
+        return Port(node.name, np.dtype(object), None, kind=node.type)
     names = {"float": "float32", "double": "float64", "string": "object"}
     kind = node.type.removeprefix("tensor(").removesuffix(")")
-    dtype = np.dtype(ml_dtypes.bfloat16) if kind == "bfloat16" else np.dtype(names.get(kind, kind))
+    # numpy itself knows no number format of less than two bytes for floats, or one for integers.
+    known = getattr(ml_dtypes, _NARROW.get(kind, kind), None)
+    dtype = np.dtype(known if known is not None else names.get(kind, kind))
     return Port(node.name, dtype, tuple(node.shape) if node.shape is not None else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from quantcli import formats
 from quantcli.checkpoint.roles import HEAD_NAMES, module_of
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import TensorInfo
+from quantcli.formats.module_patterns import not_matched
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.steps import Steps
 
@@ -18,10 +20,39 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
     schemes = {module_of(layer.info.name): layer.scheme for layer in plan.layers if layer.has_codes and layer.scheme}
     if not schemes:
         return None
-    return formats.quantized_format(plan.format).config(schemes, left_linear_modules(plan), plan.dtype)
+    left = left_linear_modules(plan)
+    # What the loader calls otherwise is named twice, unless a pattern for the file's name means it as well.
+    loaded = plan.loader.modules
+    renamed = [loaded[name] for name in left if name in loaded] + list(plan.loader.absent)
+    quantized = {loaded[name]: scheme for name, scheme in schemes.items() if name in loaded}
+    unseen = not_matched(renamed, left, [*schemes, *left])
+    if len(set(schemes.values())) > 1:
+        schemes |= {name: scheme for name, scheme in quantized.items() if name not in schemes}
+    return formats.quantized_format(plan.format).config(schemes, [*left, *unseen], plan.dtype)
 
 
 _LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "router", "expert")
+
+
+@dataclass(frozen=True)
+class Loader:
+    """What the library that loads an artifact makes of a checkpoint, as far as it was asked; by default nothing else.
+
+    - ``name``: the class, for messages.
+    - ``modules``: modules of the file that it calls otherwise. ``absent``: linear modules that no tensor fills.
+    - ``leave``: reasons, by tensor, why it would not run codes.
+    - ``unpacked``: weights whose codes it takes only under the weight's own name.
+    - ``weights_only``: weights that it runs only with inputs as they are.
+    - ``wide``: tensors that it keeps in float32 whatever the model's dtype is.
+    """
+
+    name: str = ""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    leave: Mapping[str, str] = field(default_factory=dict)
+    unpacked: frozenset[str] = frozenset()
+    weights_only: frozenset[str] = frozenset()
+    wide: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -74,6 +105,7 @@ class Plan:
     steps: Steps
     scale_dtype: str
     warnings: tuple[str, ...] = field(default=())
+    loader: Loader = field(default_factory=Loader)
 
     @property
     def quantized(self) -> list[LayerPlan]:

@@ -15,7 +15,7 @@ from quantcli.core.scheme import FALLBACK_GROUP_SIZES, Scheme
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError, UsageError
 from quantcli.formats.base import Storage
-from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.planning.plan import LayerPlan, Loader, Plan
 from quantcli.planning.recipe import Recipe, Rule, SchemeSpec, build_scheme
 from quantcli.planning.rules import SKIPPED, Rules, label_of, no_groups, require_support, scheme_asked_for
 from quantcli.planning.steps import chain
@@ -40,10 +40,12 @@ def resolve(
     *,
     data: bool | None = False,
     leave: Mapping[str, str] | None = None,
+    loader: Loader | None = None,
 ) -> Plan:
     """Decide every tensor's fate; ``data`` says whether there is any to calibrate on (None: where it is needed).
 
-    ``leave`` gives reasons, by name, for tensors that are not to be quantized whatever the recipe says.
+    ``leave`` gives reasons, by name, for tensors that are not to be quantized whatever the recipe says; ``loader`` is
+    what is known of the library that loads the result.
 
     Raises:
         UsageError: scheme, algorithm and format do not go together, a rule matches nothing, or a group
@@ -51,7 +53,7 @@ def resolve(
         InputError: the checkpoint holds quantized weights already, or nothing the scheme applies to.
     """
     refuse_quantized(infos, config)
-    return _Resolver(recipe, scheme_asked_for(recipe), infos, config, data, leave or {}).plan()
+    return _Resolver(recipe, scheme_asked_for(recipe), infos, config, data, leave or {}, loader or Loader()).plan()
 
 
 def refuse_quantized(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> None:
@@ -76,8 +78,10 @@ class _Resolver:
         config: Mapping[str, Any] | None,
         data: bool | None,
         leave: Mapping[str, str],
+        loader: Loader,
     ) -> None:
-        self.recipe, self.infos, self.data, self.leave = recipe, infos, data, leave
+        self.recipe, self.infos, self.data, self.loader = recipe, infos, data, loader
+        self.leave = {**loader.leave, **leave}
         self.roles = classify(infos, config)
         self.rules = Rules(recipe)
         self.format_name = recipe.format or default_format(build_scheme(wish))
@@ -97,10 +101,14 @@ class _Resolver:
     def _scheme(self, wish: str | SchemeSpec) -> Scheme:
         """A scheme as it was asked for; of a preset, with such inputs as the format has."""
         scheme = build_scheme(wish)
-        storage = getattr(self.format, "STORAGE", Storage())
-        if isinstance(wish, str) and scheme.inputs is not None and not storage.input_zero_points:
+        if isinstance(wish, str) and scheme.inputs is not None and not self._storage.input_zero_points:
             return replace(scheme, inputs=replace(scheme.inputs, symmetric=True))
         return scheme
+
+    @property
+    def _storage(self) -> Storage:
+        storage: Storage = getattr(self.format, "STORAGE", Storage())
+        return storage
 
     def _check_combination(self, scheme: Scheme) -> None:
         reason = self.format.supports(scheme)
@@ -137,7 +145,8 @@ class _Resolver:
             reasons = Counter(layer.reason for layer in layers if layer.role in LAYER_ROLES)
             why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
             what = f"with {self.name} as {self.format_name}"
-            raise InputError(f"Nothing in this model can be quantized {what}: {why or 'no layer has weights'}.")
+            hint = "Try another scheme, such as int8-dynamic or nf4, or --target vllm." if self.loader.leave else None
+            raise InputError(f"Nothing in this model can be quantized {what}: {why or 'no layer has weights'}.", hint)
         dtype = self.rest_dtype or (self.majority if self.majority != "F64" else "F32")
         if self.scheme.weights.is_cast:
             dtype = DTYPE_OF_NUMBER[self.scheme.weights.dtype]
@@ -163,6 +172,7 @@ class _Resolver:
             self.steps,
             scale_dtype,
             self._warnings(layers),
+            self.loader,
         )
 
     def _nearest_module(self, glob: str) -> str:
@@ -212,7 +222,10 @@ class _Resolver:
 
     def _leave(self, info: TensorInfo, role: str, reason: str) -> LayerPlan:
         dtype = info.dtype
-        if self.rest_dtype and info.is_float and info.numel and not self._needs_fp32(info, role):
+        if self._storage.one_dtype and info.is_float and info.name.endswith("weight") and self.recipe.rest == "auto":
+            # What stands beside the codes is loaded as it is stored, and multiplied by what these give.
+            dtype = "F32" if info.name in self.loader.wide else self.rest_dtype or self.majority
+        elif self.rest_dtype and info.is_float and info.numel and not self._needs_fp32(info, role):
             dtype = self.rest_dtype
         return LayerPlan(info, role, dtype, reason=reason)
 
@@ -231,27 +244,34 @@ class _Resolver:
         note = None
         kind, default = scheme.weights.granularity.kind, scheme.weights.granularity.size
         if default is not None:
-            divided = columns if kind == "group" else info.numel
             size = wanted or default
-            if divided % size:
+            if columns % size:
                 if wanted or (spelled_out and kind == "group"):
                     self.bad_groups.setdefault(size, []).append(module_of(info.name))
                     return self._leave(info, role, "group size does not divide")
                 fitting = [
                     n
                     for n in FALLBACK_GROUP_SIZES
-                    if divided % n == 0 and self.format.supports(scheme.with_group_size(n)) is None
+                    if columns % n == 0 and self.format.supports(scheme.with_group_size(n)) is None
                 ]
                 if not fitting:
                     return self._leave(
-                        info, role, f"no {kind} size of {', '.join(map(str, FALLBACK_GROUP_SIZES))} divides {divided}"
+                        info, role, f"no {kind} size of {', '.join(map(str, FALLBACK_GROUP_SIZES))} divides {columns}"
                     )
                 size = fitting[0]
-                note = f"{kind} {size}: {default} does not divide {divided}"
+                note = f"{kind} {size}: {default} does not divide {columns}"
             scheme = scheme.with_group_size(size)
         elif wanted and not self.recipe.rules:
             raise no_groups(label, scheme)
+        if info.name in self.loader.weights_only and scheme.inputs is not None:
+            scheme, note = replace(scheme, inputs=None), "inputs as they are, since transformers joins experts"
         self._check_combination(scheme)
+        if info.name in self.loader.unpacked:
+            unpacked = replace(scheme, unpacked=True)
+            reason = self.format.supports(unpacked)
+            if reason:
+                return self._leave(info, role, f"{self.loader.name} reads its weight, and packed codes have none")
+            scheme = unpacked
         if scheme.is_static and self.data is False:
             raise UsageError(
                 f"{label} needs calibration data.", "Name some with --data; nothing is fetched or made up."
@@ -282,6 +302,14 @@ class _Resolver:
             warnings.append(
                 f"{len(experts)} expert weights, {share:.0%} of the model, are left unquantized: {experts[0].reason}."
             )
+        unpacked = sum(bool(layer.scheme and layer.scheme.unpacked) for layer in layers)
+        if unpacked:
+            warnings.append(
+                f"{unpacked} layers are stored with unpacked codes, since {self.loader.name} reads their weights; vLLM "
+                "and SGLang want packed ones (--target vllm)."
+            )
+        left = Counter(self.loader.leave.get(layer.info.name) for layer in layers if layer.role in LAYER_ROLES)
+        warnings += [f"{count} weights are left: {reason}." for reason, count in left.most_common(4) if reason]
         sizes = Counter(layer.note for layer in layers if layer.note)
         warnings += [f"{count} layers use {note}." for note, count in sizes.most_common(3)]
         return tuple(warnings)

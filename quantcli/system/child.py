@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -69,10 +71,72 @@ class Child:
         self._place.cleanup()
 
 
+class Service:
+    """A process of its own that answers one call after the other, so that what it imports is imported once."""
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """Begin; ``environment``: variables beside those of this process."""
+        self._place = tempfile.TemporaryDirectory(prefix="quantcli-")
+        self._calls = 0
+        with (Path(self._place.name) / "stderr.txt").open("w", encoding="utf-8") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _CODE.format(path=sys.path), "", self._place.name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                env=os.environ | _QUIET | dict(environment or {}),
+            )
+
+    def start(self, function: str, request: Mapping[str, Any]) -> None:
+        """Ask ``module:name`` for an answer to a request, both of what JSON can hold."""
+        self._calls += 1
+        folder = Path(self._place.name)
+        (folder / f"request{self._calls}.json").write_text(json.dumps(request), encoding="utf-8")
+        assert self._process.stdin is not None
+        # One that has ended says so where its answer is waited for.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{function} {self._calls}\n".encode())
+            self._process.stdin.flush()
+
+    def result(self, timeout: float) -> dict[str, Any]:
+        """Wait for the answer to the call before. Raises ChildFailedError."""
+        folder, end = Path(self._place.name), time.monotonic() + timeout
+        answer = folder / f"result{self._calls}.json"
+        while not answer.exists():
+            status = self._process.poll()
+            if status is not None and not answer.exists():
+                lines = (folder / "stderr.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                raise ChildFailedError(status, lines[-1] if lines else "it said nothing")
+            if time.monotonic() > end:
+                raise ChildFailedError(None, f"no answer within {timeout:g} s")
+            time.sleep(0.01)
+        result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        return result
+
+    def stop(self) -> None:
+        """End it, and release what it holds."""
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdin:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        self._place.cleanup()
+
+
 def main(function: str, folder: str) -> None:
-    """What the child does."""
+    """What the child does: answer the one call, or with no function named, those that come on stdin."""
+    if not function:
+        for line in sys.stdin:
+            name, _, number = line.strip().partition(" ")
+            _answer(name, Path(folder), number)
+        return
+    _answer(function, Path(folder), "")
+
+
+def _answer(function: str, place: Path, number: str) -> None:
     module, _, name = function.partition(":")
-    place = Path(folder)
-    request = json.loads((place / "request.json").read_text(encoding="utf-8"))
+    request = json.loads((place / f"request{number}.json").read_text(encoding="utf-8"))
     result = getattr(import_module(module), name)(request)
-    (place / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    draft = place / "answer.json"
+    draft.write_text(json.dumps(result), encoding="utf-8")
+    draft.replace(place / f"result{number}.json")

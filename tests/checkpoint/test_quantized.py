@@ -14,8 +14,9 @@ from support.artifacts import decoded, tensors_of
 from support.quantized_models import KINDS, Artifacts, changed
 from torch import Tensor
 
+from quantcli import convert
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.decoded import DecodedCheckpoint, decoded_checkpoint
 from quantcli.checkpoint.quantized import open_quantized
 from quantcli.errors import InputError
 
@@ -140,7 +141,7 @@ DAMAGED = [
     ("int4", put("weight_scale", fewer_rows), r"weight_scale is BF16 \[127, 6\], .* needs \[128, 6\]"),
     ("int4 asymmetric", put("weight_zero_point", fewer_rows), r"I32 \[15, 6\], .* needs I32 \[16, 6\]"),
     ("int4 asymmetric", put("weight_zero_point", lambda part: part.float()), "F32 .* needs I32"),
-    ("int4", put("weight_g_idx", lambda _: torch.arange(192)), "actorder"),
+    ("int4", put("weight_g_idx", lambda _: torch.arange(192)), "does not give each of 192 columns .* one of 6 groups"),
     ("int8-dynamic", put("weight_zero_point", lambda _: torch.ones(128, 1)), "int8 with zero points"),
     ("gptq", drop("scales"), "lacks its qzeros or scales"),
     ("gptq", drop("qzeros"), "lacks its qzeros or scales"),
@@ -150,7 +151,7 @@ DAMAGED = [
     ("gptq", put("qzeros", lambda part: part[:, :12]), "3-bit codes"),
     ("gptq", put("qzeros", fewer_rows), r"qzeros is I32 \[5, 16\], .* needs I32 \[6, 16\]"),
     ("gptq", put("scales", lambda part: part.int()), "scales is I32"),
-    ("gptq", put("g_idx", lambda part: part.flip(0)), r"not columns side by side \(desc_act"),
+    ("gptq", put("g_idx", lambda part: part.flip(0) + 1), "does not give each of 192 columns .* one of 6 groups"),
     ("gptq", put("g_idx", fewer_rows), r"g_idx is I32 \[191\]"),
     ("awq", drop("scales"), "lacks its qzeros or scales"),
     ("awq", drop("qzeros"), "lacks its qzeros or scales"),
@@ -206,7 +207,6 @@ def in_group(**values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("kind", "config", "message"),
     [
-        ("gptq", set_all(checkpoint_format="gptq_v2"), "'gptq_v2'. Only version 1"),
         ("gptq", set_all(checkpoint_format="marlin"), "'marlin'"),
         ("awq", set_all(version="gemv"), "4-bit gemv"),
         ("awq", set_all(bits=3), "3-bit gemm"),
@@ -270,6 +270,92 @@ def test_zero_points_decide_what_is_symmetric(artifact: Artifacts) -> None:
             assert {weight.scheme.weights.symmetric for weight in weights.values()} == {symmetric}
 
 
+def shuffled(groups: int, size: int) -> Tensor:
+    """A group for each column, each group as large as the others, in an order of no kind."""
+    order = torch.randperm(groups * size, generator=torch.Generator().manual_seed(3))
+    return (torch.arange(groups * size) // size)[order].to(torch.int32)
+
+
+def plain_values(codes: Tensor, scale: Tensor, zero_point: Tensor, groups: Tensor) -> Tensor:
+    """What codes of a matrix ``[O, I]`` stand for, in float64, one column after the other."""
+    columns = [
+        (codes[:, column].double() - zero_point[:, group].double()) * scale[:, group].double()
+        for column, group in enumerate(groups.tolist())
+    ]
+    return torch.stack(columns, 1)
+
+
+def unpacked(words: Tensor, bits: int) -> Tensor:
+    """Unsigned codes of words that hold them along the first axis."""
+    shifts = torch.arange(0, 32, bits)
+    parts = (words.long().unsqueeze(1) >> shifts.reshape(1, -1, 1)) & (2**bits - 1)
+    return parts.reshape(-1, words.shape[1])
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("kind", ["gptq", "gptq asymmetric", "gptq int8"])
+def test_gptq_of_both_versions_and_in_the_order_of_activations(
+    artifact: Artifacts, tmp_path: Path, kind: str, ordered: bool, version: str
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("g_idx")]:
+            if ordered:
+                groups = len(tensors[name.replace("g_idx", "scales")])
+                tensors[name] = shuffled(groups, len(tensors[name]) // groups)
+
+    folder = changed(artifact(kind), tmp_path / "made", change, set_all(checkpoint_format=version, desc_act=ordered))
+    held = tensors_of(folder)
+    bits = 8 if kind == "gptq int8" else 4
+    zeros = unpacked(held[f"{STEM}qzeros"].T, bits).T + (version == "gptq")
+    wanted = plain_values(
+        unpacked(held[f"{STEM}qweight"], bits).T, held[f"{STEM}scales"].T, zeros.T, held[f"{STEM}g_idx"]
+    )
+    found = decoded_checkpoint(open_checkpoint(folder))
+    assert found.is_read_only == (version == "gptq_v2" or (ordered and kind != "gptq int8"))
+    torch.testing.assert_close(found.load(NAME).double(), wanted, rtol=1e-6, atol=0)
+    info = next(info for info in found.infos() if info.name == NAME)
+    assert torch.equal(found.read_rows(info, 5, 9), found.load(NAME)[5:9])
+    assert not [info.name for info in found.infos() if "g_idx" in info.name]
+
+
+def test_compressed_tensors_in_the_order_of_activations(artifact: Artifacts, tmp_path: Path) -> None:
+    order = shuffled(6, 32)
+    for kind in ("int4", "int4 asymmetric"):
+        plain = decoded_checkpoint(open_checkpoint(artifact(kind)))
+        codes, held = plain._quantized.tensor(NAME), tensors_of(artifact(kind))
+        zero_point = torch.zeros_like(codes.scale) if codes.zero_point is None else codes.zero_point
+        wanted = plain_values(codes.codes, held[f"{NAME}_scale"], zero_point, order)
+        folder = changed(artifact(kind), tmp_path / kind, put("weight_g_idx", lambda _: order))
+        found = decoded_checkpoint(open_checkpoint(folder))
+        assert found.is_read_only
+        torch.testing.assert_close(found.load(NAME).double(), wanted, rtol=1e-6, atol=0)
+    unfilled = changed(artifact("int4"), tmp_path / "unfilled", put("weight_g_idx", lambda _: -torch.ones(192).int()))
+    found = decoded_checkpoint(open_checkpoint(unfilled))
+    assert not found.is_read_only
+    assert torch.equal(found.load(NAME), view(artifact("int4")).load(NAME))
+
+
+def test_what_is_in_an_order_of_its_own_is_quantized_anew_and_not_carried_over(
+    artifact: Artifacts, tmp_path: Path
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{STEM}g_idx"] = shuffled(6, 32)
+
+    folder = changed(artifact("gptq"), tmp_path / "made", change, set_all(desc_act=True))
+    with pytest.raises(InputError, match=f"groups of {NAME} follow the order of activations"):
+        convert(folder, tmp_path / "out", format="compressed-tensors")
+    report = convert(folder, tmp_path / "out", scheme="int8")
+    assert report.models[1].metrics["sqnr_db_min"] > 30
+    assert [warning for warning in report.warnings if "quantized before" in warning]
+
+
+def test_version_2_keeps_its_codes_in_another_container(artifact: Artifacts, tmp_path: Path) -> None:
+    folder = changed(artifact("gptq asymmetric"), tmp_path / "made", config=set_all(checkpoint_format="gptq_v2"))
+    convert(folder, tmp_path / "out", format="awq")
+    assert torch.equal(view(tmp_path / "out").load(NAME), decoded_checkpoint(open_checkpoint(folder)).load(NAME))
+
+
 def test_groups_that_do_not_divide_in_a_bare_file(artifact: Artifacts, tmp_path: Path) -> None:
     folder = changed(artifact("awq"), tmp_path / "damaged", put("qweight", fewer_rows))
     with pytest.raises(InputError, match=f"{NAME} has 191 columns, and scales for groups of 31"):
@@ -280,8 +366,8 @@ def test_nothing_quantized_and_unknown_kinds(models: Path, tmp_path: Path) -> No
     with pytest.raises(InputError, match="quantized as nothing"):
         open_quantized(open_checkpoint(models / "llama"))
     save_file({"a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
-    with pytest.raises(InputError, match="quantized as fp8, which quantcli does not read"):
-        open_quantized(open_checkpoint(tmp_path / "m.safetensors"))
+    with pytest.raises(InputError, match=r"a.weight \(F8_E4M3\) has no scale"):
+        decoded_checkpoint(open_checkpoint(tmp_path / "m.safetensors"))
 
 
 def test_weights_are_decoded_once_for_neighbouring_rows(artifact: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
+import quantcli
 from quantcli.checkpoint.safetensors import SafetensorsReader, build_header, read_header
 from quantcli.core.dtypes import DTYPE_BYTES, torch_dtype
 from quantcli.core.tensors import TensorSpec
@@ -96,6 +97,21 @@ def test_rows_are_the_references_slices(path: Path, saved: dict[str, torch.Tenso
     reader.close()
 
 
+@pytest.mark.parametrize(("dtype", "nbytes"), [("F4", 8), ("F6_E2M3", 12), ("F6_E3M2", 12)])
+def test_dtypes_that_torch_does_not_have_are_named(path: Path, dtype: str, nbytes: int) -> None:
+    header = json.dumps({"a": {"dtype": dtype, "shape": [4, 4], "data_offsets": [0, nbytes]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(nbytes))
+    reader = SafetensorsReader(path)
+    (info,) = reader.header.infos
+    assert (info.dtype, info.nbytes) == (dtype, nbytes)
+    with pytest.raises(InputError, match=rf"a in .*m\.safetensors is {dtype}, which torch .* has no dtype for"):
+        reader.read_rows(info, 0, 4)
+    report = quantcli.inspect(path)
+    assert report.models[0].format == dtype and report.layers[0].details["dtype"] == dtype
+    with pytest.raises(InputError, match=f"quantized as {dtype}, which quantcli does not read"):
+        quantcli.convert(path, path.with_name("out.safetensors"), scheme="bf16")
+
+
 def test_file_cut_after_it_was_opened(path: Path) -> None:
     save_file({"a": torch.zeros(100)}, path)
     reader = SafetensorsReader(path)
@@ -159,7 +175,7 @@ def entry(dtype: Any = "F32", shape: Any = (2,), data_offsets: Any = (0, 8)) -> 
         (b'{"\\ud800":%b}' % json.dumps(F32_PAIR).encode(), "surrogates not allowed"),
         ({"a": []}, "tensor 'a' lacks dtype"),
         ({"a": {"dtype": "F32", "shape": [2]}}, "lacks dtype, shape or data_offsets"),
-        (entry(dtype="F4"), "unknown dtype 'F4'"),
+        (entry(dtype="F3"), "unknown dtype 'F3'"),
         (entry(dtype=["F32"]), "unknown dtype ['F32']"),
         (entry(dtype=None), "unknown dtype None"),
         (entry(shape=[-2]), "impossible shape [-2]"),

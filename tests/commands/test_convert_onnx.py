@@ -377,7 +377,7 @@ def linked_data(home: Path, path: Path) -> None:
 
 def old_opset(home: Path, path: Path) -> None:
     proto = cnn()
-    proto.opset_import[0].version = 9
+    proto.opset_import[0].version = 6
     onnx.save(proto, path)
 
 
@@ -408,7 +408,7 @@ def unknown_operator(home: Path, path: Path) -> None:
         (truncated, "is not a readable ONNX model"), (garbage, "is not"), (lambda h, p: p.write_bytes(b""), "no graph"),
         (lambda h, p: p.mkdir(), "bad.onnx"), (missing_data, "which is missing"), (short_data, "truncated"),
         (climbing_data, "outside its own folder"), (absolute_data, "outside its own folder"),
-        (linked_data, "outside its own folder"), (old_opset, "operator set 9"), (cyclic, "bad.onnx"),
+        (linked_data, "outside its own folder"), (old_opset, "operator set 6"), (cyclic, "bad.onnx"),
         (dangling, "bad.onnx"), (wrong_shape, "body.weight is damaged"), (unknown_operator, "cannot be loaded"),
         (lambda h, p: None, "does not exist"),
     ],

@@ -203,8 +203,8 @@ def test_jsonl_fields(tmp_path: Path) -> None:
     from quantcli.data.text_files import load_labelled_texts
 
     path = tmp_path / "data.jsonl"
-    path.write_text('{"id": 1, "text": "one"}\n\n"two"\n{"sentence": "three", "other": "x"}\n{"only": "four"}\n')
-    assert load_labelled_texts(path, lines=False)[0] == ["one", "two", "three", "four"]
+    path.write_text('{"id": 1, "text": "one"}\n\n"two"\n{"sentence": "three", "other": "x"}\n')
+    assert load_labelled_texts(path, lines=False)[0] == ["one", "two", "three"]
     path.write_text('{"a": "x", "b": "y"}\n')
     with pytest.raises(InputError, match="it has a, b"):
         load_labelled_texts(path, lines=False)

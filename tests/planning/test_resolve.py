@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from quantcli.conversion.checkpoint.rows import plan_rows
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError, UsageError
-from quantcli.planning.plan import LayerPlan, Plan, left_linear_modules
+from quantcli.planning.plan import LayerPlan, Loader, Plan, left_linear_modules, quantization_config
 from quantcli.planning.recipe import Recipe, validate
 from quantcli.planning.resolve import resolve
 
@@ -165,9 +167,55 @@ def test_columns_that_no_group_size_divides_are_left() -> None:
 
 
 def test_nf4_falls_back_to_a_block_that_bitsandbytes_has() -> None:
-    plan = plan_of(infos({"a.weight": (1, 96), "b.weight": (1, 80), "c.weight": (2, 64)}), scheme="nf4")
+    plan = plan_of(infos({"a.weight": (32, 96), "b.weight": (32, 80), "c.weight": (64, 64)}), scheme="nf4")
     sizes = {each.info.name: each.scheme.weights.granularity.size for each in plan.quantized if each.scheme}
     assert sizes == {"a.weight": 32, "c.weight": 64}
+
+
+def test_nf4_leaves_what_the_kernels_of_processors_do_not_take() -> None:
+    plan = plan_of(infos({"head.weight": (2, 64), "fc.weight": (64, 64), "odd.weight": (64, 40)}), scheme="nf4")
+    assert [layer.info.name for layer in plan.quantized] == ["fc.weight"]
+    reasons = {layer.info.name: layer.reason for layer in plan.layers}
+    assert reasons["head.weight"] == "bitsandbytes' kernel for processors takes rows in multiples of 32, not 2"
+    assert "divides 40" in (reasons["odd.weight"] or "")
+
+
+def test_nf4_keeps_weights_in_one_dtype() -> None:
+    """What stands beside codes is multiplied in the dtype that it is stored in: a router in FP32 would not run."""
+    shapes = {"moe.experts.0.w1.weight": (64, 64), "moe.gate.weight": (4, 64), "fc.weight": (64, 64), "A_log": (8, 8)}
+    dtypes = {layer.info.name: layer.dtype for layer in plan_of(infos(shapes), scheme="nf4").layers}
+    assert dtypes["moe.gate.weight"] == "BF16"
+    assert dtypes["A_log"] == "F32"
+    dtypes = {layer.info.name: layer.dtype for layer in plan_of(infos(shapes), scheme="int8").layers}
+    assert dtypes["moe.gate.weight"] == "F32"
+
+
+def test_a_plan_heeds_what_the_loader_does() -> None:
+    tensors = infos({"a.weight": (64, 64), "b.weight": (64, 64), "c.weight": (64, 64), "d.weight": (64, 64)})
+    loader = Loader(
+        "Net",
+        modules={"a": "renamed"},
+        absent=("pooler.dense",),
+        leave={"a.weight": "no such weight"},
+        unpacked=frozenset({"b.weight"}),
+        weights_only=frozenset({"c.weight"}),
+    )
+    recipe = Recipe(scheme="int8")
+    plan = resolve(recipe, tensors, None, loader=loader)
+    section = quantization_config(plan)
+    assert section is not None
+    ignored = [pattern.removeprefix("re:") for pattern in section["ignore"]]
+    for name in ("a", "renamed", "pooler.dense"):
+        assert any(re.match(pattern, name) for pattern in ignored), name
+    assert {group["format"] for group in section["config_groups"].values()} == {"int-quantized", "pack-quantized"}
+    assert any("1 weights are left: no such weight" in warning for warning in plan.warnings)
+
+    dynamic = resolve(Recipe(scheme="int8-dynamic"), tensors, None, loader=replace(loader, unpacked=frozenset()))
+    inputs = {each.info.name: each.scheme.inputs is not None for each in dynamic.quantized if each.scheme}
+    assert inputs == {"b.weight": True, "c.weight": False, "d.weight": True}
+
+    with pytest.raises(InputError, match="Net reads its weight, and packed codes have none"):
+        resolve(Recipe(scheme="int4"), tensors[1:2], None, loader=loader)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,11 @@ def _observable(plan: Plan, checkpoint: Checkpoint, inside: Collection[str], obs
         for name, place in places.items()
         if name not in observed
     }
-    return resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave) if leave else plan
+    return (
+        resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave, loader=plan.loader)
+        if leave
+        else plan
+    )
 
 
 def spare_memory(demand: Demand, limit: int | None) -> int:

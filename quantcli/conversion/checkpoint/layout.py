@@ -11,6 +11,7 @@ from typing import Any
 
 from quantcli import formats
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.hugging_face import is_diffusers, weights_stem
 from quantcli.checkpoint.positional import PositionalFile
 from quantcli.checkpoint.safetensors import build_header
 from quantcli.core.dtypes import TORCH_NAMES
@@ -19,7 +20,8 @@ from quantcli.core.tensors import TensorSpec
 from quantcli.errors import UsageError
 from quantcli.planning.plan import LayerPlan, Plan, quantization_config
 
-INDEX = "model.safetensors.index.json"
+#: Formats that diffusers loads for its own models.
+_OF_DIFFUSERS = ("safetensors", "bitsandbytes")
 #: Room in a single file's header for what a layer's manifest entry gains once its error is known.
 _RESERVE_PER_LAYER = 400
 _RESERVE = 4096
@@ -35,7 +37,10 @@ class Destination:
 
 @dataclass
 class Layout:
-    """Files and tensors of an output. ``single_file`` is its name where the output is one file."""
+    """Files and tensors of an output. ``single_file`` is its name where the output is one file.
+
+    ``stem`` is what files in a folder are called, by the library that loads them.
+    """
 
     single_file: str | None
     shards: dict[str, dict[str, TensorSpec]]
@@ -43,6 +48,7 @@ class Layout:
     metadata: dict[str, str]
     nbytes: int = 0
     headers: dict[str, tuple[bytes, dict[str, int], int]] = field(default_factory=dict)
+    stem: str = "model"
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -63,7 +69,9 @@ class Layout:
                 "metadata": {"total_size": sum(spec.nbytes for spec in self.specs.values())},
                 "weight_map": dict(sorted(weight_map.items())),
             }
-            (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (out / f"{self.stem}.safetensors.index.json").write_text(
+                json.dumps(index, indent=2) + "\n", encoding="utf-8"
+            )
         return destinations
 
     def config(self, plan: Plan, original: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -75,7 +83,7 @@ class Layout:
         for key in ("dtype", "torch_dtype"):
             if key in config:
                 config[key] = dtype
-        if "dtype" not in config and "torch_dtype" not in config:
+        if "dtype" not in config and "torch_dtype" not in config and not is_diffusers(config):
             config["dtype"] = dtype
         section = quantization_config(plan)
         return config | {"quantization_config": section} if section else config
@@ -107,18 +115,24 @@ def plan_layout(plan: Plan, checkpoint: Checkpoint, target: Path) -> Layout:
             f"{checkpoint.path} is a folder, so the output is a folder too; {target} names a file.",
             hint="Leave out the suffix .safetensors.",
         )
+    if is_diffusers(checkpoint.config) and plan.format not in _OF_DIFFUSERS:
+        raise UsageError(
+            f"{checkpoint.path} is a model of diffusers, which does not load weights stored as {plan.format}.",
+            "Use --scheme nf4, fp16 or bf16.",
+        )
     layer_specs = {layer.info.name: _layer_specs(layer, plan) for layer in plan.layers}
     shards = _fill_shards(layer_specs.values(), None if wants_file else plan.recipe.max_shard_size)
     metadata = checkpoint.metadata | {"format": "pt"}
     metadata.pop(MANIFEST_KEY, None)
-    layout = Layout(target.name if wants_file else None, {}, layer_specs, metadata)
+    stem = weights_stem(checkpoint.config)
+    layout = Layout(target.name if wants_file else None, {}, layer_specs, metadata, stem=stem)
     reserve = 0
     if wants_file:
         recipe = len(json.dumps(plan.recipe.model_dump(mode="json")))
         names = sum(2 * len(name.encode()) + _RESERVE_PER_LAYER for name in layer_specs)
         reserve = 2 * recipe + names + _RESERVE
     for number, specs in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         name = layout.single_file or name
         layout.shards[name] = specs
         layout.headers[name] = build_header(specs, metadata, reserve)

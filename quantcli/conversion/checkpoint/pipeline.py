@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
-from quantcli.checkpoint.hugging_face import companions
+from quantcli.checkpoint.hugging_face import neighbours
 from quantcli.conversion.checkpoint.layout import Layout
 from quantcli.conversion.staging import Staging
 from quantcli.core.manifest import Manifest, ManifestLayer
@@ -25,6 +25,7 @@ from quantcli.version import __version__
 
 if TYPE_CHECKING:
     from quantcli.conversion.checkpoint.stream import LayerJob
+    from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
     from quantcli.conversion.checkpoint.writer import LayerResult, Output
     from quantcli.training.loop import History
 
@@ -70,7 +71,9 @@ class Conversion:
         workers: int,
         work: Work | None,
         progress: Progress | None,
+        check: RuntimeCheck | None = None,
     ) -> None:
+        self._check = check
         self.checkpoint, self.plan, self.layout = checkpoint, plan, layout
         self.workers, self.work, self.progress = workers, work, progress
         self.results: dict[str, LayerResult] = {}
@@ -100,21 +103,19 @@ class Conversion:
             staging: where the output is built.
             done: records of the tensors that an interrupted run has written, by name.
         """
-        from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
-
         output = self._open_output(staging, done)
         self._write_companions(staging.out)
-        with RuntimeCheck(staging.out, self.plan, self.checkpoint, self.layout.nbytes) as check:
-            # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
-            hashing = Background(self.checkpoint.sha256)
-            if self.work:
-                self.work.run(output)
-            self._stream(output)
-            self.sha256 = hashing.result()
-            for destination in output.destinations.values():
-                destination.file.close()
-            verified = self._verify(staging.out / (self.layout.single_file or ""))
-            verified["runtime"] = check.result()
+        # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
+        hashing = Background(self.checkpoint.sha256)
+        if self.work:
+            self.work.run(output)
+        self._stream(output)
+        self.sha256 = hashing.result()
+        for destination in output.destinations.values():
+            destination.file.close()
+        verified = self._verify(staging.out / (self.layout.single_file or ""))
+        nothing = {"checked": False, "reason": "a bare file has no runtime of its own"}
+        verified["runtime"] = self._check.result(staging.out) if self._check else nothing
         self.layout.write_manifest(staging.out, self._manifest(verified))
         history = self.work.history if self.work else None
         trained = {"training": history.to_json()} if history else {}
@@ -162,11 +163,11 @@ class Conversion:
         return {"tensors": len(layers), "codes": "equal", "names_and_shapes": "as planned"}
 
     def _write_companions(self, out: Path) -> None:
-        """Config and tokenizer files; what describes the weights is rewritten, the rest copied."""
+        """All that lies beside the weights; what describes them is rewritten, the rest copied."""
         folder = self.checkpoint.folder
         if folder is None:
             return
-        for relative in companions(folder):
+        for relative in neighbours(folder, self.checkpoint.files).copied:
             destination = out / relative
             destination.parent.mkdir(parents=True, exist_ok=True)
             if relative.as_posix() not in _OF_WEIGHTS:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli import formats
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.decoded import DecodedCheckpoint, decoded_checkpoint
 from quantcli.checkpoint.quantized import QuantizedCheckpoint, QuantizedWeight, open_quantized
 from quantcli.checkpoint.roles import classify, original_dtype
 from quantcli.core.dtypes import DTYPE_OF_TORCH_NAME, NUMBER_OF_DTYPE
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     pass
 
 
-def decoded_view(checkpoint: Checkpoint) -> Checkpoint:
+def decoded_view(checkpoint: Checkpoint) -> DecodedCheckpoint:
     """A quantized checkpoint with its weights decoded. Raises InputError where its kind is not read."""
-    return DecodedCheckpoint(open_quantized(checkpoint))
+    return decoded_checkpoint(checkpoint)
 
 
 def prepare_repacking(checkpoint: Checkpoint, recipe: Recipe, *, data: bool = False) -> Repacking:

@@ -36,6 +36,9 @@ from quantcli.errors import InputError
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.ptq.rounding import without_data
 
+#: A share of values lost to zero from which on it is told: some in a million are in every tensor of random numbers.
+LOST = 1e-3
+
 
 @dataclass(frozen=True)
 class _SlabResult:
@@ -70,6 +73,7 @@ class LayerJob:
         self._lock = threading.Lock()
         self._scale = self._zero_point = torch.empty(0)
         self._rounding = Rounding(layer.algorithm or "")
+        self._lost = self._meant = 0
         if layer.has_codes:
             self._rounding = without_data(layer, "outside the blocks")
 
@@ -108,14 +112,23 @@ class LayerJob:
         stored = rows.to(torch_dtype(self.layer.dtype))
         if info.is_float and not bool(torch.isfinite(stored).all()) and not self._is_mask(rows, stored):
             self._refuse(rows, start)
-        signal, noise = _cast_powers(rows, stored) if stored.dtype != rows.dtype else (0.0, 0.0)
+        changed = stored.dtype != rows.dtype and bool(torch.isfinite(stored).all())
+        signal, noise = _cast_powers(rows, stored) if changed else (0.0, 0.0)
+        if stored.dtype == torch.float16 and changed:
+            self._count_lost(rows, stored)
         return _SlabResult(write_rows(self.layer, start, stored, self.destinations), signal, noise)
 
+    def _count_lost(self, rows: Tensor, stored: Tensor) -> None:
+        """Count values that are too small for fp16, and so become zero."""
+        lost, meant = int(((stored == 0) & (rows != 0)).sum()), int((rows != 0).sum())
+        with self._lock:
+            self._lost, self._meant = self._lost + lost, self._meant + meant
+
     def _is_mask(self, rows: Tensor, stored: Tensor) -> bool:
-        """Whether infinities are meant: an attention mask is no weight, and a cast must not make new ones."""
+        """Whether infinities are meant: a mask holds negative ones and zeros, and a cast must not make new ones."""
         return (
             self.layer.role == "parameter"
-            and not bool(torch.isnan(rows).any())
+            and bool(((rows == 0) | (rows == -torch.inf)).all())
             and torch.equal(torch.isinf(rows), torch.isinf(stored))
         )
 
@@ -183,6 +196,8 @@ class LayerJob:
         signal = sum(result.signal for result in ordered)
         noise = sum(result.noise for result in ordered)
         rounding = replace(self._rounding, signal=signal, noise=noise)
+        if self._lost > LOST * self._meant:
+            rounding = replace(rounding, note="values too small for fp16 become zero (bf16 has the range of fp32)")
         outcome = LayerResult([result.checksum for result in ordered], rounding=rounding)
         if self.layer.has_codes and self.layer.scheme is not None:
             no_codes = torch.empty(0, dtype=torch.int8)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.decoded import decoded_checkpoint
 from quantcli.checkpoint.quantized import is_quantized, open_quantized
+from quantcli.conversion.onnx.equivalence import simplified, upgraded
 from quantcli.conversion.onnx.repack import CheckpointCodes
 from quantcli.data.request import DataRequest
+from quantcli.errors import InputError
 from quantcli.models.source import ModelSource, open_model
-from quantcli.onnx.graph.model import OnnxModel, open_onnx
-from quantcli.onnx.graph.opset import upgrade
-from quantcli.onnx.graph.prepare import prepare
+from quantcli.onnx.graph.model import OLDEST_OPSET, OnnxModel, open_onnx
+from quantcli.onnx.graph.opset import default_opset
 from quantcli.onnx.plan.judge import needed_opset
 from quantcli.onnx.plan.plan import GraphPlan
 from quantcli.onnx.plan.resolve import resolve_graph
@@ -66,21 +67,46 @@ def planned_graph(model: OnnxModel, recipe: Recipe, codes: CheckpointCodes | Non
         InputError: nothing can be quantized, or the runtime's version or the operator set stands against it.
         UsageError: the recipe does not suit the graph.
     """
-    graph = prepare(model, fold=codes is None)
+    graph = simplified(model, fold=codes is None)
     make_plan = codes.plan if codes else partial(resolve_graph, recipe)
     plan = make_plan(graph, model.path)
-    opset, (_, version) = needed_opset(plan), recipe.runtime
+    opset, (_, version) = max(needed_opset(plan), OLDEST_OPSET), recipe.runtime
     if version:
         require_version(plan, graph, opset, version)
-    if opset <= model.opset:
+    if opset <= default_opset(graph):
         return graph, plan
+    try:
+        newer = upgraded(graph, opset)
+    except InputError as error:
+        return graph, _without_newer(plan, default_opset(graph), error, model.path)
     # A plan speaks of a graph's own nodes.
-    upgraded = upgrade(graph, opset)
-    return upgraded, make_plan(upgraded, model.path)
+    return newer, make_plan(newer, model.path)
+
+
+def _without_newer(plan: GraphPlan, opset: int, error: InputError, file: Path) -> GraphPlan:
+    """The plan with layers left as they are whose form is none of this operator set; ``error``: why it stays.
+
+    Raises:
+        InputError: no layer remains.
+    """
+    from quantcli.onnx.plan.forms import form
+
+    reason = f"it takes a newer operator set than the model's {opset}"
+    nodes = tuple(
+        node.left(reason) if node.form and form(node.form).opset(node) > opset else node for node in plan.nodes
+    )
+    if not any(node.form for node in nodes):
+        raise InputError(
+            f"{file}: {plan.scheme} takes a newer operator set. {error}",
+            "Export the model with a newer operator set, or use --scheme fp16, which any set has.",
+        ) from error
+    return replace(plan, nodes=nodes, warnings=(*plan.warnings, f"{error} Layers that need it stay as they are."))
 
 
 def _quantized(checkpoint: Checkpoint, recipe: Recipe) -> tuple[CheckpointCodes | None, dict[str, Any]]:
     """The codes of a quantized checkpoint, unless they are to be values again; and where they come from."""
-    quantized = open_quantized(checkpoint)
-    origin = DecodedCheckpoint(quantized).origin() | {"sha256": checkpoint.sha256()}
-    return None if dequantizes(recipe) else CheckpointCodes(checkpoint, quantized, recipe), origin
+    decoded = decoded_checkpoint(checkpoint)
+    origin = decoded.origin() | {"sha256": checkpoint.sha256()}
+    if dequantizes(recipe) or (decoded.is_read_only and recipe.scheme is not None):
+        return None, origin
+    return CheckpointCodes(checkpoint, open_quantized(checkpoint), recipe), origin

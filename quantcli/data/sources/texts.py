@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.core.ports import Port
+from quantcli.data.chats import ChatWriter
 from quantcli.data.fitting import converted, layouts
 from quantcli.data.request import DataRequest
 from quantcli.data.sources.base import Sample, evenly, fixed_batch_of, hash_samples
@@ -67,10 +68,12 @@ class TextSource:
         self._length = seq_len or self._fixed or min(DEFAULT_LENGTH, longest)
         if self._fixed and self._length != self._fixed:
             raise UsageError(f"--seq-len {seq_len}: the model takes sequences of {self._fixed} tokens.")
-        texts, self._labels = load_labelled_texts(path, lines=not causal)
+        self._tokenizer = hugging_face.load_tokenizer(place)
+        chats = ChatWriter(self._tokenizer, place, windows=causal)
+        texts, self._labels = load_labelled_texts(path, lines=not causal, chat=chats.text)
+        self.warnings += chats.warnings
         self._labels = None if causal else self._labels
         self.labels = self._labels is not None
-        self._tokenizer = hugging_face.load_tokenizer(place)
         self._windows: np.ndarray | None = None
         if causal:
             count = request.samples or sum(map(len, texts))

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from quantcli.core.manifest import MANIFEST_KEY, Manifest
 from quantcli.core.ports import Port
 from quantcli.errors import InputError
+from quantcli.onnx.graph.external import external_files, find_external
 from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-#: The oldest operator set whose models are read; older ones lack what every exporter of the last years writes.
-OLDEST_OPSET = 11
+#: The oldest operator set whose models are read: the oldest that onnxruntime promises to run.
+OLDEST_OPSET = 7
 
 #: What a folder of weights holds.
 _CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
@@ -47,8 +48,8 @@ class OnnxModel:
 
     @property
     def opset(self) -> int:
-        """Version of the default operator set."""
-        return self.ir.opset_imports.get("", 1)
+        """Version of the default operator set; 0 where the graph has only operators of other domains."""
+        return self.ir.opset_imports.get("", 0)
 
     @cached_property
     def inputs(self) -> tuple[Port, ...]:
@@ -63,10 +64,7 @@ class OnnxModel:
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """The file itself, then its external data."""
-        import onnx_ir as ir
-
-        external = {Path(tensor.path) for tensor in constants(self.ir) if isinstance(tensor, ir.ExternalTensor)}
-        return (self.path, *sorted(external))
+        return (self.path, *external_files(self.ir))
 
     @property
     def size_bytes(self) -> int:
@@ -103,6 +101,7 @@ def open_onnx(path: Path) -> OnnxModel:
             short, or lies outside the model's folder.
     """
     import onnx_ir as ir
+    from onnx_ir.passes import common
 
     path = onnx_file(path)
     if not path.is_file():
@@ -118,13 +117,18 @@ def open_onnx(path: Path) -> OnnxModel:
         ) from error
     if not len(model.graph) and not model.graph.outputs:
         raise InputError(f"{path} is not an ONNX model: it holds no graph.")
+    if "ai.onnx" in model.opset_imports:
+        # Its other name.
+        model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
     opened = OnnxModel(path, model)
-    if opened.opset < OLDEST_OPSET:
+    if 0 < opened.opset < OLDEST_OPSET:
         raise InputError(
-            f"{path} uses operator set {opened.opset}; the oldest that quantcli reads is {OLDEST_OPSET}.",
+            f"{path} uses operator set {opened.opset}; the oldest that onnxruntime runs is {OLDEST_OPSET}.",
             "Export it anew, or upgrade it with onnx.version_converter.",
         )
-    _check_external_data(opened)
+    find_external(model, path)
+    # Before IR version 4 every initializer was an input as well; nobody feeds those.
+    common.RemoveInitializersFromInputsPass()(model)
     return opened
 
 
@@ -136,36 +140,16 @@ def constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
                 yield value.const_value
 
 
-def _check_external_data(opened: OnnxModel) -> None:
-    """Raise InputError where a weight's file is missing, too short, or outside the model's folder."""
+def port(value: ir.Value) -> Port:
+    """Name, dtype and shape of a graph's input or output. One that is not a tensor, or does not say, has a kind."""
+    import numpy as np
     import onnx_ir as ir
 
-    folder = opened.path.parent.resolve()
-    for tensor in constants(opened.ir):
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        file = Path(tensor.path)
-        if not file.resolve().is_relative_to(folder):
-            raise InputError(f"{opened.path} keeps {tensor.name} in {tensor.location}, outside its own folder.")
-        if not file.is_file():
-            raise InputError(
-                f"{opened.path} keeps its weights in {tensor.location}, which is missing.", f"Put it into {folder}."
-            )
-        needed = (tensor.offset or 0) + tensor.nbytes
-        if file.stat().st_size < needed:
-            raise InputError(
-                f"{file} is truncated: {tensor.name} ends at byte {needed}, the file has {file.stat().st_size}."
-            )
-
-
-def port(value: ir.Value) -> Port:
-    """Name, dtype and shape of a graph's input or output. Raises InputError for one that is not a tensor."""
-    import numpy as np
-
-    if value.dtype is None or value.name is None:
-        raise InputError(f"The model's {value.name or 'input'} is not a tensor (it is {value.type}).")
+    kind = value.type
+    if not isinstance(kind, ir.TensorType) or kind.dtype == ir.DataType.UNDEFINED:
+        return Port(value.name or "", np.dtype(object), None, kind="of no stated type" if kind is None else str(kind))
     dims = None if value.shape is None else tuple(_dimension(dim) for dim in value.shape)
-    return Port(value.name, np.dtype(value.dtype.numpy()), dims)
+    return Port(value.name or "", np.dtype(kind.dtype.numpy()), dims)
 
 
 def _dimension(dim: Any) -> int | str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantcli.errors import InputError
+from quantcli.onnx.graph.external import SMALL_BYTES
+from quantcli.onnx.graph.values import input_of, integer, is_standard, rank
 from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
@@ -13,42 +15,120 @@ if TYPE_CHECKING:
 #: The operator set from which on a Cast takes four-bit integers.
 NARROW_OPSET = 21
 
-#: Constants up to this size may be shapes or axes, which converting an operator set looks at.
-_SMALL_CONSTANT_BYTES = 4096
-
 #: The operator set that quantization with one scale per channel needs.
 QDQ_OPSET = 13
 
 
+#: Below operator set 13 these flatten what follows their axis, which is 1 where none is given.
+_FLATTENING = ("Softmax", "LogSoftmax", "Hardmax")
+
+#: Where nodes stand that the converter must not touch, since they are in the newer set's words already.
+_NEWER = "quantcli.newer"
+
+
+def default_opset(model: ir.Model) -> int:
+    """Version of the default operator set; 0 where the graph has only operators of other domains."""
+    return model.opset_imports.get("", 0)
+
+
 def upgrade(model: ir.Model, opset: int) -> ir.Model:
-    """The model in a newer operator set, if its own is older.
+    """The model in a newer operator set, if its own is older. Whether it computes the same is for the caller to see.
 
     Raises:
         InputError: an operator has no equivalent there.
     """
-    if model.opset_imports.get("", 1) >= opset:
+    old = default_opset(model)
+    if old >= opset:
         return model
     import onnx_ir as ir
     from onnx import version_converter
     from onnx_ir.passes import common
 
-    weights = _set_aside(model)
+    working = model.clone()
+    if old == 0:
+        working.opset_imports[""] = max(opset, QDQ_OPSET)
+        return working
+    if old < QDQ_OPSET <= opset:
+        _spell_out_flattening(working)
+    working.ir_version = max(working.ir_version or 0, needed_ir_version(old))
+    weights = _set_aside(working)
     try:
-        converted = ir.from_proto(version_converter.convert_version(ir.to_proto(model), opset))
+        converted = ir.from_proto(version_converter.convert_version(ir.to_proto(working), opset))
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"The model's operator set {model.opset_imports.get('', 1)} cannot be upgraded to {opset}: "
-            f"{first_line(error)}.",
+            f"The model's operator set {old} cannot be upgraded to {opset}: {first_line(error)}.",
             "Export the model with a newer operator set.",
         ) from error
-    finally:
-        for name, tensor in weights.items():
-            model.graph.initializers[name].const_value = tensor
     for name, tensor in weights.items():
         converted.graph.initializers[name].const_value = tensor
-        converted.graph.initializers[name].meta.update(model.graph.initializers[name].meta)
+        converted.graph.initializers[name].meta.update(working.graph.initializers[name].meta)
+    converted.opset_imports.pop(_NEWER, None)
+    for node in converted.graph.all_nodes():
+        if node.domain == _NEWER:
+            node.domain = ""
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(converted)
     return converted
+
+
+def restamp(model: ir.Model, opset: int) -> ir.Model | None:
+    """The model as it is, said to be of a newer operator set; None where an operator is said otherwise there.
+
+    A way for operators that the converter has no words for. Whether it computes the same is for the caller to see.
+    """
+    old = default_opset(model)
+    if not all(_said_alike(node, old, opset) for node in model.graph.all_nodes()):
+        return None
+    stamped = model.clone()
+    stamped.opset_imports[""] = opset
+    return stamped
+
+
+def _said_alike(node: ir.Node, old: int, new: int) -> bool:
+    """Whether a node has the same inputs, outputs and attributes in both operator sets."""
+    from onnx import defs
+
+    if node.domain != "":
+        return True
+    if node.op_type in _FLATTENING and old < QDQ_OPSET <= new:
+        return False
+    try:
+        one, other = (defs.get_schema(node.op_type, version, "") for version in (old, new))
+    except defs.SchemaError:
+        return False
+    if one.since_version == other.since_version:
+        return True
+    names = [[value.name for value in (*schema.inputs, *schema.outputs)] for schema in (one, other)]
+    return not other.deprecated and names[0] == names[1] and one.attributes.keys() == other.attributes.keys()
+
+
+def _spell_out_flattening(model: ir.Model) -> None:
+    """Write operators that flatten as the newer ones between a Flatten and a Reshape, where the converter cannot."""
+    import onnx_ir as ir
+
+    for node in list(model.graph.all_nodes()):
+        data = input_of(node, 0)
+        if not is_standard(node, *_FLATTENING) or data is None or node.graph is None:
+            continue
+        dims, axis = rank(data), integer(node, "axis", 1)
+        last = dims is not None and axis % max(dims, 1) == dims - 1
+        if node.op_type != "Hardmax" and dims is not None:
+            continue
+        graph, output = node.graph, node.outputs[0]
+        newer = ir.node(node.op_type, [data], {"axis": -1}, domain=_NEWER, name=node.name)
+        nodes = [newer]
+        if not last:
+            base = output.name or node.name or node.op_type
+            shape = ir.node("Shape", [data], name=f"{base}_shape")
+            flat = ir.node("Flatten", [data], {"axis": axis}, name=f"{base}_flat")
+            newer.replace_input_with(0, flat.outputs[0])
+            back = ir.node("Reshape", [newer.outputs[0], shape.outputs[0]], name=f"{base}_unflat")
+            nodes = [shape, flat, newer, back]
+            for each, part in zip(nodes, ("shape", "flat", "rows", "unflat"), strict=True):
+                each.outputs[0].name = f"{base}_{part}"
+        result, name = nodes[-1].outputs[0], output.name
+        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [output], [result])
+        result.name = name
+        model.opset_imports[_NEWER] = 1
 
 
 def _set_aside(model: ir.Model) -> dict[str, ir.TensorProtocol]:
@@ -58,7 +138,7 @@ def _set_aside(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     weights = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and tensor.nbytes > _SMALL_CONSTANT_BYTES:
+        if tensor is not None and tensor.nbytes > SMALL_BYTES:
             weights[name] = tensor
             value.const_value = ir.ExternalTensor(
                 "elsewhere", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
@@ -73,5 +153,5 @@ _IR_VERSIONS = ((25, 13), (24, 12), (23, 11), (21, 10), (20, 9), (15, 8), (13, 7
 
 
 def needed_ir_version(opset: int) -> int:
-    """The smallest IR version that an operator set may stand in."""
-    return next((version for smallest, version in _IR_VERSIONS if opset >= smallest), 3)
+    """The smallest IR version that an operator set may stand in, with initializers that are no inputs (from 4 on)."""
+    return next((version for smallest, version in _IR_VERSIONS if opset >= smallest), 4)

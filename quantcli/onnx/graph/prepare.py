@@ -6,15 +6,18 @@ Names of values that survive, of inputs and outputs above all, are kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from quantcli.errors import InputError
-from quantcli.onnx.graph.casts import keeps_codes, look_through_casts
+from quantcli.onnx.graph.casts import look_through_casts
+from quantcli.onnx.graph.external import SMALL_BYTES, take_in
 from quantcli.onnx.graph.fold import fold_affine
 from quantcli.onnx.graph.model import OnnxModel
 from quantcli.onnx.graph.operands import is_matrix_transpose
 from quantcli.onnx.graph.products import plain_products
+from quantcli.onnx.graph.simplify import drop_identities, fold_constants, infer_shapes, lift_constants
 from quantcli.onnx.graph.values import (
     add_initializer,
     array,
@@ -32,46 +35,67 @@ from quantcli.system.text import first_line
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-#: Constants above this many bytes are not folded through nodes: the result would have to be held in memory.
-_FOLD_LIMIT_BYTES = 1 << 24
+#: What a step stumbles over in a graph that it has no idea of.
+_STUMBLES = (ValueError, RuntimeError, KeyError, TypeError, IndexError, AttributeError, AssertionError)
+
+#: The steps by which a graph is simplified, in turn; each keeps its function, and all can do without each other.
+STEPS = (
+    "inline functions", "lift constants", "drop identities", "look through casts", "fold constants",
+    "lift folded constants", "infer shapes", "write products plainly", "join products with biases", "turn weights",
+    "fold affine nodes", "pool in place of means",
+)  # fmt: skip
 
 
-def prepare(model: OnnxModel, *, fold: bool = True) -> ir.Model:
+def prepare(model: OnnxModel, *, fold: bool = True, without: Collection[str] = ()) -> ir.Model:
     """A copy of the graph with functions inlined, constants folded, and with ``fold`` batch norm in the weights.
+
+    A step that fails is left out, as are those of `STEPS` that are named in ``without``.
 
     Raises:
         InputError: the graph is inconsistent.
     """
     from onnx_ir.passes import common
-    from onnxscript import optimizer
 
-    try:
-        graph_model = model.ir.clone()
-        common.InlinePass()(graph_model)
+    steps = dict(zip(STEPS, _functions(), strict=True))
+    left_out = {*without} | (set() if fold else {"fold affine nodes"})
+    while True:
+        try:
+            graph_model = model.ir.clone()
+        except _STUMBLES as error:
+            raise InputError(f"{model.path} is not a consistent ONNX graph: {first_line(error)}") from error
         common.RemoveInitializersFromInputsPass()(graph_model)
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
-        common.IdentityEliminationPass()(graph_model)
-        look_through_casts(graph_model)
-        optimizer.fold_constants(
-            graph_model,
-            onnx_shape_inference=False,
-            input_size_limit=_FOLD_LIMIT_BYTES,
-            output_size_limit=_FOLD_LIMIT_BYTES,
-            should_fold=keeps_codes,
-        )
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph_model)
-        common.ShapeInferencePass(check_type=False, strict_mode=False)(graph_model)
-        plain_products(graph_model)
-        _products_with_bias(graph_model)
-        _turn_weights(graph_model)
-        if fold:
-            fold_affine(graph_model)
-        _pool_instead_of_mean(graph_model)
+        take_in(graph_model, SMALL_BYTES)
+        failed = _first_failure(graph_model, {name: step for name, step in steps.items() if name not in left_out})
+        if failed is None:
+            break
+        # What failed halfway may be anything now: the next try begins anew.
+        left_out.add(failed)
+    try:
         common.RemoveUnusedNodesPass()(graph_model)
         common.NameFixPass()(graph_model)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except _STUMBLES as error:
         raise InputError(f"{model.path} is not a consistent ONNX graph: {first_line(error)}") from error
     return graph_model
+
+
+def _functions() -> tuple[Callable[[ir.Model], object], ...]:
+    """What does each of the steps."""
+    from onnx_ir.passes import common
+
+    return (
+        common.InlinePass(), lift_constants, drop_identities, look_through_casts, fold_constants, lift_constants,
+        infer_shapes, plain_products, _products_with_bias, _turn_weights, fold_affine, _pool_instead_of_mean,
+    )  # fmt: skip
+
+
+def _first_failure(model: ir.Model, steps: Mapping[str, Callable[[ir.Model], object]]) -> str | None:
+    """Take the steps; the name of the one that fails, or None."""
+    for name, step in steps.items():
+        try:
+            step(model)
+        except _STUMBLES:
+            return name
+    return None
 
 
 def _turn_weights(model: ir.Model) -> None:
@@ -131,7 +155,7 @@ def _pool_instead_of_mean(model: ir.Model) -> None:
     import onnx_ir as ir
 
     for node in list(model.graph):
-        data = node.inputs[0]
+        data = input_of(node, 0)
         if not is_standard(node, "ReduceMean") or data is None or rank(data) != 4:
             continue
         # The runtime has no pool of integers or doubles.

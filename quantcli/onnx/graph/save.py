@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import VerificationError
+from quantcli.onnx.graph.external import take_in
 from quantcli.onnx.graph.model import constants, open_onnx
 from quantcli.onnx.graph.opset import needed_ir_version
 
@@ -27,6 +28,9 @@ def save_graph(model: ir.Model, path: Path) -> list[Path]:
     model.ir_version = max(model.ir_version or 0, needed_ir_version(model.opset_imports.get("", 1)))
     large = sum(tensor.nbytes for tensor in constants(model)) > SINGLE_FILE_LIMIT_BYTES
     data = f"{path.name}.data" if large else None
+    if not large:
+        # What stays as it was may lie in a file of the model's own.
+        take_in(model)
     ir.save(model, path, external_data=data, max_workers=1)
     return [path, path.with_name(data)] if data else [path]
 

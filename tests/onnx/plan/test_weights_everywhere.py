@@ -138,7 +138,7 @@ def test_local_functions(tmp_path: Path, scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["int8", "int8-dynamic"])
 def test_halves_behind_a_cast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     """However large: where nothing is folded, they are weights all the same; and what is left is stored as it was."""
-    monkeypatch.setattr("quantcli.onnx.graph.prepare._FOLD_LIMIT_BYTES", 16)
+    monkeypatch.setattr("quantcli.onnx.graph.simplify._FOLDED_ELEMENTS", 16)
     halves = {name: normal(64, 64, seed=seed, scale=0.2).astype(np.float16) for seed, name in enumerate("wk")}
     nodes = [
         node("Cast", ["w"], ["wf"], to=1), node("Cast", ["k"], ["kf"], to=1),

@@ -1,0 +1,322 @@
+"""What transformers makes of a checkpoint's names and layers, asked on the meta device before any work.
+
+Runs in a process apart. transformers renames, joins and splits tensors as it loads them, has no use for some, and
+reads the weights of some layers in ways that codes do not allow. All of that is found by its own rules and by what its
+classes do, not by their names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from quantcli.conversion.checkpoint.made_up_inputs import candidates
+from quantcli.system.text import first_line
+
+
+def survey(request: dict[str, Any]) -> dict[str, Any]:
+    """What `quantcli.planning.plan.Loader` holds, or an ``error`` where transformers has no such model.
+
+    ``request``: ``folder`` of the original, ``tensors`` by name (``shape``), ``coded`` by name (``role``, ``packed``,
+    ``inputs``), ``format``, and the ``dtype`` of the result by torch's name.
+    """
+    try:
+        model = build(request["folder"], request["dtype"])
+        _patch(model, request["format"])
+    except Exception as error:
+        return {"error": first_line(error)}
+    return _Survey(model, request).answer()
+
+
+def _patch(model: Any, method: str) -> None:
+    """Put layers in place of fused experts where transformers does so for this quantization."""
+    import torch
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as PATCHES
+
+    for name, module in list(model.named_modules()):
+        patch = PATCHES.get(type(module).__name__)
+        if patch is not None and method in [each.value for each in patch["quantization_methods"]]:
+            with torch.device("meta"):
+                model.set_submodule(name, patch["module_name"](model.config.get_text_config()).eval())
+
+
+def build(folder: str, dtype: str) -> Any:
+    """The class that config.json names, without weights, on the meta device."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    vars(config).pop("quantization_config", None)
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if named is not None:
+            return named._from_config(config, dtype=getattr(torch, dtype)).eval()
+        return transformers.AutoModel.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+class _Survey:
+    """One model, and what is asked of it."""
+
+    def __init__(self, model: Any, request: dict[str, Any]) -> None:
+        self.model, self.request = model, request
+        self.name = type(model).__name__
+        self.coded: dict[str, dict[str, Any]] = request["coded"]
+        self.modules = dict(model.named_modules())
+        self.loaded, self.joined, self.unknown = self._names()
+        self.leave: dict[str, str] = {}
+        self.unpacked: list[str] = []
+        self.weights_only: list[str] = []
+
+    def answer(self) -> dict[str, Any]:
+        """All findings."""
+        self._leave_what_is_not_one_layer()
+        if self.request["format"] == "compressed-tensors":
+            self._read_by_initialization()
+        elif self.request["format"] == "bitsandbytes":
+            self._kept_wide()
+            self._read_by_others()
+        renamed = {}
+        for name, loaded in {**self.joined, **self.loaded}.items():
+            before, after = name.rpartition("."), loaded.rpartition(".")
+            if before[2] == after[2] == "weight" and before[0] != after[0]:
+                renamed[before[0]] = after[0]
+        return {
+            "name": f"{self.name}",
+            "modules": renamed,
+            "absent": self._absent(),
+            "leave": self.leave,
+            "unpacked": self.unpacked,
+            "weights_only": self.weights_only,
+            "wide": self._wide(),
+            "split": self._split(),
+            "loaded": {name: loaded for name, loaded in self.loaded.items() if name in self.coded},
+            "joined": {name: place for name, place in self.joined.items() if name in self.coded},
+        }
+
+    def _names(self) -> tuple[dict[str, str], dict[str, str], list[str]]:
+        """By the file's name, the loaded one; likewise of what becomes a part of another; what has no use."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        rules = get_model_conversion_mapping(self.model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+        prefix, known = self.model.base_model_prefix, dict(self.model.state_dict())
+        loaded, joined, unknown = {}, {}, []
+        for name in self.request["tensors"]:
+            renamed, merged = rename_source_key(name, renamings, converters, prefix, known)
+            if renamed not in known:
+                plain, _ = rename_source_key(name, [], [], prefix, known)
+                renamed, merged = (plain, None) if plain in known else (renamed, merged)
+            if renamed not in known:
+                unknown.append(name)
+            elif merged:
+                joined[name] = renamed
+            else:
+                loaded[name] = renamed
+        return loaded, joined, unknown
+
+    def _linear(self, tensor: str) -> Any:
+        """The loaded layer whose weight a tensor is, if it is a linear one."""
+        from torch import nn
+
+        module, _, leaf = self.loaded.get(tensor, "").rpartition(".")
+        layer = self.modules.get(module)
+        if leaf != "weight" or layer is None:
+            return None
+        if self.request["format"] == "bitsandbytes":
+            return layer if type(layer) is nn.Linear or type(layer).__name__ == "Conv1D" else None
+        return layer if isinstance(layer, nn.Linear) else None
+
+    def _leave_what_is_not_one_layer(self) -> None:
+        for name, how in self.coded.items():
+            if name in self.unknown:
+                self.leave[name] = f"{self.name} of transformers has no such weight, carried over as it is"
+            elif name in self.joined:
+                expert = how["role"] in ("expert", "experts")
+                if expert and how["inputs"] and self.request["format"] == "compressed-tensors":
+                    self.weights_only.append(name)
+                elif not expert or self.request["format"] != "compressed-tensors":
+                    self.leave[name] = "transformers joins it with other weights or splits it as it loads"
+            elif self._linear(name) is None:
+                module = self.modules.get(self.loaded[name].rpartition(".")[0])
+                kind = type(module).__name__
+                self.leave[name] = f"{kind} of transformers, which {self.request['format']} does not replace"
+
+    def _split(self) -> dict[str, list[dict[str, Any]]]:
+        """Fused experts of the file that the library holds as layers, and which part of them each layer is."""
+        found = {}
+        for name in self.unknown:
+            shape, (path, _, leaf) = self.request["tensors"][name], name.rpartition(".")
+            # The file's path to the experts is the library's own here, but for what it puts in front.
+            inside = [key for key in self.modules if f".{path}".endswith(f".{key}") or key.endswith(f".{path}")]
+            experts = self.modules[max(inside, key=len)] if len(shape) == 3 and inside else None
+            children = list(experts.children()) if experts is not None else []
+            leaves = ["gate_proj", "up_proj"] if leaf == "gate_up_proj" else [leaf]
+            if not children or len(children) != shape[0]:
+                continue
+            if not all(hasattr(child, each) for child in children for each in leaves):
+                continue
+            rows, columns = getattr(children[0], leaves[0]).weight.shape
+            turned = [columns, rows * len(leaves)] == list(shape[1:])
+            if turned or [rows * len(leaves), columns] == list(shape[1:]):
+                found[name] = [
+                    {
+                        "name": f"{path}.{expert}.{each}.weight",
+                        "expert": expert,
+                        "first": rows * index,
+                        "shape": [rows, columns],
+                        "turned": turned,
+                    }
+                    for expert in range(len(children))
+                    for index, each in enumerate(leaves)
+                ]
+        return found
+
+    def _absent(self) -> list[str]:
+        """Linear layers that no tensor of the file fills, such as a pooler that only the class has."""
+        from torch import nn
+
+        filled = {*self.loaded.values(), *self.joined.values()}
+        return [
+            name
+            for name, module in self.modules.items()
+            if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and f"{name}.weight" not in filled
+        ]
+
+    def _wide(self) -> list[str]:
+        """Tensors that the class keeps in float32 whatever the dtype of the rest."""
+        import torch
+
+        plan = self.model._get_dtype_plan(getattr(torch, self.request["dtype"]))
+        patterns = [re.compile(_glob(key)) for key, dtype in plan.items() if dtype == torch.float32]
+        return [name for name, loaded in self.loaded.items() if any(each.search(loaded) for each in patterns)]
+
+    def _kept_wide(self) -> None:
+        """Layers that transformers does not replace because their class keeps them in float32."""
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        kept = list(self.model._keep_in_fp32_modules or [])
+        for name in self.coded:
+            if name not in self.leave and not should_convert_module(self.loaded[name].rpartition(".")[0], kept):
+                self.leave[name] = f"{self.name} of transformers keeps it in float32"
+
+    def _targets(self) -> dict[str, Any]:
+        """Layers that become codes, by tensor."""
+        found = {}
+        for name in self.coded:
+            layer = None if name in self.leave else self._linear(name)
+            if layer is not None:
+                found[name] = layer
+        return found
+
+    def _read_by_initialization(self) -> None:
+        """Layers whose weight the class's ``_init_weights`` reads, which transformers calls for loaded layers as well.
+
+        Packed codes have other names, so that there is no weight.
+        """
+        targets = {name: layer for name, layer in self._targets().items() if self.coded[name]["packed"]}
+        names = {id(layer): name for name, layer in targets.items()}
+        asked: list[str] = []
+        weights = {name: layer._parameters.pop("weight") for name, layer in targets.items()}
+        with _watched(targets.values(), lambda layer: asked.append(names[id(layer)])):
+            for owner, module in _initialized(self.model, self.model):
+                for _ in range(64):
+                    asked.clear()
+                    try:
+                        owner._init_weights(module)
+                    except AttributeError as error:
+                        culprit = asked[-1] if asked else None
+                        if culprit is None or "'weight'" not in str(error):
+                            break
+                        targets[culprit]._parameters["weight"] = weights.pop(culprit)
+                        self.unpacked.append(culprit)
+                        continue
+                    except Exception:
+                        # Values are not there on the meta device; what reads them fails for that reason alone.
+                        break
+                    break
+        for name, weight in weights.items():
+            targets[name]._parameters["weight"] = weight
+
+    def _read_by_others(self) -> None:
+        """Layers whose weight is read, but which are not called: their codes would be multiplied as they are."""
+        import torch
+
+        targets = self._targets()
+        names = {id(layer): name for name, layer in targets.items()}
+        called: set[str] = set()
+        read: dict[str, None] = {}
+        inside: list[str] = []
+
+        def enter(layer: Any, _: Any) -> None:
+            called.add(names[id(layer)])
+            inside.append(names[id(layer)])
+
+        def leave(_: Any, __: Any, ___: Any) -> None:
+            inside.pop()
+
+        def seen(layer: Any) -> None:
+            if names[id(layer)] not in inside:
+                read[names[id(layer)]] = None
+
+        hooks = [layer.register_forward_pre_hook(enter) for layer in targets.values()]
+        hooks += [layer.register_forward_hook(leave) for layer in targets.values()]
+        with _watched(targets.values(), seen), torch.no_grad(), torch.device("meta"):
+            for inputs in candidates(self.model, "meta"):
+                inside.clear()
+                try:
+                    self.model(**inputs)
+                except Exception:
+                    continue
+                break
+        for hook in hooks:
+            hook.remove()
+        for name in read:
+            if name not in called:
+                self.leave[name] = f"{self.name} of transformers reads its weight without calling the layer"
+
+
+class _watched:
+    """Meanwhile every look at the weight of some layers is told to ``tell``."""
+
+    def __init__(self, layers: Any, tell: Any) -> None:
+        self._layers = list(layers)
+        self._tell = tell
+        self._classes: dict[type, type] = {}
+
+    def __enter__(self) -> None:
+        for layer in self._layers:
+            kind = type(layer)
+            if kind not in self._classes:
+                self._classes[kind] = self._subclass(kind)
+            layer.__class__ = self._classes[kind]
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self._layers:
+            layer.__class__ = type(layer).__mro__[1]
+
+    def _subclass(self, kind: type) -> type:
+        tell = self._tell
+
+        def lookup(self: Any, name: str) -> Any:
+            if name == "weight":
+                tell(self)
+            return kind.__getattr__(self, name)  # type: ignore[attr-defined]
+
+        return type(kind.__name__, (kind,), {"__getattr__": lookup})
+
+
+def _initialized(module: Any, owner: Any) -> Iterator[tuple[Any, Any]]:
+    """Modules as transformers initializes them, each with the model whose rules it goes by; children first."""
+    import transformers
+
+    for child in module.children():
+        yield from _initialized(child, child if isinstance(child, transformers.PreTrainedModel) else owner)
+    yield owner, module
+
+
+def _glob(key: str) -> str:
+    """A pattern of transformers' dtype plan as a regular expression: a name with dots, anywhere in a longer one."""
+    return key.replace("*", r"\w+")

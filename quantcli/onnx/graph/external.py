@@ -1,0 +1,94 @@
+"""Weights in files beside an ONNX file: found and checked when it is opened, and taken in when it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantcli.errors import InputError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+#: Constants up to this size may be shapes or axes, whose values tell the shapes of others.
+SMALL_BYTES = 4096
+
+
+def external_files(model: ir.Model) -> list[Path]:
+    """The files that hold tensors of a model, each once."""
+    import onnx_ir as ir
+
+    return sorted({Path(tensor.path) for tensor, _ in _tensors(model) if isinstance(tensor, ir.ExternalTensor)})
+
+
+def find_external(model: ir.Model, path: Path) -> None:
+    """Let every external tensor of a model that was read from ``path`` name its file in full.
+
+    Raises:
+        InputError: a file is missing, too short, or outside the model's folder. Links are followed: a cache of
+            downloads links to the model and to its data, which lie in one other folder.
+    """
+    import onnx_ir as ir
+
+    folders = {path.parent.resolve(), path.resolve().parent}
+    for tensor, put in _tensors(model):
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        file, name = path.parent / tensor.location, tensor.name or "a constant"
+        real = file.resolve()
+        climbs = Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts
+        if climbs or not any(real.is_relative_to(folder) for folder in folders):
+            raise InputError(f"{path} keeps {name} in {tensor.location}, outside its own folder.")
+        if not real.is_file():
+            raise InputError(
+                f"{path} keeps its weights in {tensor.location}, which is missing.", f"Put it into {path.parent}."
+            )
+        needed = (tensor.offset or 0) + tensor.nbytes
+        if real.stat().st_size < needed:
+            raise InputError(f"{file} is truncated: {name} ends at byte {needed}, the file has {real.stat().st_size}.")
+        # onnx-ir would refuse links, which were judged here.
+        put(
+            ir.ExternalTensor(
+                real, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name,
+                doc_string=tensor.doc_string, metadata_props=tensor.metadata_props,
+            )
+        )  # fmt: skip
+
+
+def take_in(model: ir.Model, limit: int | None = None) -> None:
+    """Make external tensors, those of at most ``limit`` bytes, a part of the model itself; read when they are used."""
+    import onnx_ir as ir
+
+    for tensor, put in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor) and (limit is None or tensor.nbytes <= limit):
+            read = partial(_itself, tensor)
+            put(ir.LazyTensor(read, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name))
+
+
+def _itself(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return tensor
+
+
+def _tensors(model: ir.Model) -> Iterator[tuple[ir.TensorProtocol, Callable[[ir.TensorProtocol], None]]]:
+    """Every tensor of a model, those in bodies, functions and attributes included, with what replaces it."""
+    import onnx_ir as ir
+
+    for graph in model.graphs():
+        for value in list(graph.initializers.values()):
+            if value.const_value is not None:
+                yield value.const_value, partial(setattr, value, "const_value")
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph_or_function in graphs:
+        for node in ir.traversal.RecursiveGraphIterator(graph_or_function):
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    yield attribute.as_tensor(), partial(_set_attribute, node, name)
+
+
+def _set_attribute(node: ir.Node, name: str, tensor: ir.TensorProtocol) -> None:
+    import onnx_ir as ir
+
+    node.attributes[name] = ir.AttrTensor(name, tensor)

@@ -1,0 +1,191 @@
+"""transformers asked what it makes of a checkpoint, before work and after it, on tiny models of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.commands.convert import convert
+from quantcli.conversion.checkpoint import loader_run
+from quantcli.conversion.checkpoint.loader_survey import survey
+from quantcli.errors import InputError
+from quantcli.planning.plan import Plan
+from quantcli.planning.recipe import Recipe
+from quantcli.planning.resolve import resolve
+from quantcli.system.child import ChildFailedError, Service
+
+SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+WIDE = SMALL | {"intermediate_size": 128}
+
+
+def saved(model: Any, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def surveyed(folder: Path, scheme: str) -> tuple[Plan, dict[str, Any]]:
+    """A plan, and what the library makes of it."""
+    checkpoint = open_checkpoint(folder)
+    plan = resolve(Recipe(scheme=scheme), checkpoint.infos(), checkpoint.config)
+    coded = {
+        layer.info.name: {
+            "role": layer.role,
+            "packed": plan.format == "compressed-tensors" and layer.scheme.inputs is None,
+            "inputs": layer.scheme.inputs is not None,
+        }
+        for layer in plan.layers
+        if layer.has_codes and layer.scheme
+    }
+    names = {layer.info.name: layer.info.shape for layer in plan.layers}
+    request = {"folder": str(folder), "tensors": names, "coded": coded, "format": plan.format, "dtype": "bfloat16"}
+    return plan, survey(request)
+
+
+def test_heads_are_known_by_the_name_that_is_loaded(tmp_path: Path) -> None:
+    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**WIDE))
+    _, answer = surveyed(saved(model, tmp_path / "neox"), "int8")
+    assert answer["modules"] == {"embed_out": "lm_head"}
+    assert not answer["leave"]
+    assert not answer["unpacked"]
+
+
+def test_weights_that_the_class_lacks_are_left_and_layers_that_the_file_lacks_named(tmp_path: Path) -> None:
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**WIDE))
+    folder = saved(model, tmp_path / "bert")
+    weights = load_file(folder / "model.safetensors")
+    weights["extra.dense.weight"] = torch.randn(64, 64)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    _, answer = surveyed(folder, "int8")
+    assert list(answer["leave"]) == ["extra.dense.weight"]
+    assert "has no such weight" in answer["leave"]["extra.dense.weight"]
+    assert answer["absent"] == ["cls.predictions.decoder"]
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}), encoding="utf-8")
+    assert "pooler.dense" in surveyed(folder, "int8")[1]["absent"]
+
+
+def test_layers_that_are_read_by_the_initialization_are_found(tmp_path: Path) -> None:
+    config = transformers.T5Config(
+        vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, feed_forward_proj="relu"
+    )
+    folder = saved(transformers.T5ForConditionalGeneration(config), tmp_path / "t5")
+    plan, answer = surveyed(folder, "int8")
+    assert set(answer["unpacked"]) == {layer.info.name for layer in plan.quantized}
+    assert not surveyed(folder, "int8-dynamic")[1]["unpacked"]
+    left = surveyed(folder, "nf4")[1]["leave"]
+    names = [f"{part}.DenseReluDense.wo.weight" for part in ("decoder.block.0.layer.2", "encoder.block.0.layer.1")]
+    assert sorted(left) == names
+    assert all("keeps it in float32" in reason for reason in left.values())
+
+
+def test_a_layer_whose_weight_is_read_but_which_is_not_called_is_found_by_use(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(
+        vocab_size=64, hidden_size=64, state_size=16, num_hidden_layers=1, time_step_rank=32
+    )
+    folder = saved(transformers.MambaForCausalLM(config), tmp_path / "mamba")
+    left = surveyed(folder, "nf4")[1]["leave"]
+    assert list(left) == ["backbone.layers.0.mixer.dt_proj.weight"]
+    assert "reads its weight without calling" in next(iter(left.values()))
+
+
+def test_experts_that_are_joined_keep_their_inputs(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(**WIDE, num_key_value_heads=2, num_local_experts=2)
+    folder = saved(transformers.MixtralForCausalLM(config), tmp_path / "mixtral")
+    _, answer = surveyed(folder, "int8-dynamic")
+    assert len(answer["weights_only"]) == 6
+    assert all(".experts." in name for name in answer["weights_only"])
+    assert not answer["leave"]
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    config = transformers.LlamaConfig(**WIDE, num_key_value_heads=4)
+    return saved(transformers.LlamaForCausalLM(config).to(torch.bfloat16), tmp_path / "llama")
+
+
+def proven(llama: Path, scheme: str, tmp_path: Path, **loaded: str) -> dict[str, Any]:
+    artifact = tmp_path / scheme
+    convert(llama, artifact, scheme=scheme)
+    _, answer = surveyed(llama, scheme)
+    request = {"artifact": str(artifact), "original": str(llama), "threads": 1}
+    return loader_run.prove(request | {"loaded": answer["loaded"] | loaded, "joined": answer["joined"]})
+
+
+@pytest.mark.usefixtures("no_runtime_check")
+@pytest.mark.parametrize("scheme", ["int4", "int8-dynamic", "nf4"])
+def test_an_artifact_is_run_and_every_layer_compared(llama: Path, tmp_path: Path, scheme: str) -> None:
+    answer = proven(llama, scheme, tmp_path)
+    assert answer["problems"] == []
+    assert answer["ran"] == {"by_forward": 7, "by_themselves": 0, "joined": 0}
+
+
+@pytest.mark.usefixtures("no_runtime_check")
+def test_a_layer_that_computes_something_else_is_named(llama: Path, tmp_path: Path) -> None:
+    q, k = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight")
+    problems = proven(llama, "int8", tmp_path, **{q: k, k: q})["problems"]
+    assert len(problems) == 2
+    assert q in problems[1]
+    assert "computes something else than its codes say" in problems[0]
+
+
+@pytest.mark.usefixtures("no_runtime_check")
+def test_an_artifact_that_does_not_run_is_told_from_inputs_that_do_not_fit(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = loader_run.candidates, []
+
+    def first_none(model: Any) -> Any:
+        """Inputs that the artifact cannot take, and the original can."""
+        calls.append(model)
+        return iter([{"input_ids": torch.tensor([[10**6]])}]) if len(calls) == 1 else real(model)
+
+    monkeypatch.setattr(loader_run, "candidates", first_none)
+    assert "it does not run" in proven(llama, "int8", tmp_path)["problems"][0]
+
+
+@pytest.mark.slow
+def test_dry_run_refuses_what_the_library_would_not_load(tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
+    folder = saved(transformers.T5ForConditionalGeneration(config), tmp_path / "t5")
+    with pytest.raises(InputError, match="reads its weight, and packed codes have none") as caught:
+        convert(folder, tmp_path / "out", scheme="int4", dry_run=True)
+    assert "int8-dynamic or nf4" in str(caught.value.hint)
+    report = convert(folder, tmp_path / "out", scheme="int8")
+    assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 10
+
+
+@pytest.mark.slow
+def test_an_artifact_of_renamed_and_absent_modules_is_run(tmp_path: Path) -> None:
+    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**WIDE))
+    folder = saved(model, tmp_path / "neox")
+    for scheme in ("int8", "nf4"):
+        runtime = convert(folder, tmp_path / scheme, scheme=scheme).details["verified"]["runtime"]
+        assert runtime["ran"]["by_forward"] == 4
+    told = convert(folder, tmp_path / "codes", scheme="int8", verify="codes").details["verified"]["runtime"]
+    assert told["not_run"] == "--verify codes"
+
+
+def test_a_service_answers_again_and_says_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "doubling.py").write_text(
+        "def twice(request):\n    return {'n': 2 // request['n'] * request['n'] ** 2}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    service = Service()
+    try:
+        for number in (1, 2):
+            service.start("doubling:twice", {"n": number})
+            assert service.result(60) == {"n": 2 * number}
+        service.start("doubling:twice", {"n": 0})
+        with pytest.raises(ChildFailedError, match="ZeroDivisionError"):
+            service.result(60)
+    finally:
+        service.stop()
