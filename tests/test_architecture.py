@@ -68,7 +68,7 @@ HEAVY = {
 }  # fmt: skip
 
 #: The options of the command line's contract, and those that every command has.
-COMMON = {"--json", "--markdown", "--html", "--quiet", "--debug", "--help"}
+COMMON = {"--custom-ops", "--json", "--markdown", "--html", "--quiet", "--debug", "--help"}
 CONTRACT = {
     "calibrate": {
         "--data", "--output", "--method", "--samples", "--batch-size", "--seq-len", "--seed", "--tokenizer",

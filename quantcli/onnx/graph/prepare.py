@@ -11,10 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from quantcli.errors import InputError
+from quantcli.onnx.graph.casts import look_through_casts
 from quantcli.onnx.graph.external import SMALL_BYTES, take_in
 from quantcli.onnx.graph.fold import fold_affine
 from quantcli.onnx.graph.model import OnnxModel
 from quantcli.onnx.graph.operands import is_matrix_transpose
+from quantcli.onnx.graph.products import plain_products
 from quantcli.onnx.graph.simplify import drop_identities, fold_constants, infer_shapes, lift_constants
 from quantcli.onnx.graph.values import (
     add_initializer,
@@ -38,8 +40,9 @@ _STUMBLES = (ValueError, RuntimeError, KeyError, TypeError, IndexError, Attribut
 
 #: The steps by which a graph is simplified, in turn; each keeps its function, and all can do without each other.
 STEPS = (
-    "inline functions", "lift constants", "drop identities", "fold constants", "lift folded constants", "infer shapes",
-    "join products with biases", "turn weights", "fold affine nodes", "pool in place of means",
+    "inline functions", "lift constants", "drop identities", "look through casts", "fold constants",
+    "lift folded constants", "infer shapes", "write products plainly", "join products with biases", "turn weights",
+    "fold affine nodes", "pool in place of means",
 )  # fmt: skip
 
 
@@ -82,8 +85,8 @@ def _functions() -> tuple[Callable[[ir.Model], object], ...]:
     from onnx_ir.passes import common
 
     return (
-        common.InlinePass(), lift_constants, drop_identities, fold_constants, lift_constants, infer_shapes,
-        _products_with_bias, _turn_weights, fold_affine, _pool_instead_of_mean,
+        common.InlinePass(), lift_constants, drop_identities, look_through_casts, fold_constants, lift_constants,
+        infer_shapes, plain_products, _products_with_bias, _turn_weights, fold_affine, _pool_instead_of_mean,
     )  # fmt: skip
 
 

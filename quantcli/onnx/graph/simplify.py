@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import TYPE_CHECKING
 
+from quantcli.onnx.graph.casts import keeps_codes
 from quantcli.onnx.graph.values import constant, is_standard
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def fold_constants(model: ir.Model) -> None:
 def _may_fold(node: ir.Node) -> bool | None:
     """False where a node must stay; None leaves it to the folder's own rules."""
     strings = any(value is not None and value.dtype is not None and value.dtype.is_string() for value in node.inputs)
-    return False if strings or is_standard(node, *_NOT_FOLDED) or _widens(node) else None
+    return False if strings or is_standard(node, *_NOT_FOLDED) or _widens(node) else keeps_codes(node)
 
 
 def _widens(node: ir.Node) -> bool:

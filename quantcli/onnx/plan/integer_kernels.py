@@ -18,6 +18,10 @@ def no_integer_kernel(layer: NodePlan, scheme: Scheme) -> str | None:
     """Why a layer cannot run on integers with such inputs, or None."""
     node, inputs = layer.node, scheme.inputs
     assert inputs is not None
+    if not is_standard(node, "Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return f"onnxruntime has no integer {node.op_type}"
+    if layer.weight is node.inputs[0]:
+        return "its constant is the left factor"
     if node.op_type == "ConvTranspose":
         return "ConvTranspose has no integer kernel"
     if node.op_type == "Conv" and inputs.dynamic:
