@@ -6,20 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-import numpy as np
-
 from quantcli.core.ports import Arrays, Port
 from quantcli.data.for_models import input_ports, source_for
+from quantcli.data.made_up import DEFAULT_LENGTH, made_up_feeds
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, batches, choose_samples
 from quantcli.data.sources import is_text
 from quantcli.data.sources.base import batch_sizes
 from quantcli.errors import InputError, UsageError
-from quantcli.models.inputs import derived_inputs
 from quantcli.models.source import ModelSource
-
-#: Tokens of a sequence, and pixels of a side, where neither the user nor the model says it.
-DEFAULT_LENGTH, DEFAULT_SIDE = 128, 224
 
 #: Different batches that runs take turns with; more would only fill memory.
 _BATCHES = 4
@@ -87,44 +82,6 @@ def _batches(samples: Samples, size: int) -> list[Arrays]:
             "Give more data, or a smaller --batch-size.",
         )
     return found
-
-
-def made_up_feeds(ports: Sequence[Port], size: int, seq_len: int | None, seed: int) -> Arrays:
-    """Inputs of the right shapes: normal floats from a seed, ones for integers (ids, masks) and truth values.
-
-    Raises:
-        InputError: the model does not tell how many dimensions an input has, or what its elements are.
-    """
-    generator = np.random.default_rng(seed)
-    found: Arrays = {}
-    for port in ports:
-        if port.optional and port.shape is None:
-            continue
-        if port.shape is None or port.dtype.kind not in "iufbV":
-            raise InputError(f"The model does not tell the shape of its input {port}.", "Give real ones with --data.")
-        shape = [_dimension(port, axis, size, seq_len) for axis in range(len(port.shape))]
-        if port.dtype.kind in "iub":
-            found[port.name] = np.ones(shape, dtype=port.dtype)
-        else:
-            found[port.name] = generator.standard_normal(shape, dtype=np.float32).astype(port.dtype)
-    derived = derived_inputs(found["input_ids"]) if "input_ids" in found else {}
-    # Masks, types and positions are what a tokenizer would give for a text without padding.
-    return {
-        name: np.asarray(derived[name], dtype=value.dtype) if name in derived and value.ndim == 2 else value
-        for name, value in found.items()
-    }
-
-
-def _dimension(port: Port, axis: int, size: int, seq_len: int | None) -> int:
-    assert port.shape is not None
-    given = port.shape[axis]
-    if isinstance(given, int):
-        return given
-    if axis == 0:
-        return size
-    if len(port.shape) == 4:
-        return 3 if axis == 1 else DEFAULT_SIDE
-    return seq_len or DEFAULT_LENGTH
 
 
 def _fixed_length(ports: Sequence[Port]) -> bool:

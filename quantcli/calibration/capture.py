@@ -108,7 +108,7 @@ class ActivationCapture:
             return Session(ir.to_proto(model).SerializeToString(), shared=shared)
         path = self._folder / "part.onnx"
         ir.save(model, path)
-        return Session(path, shared=shared)
+        return Session(path, shared=shared, name="The model")
 
 
 def _values(model: ir.Model) -> dict[str, ir.Value]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given is missing, corrupt or not supported, or an extra is not installed; 4 a defect of quantcli; 130 interrupted.
     """
     ui = Ui()
+    if not sys.warnoptions:
+        # What libraries warn of is for developers; `python -W` still shows it.
+        warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, _interrupt)
     completion.prepare()
     arguments = None if argv is None else list(argv)

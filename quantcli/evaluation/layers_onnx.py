@@ -164,4 +164,4 @@ def _observed(model: OnnxModel, names: Sequence[str]) -> Iterator[Session]:
         path = Path(folder) / "observed.onnx"
         save_graph(opened.ir, path)
         # Without optimization every value of the graph is there to be asked for.
-        yield Session(path, optimize=False)
+        yield Session(path, optimize=False, name=str(model.path))

@@ -59,8 +59,8 @@ class Proof:
         }
 
 
-def prove(path: Path) -> Proof:
-    """Load a model into onnxruntime and read back the graph that it will run.
+def prove(path: Path, name: str | None = None) -> Proof:
+    """Load a model into onnxruntime and read back the graph that it will run; ``name`` is what errors call it.
 
     Raises:
         InputError: the runtime cannot load the model.
@@ -70,7 +70,7 @@ def prove(path: Path) -> Proof:
     version = f"onnxruntime {onnxruntime().__version__}"
     with tempfile.TemporaryDirectory(prefix="quantcli-") as folder:
         dump = Path(folder) / "optimized.onnx"
-        Session(path, dump=dump)
+        Session(path, dump=dump, name=name)
         graph = ir.load(dump).graph
         kernels = Counter(node.op_type for node in graph.all_nodes())
         floating: dict[str, list[str]] = {}

@@ -15,8 +15,8 @@ from quantcli.system.text import first_line
 if TYPE_CHECKING:
     import numpy as np
 
-#: onnxruntime's log level that lets only errors through: what it warns of, we report ourselves.
-_ERRORS_ONLY = 3
+#: onnxruntime's log level that lets nothing through: what fails is raised as well, and reported by us.
+_SILENT = 4
 
 #: onnxruntime's names of dtypes that ml_dtypes calls otherwise.
 _NARROW = {
@@ -33,7 +33,7 @@ def onnxruntime() -> Any:
     """The module, set to be silent."""
     import onnxruntime as ort
 
-    ort.set_default_logger_severity(_ERRORS_ONLY)
+    ort.set_default_logger_severity(_SILENT)
     return ort
 
 
@@ -58,6 +58,7 @@ class Session:
         shared: threads rest as soon as a run ends; otherwise they spin for a while, waiting for the next one, and
             take cores from whatever else is measured.
         dump: file that the runtime's own optimized graph is written to.
+        name: what errors call the model, where its file is not the user's own.
 
     Raises:
         InputError: onnxruntime cannot load the model.
@@ -71,12 +72,13 @@ class Session:
         optimize: bool = True,
         shared: bool = False,
         dump: Path | None = None,
+        name: str | None = None,
     ) -> None:
         ort = onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.inter_op_num_threads = 1
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _SILENT
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
         if shared:
@@ -85,16 +87,17 @@ class Session:
             options.optimized_model_filepath = str(dump)
         for library in custom_operators.registered():
             options.register_custom_ops_library(str(library))
-        name = str(model) if isinstance(model, Path) else "The model"
+        name = name or (str(model) if isinstance(model, Path) else "The model")
         try:
             self._session = ort.InferenceSession(
                 str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise InputError(
-                f"{name} cannot be loaded by onnxruntime {ort.__version__}: {first_line(error)}.",
+                f"{name} cannot be loaded by onnxruntime {ort.__version__}: {_reason(error, model, name)}.",
                 _CUSTOM_OPERATORS if "is not a registered function/op" in str(error) else None,
             ) from error
+        self.name = name
         self.inputs = tuple(_port(each) for each in self._session.get_inputs())
         self.outputs = tuple(_port(each) for each in self._session.get_outputs())
 
@@ -110,6 +113,12 @@ class Session:
         except Exception as error:
             raise InputError(f"onnxruntime could not run the model: {first_line(error)}.") from error
         return dict(zip(names, values, strict=True))
+
+
+def _reason(error: Exception, model: Path | bytes, name: str) -> str:
+    """What the runtime says, with the user's name of a model in place of its file's."""
+    reason = first_line(error)
+    return reason.replace(str(model), name) if isinstance(model, Path) else reason
 
 
 def _port(node: Any) -> Port:

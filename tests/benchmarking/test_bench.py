@@ -12,10 +12,10 @@ import torch
 from support.tiny_onnx import classifier, language_model, weights
 
 import quantcli
-from quantcli.benchmarking.feeds import made_up_feeds
 from quantcli.benchmarking.probe import Probe, probe
 from quantcli.cli.app import main
 from quantcli.core.ports import Port
+from quantcli.data.made_up import made_up_feeds
 from quantcli.errors import InputError, UsageError
 from quantcli.system.hardware import cpu_name
 

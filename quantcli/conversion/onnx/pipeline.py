@@ -8,13 +8,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantcli.calibration.collect import DEFAULT_SAMPLES
 from quantcli.checkpoint.hugging_face import companions
 from quantcli.conversion.onnx.advice import Advice, advise
-from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, OutputComparison
+from quantcli.conversion.onnx.comparison import (
+    COMPARED_SAMPLES,
+    Comparison,
+    NotCompared,
+    OutputComparison,
+    made_up,
+    of_samples,
+)
 from quantcli.conversion.onnx.evidence import gather, load
+from quantcli.conversion.onnx.explained import Honest
 from quantcli.conversion.onnx.result import Result
 from quantcli.conversion.onnx.source import Source, open_source, planned_graph
 from quantcli.conversion.staging import Staging, open_staging
@@ -23,11 +31,13 @@ from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.models.kernels import prove
+from quantcli.models.session import Session
 from quantcli.onnx.graph.model import OnnxModel, constants, onnx_file
 from quantcli.onnx.graph.save import add_metadata, read_back, save_graph
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
 from quantcli.onnx.rewrite.four_bit_storage import store_in_four_bits
 from quantcli.onnx.rewrite.transform import transform
+from quantcli.onnx.weights.finite import require_finite
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.steps import training_step
 from quantcli.planning.targets import require_onnx
@@ -129,12 +139,14 @@ def _convert(job: _Job, staging: Staging) -> Report:
     _require_data(job, plan)
     if job.dry_run:
         return _estimate(job, source, plan)
+    require_finite(plan)
     samples = load(source, job.data, trains=job.trains)
     calibrating = samples.spread(DEFAULT_SAMPLES) if samples is not None and job.trains else samples
     folder, seed = staging.root / "hessians", job.data.seed if job.data else 0
     gathered = gather(source, graph, plan, job.statistics, calibrating, seed, folder, job.progress)
     weights_before = sum(tensor.nbytes for tensor in constants(graph))
     unquantized = graph.clone() if job.trains else None
+    honest = Honest(graph, gathered.plan, gathered.evidence)
     with torch_threads():
         outcomes = transform(graph, gathered.plan, gathered.evidence)
     history, data_fingerprint = None, gathered.fingerprint
@@ -146,24 +158,54 @@ def _convert(job: _Job, staging: Staging) -> Report:
 
     target = staging.out / (job.single_file or _FILE_IN_FOLDER)
     files = _save(graph, target, job.output)
-    verified = {**read_back(graph, target), "runtime": prove(target).to_json()}
+    verified = {**read_back(graph, target), "runtime": prove(target, str(job.output)).to_json()}
+    outputs = _outputs(source, honest, calibrating, staging.root)
+    told: Comparison | NotCompared
     compared, advice = None, Advice()
-    if calibrating is not None:
-        outputs = OutputComparison(source.model.path, calibrating, COMPARED_SAMPLES, staging.root)
-        compared = outputs.against(target)
-        verified["compared"] = compared.to_json()
-        advice = advise(job.recipe, source.model, gathered.evidence, outputs, compared.sqnr_db, staging.root)
-    result = Result(source, job.output, done, outcomes, verified, compared)
+    if isinstance(outputs, NotCompared):
+        told = outputs
+    else:
+        told = compared = outputs.against(target, str(job.output))
+        if not job.trains:
+            honest.require(outcomes, outputs, compared, target)
+        if calibrating is not None:
+            verified["compared"] = compared.to_json()
+            advice = advise(job.recipe, source.model, gathered.evidence, outputs, compared.sqnr_db, staging.root)
+    result = Result(source, job.output, done, outcomes, verified, None if calibrating is None else compared)
     manifest = result.manifest(data_fingerprint)
     add_metadata(target, MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
     size = sum(file.stat().st_size for file in files)
     _require_smaller(size, source.model.size_bytes, weights_before)
     _copy_companions(source, job, staging.out)
 
-    stages = (source, samples, gathered, history, done, compared, advice)
+    stages = (source, samples, gathered, history, done, told, advice)
     warnings = [warning for stage in stages if stage is not None for warning in stage.warnings]
-    details = {"verified": verified, "recommended": advice.scheme}
+    details = {"verified": verified, "recommended": advice.scheme, "outputs": _told(told)}
     return result.report(size, warnings, details | ({"training": history.to_json()} if history else {}))
+
+
+def _outputs(source: Source, honest: Honest, samples: Samples | None, folder: Path) -> OutputComparison | NotCompared:
+    """What outputs are compared on: the data, or made-up inputs."""
+    model, loose = source.model.path, honest.shapes_depend_on_values
+    if samples is not None:
+        return OutputComparison(model, of_samples(samples, COMPARED_SAMPLES), folder, loose=loose)
+    try:
+        reference = Session(model)
+    except InputError as error:
+        return NotCompared(error.message)
+    feeds = made_up(reference, honest.graph)
+    return (
+        feeds
+        if isinstance(feeds, NotCompared)
+        else OutputComparison(reference, feeds, folder, made_up=True, loose=loose)
+    )
+
+
+def _told(compared: Comparison | NotCompared) -> dict[str, Any]:
+    """What the report says of outputs."""
+    if isinstance(compared, NotCompared):
+        return {"compared": False, "reason": compared.reason}
+    return {"compared": True, "made_up": compared.made_up} | compared.to_json()
 
 
 def _check_request(job: _Job) -> None:

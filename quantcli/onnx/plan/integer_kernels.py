@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from quantcli.core.scheme import Scheme
 from quantcli.onnx.graph.operands import channel_axis, readers
 from quantcli.onnx.graph.opset import NARROW_OPSET, QDQ_OPSET
 from quantcli.onnx.graph.values import constant, input_of, integer, is_standard, real
 from quantcli.onnx.plan.plan import NodePlan
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 def integer_opset(layer: NodePlan) -> int:
@@ -41,6 +46,11 @@ def no_integer_kernel(layer: NodePlan, scheme: Scheme) -> str | None:
     if node.op_type == "Gemm":
         if integer(node, "transA", 0) or real(node, "alpha", 1.0) != 1.0 or real(node, "beta", 1.0) != 1.0:
             return "Gemm with a transposed or scaled input has no integer kernel"
-        if bias is not None and not inputs.dynamic and bias.size not in (1, weight.shape[channel_axis(node)]):
+        if bias is not None and not inputs.dynamic and not _per_output(bias, weight.shape.numpy()[channel_axis(node)]):
             return "the bias is not one value per output"
     return None
+
+
+def _per_output(bias: ir.TensorProtocol, outputs: int) -> bool:
+    """Whether a Gemm adds one value to each of its outputs, or one to all: as many in a column go to rows."""
+    return bias.size == 1 or (bias.size == outputs and bias.shape.numpy()[-1] == outputs)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantcli.onnx.graph.values import array, constant, input_of, is_standard, only_consumer, rank
+from quantcli.onnx.graph.values import array, constant, input_of, integer, integers, is_standard, only_consumer, rank
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,6 +28,18 @@ _POOLS = ("AveragePool", "GlobalAveragePool")
 
 #: Move values, or choose among them: codes pass as they are, so input and output share their scale.
 PASS_THROUGH = ("MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
+
+
+def has_wrong_kernel(node: ir.Node) -> bool:
+    """Whether the runtime's integer kernel of a pool computes something else, or cannot be loaded.
+
+    With ``ceil_mode`` and ``count_include_pad`` QLinearAveragePool divides by places beyond the padding too, where the
+    float operator does not. It knows no dilations (onnxruntime 1.32; tests look at both).
+    """
+    if not is_standard(node, "AveragePool"):
+        return False
+    dilated = any(dilation != 1 for dilation in integers(node, "dilations") or ())
+    return dilated or bool(integer(node, "ceil_mode", 0) and integer(node, "count_include_pad", 0))
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ def _join_integer_ops(model: ir.Model, placement: Placement) -> None:
     while grown:
         grown = False
         for node in model.graph:
-            if node in placement.nodes or not is_standard(node, *INTEGER_OPS, *PASS_THROUGH):
+            if node in placement.nodes or not _may_join(node):
                 continue
             passes = is_standard(node, *PASS_THROUGH)
             inputs = [node.inputs[0]] if passes else list(node.inputs)
@@ -129,10 +141,14 @@ def _join_integer_ops(model: ir.Model, placement: Placement) -> None:
             grown = True
 
 
+def _may_join(node: ir.Node) -> bool:
+    return is_standard(node, *INTEGER_OPS, *PASS_THROUGH) and not has_wrong_kernel(node)
+
+
 def _leads_to_quantized(value: ir.Value, placement: Placement) -> bool:
     """Whether a pass-through chain, or one more operator that joins, ends in a quantized value."""
     for node in value.consumers():
-        if is_standard(node, *PASS_THROUGH, *INTEGER_OPS) and node.outputs:
+        if _may_join(node) and node.outputs:
             output = node.outputs[0] if is_standard(node, *PASS_THROUGH) else tail(node)
             if output in placement.values or (
                 is_standard(node, *PASS_THROUGH, *_POOLS) and _leads_to_quantized(output, placement)

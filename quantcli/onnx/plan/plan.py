@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from quantcli.onnx.plan.placement import observed_values
 from quantcli.planning.recipe import Recipe
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
 #: Operators that say that a model is quantized already.
@@ -94,11 +95,15 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class LayerOutcome:
-    """What became of one layer, and its weight's size in bytes; ``rounding`` is None where that stayed as it was."""
+    """What became of one layer, and its weight's size in bytes; ``rounding`` is None where that stayed as it was.
+
+    ``decoded`` gives what the codes stand for, in the weight's own shape; None where a form does not tell.
+    """
 
     plan: NodePlan
     bytes_after: int
     rounding: Rounding | None = None
+    decoded: Callable[[], np.ndarray] | None = None
 
     @property
     def sqnr_db(self) -> float | None:
@@ -106,10 +111,16 @@ class LayerOutcome:
         return self.rounding.sqnr_db if self.rounding else None
 
     @staticmethod
-    def quantized(plan: NodePlan, bytes_after: int, rounding: Rounding, note: str | None = None) -> LayerOutcome:
+    def quantized(
+        plan: NodePlan,
+        bytes_after: int,
+        rounding: Rounding,
+        note: str | None = None,
+        decoded: Callable[[], np.ndarray] | None = None,
+    ) -> LayerOutcome:
         """With the plan that was carried out in the end: its algorithm, and all that is to be said of it."""
         notes = "; ".join(filter(None, (plan.note, note, rounding.note))) or None
-        return LayerOutcome(replace(plan, algorithm=rounding.algorithm, note=notes), bytes_after, rounding)
+        return LayerOutcome(replace(plan, algorithm=rounding.algorithm, note=notes), bytes_after, rounding, decoded)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def subtract_from_bias(graph: ir.Graph, node: ir.Node, shift: np.ndarray) -> Non
         return
     weight = node.inputs[1]
     assert weight is not None
-    dtype = np.float32 if values is None else values.dtype
+    dtype = (weight.dtype.numpy() if weight.dtype else np.float32) if values is None else values.dtype
     corrected = (np.zeros(shift.shape) if values is None else values.reshape(-1).astype(np.float64)) - shift
     name = old.name if old is not None else f"{weight.name}_bias"
     if len(node.inputs) < 3:

@@ -43,6 +43,7 @@ class CastWeight:
     nbytes: int
     rounding: Rounding | None = None
     overflow: str | None = None
+    decoded: Callable[[], np.ndarray] | None = None
 
 
 def cast_weights(model: ir.Model, dtype: str, names: Collection[str] | None = None) -> list[CastWeight]:
@@ -114,7 +115,8 @@ def _cast(value: ir.Value, dtype: str) -> CastWeight:
         graph.insert_before(graph[0], cast)
     else:
         graph.append(cast)
-    return CastWeight(name, tensor.nbytes // 2, Rounding("cast", signal=signal, noise=noise))
+    rounding = Rounding("cast", signal=signal, noise=noise)
+    return CastWeight(name, tensor.nbytes // 2, rounding, decoded=lambda: _half(tensor, half).numpy())
 
 
 def _half(tensor: ir.TensorProtocol, half: ir.DataType) -> ir.TensorProtocol:
@@ -161,7 +163,7 @@ def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -
     def rewrite(layer: NodePlan) -> LayerOutcome:
         weight = written[layer.name]
         plan = layer.left(weight.overflow) if weight.overflow else layer
-        return LayerOutcome(plan, weight.nbytes, weight.rounding)
+        return LayerOutcome(plan, weight.nbytes, weight.rounding, weight.decoded)
 
     return rewrite
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantcli.onnx.graph.operands import channel_axis
-from quantcli.onnx.graph.values import add_initializer, drop_unused, input_of
+from quantcli.onnx.graph.values import add_initializer, constant, drop_unused, input_of, is_standard, rank
 from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.forms import Form
 from quantcli.onnx.plan.integer_kernels import integer_opset, no_integer_kernel
@@ -51,6 +51,8 @@ class DynamicQuantizer:
         nodes = [product, cast, scale, scaled]
         if bias is not None:
             nodes.append(ir.Node("", "Add", [scaled.outputs[0], bias], name=f"{base}_bias"))
+        elif _taken_for_bias(node):
+            nodes.append(ir.Node("", "Sum", [scaled.outputs[0]], num_outputs=1, name=f"{base}_apart"))
         for part_node, part in zip(nodes, ("integer", "cast", "scale", "scaled"), strict=False):
             part_node.outputs[0].name = f"{base}_{part}"
         last = nodes[-1].outputs[0]
@@ -102,6 +104,28 @@ class DynamicQuantizer:
         turned = add_initializer(graph, codes.name, values)
         turned.meta[ORIGIN] = replace(origin, turned=not origin.turned)
         return turned
+
+
+def _taken_for_bias(node: ir.Node) -> bool:
+    """Whether the runtime would take what is added to a product for its bias, though it changes the sum's shape.
+
+    DynamicQuantizeMatMul takes a constant of one row, of whatever length and number of dimensions. A sum of a single
+    value stands between them then.
+    """
+    output = node.outputs[0]
+    for add in output.consumers():
+        if not is_standard(add, "Add"):
+            continue
+        other = add.inputs[1] if add.inputs[0] is output else add.inputs[0]
+        tensor, dimensions = constant(other), rank(output)
+        if tensor is None or tensor.size == 1 or tensor.size != tensor.shape[-1]:
+            continue
+        weight = node.inputs[1]
+        channels = weight.shape[channel_axis(node)] if weight is not None and weight.shape is not None else None
+        # A product that is quantized has two dimensions at the least.
+        if tensor.size != channels or len(tensor.shape) > (dimensions or 2):
+            return True
+    return False
 
 
 FORM = Form(

@@ -36,7 +36,8 @@ def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -
         correct_bias(node.graph or graph, node, weight, mean)
         node.replace_input_with(1, restored)
         drop_unused(graph, layer.weight)
-        return LayerOutcome.quantized(layer, 0 if shared else weight.nbytes, weight.rounding)
+        nbytes = 0 if shared else weight.nbytes
+        return LayerOutcome.quantized(layer, nbytes, weight.rounding, decoded=weight.decoded)
 
     return rewrite
 

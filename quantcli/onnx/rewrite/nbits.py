@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class NbitsNode:
     nbytes: int
     note: str | None
     rounding: Rounding
+    decoded: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class _Form:
     scales: list[ir.Value]
     nbytes: int
     rounding: Rounding
+    decoded: Callable[[], np.ndarray]
 
 
 def quantize_node(
@@ -103,7 +106,8 @@ def quantize_node(
     _replace(node, nodes)
     model.opset_imports.setdefault(DOMAIN, 1)
     remove_unread(operand.value)
-    return NbitsNode(0 if shared else form.nbytes, _note(scheme.weights, weights, form.block), form.rounding)
+    note = _note(scheme.weights, weights, form.block)
+    return NbitsNode(0 if shared else form.nbytes, note, form.rounding, form.decoded)
 
 
 def _shared_by(operator: str, operand: Operand, weights: NumberFormat) -> str:
@@ -159,6 +163,7 @@ def _make_form(
         [add_initializer(graph, free_name(graph, f"{name}_{key}"), array) for key, array in scales.items()],
         codes.nbytes + sum(array.nbytes for array in scales.values()),
         packed.rounding,
+        partial(packed.decoded, operand, weights, block),
     )
 
 
@@ -259,7 +264,7 @@ def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -
         codes = evidence.codes.of(layer) if evidence.codes else None
         hessian = evidence.hessian(layer)
         written = quantize_node(model, layer.node, layer.scheme, layer.algorithm, hessian=hessian, given=codes)
-        return LayerOutcome.quantized(layer, written.nbytes, written.rounding, written.note)
+        return LayerOutcome.quantized(layer, written.nbytes, written.rounding, written.note, written.decoded)
 
     return rewrite
 

@@ -20,7 +20,13 @@ from torch import Tensor
 from quantcli import algorithms
 from quantcli.algorithms import default_rounding
 from quantcli.core import numerics
-from quantcli.core.packing import pack_int4_low_nibble_first, pack_nibbles_high_first, unpack_int4_low_nibble_first
+from quantcli.core.nf4 import nf4_codebook
+from quantcli.core.packing import (
+    pack_int4_low_nibble_first,
+    pack_nibbles_high_first,
+    unpack_int4_low_nibble_first,
+    unpack_nibbles_high_first,
+)
 from quantcli.core.scheme import Granularity, NumberFormat
 from quantcli.core.tensors import Hessian, QuantizedTensor, RoundedTensor, Rounding
 from quantcli.errors import InputError
@@ -44,6 +50,24 @@ class Packed:
     scales: np.ndarray
     zero_points: np.ndarray | None
     rounding: Rounding
+
+    def decoded(self, operand: Operand, number_format: NumberFormat, size: int) -> np.ndarray:
+        """What the codes stand for, in the shape that the weight has in its file."""
+        rows, columns = operand.rows, operand.columns
+        if number_format.dtype == "nf4":
+            codes = unpack_nibbles_high_first(torch.from_numpy(self.codes), rows * columns).long()
+            scales = torch.from_numpy(self.scales.astype(np.float32)).repeat_interleave(size)[: rows * columns]
+            matrix = (nf4_codebook()[codes] * scales).reshape(rows, columns)
+        else:
+            bits = number_format.bits
+            codes = unpack_codes(self.codes.reshape(rows, -1), bits).float()[:, :columns]
+            if self.zero_points is not None:
+                points = unpack_codes(self.zero_points.reshape(rows, -1), bits).float()
+                codes = codes - points.repeat_interleave(size, 1)[:, :columns]
+            scales = torch.from_numpy(self.scales.astype(np.float32)).reshape(rows, -1)
+            matrix = codes * scales.repeat_interleave(size, 1)[:, :columns]
+        values = matrix.numpy() / np.float32(operand.factor or 1.0)
+        return values.T if operand.transposed else values
 
 
 def pack_rows(

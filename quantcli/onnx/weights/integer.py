@@ -93,12 +93,20 @@ class IntegerWeight:
         # Four-bit codes are bytes only until the graph is written, see `quantcli.onnx.rewrite.four_bit_storage`.
         return nbytes if self.bits == 8 else nbytes - self.codes.const_value.nbytes // 2  # type: ignore[union-attr]
 
+    def decoded(self) -> np.ndarray:
+        """What the codes stand for, float32 of the weight's own shape."""
+        codes = array(self.codes)
+        assert codes is not None
+        along = [-1 if axis == self.axis else 1 for axis in range(codes.ndim)]
+        values: np.ndarray = codes.astype(np.float32) * self.scales.reshape(along)
+        return values
+
     def outcome(self, layer: NodePlan) -> LayerOutcome:
         """What became of a layer that reads it in products of integers."""
         narrowed = None
         if self.narrowed:
             narrowed = f"{self.narrowed} of {max(len(self.scales), 1)} channels narrowed: no product can saturate"
-        return LayerOutcome.quantized(layer, self.nbytes, self.rounding, narrowed)
+        return LayerOutcome.quantized(layer, self.nbytes, self.rounding, narrowed, self.decoded)
 
 
 def integer_weight(

@@ -96,6 +96,12 @@ def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
                 f"{decibel_text(compared['sqnr_db'])} on {counted_text(compared['samples'], 'sample')} of the data"
             )
             rows.append(("Outputs", outputs))
+        elif report.details.get("outputs", {}).get("compared"):
+            found = report.details["outputs"]
+            made_up = counted_text(found["samples"], "made-up sample")
+            rows.append(
+                ("Outputs", f"of the model's names, types and shapes; {decibel_text(found['sqnr_db'])} on {made_up}")
+            )
         speed = artifact.metrics.get("speed")
         if speed is not None:
             rows.append(("Speed", f"about {speed:.2g} times the model's, on these samples"))

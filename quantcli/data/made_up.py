@@ -1,0 +1,151 @@
+"""Inputs that are made up: of the right types and shapes, with indices that lie within their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from quantcli.core.ports import Arrays, Port
+from quantcli.errors import InputError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: Tokens of a sequence, and pixels of a side, where neither the user nor the model says it.
+DEFAULT_LENGTH, DEFAULT_SIDE = 128, 224
+
+#: Operators that hand an input on, so that what reads their output still looks up by it.
+_HAND_ON = frozenset(
+    ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Transpose", "Slice", "Expand", "Concat",
+     "Tile", "Where", "Split", "Gather", "Max", "Min", "Clip")
+)  # fmt: skip
+
+#: By operator, the input that is an index, and the one that it is looked up in.
+_LOOKUPS = {
+    "Gather": ((1, 0),),
+    "GatherBlockQuantized": ((1, 0),),
+    "EmbedLayerNormalization": ((0, 2), (1, 4)),
+    "SkipLayerNormalization": (),
+}
+
+
+def made_up_feeds(
+    ports: Sequence[Port],
+    size: int,
+    seq_len: int | None,
+    seed: int,
+    *,
+    side: int = DEFAULT_SIDE,
+    tables: Mapping[str, int] | None = None,
+) -> Arrays:
+    """Inputs of ``size`` samples: normal floats from a seed, ones for integers (ids, masks) and truth values.
+
+    An axis that has the name of the first input's first one counts samples, wherever it stands; axes of equal names
+    are equally long. Integers that are indices of one of ``tables`` are any of it.
+
+    Raises:
+        InputError: the model does not tell how many dimensions an input has, or what its elements are.
+    """
+    import numpy as np
+
+    from quantcli.models.inputs import derived_inputs
+
+    generator = np.random.default_rng(seed)
+    lengths = _lengths(ports, size, seq_len or DEFAULT_LENGTH, side)
+    found: Arrays = {}
+    for port in ports:
+        if port.optional and port.shape is None:
+            continue
+        if port.shape is None or port.dtype.kind not in "iufbVO":
+            raise InputError(f"The model does not tell the shape of its input {port}.", "Give real ones with --data.")
+        shape = lengths[port.name]
+        most = (tables or {}).get(port.name)
+        if port.dtype.kind == "O":
+            found[port.name] = np.full(shape, "text", dtype=object)
+        elif port.dtype.kind in "iu" and most is not None:
+            found[port.name] = generator.integers(0, max(most, 1), shape).astype(port.dtype)
+        elif port.dtype.kind in "iub":
+            found[port.name] = np.ones(shape, dtype=port.dtype)
+        else:
+            found[port.name] = np.asarray(generator.standard_normal(shape, dtype=np.float32), dtype=port.dtype)
+    derived = derived_inputs(found["input_ids"]) if "input_ids" in found else {}
+    # Masks, types and positions are what a tokenizer would give for a text without padding.
+    return {
+        name: np.asarray(derived[name], dtype=value.dtype)
+        if name in derived and value.shape == derived[name].shape
+        else value
+        for name, value in found.items()
+    }
+
+
+def counts_samples(ports: Sequence[Port]) -> str | None:
+    """The name of the axis that counts samples, which is the first of an input whose first axis is free."""
+    return next((port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], str)), None)
+
+
+def _lengths(ports: Sequence[Port], size: int, length: int, side: int) -> dict[str, list[int]]:
+    """The shape of every input, by name."""
+    batch = counts_samples(ports)
+    known = {} if batch is None else {batch: size}
+    shapes: dict[str, list[int]] = {}
+    for port in ports:
+        shape = []
+        for axis, given in enumerate(port.shape or ()):
+            if isinstance(given, int):
+                shape.append(given)
+                continue
+            if given in known:
+                shape.append(known[given])
+                continue
+            if axis == 0:
+                value = size
+            elif len(port.shape or ()) == 4:
+                value = 3 if axis == 1 else side
+            else:
+                value = length
+            if given is not None:
+                value = _summed(given, known, length) or value
+                known[given] = value
+            shape.append(value)
+        shapes[port.name] = shape
+    return shapes
+
+
+def _summed(name: str, known: Mapping[str, int], length: int) -> int | None:
+    """The length of an axis that is named as a sum of others, such as ``past_length + length``."""
+    parts = [part.strip() for part in name.split("+")]
+    if len(parts) < 2:
+        return None
+    return sum(int(part) if part.isdigit() else known.get(part, length) for part in parts)
+
+
+def table_sizes(model: ir.Model) -> dict[str, int]:
+    """How many entries the smallest table has that each input looks up in, for inputs that do."""
+    found = {}
+    for value in model.graph.inputs:
+        sizes = [size for size in _looked_up(value, set()) if size is not None]
+        if value.name and sizes:
+            found[value.name] = min(sizes)
+    return found
+
+
+def _looked_up(value: ir.Value, seen: set[ir.Value]) -> Iterator[int | None]:
+    if value in seen:
+        return
+    seen.add(value)
+    for use in value.uses():
+        node = use.node
+        for index, table in _LOOKUPS.get(node.op_type, ()):
+            if use.idx == index and table < len(node.inputs):
+                axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+                yield _entries(node.inputs[table], axis)
+        if node.op_type in _HAND_ON:
+            for output in node.outputs:
+                yield from _looked_up(output, seen)
+
+
+def _entries(table: ir.Value | None, axis: int) -> int | None:
+    if table is None or table.shape is None or not -len(table.shape) <= axis < len(table.shape):
+        return None
+    size = table.shape[axis]
+    return size if isinstance(size, int) else None

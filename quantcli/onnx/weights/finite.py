@@ -1,0 +1,49 @@
+"""NaN and infinity among the weights that a plan quantizes, found before anything is made of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantcli.errors import InputError
+from quantcli.onnx.graph.values import array, constant, input_of
+from quantcli.onnx.plan.plan import GraphPlan
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: Values looked at together.
+_CHUNK = 1 << 22
+
+
+def require_finite(plan: GraphPlan) -> None:
+    """Raise InputError where a weight that is quantized, or the bias of such a layer, holds NaN or infinity."""
+    seen = set()
+    for layer in plan.nodes:
+        if not layer.form:
+            continue
+        bias = None if layer.node.op_type == "Gather" else input_of(layer.node, 2)
+        for value in (layer.weight, bias):
+            if value is not None and value not in seen:
+                seen.add(value)
+                _require_finite(value)
+
+
+def _require_finite(value: ir.Value) -> None:
+    tensor = constant(value)
+    if tensor is None or not tensor.dtype.is_floating_point():
+        return
+    values = array(value)
+    assert values is not None
+    flat = np.ascontiguousarray(values).reshape(-1)
+    for start in range(0, flat.size, _CHUNK):
+        finite = np.isfinite(flat[start : start + _CHUNK])
+        if not finite.all():
+            index = start + int(np.argmin(finite))
+            place = [int(part) for part in np.unravel_index(index, values.shape)]
+            raise InputError(
+                f"{value.name} holds NaN or infinite values, which cannot be quantized: {float(flat[index])} at {place}"
+                " is the first.",
+                "Repair the model, or leave the layer out with --skip.",
+            )

@@ -1,0 +1,179 @@
+"""What is written is run: artifacts that compute something else are refused, with data and without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from quantcli import convert
+from quantcli.conversion.onnx import comparison, explained
+from quantcli.data.made_up import made_up_feeds, table_sizes
+from quantcli.errors import InputError
+from quantcli.models.session import Session
+from quantcli.onnx.graph.model import open_onnx
+from quantcli.onnx.graph.values import add_initializer
+from quantcli.onnx.rewrite import dynamic, expanded
+
+RANDOM = np.random.default_rng(0)
+
+
+def weight(*shape: int) -> np.ndarray:
+    return (RANDOM.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+
+
+def save(
+    path: Path, nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], inputs: dict[str, Any], opset: int = 17
+) -> Path:
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(values, name) for name, values in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
+    return path
+
+
+def product(path: Path, columns: int = 96) -> Path:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
+    return save(path, nodes, {"w": weight(64, columns)}, {"x": (TensorProto.FLOAT, ["n", 64])})
+
+
+def refused(model: Path, says: str, **options: Any) -> None:
+    out = model.with_name("out.onnx")
+    with pytest.raises(InputError, match=says) as raised:
+        convert(model, out, **options)
+    assert raised.value.exit_code == 3
+    assert not out.exists()
+    assert ".partial" not in str(raised.value)
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "int8", "int4", "nf4", "int8-dynamic"])
+def test_outputs_are_compared_without_data(tmp_path: Path, scheme: str) -> None:
+    report = convert(product(tmp_path / "model.onnx"), tmp_path / "out.onnx", scheme=scheme)
+    outputs = report.details["outputs"]
+    assert (outputs["compared"], outputs["made_up"], outputs["samples"]) == (True, True, 3)
+    assert outputs["sqnr_db"] > 15
+    assert not report.warnings
+    assert open_onnx(tmp_path / "out.onnx").manifest.verified.get("compared") is None
+
+
+def test_an_artifact_that_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Add", ["h", "s"], ["y"])]
+    model = save(
+        tmp_path / "m.onnx", nodes, {"w": weight(512, 1), "s": weight(7)}, {"x": (TensorProto.FLOAT, ["n", 512])}
+    )
+    monkeypatch.setattr(dynamic, "_taken_for_bias", lambda node: False)
+    refused(model, "does not run where the model does", scheme="int8-dynamic")
+
+
+def test_a_kernel_that_computes_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1, "count_include_pad": 1}
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["h"], pads=[1] * 4),
+        helper.make_node("AveragePool", ["h"], ["a"], **pool),
+        helper.make_node("Conv", ["a", "w"], ["y"]),
+    ]
+    weights = {"w": weight(16, 16, 3, 3) / 3, "b": np.ones(16, np.float32)}
+    model = save(tmp_path / "m.onnx", nodes, weights, {"x": (TensorProto.FLOAT, ["n", 16, 8, 8])})
+    np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((8, 16, 8, 8)).astype(np.float32))
+    for module in ("quantcli.onnx.plan.placement", "quantcli.onnx.rewrite.qdq"):
+        monkeypatch.setattr(f"{module}.has_wrong_kernel", lambda node: False)
+    refused(model, r"output y is wrong: it keeps \d+\.\d dB", scheme="int8-static", data=tmp_path / "d.npz")
+
+
+def test_codes_that_stand_for_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def turned(graph: ir.Graph, parts: list[ir.Value], axis: int, original: ir.Value) -> ir.Value:
+        codes, *rest = parts
+        values = np.ascontiguousarray(codes.const_value.numpy()[::-1])  # type: ignore[union-attr]
+        return dequantized(graph, [add_initializer(graph, "turned", values), *rest], axis, original)
+
+    dequantized = expanded.dequantized
+    monkeypatch.setattr(expanded, "dequantized", turned)
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"])]
+    model = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 8, 3, 3)}, {"x": (TensorProto.FLOAT, ["n", 8, 8, 8])})
+    refused(model, "output y is wrong", scheme="int8")
+
+
+def test_honest_losses_are_kept(tmp_path: Path) -> None:
+    # Eight layers of small random matrices at four bits: next to nothing of the output is left, and rightly so.
+    nodes, weights, last = [], {}, "x"
+    for number in range(8):
+        weights[f"w{number}"] = weight(32, 32) * np.float32(3)
+        nodes.append(helper.make_node("MatMul", [last, f"w{number}"], [f"h{number}"]))
+        nodes.append(helper.make_node("Sin", [f"h{number}"], [f"s{number}" if number < 7 else "y"]))
+        last = f"s{number}"
+    model = save(tmp_path / "m.onnx", nodes, weights, {"x": (TensorProto.FLOAT, ["n", 32])})
+    report = convert(model, tmp_path / "out.onnx", scheme="int4")
+    assert report.details["outputs"]["sqnr_db"] < 5
+
+
+def test_a_model_that_runs_on_nothing_that_is_made_up(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Reshape", ["x", "shape"], ["r"]),
+        helper.make_node("MatMul", ["r", "w"], ["y"]),
+    ]
+    weights = {"w": weight(64, 96), "shape": np.array([5, 64])}
+    model = save(tmp_path / "m.onnx", nodes, weights, {"x": (TensorProto.FLOAT, ["n", "k"])})
+    report = convert(model, tmp_path / "out.onnx", scheme="int8")
+    assert report.details["outputs"]["compared"] is False
+    assert "on made-up inputs" in report.details["outputs"]["reason"]
+    assert "were not compared" in report.warnings[0]
+
+
+def test_another_order_of_outputs(tmp_path: Path) -> None:
+    model = product(tmp_path / "m.onnx")
+    nodes = [helper.make_node("MatMul", ["z", "w"], ["y"])]
+    renamed = save(tmp_path / "o.onnx", nodes, {"w": weight(64, 96)}, {"z": (TensorProto.FLOAT, ["n", 64])})
+    outputs = comparison.OutputComparison(model, lambda: [], tmp_path)
+    with pytest.raises(InputError, match=r"inputs would be z \(float32\); those of the model are x \(float32\)"):
+        outputs.against(renamed)
+
+
+def test_indices_lie_within_tables(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["i"], to=TensorProto.INT32),
+        helper.make_node("Gather", ["table", "i"], ["e"]),
+        helper.make_node("ReduceSum", ["e"], ["y"], keepdims=0),
+    ]
+    weights = {"table": weight(7, 64)}
+    inputs = {"ids": (TensorProto.INT64, ["n", "length"]), "mask": (TensorProto.INT64, ["n", "length"])}
+    model = save(tmp_path / "m.onnx", nodes, weights, inputs)
+    assert table_sizes(open_onnx(model).ir) == {"ids": 7}
+    found = made_up_feeds(Session(model).inputs, 40, 5, 0, tables={"ids": 7})
+    assert found["ids"].shape == (40, 5)
+    assert set(np.unique(found["ids"])) == set(range(7))
+    assert (found["mask"] == 1).all()
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "bf16", "int8", "int4", "nf4", "int8-dynamic", "int8-static"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("operator", ["MatMul", "Conv", "Gather", "Gemm"])
+def test_weights_that_are_not_finite(tmp_path: Path, scheme: str, value: float, operator: str) -> None:
+    values = weight(64, 16, 3, 3) if operator == "Conv" else weight(64, 96)
+    values[3, 4] = value
+    shape: list[Any] = ["n", 16, 8, 8] if operator == "Conv" else ["n", 64]
+    kind = TensorProto.INT64 if operator == "Gather" else TensorProto.FLOAT
+    names = ["w", "x"] if operator == "Gather" else ["x", "w"]
+    model = save(tmp_path / "m.onnx", [helper.make_node(operator, names, ["y"])], {"w": values}, {"x": (kind, shape)})
+    data = RANDOM.standard_normal((2, *shape[1:])).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=(np.abs(data).astype(np.int64) if operator == "Gather" else data))
+    place = r"\[3, 4, 0, 0\]" if operator == "Conv" else r"\[3, 4\]"
+    refused(
+        model,
+        rf"w holds NaN or infinite values, which cannot be quantized: {value} at {place} is the first",
+        scheme=scheme,
+        data=tmp_path / "d.npz",
+    )
+
+
+def test_far_below_needs_more_than_a_few_decibels() -> None:
+    decoded = comparison.Comparison(1, 30.0, outputs={"a": 30.0, "b": 30.0, "c": None})
+    assert explained._far_below({"a": 25.0, "b": 10.0, "c": 5.0}, decoded) == ["b", "c"]
