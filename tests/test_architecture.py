@@ -68,7 +68,7 @@ HEAVY = {
 }  # fmt: skip
 
 #: The options of the command line's contract, and those that every command has.
-COMMON = {"--json", "--markdown", "--html", "--quiet", "--debug", "--help"}
+COMMON = {"--custom-ops", "--json", "--markdown", "--html", "--quiet", "--debug", "--help"}
 CONTRACT = {
     "calibrate": {
         "--data", "--output", "--method", "--samples", "--batch-size", "--seq-len", "--seed", "--tokenizer",
@@ -163,7 +163,7 @@ def test_commands_do_not_call_each_other(module: str) -> None:
         ("onnxruntime", {"models/session.py"}),
         (
             "transformers",
-            {"models/hugging_face.py"}
+            {"models/hugging_face.py", "models/stored_parameters.py"}
             | {f"conversion/checkpoint/{name}.py" for name in ("transformers_check", "loader_survey")},
         ),
         ("psutil", {"system/hardware.py"}),

@@ -6,13 +6,15 @@ half as much again or as little as its first choice. Both follow the sign of the
 between what the block returns and what the original block returned, with a rate that falls to zero.
 
 As in the authors' code scales start from the full range, the largest weight being the lowest code: from a clip search
-a model becomes as good on text like that which it is calibrated on, and worse on other text. Differences from it: the
-last iteration's rounding is taken rather than the one with the best batch, and the gradients of rounding are written
-out, since they follow from the weight's gradient alone and need no graph of their own.
+a model becomes as good on text like that which it is calibrated on, and worse on other text. Differences from it: what
+is taken is the best of a few states, the first one among them, by the loss over more samples than one batch; and
+gradients of rounding are written out, since they follow from the weight's gradient alone and need no graph of their
+own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -31,6 +33,8 @@ from quantcli.core.tensors import QuantizedTensor, RoundedTensor, Rounding
 
 NEEDS = frozenset({"original"})
 
+#: Samples over which states are compared, about.
+_MEASURED_SAMPLES = 32
 #: How far a scale may move from its first choice.
 SCALE_RANGE = (0.5, 1.5)
 
@@ -159,11 +163,16 @@ def run(
     learned = {name: LearnedRounding.start(originals[name], form, scale_dtype) for name, form in formats.items()}
     rate = options.learning_rate or 1.0 / options.iterations
     batches = _drawn(calls, options.batch_size, seed)
+    best = _Best(block, calls, targets)
     for weight in weights.values():
         weight.requires_grad_(True)
-    for iteration in range(options.iterations):
+    for iteration in range(options.iterations + 1):
         for name, rounding in learned.items():
             weights[name].data = rounding.weight().reshape(originals[name].shape)
+        if iteration in _measured(options.iterations):
+            best.consider(learned, originals)
+        if iteration == options.iterations:
+            break
         for weight in weights.values():
             weight.grad = None
         for number, rows in next(batches).items():
@@ -180,7 +189,36 @@ def run(
     for name, weight in weights.items():
         weight.requires_grad_(False)
         weight.data, weight.grad = originals[name], None
-    return {name: rounding.tensor(originals[name].shape) for name, rounding in learned.items()}
+    return best.tensors
+
+
+class _Best:
+    """The codes with which the block came closest to what it returned originally, over a part of the calls."""
+
+    def __init__(self, block: nn.Module, calls: Sequence[Call], targets: Targets) -> None:
+        self.tensors: dict[str, QuantizedTensor] = {}
+        self._loss = math.inf
+        self._block, self._calls, self._targets = block, calls, targets
+        most = max(1, _MEASURED_SAMPLES // max(1, len(calls[0].hidden))) if len(calls) else 0
+        step = max(1, -(-len(calls) // max(1, most)))
+        self._chosen = range(0, len(calls), step)
+
+    def consider(self, learned: Mapping[str, LearnedRounding], originals: Mapping[str, Tensor]) -> None:
+        """Measure the block, whose weights are the learned ones now, and keep the codes if it is better than before."""
+        loss = 0.0
+        with torch.no_grad():
+            for number in self._chosen:
+                output = self._calls[number].run(self._block)
+                wanted = self._targets[number].to(output.device)
+                loss += float(torch.nn.functional.mse_loss(output, wanted, reduction="sum"))
+        if loss < self._loss or not self.tensors:
+            self._loss = loss
+            self.tensors = {name: rounding.tensor(originals[name].shape) for name, rounding in learned.items()}
+
+
+def _measured(iterations: int) -> set[int]:
+    """After how many iterations the block is measured: none, half, three quarters, all."""
+    return {0, iterations // 2, iterations * 3 // 4, iterations}
 
 
 def _drawn(calls: Sequence[Call], batch_size: int, seed: int) -> Iterator[dict[int, list[int]]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import InputError
+from quantcli.models.custom_operators import register, registered
 from quantcli.system.child import Child, ChildFailedError
 from quantcli.system.hardware import peak_rss_bytes
 
@@ -50,13 +51,16 @@ def probe(
         folder = Path(name)
         np.savez(folder / "feeds.npz", **dict(feeds))  # type: ignore[arg-type]
         request = {"model": model, "kind": kind, "threads": threads, "weights": weights and str(weights)}
-        child = Child(f"{__name__}:load_and_run", request | {"feeds": str(folder / "feeds.npz")})
+        given = {"feeds": str(folder / "feeds.npz"), "custom_ops": [str(library) for library in registered()]}
+        child = Child(f"{__name__}:load_and_run", request | given)
         try:
             return Probe(**child.result())
         except ChildFailedError as error:
+            reason = error.last_line.removeprefix("quantcli.errors.InputError: ")
+            killed = error.status is not None and error.status < 0
             raise InputError(
-                f"{model} could not be run in a process of its own (status {error.status}): {error.last_line}",
-                "It may have run out of memory.",
+                f"{model} could not be run in a process of its own (status {error.status}): {reason}",
+                "It was killed, which is what happens where memory runs out." if killed else None,
             ) from error
         finally:
             child.stop()
@@ -69,6 +73,8 @@ def load_and_run(request: dict[str, Any]) -> dict[str, float]:
     import numpy as np
 
     from quantcli.models.runner import open_runner
+
+    register(Path(library) for library in request["custom_ops"])
 
     for module in _MODULES.get(request["kind"], ("torch",)):
         import_module(module)

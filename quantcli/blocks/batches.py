@@ -13,6 +13,7 @@ from quantcli.blocks.model import SequentialModel
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.models import hugging_face
+from quantcli.models.inputs import decoder_inputs
 
 #: Sequences and records used where nothing is said: what the field calibrates on, as far as a CPU goes.
 DEFAULT_SEQUENCES, DEFAULT_RECORDS = 64, 256
@@ -90,10 +91,8 @@ def completed(model: SequentialModel, batch: dict[str, Tensor]) -> dict[str, Ten
 
 def _decoder_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Where nothing else is given, an encoder-decoder's decoder reads the same text, one token behind."""
-    config = getattr(model, "config", None)
-    given = "decoder_input_ids" in batch or "input_ids" not in batch
-    if given or not getattr(config, "is_encoder_decoder", False):
+    start = hugging_face.decoder_start(model)
+    if start is None:
         return {}
-    ids = batch["input_ids"]
-    start = getattr(config, "decoder_start_token_id", None) or 0
-    return {"decoder_input_ids": torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)}
+    made = decoder_inputs({name: values.numpy() for name, values in batch.items()}, start)
+    return {name: torch.from_numpy(values) for name, values in made.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantcli.blocks.calls import Call
+from quantcli.blocks.calls import Call, Interruption
 from quantcli.errors import InputError, QuantcliError
 from quantcli.models import hugging_face
 from quantcli.system.text import first_line
@@ -20,7 +20,7 @@ from quantcli.system.text import first_line
 _HIDDEN = "hidden_states"
 
 
-class _ReachedLast(Exception):
+class _ReachedLast(Interruption):
     """All blocks of the list were reached, or not the first one first; the rest of the model need not run."""
 
 
@@ -31,9 +31,26 @@ class Arguments:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def call(self, hidden: Tensor) -> Call:
+    def call(self, hidden: Tensor, per_sample: Mapping[int | str, int] | None = None) -> Call:
         """The whole call."""
-        return Call(hidden, self.args, self.kwargs)
+        return Call(hidden, self.args, self.kwargs, per_sample or {})
+
+    def per_sample(self, one: Arguments, samples: int) -> dict[int | str, int]:
+        """Of these arguments, of several samples, how many rows belong to each, by those of ``one`` of the samples."""
+        theirs: dict[int | str, Any] = dict([*enumerate(one.args), *one.kwargs.items()])
+        found: dict[int | str, int] = {}
+        mine: dict[int | str, Any] = dict([*enumerate(self.args), *self.kwargs.items()])
+        for key, value in mine.items():
+            other = theirs.get(key)
+            if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+                continue
+            if value.ndim != other.ndim or not value.ndim:
+                continue
+            if len(value) == len(other):
+                found[key] = 0
+            elif len(value) == len(other) * samples:
+                found[key] = len(other)
+        return found
 
 
 @dataclass
@@ -92,6 +109,7 @@ class Capture:
     ) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = _hidden_first(original, args, kwargs)
+            args, kwargs = kept(args), {name: kept(value) for name, value in kwargs.items()}
             log.append((index, args, kwargs))
             if index == 0:
                 returned.append(_hidden_of(args) if self._only_hidden else original(*args, **kwargs))
@@ -157,7 +175,7 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         with torch.no_grad():
             args, kwargs = hugging_face.arguments(model, batch)
             return model(*args, **kwargs, **without_cache(model))
-    except (_ReachedLast, QuantcliError, MemoryError):
+    except (Interruption, QuantcliError, MemoryError):
         raise
     except Exception as error:  # whatever the model's code raises
         shapes = ", ".join(f"{name} {list(values.shape)}" for name, values in batch.items())
@@ -194,11 +212,23 @@ def alike(one: Any, other: Any) -> bool:
         return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
     if isinstance(one, Arguments) and isinstance(other, Arguments):
         return alike(one.args, other.args) and alike(one.kwargs, other.kwargs)
-    if isinstance(one, dict) and isinstance(other, dict):
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(alike, one, other))
     return one is other or bool(one == other)
+
+
+def kept(value: Any) -> Any:
+    """An argument as it is kept: without a cache, which running a block would fill, and with values of parameters.
+
+    A parameter that is passed on may be none of the block's, and be let go of before the block runs.
+    """
+    if any(base.__name__ == "Cache" for base in type(value).__mro__):
+        return None
+    if isinstance(value, nn.Parameter):
+        return value.detach()
+    return tuple(map(kept, value)) if type(value) is tuple else value
 
 
 def _hidden_first(

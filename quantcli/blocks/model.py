@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor, nn
 
 from quantcli.blocks.skeleton import Skeleton, open_skeleton, parameters_on_meta
@@ -52,21 +51,9 @@ def hugging_face(checkpoint: Checkpoint) -> SequentialModel:
     """The model of a Hugging Face folder. Raises as `open_skeleton`."""
     skeleton = open_skeleton(checkpoint)
     assert checkpoint.folder is not None
-    return SequentialModel(skeleton, _hugging_face_inputs(skeleton.module, checkpoint.folder), checkpoint.folder)
-
-
-def _hugging_face_inputs(model: nn.Module, folder: Path) -> tuple[Port, ...]:
-    """What a model is given: its main input, what goes with it, and a decoder's tokens."""
-    taken = inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", "input_ids")
-    if main in ("input_ids", "pixel_values"):
-        ports = [port for port in hugging_face_ports(folder, vision=main == "pixel_values") if port.name in taken]
-    else:
-        ports = [Port(main, np.dtype(np.float32), None)]
-    if "decoder_input_ids" in taken:
-        # By default an encoder-decoder's decoder reads the encoder's text.
-        ports.append(Port("decoder_input_ids", np.dtype(np.int64), ("batch", "length"), optional=main == "input_ids"))
-    return tuple(ports)
+    taken = inspect.signature(skeleton.module.forward).parameters
+    ports = tuple(port for port in hugging_face_ports(checkpoint.folder) if port.name in taken)
+    return SequentialModel(skeleton, ports, checkpoint.folder)
 
 
 def plain_module(spec: str, checkpoint: Checkpoint) -> SequentialModel:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from quantcli.blocks.experts import take_experts_apart
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError
-from quantcli.models import hugging_face
+from quantcli.models import hugging_face, stored_parameters
 
 #: Elements of a tensor that are read at a time.
 _READ_ELEMENTS = 1 << 20
@@ -26,9 +28,14 @@ class Skeleton:
     """
 
     def __init__(self, module: nn.Module, checkpoint: Checkpoint) -> None:
-        """Match parameters with tensors. Raises InputError where a parameter is not in the checkpoint."""
+        """Match parameters with tensors. Raises InputError where a parameter is not in the checkpoint.
+
+        Fused experts become one linear layer for each of the checkpoint's tensors.
+        """
         self.module, self.checkpoint = module, checkpoint
-        self._infos, self._buffers = _match(module, checkpoint.infos())
+        self._infos, self._buffers, computed = _match(module, checkpoint.infos())
+        for name, values in computed.items():
+            self.set(name, values)
         self.shared = _shared(module)
 
     def parameters(self, path: str = "") -> dict[str, TensorInfo]:
@@ -56,11 +63,26 @@ class Skeleton:
         inside, loaded = tuple(f"{path}." for path in paths), set[str]()
         with ExitStack() as stack:
             stack.callback(self.drop)
+            self.load_buffers()
+            stack.enter_context(self.reading_others(paths))
             for name, module in self.module.named_modules():
                 if not f"{name}.".startswith(inside):
                     hook = partial(self._load_own, name, loaded)
                     stack.callback(module.register_forward_pre_hook(hook).remove)
             yield
+
+    @contextmanager
+    def reading_others(self, paths: Collection[str]) -> Iterator[None]:
+        """Meanwhile a parameter outside some submodules is read when something is first computed with it.
+
+        So code may use the parameters of modules that it does not call: another's weight, or one of a child.
+        """
+        inside = tuple(f"{path}." for path in paths)
+        outside = {name: info for name, info in self._infos.items() if not name.startswith(inside)}
+        with _Reading(self, outside) as reading:
+            yield
+        for name in reading.names:
+            self._drop_one(name)
 
     def _load_own(self, path: str, loaded: set[str], module: nn.Module, _: Any) -> None:
         """The hook before a module's calls: before the first, load the parameters that are its own."""
@@ -101,10 +123,53 @@ class Skeleton:
     def drop(self, path: str = "") -> None:
         """Let go of a submodule's weights (of all with the empty path)."""
         for name in self.parameters(path):
+            self._drop_one(name)
+
+    def _drop_one(self, name: str) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module = self.module.get_submodule(owner)
+        meta = module.get_parameter(leaf).to("meta")
+        module._parameters[leaf] = nn.Parameter(meta, requires_grad=False)
+
+    def read(self, name: str) -> Tensor:
+        """The values of a parameter, by its full name."""
+        return self._read(self._infos[name])
+
+
+class _Reading(TorchFunctionMode):
+    """Puts values in the place of parameters on the meta device, as something is computed with them."""
+
+    def __init__(self, skeleton: Skeleton, infos: Collection[str]) -> None:
+        super().__init__()
+        self._skeleton = skeleton
+        # Held, so that no other object comes to have the identity of one of them.
+        self._meta: dict[int, tuple[Tensor, str]] = {}
+        for name, parameter in skeleton.module.named_parameters(remove_duplicate=False):
+            if parameter.is_meta and name in infos:
+                self._meta[id(parameter)] = parameter, name
+        self._values: dict[str, Tensor] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters that were read."""
+        return list(self._values)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return function(*map(self._real, args), **{key: self._real(value) for key, value in (kwargs or {}).items()})
+
+    def _real(self, value: Any) -> Any:
+        if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value):
+            return type(value)(map(self._real, value)) if type(value) in (list, tuple) else value
+        if not isinstance(value, nn.Parameter) or id(value) not in self._meta:
+            return value
+        name = self._meta[id(value)][1]
+        if name not in self._values:
+            self._skeleton.set(name, self._skeleton.read(name))
             owner, _, leaf = name.rpartition(".")
-            module = self.module.get_submodule(owner)
-            meta = module.get_parameter(leaf).to("meta")
-            module._parameters[leaf] = nn.Parameter(meta, requires_grad=False)
+            self._values[name] = self._skeleton.module.get_submodule(owner).get_parameter(leaf)
+        return self._values[name]
 
 
 def _inside(infos: Mapping[str, TensorInfo], path: str) -> dict[str, TensorInfo]:
@@ -155,9 +220,16 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def _match(module: nn.Module, infos: Collection[TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """The tensor of each parameter, its own or that of one it is tied to, and of each buffer that is stored."""
-    names = hugging_face.parameter_names(module, [info.name for info in infos])
+def _match(
+    module: nn.Module, infos: Collection[TensorInfo]
+) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo], dict[str, Tensor]]:
+    """The tensor of each parameter, its own or that of one it is tied to, and of each buffer that is stored.
+
+    The last are values of parameters that are not stored, since the class computes them.
+    """
+    apart = take_experts_apart(module, infos)
+    left = [info.name for info in infos if info.name not in apart]
+    names: dict[str, str | None] = {**stored_parameters.parameter_names(module, left), **apart}
     by_name = {name: info for info in infos if (name := names[info.name]) is not None}
     tensors = dict(module.named_parameters(remove_duplicate=False))
     twins: dict[int, TensorInfo] = {id(tensors[name]): info for name, info in by_name.items() if name in tensors}
@@ -171,8 +243,10 @@ def _match(module: nn.Module, infos: Collection[TensorInfo]) -> tuple[dict[str, 
             raise InputError(f"{info.name} has the shape {list(info.shape)}; config.json says {list(parameter.shape)}.")
         else:
             matched[name] = info
+    computed = stored_parameters.computed_tables(module, missing)
+    missing = [name for name in missing if name not in computed]
     _require(module, missing, [tensor for tensor, parameter in names.items() if parameter is None])
-    return matched, {name: by_name[name] for name, _ in module.named_buffers() if name in by_name}
+    return matched, {name: by_name[name] for name, _ in module.named_buffers() if name in by_name}, computed
 
 
 def _shared(module: nn.Module) -> list[list[str]]:

@@ -43,6 +43,16 @@ def find_blocks(model: nn.Module, layers: Collection[str], named: Sequence[str] 
     return lists
 
 
+def tower_of(path: str, reached: Collection[str]) -> str:
+    """The outermost module around a list of blocks that holds none of the lists ``reached``."""
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        outer = ".".join(parts[:end])
+        if not any(f"{other}.".startswith(f"{outer}.") for other in reached):
+            return outer
+    return path
+
+
 def _outermost(model: nn.Module, layers: Collection[str]) -> list[BlockList]:
     lists: list[BlockList] = []
     for path, module in model.named_modules():

@@ -81,9 +81,11 @@ def inspect(
     ui: Ui,
     model: options.Model,
     scheme: options.Schemes = None,
+    custom_ops: options.CustomOps = None,
     layers: options.ListLayers = False,
 ) -> Outcome:
     """Show what a model is made of, and what a scheme would do to it. Reads headers only."""
+    _register(custom_ops)
     from quantcli.commands.inspect import inspect as run
     from quantcli.reporting.tables.inspect import inspect_tables
 
@@ -106,10 +108,12 @@ def calibrate(
     seed: options.Seed = 0,
     tokenizer: options.Tokenizer = None,
     preprocess: options.Preprocess = None,
+    custom_ops: options.CustomOps = None,
     weights: options.Weights = None,
     force: options.Force = False,
 ) -> Outcome:
     """Observe activations on your data, for convert --calibration."""
+    _register(custom_ops)
     if data is None:
         raise UsageError("calibrate needs --data.", "Name your data; nothing is fetched or made up.")
     from quantcli.calibration.ranges import DEFAULT_METHOD
@@ -161,6 +165,7 @@ def convert(
     seed: options.Seed = 0,
     tokenizer: options.Tokenizer = None,
     preprocess: options.Preprocess = None,
+    custom_ops: options.CustomOps = None,
     weights: options.Weights = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -170,6 +175,7 @@ def convert(
     force: options.Force = False,
 ) -> Outcome:
     """Quantize a model, tensor by tensor, and verify the result."""
+    _register(custom_ops)
     from quantcli.commands.convert import convert as run
     from quantcli.reporting.tables.convert import convert_tables
 
@@ -224,11 +230,13 @@ def evaluate(
     seq_len: options.SeqLen = None,
     tokenizer: options.Tokenizer = None,
     preprocess: options.Preprocess = None,
+    custom_ops: options.CustomOps = None,
     weights: options.Weights = None,
     by_layer: options.ByLayer = False,
     require: options.Require = None,
 ) -> Outcome:
     """Measure accuracy: models beside a reference on the same data. A gate that fails exits with 1."""
+    _register(custom_ops)
     if data is None:
         raise UsageError("eval needs --data.", "Name text, arrays or images; nothing is fetched or made up.")
     from quantcli.commands.evaluate import evaluate as run
@@ -266,12 +274,14 @@ def bench(
     seq_len: options.SeqLen = None,
     tokenizer: options.Tokenizer = None,
     preprocess: options.Preprocess = None,
+    custom_ops: options.CustomOps = None,
     weights: options.Weights = None,
     threads: options.Threads = None,
     runs: options.Runs = None,
     require: options.Require = None,
 ) -> Outcome:
     """Measure speed and memory on this machine, models taking turns. A gate that fails exits with 1."""
+    _register(custom_ops)
     from quantcli.commands.bench import bench as run
     from quantcli.reporting.tables.bench import bench_tables
 
@@ -291,6 +301,13 @@ def bench(
             progress=progress,
         )
     return Outcome(report, bench_tables(report))
+
+
+def _register(custom_ops: list[Path] | None) -> None:
+    """Have every session of this command know the user's custom operators."""
+    from quantcli.models.custom_operators import register
+
+    register(custom_ops or ())
 
 
 def _bytes(text: str | None, flag: str) -> int | None:

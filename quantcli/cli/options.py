@@ -68,6 +68,10 @@ Weights = Annotated[
     Optional[Path],
     _model("--weights", metavar="FILE", text="A state dict for the module of a package.module:function."),
 ]
+CustomOps = Annotated[
+    Optional[list[Path]],
+    _model("--custom-ops", metavar="FILE", text="A library of custom operators for onnxruntime; may be repeated."),
+]
 Statistics = Annotated[
     Optional[Path],
     _model("--calibration", metavar="STATS", text="Ranges from quantcli calibrate, for int8-static."),

@@ -81,10 +81,9 @@ def calibrate(
         )
         onnx, warnings = _as_onnx(source, Path(scratch), request)
         graph = simplified(onnx)
-        quantized = graph_quantization(graph)
-        if quantized:
+        names, quantized = observed_tensors(graph), graph_quantization(graph)
+        if quantized and not names:
             raise InputError(f"{given} is quantized already ({quantized}).", "Calibrate the model it was made from.")
-        names = observed_tensors(graph)
         if not names:
             raise InputError(f"{given} has nothing to calibrate: no operator that static quantization covers.")
         chosen = load_samples(request.at_most(DEFAULT_SAMPLES), onnx.inputs, folder=source.folder)

@@ -107,6 +107,8 @@ def convert(
         VerificationError: what was written does not decode to what was meant.
     """
     place = Path(output)
+    if verify not in (None, "codes", "run"):
+        raise UsageError(f"--verify {verify} is not known.", "Use codes or run.")
     base = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
     wishes = base.with_flags(
         scheme=scheme,
@@ -133,6 +135,8 @@ def convert(
             if not training_step(wishes):
                 raise UsageError(f"--device {device} does not apply to ONNX, which is calibrated on the CPU.")
             check_device(device)
+        if verify is not None:
+            raise UsageError("--verify is for checkpoints; what becomes ONNX is always run.")
         if max_memory is not None:
             raise UsageError("--max-memory does not apply to ONNX, whose graph is worked on as a whole.")
         with at_most(threads):

@@ -25,7 +25,7 @@ def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
     graph = model.ir.graph
     manifest = model.manifest
     infos = [tensor_info(v, model.path) for v in graph.initializers.values() if v.const_value is not None]
-    roles = {value.name: node.op_type for node, value in weighted_nodes(model.ir)}
+    roles = {weight.value.name: node.op_type for node, weight in weighted_nodes(model.ir)}
     sizes, counts = Counter[str](), Counter[str]()
     for info in infos:
         sizes[info.dtype] += info.nbytes
@@ -48,6 +48,11 @@ def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
         str(path), "reference", "onnx", manifest.scheme or quantized, None, model.size_bytes, details=details
     )
     report = Report("inspect", [row])
+    if quantized and roles:
+        report.warnings.append(
+            f"The model is quantized in part ({quantized}): {len(roles)} of its weights are in floating point, and "
+            "convert would quantize those alone."
+        )
     if not schemes:
         report.layers = [
             LayerRow(

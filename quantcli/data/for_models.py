@@ -59,9 +59,7 @@ def input_ports(models: Sequence[ModelSource], *, text: bool) -> tuple[Port, ...
     if first.onnx:
         ports = first.onnx.inputs
     elif first.checkpoint:
-        path = Path(first.path)
-        vision = (hugging_face.require_folder(path) / "preprocessor_config.json").is_file() and not text
-        ports = hugging_face_ports(path, vision=vision)
+        ports = hugging_face_ports(hugging_face.require_folder(Path(first.path)), text=text)
     else:
         found = first.runner().inputs
         ports = tuple(known.get(port.name, port) for port in found) if first.kind == "function" else found

@@ -54,6 +54,8 @@ def made_up_feeds(
     lengths = _lengths(ports, size, seq_len or DEFAULT_LENGTH, side)
     found: Arrays = {}
     for port in ports:
+        if port.optional and port.shape is None:
+            continue
         if port.shape is None or port.dtype.kind not in "iufbVO":
             raise InputError(f"The model does not tell the shape of its input {port}.", "Give real ones with --data.")
         shape = lengths[port.name]

@@ -14,7 +14,6 @@ from quantcli.evaluation.inputs import Inputs
 from quantcli.evaluation.layers_onnx import compare_graphs
 from quantcli.evaluation.layers_torch import LayerComparison
 from quantcli.evaluation.tasks.base import Scorer
-from quantcli.models.inputs import fit
 from quantcli.models.runner import Runner, TorchRunner
 from quantcli.models.source import ModelSource
 from quantcli.reporting.report import LayerRow, ModelRow
@@ -101,7 +100,7 @@ def _compare_layers(
     assert reference.checkpoint and candidate.checkpoint
     comparison = LayerComparison()
     for feeds in few:
-        fitting = fit(feeds, ours.inputs, ours.name)
+        fitting = ours.fitting(feeds)
         # Every layer's output of a sample is kept, so token sequences are cut short.
         short = {name: value[:, :LAYERWISE_LENGTH] if value.ndim == 2 else value for name, value in fitting.items()}
         with torch.inference_mode():

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from quantcli.checkpoint.decoded import DecodedCheckpoint, decoded_checkpoint
 from quantcli.checkpoint.hugging_face import load_json
 from quantcli.checkpoint.quantized import FLOATS, section_of
 from quantcli.errors import InputError, MissingExtraError
+from quantcli.models.stored_parameters import computed_tables
 from quantcli.system.text import first_line
 
 #: Parameters that a checkpoint may lack without its outputs being random.
@@ -63,8 +64,10 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
         if method == needed and not plain:
             _require(extra[0], extra[1], f"Loading {path} ({needed})")
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    if headed:
-        loader = getattr(transformers, (config.get("architectures") or [""])[0], loader)
+    if headed or (causal and _reads_more_than_text(config)):
+        loader = named_class(config) or loader
+    elif not causal and _is_bare(config):
+        loader = named_class(config) or loader  # T5EncoderModel, say, for which AutoModel makes a decoder
     try:
         with quiet():
             options = {"dtype": torch.float32, "output_loading_info": True}
@@ -76,10 +79,11 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
         reason = first_line(error)
         raise InputError(f"transformers {transformers.__version__} cannot load {path}: {reason}") from error
     missing = [name for name in info["missing_keys"] if not any(part in name for part in HARMLESS_WHEN_MISSING)]
+    missing = sorted(set(missing) - computed_tables(model, missing).keys())
     if missing:
         raise InputError(
             f"{path} lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
-            f"{', '.join(sorted(missing)[:3])}.",
+            f"{', '.join(missing[:3])}.",
             hint="Choose another --task, or repair the model.",
         )
     return model.eval()
@@ -89,6 +93,9 @@ def _needs_decoding(section: Mapping[str, Any]) -> bool:
     """Whether transformers 5.23 loads codes of this kind only with what cannot be had on a CPU, or not as they are."""
     if section.get("quant_method") in ("gptq", "awq", *FLOATS):
         return True
+    if section.get("quant_method") == "bitsandbytes":
+        # bitsandbytes computes in 16 bits, and only some classes, with some shapes, on this processor.
+        return section.get("bnb_4bit_quant_type") == "nf4" and bool(section.get("load_in_4bit"))
     groups = (section.get("config_groups") or {}).values()
     return any((group.get("weights") or {}).get("symmetric") is False for group in groups)
 
@@ -120,37 +127,28 @@ def build_model(path: Path) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         named = getattr(transformers, (config.architectures or [""])[0], None)
         if named is not None:
-            return named._from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
-        return transformers.AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
+            model = named._from_config(config, dtype=torch.float32)
+        else:
+            model = transformers.AutoModel.from_config(config, dtype=torch.float32)
+        _disable_caches(model.config)
+        return model  # type: ignore[no-any-return]
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         reason = first_line(error)
         raise InputError(f"transformers {transformers.__version__} cannot build {path}: {reason}") from error
 
 
-def parameter_names(model: nn.Module, tensors: Iterable[str]) -> dict[str, str | None]:
-    """What a model calls the tensors of a checkpoint; None for one that it merges with others, or splits.
+def _disable_caches(config: Any) -> None:
+    """Turn off key-value caches of a configuration and of all that are nested in it, where each part looks."""
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    for name in getattr(config, "sub_configs", None) or {}:
+        if (nested := getattr(config, name, None)) is not None:
+            _disable_caches(nested)
 
-    Architectures change in transformers, and published checkpoints do not: it renames tensors as it loads them. The
-    rules are its own.
-    """
-    if not hasattr(model, "base_model_prefix"):
-        return {name: name for name in tensors}
-    _transformers()
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
-    prefix, known = model.base_model_prefix, dict(model.state_dict())
-    found: dict[str, str | None] = {}
-    for name in tensors:
-        renamed, merged = rename_source_key(name, renamings, converters, prefix, known)
-        if renamed not in known:
-            plain, _ = rename_source_key(name, [], [], prefix, known)
-            renamed, merged = (plain, None) if plain in known else (renamed, merged)
-        found[name] = None if merged else renamed
-    return found
+def named_class(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that a config.json names; None where there is none of that name."""
+    return getattr(_transformers(), (config.get("architectures") or [""])[0], None)
 
 
 @contextlib.contextmanager
@@ -203,7 +201,10 @@ def require_folder(path: Path) -> Path:
 
 def require_vocabulary(model: nn.Module, ids: Sequence[Any], data: str) -> None:
     """Raise InputError where token ids are none of the model's: the tokenizer belongs to another model."""
-    known = getattr(getattr(model, "config", None), "vocab_size", None)
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "get_text_config", None)
+    config = text_config() if callable(text_config) else config
+    known = getattr(config, "vocab_size", None)
     largest = max((int(each.max()) for each in ids), default=0)
     if isinstance(known, int) and largest >= known:
         raise InputError(
@@ -213,9 +214,44 @@ def require_vocabulary(model: nn.Module, ids: Sequence[Any], data: str) -> None:
 
 
 def is_causal(path: Path) -> bool:
-    """Whether a folder's architecture is a causal language model."""
-    architectures = load_json(require_folder(path) / "config.json").get("architectures") or []
-    return any("CausalLM" in str(name) or str(name).endswith("LMHeadModel") for name in architectures)
+    """Whether a folder's architecture is a causal language model, or holds one that also sees or hears."""
+    config = load_json(require_folder(path) / "config.json")
+    architectures = config.get("architectures") or []
+    return _reads_more_than_text(config) or any(
+        "CausalLM" in str(name) or str(name).endswith("LMHeadModel") for name in architectures
+    )
+
+
+def _reads_more_than_text(config: Mapping[str, Any]) -> bool:
+    """Whether a model continues text that may come with images or sound, of which the text may also be all."""
+    architectures = config.get("architectures") or []
+    towers = any(f"{tower}_config" in config for tower in ("vision", "audio"))
+    speaks = any(str(name).endswith("ForConditionalGeneration") for name in architectures)
+    return towers and speaks and not config.get("is_encoder_decoder") and "input_ids" in config_inputs(config)
+
+
+def _is_bare(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json names a class without a head."""
+    name = str((config.get("architectures") or [""])[0])
+    return name.endswith("Model") and not name.endswith(("LMHeadModel", "HeadsModel"))
+
+
+def config_inputs(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of what the forward of a config.json's class takes, its main input first."""
+    cls = named_class(config)
+    if cls is None:
+        return ("input_ids", "attention_mask", "token_type_ids")
+    main = getattr(cls, "main_input_name", "input_ids")
+    return tuple(dict.fromkeys((main, *inspect.signature(cls.forward).parameters)))
+
+
+def decoder_start(model: nn.Module) -> int | None:
+    """The token that an encoder-decoder's decoder starts from; None for a model of another kind."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    start = getattr(config, "decoder_start_token_id", None)
+    return start if isinstance(start, int) else getattr(config, "bos_token_id", None) or 0
 
 
 #: What configurations call the number of positions that a model knows.

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 #: Token inputs that follow from the token ids where data does not bring them.
 _DERIVED = ("attention_mask", "token_type_ids", "position_ids")
+#: What a Hugging Face model may be given beside its main input, where its class takes it: by name, whether integers.
+_BESIDE = {
+    "decoder_input_ids": True, "decoder_attention_mask": True, "attention_mask": True, "pixel_mask": True,
+    "bbox": True, "mm_token_type_ids": True, "image_grid_thw": True, "image_sizes": True,
+    "pixel_values": False, "input_features": False, "input_values": False,
+}  # fmt: skip
+_DECODER_IDS = "decoder_input_ids"
 #: What the forward of a plain module calls token ids where it does not say ``_ids``.
 _INTEGERS = ("ids", "idx", "tokens")
 
@@ -25,8 +32,8 @@ def fit(feeds: Mapping[str, np.ndarray], inputs: Sequence[Port], name: str) -> A
     """The arrays that a model takes, in its dtypes.
 
     A float becomes another float and an integer another integer that holds it; what follows from token ids
-    (``attention_mask``, ``token_type_ids``, ``position_ids``) is filled in. Where names differ, inputs go by
-    position if there are as many.
+    (``attention_mask``, ``token_type_ids``, ``position_ids``) is filled in. What is optional and neither given nor
+    follows is left out. Where names differ, inputs go by position if there are as many.
 
     Raises:
         InputError: an input is missing, or of another kind than the model's.
@@ -36,12 +43,14 @@ def fit(feeds: Mapping[str, np.ndarray], inputs: Sequence[Port], name: str) -> A
     if missing and "input_ids" in arrays:
         arrays = derived_inputs(arrays["input_ids"]) | arrays
         missing = [port for port in inputs if port.name not in arrays]
-    if missing and len(feeds) == len(inputs):
-        arrays = {port.name: value for port, value in zip(inputs, feeds.values(), strict=True)}
-    elif missing:
-        wanted = "; ".join(str(port) for port in inputs)
-        raise InputError(f"{name} needs inputs that the data lacks. Expected {wanted}; got {', '.join(feeds)}.")
-    return {port.name: _cast(arrays[port.name], port, name) for port in inputs}
+    needed = [port for port in inputs if not port.optional]
+    if any(not port.optional for port in missing):
+        if len(feeds) not in (len(inputs), len(needed)):
+            wanted = "; ".join(str(port) for port in needed)
+            raise InputError(f"{name} needs inputs that the data lacks. Expected {wanted}; got {', '.join(feeds)}.")
+        taken = inputs if len(feeds) == len(inputs) else needed
+        arrays = {port.name: value for port, value in zip(taken, feeds.values(), strict=True)}
+    return {port.name: _cast(arrays[port.name], port, name) for port in inputs if port.name in arrays}
 
 
 def require_shape(value: np.ndarray, port: Port, name: str) -> None:
@@ -61,6 +70,19 @@ def derived_inputs(ids: np.ndarray) -> Arrays:
     return dict(zip(_DERIVED, (np.ones_like(ids), np.zeros_like(ids), positions), strict=True))
 
 
+def decoder_inputs(feeds: Mapping[str, np.ndarray], start: int) -> Arrays:
+    """Ids of an encoder-decoder's decoder where none are given: the encoder's text, one token behind, as in training.
+
+    Where the encoder reads no text they are the ``start`` token alone.
+    """
+    if _DECODER_IDS in feeds or not feeds:
+        return {}
+    ids = feeds.get("input_ids")
+    if ids is None:
+        return {_DECODER_IDS: np.full((len(next(iter(feeds.values()))), 1), start, np.int64)}
+    return {_DECODER_IDS: np.concatenate([np.full_like(ids[:, :1], start), ids[:, :-1]], 1)}
+
+
 def _cast(value: np.ndarray, port: Port, name: str) -> np.ndarray:
     """An array in a port's dtype, where that keeps its meaning."""
     if value.dtype == port.dtype:
@@ -75,17 +97,35 @@ def _cast(value: np.ndarray, port: Port, name: str) -> np.ndarray:
     return value.astype(port.dtype)
 
 
-def hugging_face_ports(path: Path, *, vision: bool = False) -> tuple[Port, ...]:
-    """What a Hugging Face folder takes: pixels, or token ids with a mask and, where it has such, token types."""
-    from quantcli.checkpoint.hugging_face import load_json
+def hugging_face_ports(path: Path, *, text: bool = False) -> tuple[Port, ...]:
+    """What the class takes that a folder's config.json names: its main input, and what may come with it.
 
-    if vision:
-        return (Port("pixel_values", np.dtype(np.float32), ("batch", "channels", "height", "width")),)
-    names = ["input_ids", "attention_mask"]
-    # Some models without token types take that input all the same and read words in it (GPT-2).
-    if load_json(path / "config.json").get("type_vocab_size"):
-        names.append("token_type_ids")
-    return tuple(Port(each, np.dtype(np.int64), ("batch", "sequence"), each in _DERIVED) for each in names)
+    With ``text`` that is token ids, with a mask and, where it has such, token types, whatever else the model sees.
+    """
+    from quantcli.checkpoint.hugging_face import load_json
+    from quantcli.models.hugging_face import config_inputs, is_causal, named_class
+
+    config = load_json(path / "config.json")
+    main, *taken = config_inputs(config)
+    if named_class(config) is None and not text and (path / "preprocessor_config.json").is_file():
+        main = "pixel_values"
+    ids = ("batch", "sequence")
+    if main == "input_ids" or ("input_ids" in taken and (text or is_causal(path))):
+        taken.append(main)
+        ports = [Port("input_ids", np.dtype(np.int64), ids), Port("attention_mask", np.dtype(np.int64), ids, True)]
+        # Some models without token types take that input all the same and read words in it (GPT-2).
+        if config.get("type_vocab_size"):
+            ports.append(Port("token_type_ids", np.dtype(np.int64), ids, True))
+        ports = [port for port in ports if port.name == "input_ids" or port.name in taken]
+    elif main == "pixel_values":
+        ports = [Port(main, np.dtype(np.float32), ("batch", "channels", "height", "width"))]
+    else:
+        ports = [Port(main, np.dtype(np.float32), None)]
+    known = {port.name for port in ports}
+    for name, integers in _BESIDE.items():
+        if name in taken and name not in known:
+            ports.append(Port(name, np.dtype(np.int64 if integers else np.float32), None, True))
+    return tuple(ports)
 
 
 def signature_ports(module: nn.Module, name: str) -> tuple[Port, ...]:

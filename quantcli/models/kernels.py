@@ -22,8 +22,11 @@ INTEGER_KERNELS = frozenset(
 
 #: Operators that do most of a model's work, by the names they have when they stay float.
 FLOAT_KERNELS = frozenset(
-    ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Gather")
-)
+    (
+        "Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Gather", "LSTM", "GRU",
+        "RNN", "Einsum", "Attention",
+    )
+)  # fmt: skip
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from quantcli.core.ports import Arrays, Port
 from quantcli.errors import InputError
-from quantcli.models.inputs import fit, hugging_face_ports, require_shape, signature_ports
+from quantcli.models.inputs import decoder_inputs, fit, hugging_face_ports, require_shape, signature_ports
 from quantcli.models.outputs import named
 from quantcli.onnx.graph.model import is_onnx, onnx_file
 from quantcli.system.text import first_line
@@ -59,13 +59,21 @@ class TorchRunner:
     def __init__(self, module: nn.Module, inputs: tuple[Port, ...], name: str, *, hugging_face: bool = False) -> None:
         self.module, self.inputs, self.name, self.hugging_face = module, inputs, name, hugging_face
 
+    def fitting(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """The arrays that the module is given, a decoder's ids among them. Raises InputError where they do not fit."""
+        from quantcli.models.hugging_face import decoder_start
+
+        start = decoder_start(self.module) if self.hugging_face else None
+        found = fit(feeds, self.inputs, self.name)
+        return found if start is None else found | decoder_inputs(found, start)
+
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         """One forward pass. Raises InputError where the inputs do not fit."""
         import torch
 
         from quantcli.models import hugging_face
 
-        fitting = fit(feeds, self.inputs, self.name)
+        fitting = self.fitting(feeds)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fitting.items()}
         with _running(self.name, fitting):
             if self.hugging_face:
@@ -190,7 +198,7 @@ def _hugging_face(path: Path, causal: bool | None, headed: bool, decoded: bool) 
     causal = hugging_face.is_causal(path) if causal is None else causal
     module = hugging_face.load_model(path, causal=causal, headed=headed, decoded=decoded)
     taken = inspect.signature(module.forward).parameters
-    ports = hugging_face_ports(path, vision="pixel_values" in taken)
+    ports = hugging_face_ports(path)
     fitting = tuple(port for port in ports if port.name in taken)
     return TorchRunner(module, fitting, str(path), hugging_face=True)
 

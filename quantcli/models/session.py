@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.core.ports import Port
 from quantcli.errors import InputError
+from quantcli.models import custom_operators
 from quantcli.system.parallel import usable_cores
 from quantcli.system.text import first_line
 
@@ -24,12 +25,27 @@ _NARROW = {
 }  # fmt: skip
 
 
+#: What to do about operators that onnxruntime does not know.
+_CUSTOM_OPERATORS = "If it is a custom operator, name the library that has it: --custom-ops FILE.so."
+
+
 def onnxruntime() -> Any:
     """The module, set to be silent."""
     import onnxruntime as ort
 
     ort.set_default_logger_severity(_SILENT)
     return ort
+
+
+def require_loadable(library: Path) -> None:
+    """Raise InputError where onnxruntime cannot load a library of custom operators."""
+    try:
+        onnxruntime().SessionOptions().register_custom_ops_library(str(library))
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise InputError(
+            f"{library} cannot be loaded as a library of custom operators: {first_line(error)}.",
+            "It must be built for this system, and have a function RegisterCustomOps.",
+        ) from error
 
 
 class Session:
@@ -69,6 +85,8 @@ class Session:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if dump is not None:
             options.optimized_model_filepath = str(dump)
+        for library in custom_operators.registered():
+            options.register_custom_ops_library(str(library))
         name = name or (str(model) if isinstance(model, Path) else "The model")
         try:
             self._session = ort.InferenceSession(
@@ -76,7 +94,8 @@ class Session:
             )
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise InputError(
-                f"{name} cannot be loaded by onnxruntime {ort.__version__}: {_reason(error, model, name)}."
+                f"{name} cannot be loaded by onnxruntime {ort.__version__}: {_reason(error, model, name)}.",
+                _CUSTOM_OPERATORS if "is not a registered function/op" in str(error) else None,
             ) from error
         self.name = name
         self.inputs = tuple(_port(each) for each in self._session.get_inputs())

@@ -7,7 +7,7 @@ their errors. In memory are one block, what is known of its inputs, and the hidd
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from quantcli.blocks.activations import Activations
-from quantcli.blocks.calls import Call
+from quantcli.blocks.calls import BlockError, Call
 from quantcli.blocks.capture import Arguments, Capture, Captured, alike, replaying
 from quantcli.blocks.skeleton import Skeleton
 from quantcli.blocks.structure import BlockList
@@ -31,6 +31,7 @@ from quantcli.ptq.input_quantization import fix_input_scales, quantized_inputs
 from quantcli.ptq.observe import observe
 from quantcli.ptq.rounding import round_block, round_unobserved
 from quantcli.ptq.transforms import Transforms
+from quantcli.system.devices import full_precision, has_bfloat16
 from quantcli.system.hardware import release_freed
 
 #: Calibration inputs by name, batch by batch.
@@ -61,6 +62,8 @@ class Chain:
     def __init__(self, hidden: Activations) -> None:
         self.hidden = hidden
         self.arguments: list[list[Arguments]] = []
+        #: For each block, what is known of which arguments' rows belong to which samples; see `Call`.
+        self.per_sample: list[Mapping[int | str, int]] = []
         self.returned: list[tuple[Any, ...] | None] = []
 
     def enter(self, batch: int, captured: Captured) -> None:
@@ -93,7 +96,8 @@ class _Calls(Sequence[Call]):
 
     def __getitem__(self, batch: Any) -> Any:
         arguments = self._chain.arguments[batch][self._block]
-        return arguments.call(self._chain.hidden[batch]).to(self._device)
+        per_sample = self._chain.per_sample[self._block] if self._chain.per_sample else {}
+        return arguments.call(self._chain.hidden[batch], per_sample).to(self._device)
 
 
 class BlockEngine:
@@ -150,7 +154,8 @@ class BlockEngine:
             raise
 
     def _run(self, finished: Finished) -> Iterator[BlockOutcome]:
-        total = sum(len(block_list.blocks) for block_list in self.lists)
+        everything = [path for block_list in self.lists for path in block_list.blocks]
+        total = len(everything)
         done = 0
         before: dict[str, list[tuple[list[nn.Module], Chain]]] = {}
         for blocks in self.lists:
@@ -160,7 +165,8 @@ class BlockEngine:
             for index, path in enumerate(blocks.blocks):
                 report = _part(self.tick, done / total, (done + 1) / total)
                 earlier = finished(path)
-                outcome = self._block(index, path, chains, earlier, report)
+                with self.skeleton.reading_others(everything):
+                    outcome = self._block(index, path, chains, earlier, report)
                 done += 1
                 report(1.0)
                 if earlier is None:
@@ -199,8 +205,27 @@ class BlockEngine:
                             captured = capture.run(batch)
                     self._require_samples_first(captured.hidden, batch)
                     chain.enter(number, captured)
+                if self._keeps_original and number == 0:
+                    self._tell_samples_apart(capture, batch, chains, before)
         release_freed()
         return chains
+
+    def _tell_samples_apart(
+        self,
+        capture: Capture,
+        batch: Mapping[str, Tensor],
+        chains: Mapping[str, Chain],
+        before: Mapping[str, list[tuple[list[nn.Module], Chain]]],
+    ) -> None:
+        """See by a batch of one sample which of the blocks' arguments have rows for every sample, and how many."""
+        samples = len(next(iter(batch.values())))
+        # A later list's arguments come of blocks that are replayed; what they return beside is not split by samples.
+        if before or samples == 1 or any(len(values) != samples for values in batch.values()):
+            return
+        single = capture.run({key: values[:1] for key, values in batch.items()})
+        for chain in chains.values():
+            pairs = zip(chain.arguments[0], single.arguments, strict=True)
+            chain.per_sample = [several.per_sample(one, samples) for several, one in pairs]
 
     def _require_samples_first(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> None:
         """Raise InputError where single samples are to be drawn from hidden states whose first axis is another."""
@@ -216,6 +241,28 @@ class BlockEngine:
         self, index: int, path: str, chains: Mapping[str, Chain], finished: BlockOutcome | None, report: Tick
     ) -> BlockOutcome:
         block = self.skeleton.load(path).to(self.device)
+        with self._precision(block, _Calls(chains["quantized"], index, self.device)):
+            return self._run_block(index, path, block, chains, finished, report)
+
+    def _precision(self, block: nn.Module, calls: Sequence[Call]) -> AbstractContextManager[None]:
+        """Full precision where a block's own code fails on bfloat16 products, as one that adds in place may."""
+        if has_bfloat16(self.device):
+            try:
+                with torch.no_grad():
+                    calls[0].run(block)
+            except BlockError:
+                return full_precision()
+        return nullcontext()
+
+    def _run_block(
+        self,
+        index: int,
+        path: str,
+        block: nn.Module,
+        chains: Mapping[str, Chain],
+        finished: BlockOutcome | None,
+        report: Tick,
+    ) -> BlockOutcome:
         quantized, original = chains["quantized"], chains.get("original")
         if original:
             self._advance(index, block, original)
@@ -254,7 +301,9 @@ class BlockEngine:
         parameters = self.skeleton.parameters(path)
         outcome = BlockOutcome(path, {layers[name].info.name: tensor for name, tensor in rounded.items()})
         for name, values in block.named_parameters():
-            info = parameters[f"{path}.{name}"]
+            info = parameters.get(f"{path}.{name}")
+            if info is None:
+                continue  # computed, not stored
             layer = self._by_name[info.name]
             if info.name in outcome.quantized:
                 continue

@@ -115,7 +115,7 @@ def find_folds(block: nn.Module, call: Call, linears: Collection[str]) -> list[F
         InputError: the block's output is no tensor.
     """
     with torch.no_grad(), full_precision():
-        trial = _Trial(block, call)
+        trial = _Trial(block, call.in_float32())
         folds: list[Fold] = []
         taken: set[str] = set()
         for source in trial.sources():
@@ -135,6 +135,7 @@ def holds(block: nn.Module, call: Call, folds: Sequence[Fold]) -> bool:
         InputError: the block's output is no tensor.
     """
     kept = {name: values.detach().clone() for name, values in block.named_parameters()}
+    call = call.in_float32()
     with torch.no_grad(), full_precision():
         expected = call.run(block)
         for fold in folds:

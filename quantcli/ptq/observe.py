@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quantcli.algorithms.base import LinearStats
 from quantcli.algorithms.gptq import add_hessian
-from quantcli.blocks.calls import Call
+from quantcli.blocks.calls import Call, Interruption
 from quantcli.errors import InputError
 
 #: Tokens kept as they are, at the most.
@@ -42,31 +42,62 @@ def observe(
     Raises:
         InputError: a layer's inputs are not finite, or two layers share their input in some calls only.
     """
-    gathering = _Gathering(frozenset(needs), linears)
-    handles = [block.get_submodule(name).register_forward_pre_hook(partial(gathering.take, name)) for name in linears]
-    try:
-        with torch.no_grad():
-            for number, call in enumerate(calls):
-                gathering.begin(first=number == 0)
-                with suppress(_SeenAll):
-                    call.run(block)
-                if not gathering.needs and len(gathering.tokens) == len(linears):
-                    break  # all that was asked for is whether every layer sees a token
-    finally:
-        for handle in handles:
-            handle.remove()
+    apart: set[str] = set()
+    gathering = _Gathering(frozenset(needs), linears, apart)
+    with torch.no_grad():
+        for number, call in enumerate(calls):
+            while True:
+                try:
+                    gathering.begin(first=number == 0)
+                    with _hooked(block, linears, gathering), suppress(_SeenAll):
+                        call.run(block)
+                    gathering.require_shared()
+                    break
+                except _NotSharedError as error:
+                    if number or error.name in apart:
+                        raise error.told() from error
+                    # One of the two is given more than the other (DeBERTa: positions, too): it counts for itself.
+                    apart.add(error.name)
+                    gathering = _Gathering(frozenset(needs), linears, apart)
+            if not gathering.needs and len(gathering.tokens) == len(linears):
+                break  # all that was asked for is whether every layer sees a token
     return gathering.results(linears)
 
 
-class _SeenAll(Exception):
+@contextmanager
+def _hooked(block: nn.Module, linears: Collection[str], gathering: _Gathering) -> Iterator[None]:
+    handles = [block.get_submodule(name).register_forward_pre_hook(partial(gathering.take, name)) for name in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _SeenAll(Interruption):
     """The last layer has its input; what the block does with its output is not needed."""
+
+
+class _NotSharedError(Interruption):
+    """Two layers that were taken to share their input do not."""
+
+    def __init__(self, owner: str, name: str) -> None:
+        super().__init__(name)
+        self.owner, self.name = owner, name
+
+    def told(self) -> InputError:
+        """What is said where that changes from sample to sample."""
+        return InputError(
+            f"{self.owner} and {self.name} read the same input in one sample and different ones in another.",
+            hint=f"Leave one of them as it is, with --skip '*.{self.name}'.",
+        )
 
 
 class _Gathering:
     """Which layer adds to which statistics: the one that is given a tensor first, on behalf of all others."""
 
-    def __init__(self, needs: frozenset[str], linears: Collection[str]) -> None:
-        self.needs, self.linears = needs, linears
+    def __init__(self, needs: frozenset[str], linears: Collection[str], apart: Collection[str]) -> None:
+        self.needs, self.linears, self.apart = needs, linears, apart
         self.owners: dict[str, str] = {}
         self.sums: dict[str, _Sums] = {}
         self.tokens: dict[str, int] = {}
@@ -96,7 +127,8 @@ class _Gathering:
 
     def _add(self, name: str, inputs: Tensor) -> None:
         if name not in self.owners:
-            first = (owner for owner, sums in self.sums.items() if sums.updates == 1)
+            alone = name in self.apart
+            first = (owner for owner, sums in self.sums.items() if sums.updates == 1 and not alone)
             self.owners[name] = next((owner for owner in first if self.latest[owner]() is inputs), name)
         owner = self.owners[name]
         self.tokens[name] = self.tokens.get(name, 0) + inputs.shape[:-1].numel()
@@ -104,21 +136,18 @@ class _Gathering:
             self.latest[name] = weakref.ref(inputs)
             self.sums.setdefault(name, _Sums(self.needs)).add(inputs)
         elif self.latest[owner]() is not inputs:
-            raise _shared_at_times(owner, name)
+            raise _NotSharedError(owner, name)
 
-    def results(self, linears: Collection[str]) -> dict[str, LinearStats]:
-        results = {owner: sums.result(owner) for owner, sums in self.sums.items()}
+    def require_shared(self) -> None:
+        """Raise where one of two layers that share their input was given more."""
         for name, owner in self.owners.items():
             if self.tokens[name] != self.tokens[owner]:
-                raise _shared_at_times(owner, name)
+                raise _NotSharedError(owner, name)
+
+    def results(self, linears: Collection[str]) -> dict[str, LinearStats]:
+        """Statistics by layer, once every call is through."""
+        results = {owner: sums.result(owner) for owner, sums in self.sums.items()}
         return {name: results[self.owners[name]] if name in self.owners else LinearStats() for name in linears}
-
-
-def _shared_at_times(first: str, second: str) -> InputError:
-    return InputError(
-        f"{first} and {second} read the same input in one sample and different ones in another.",
-        hint=f"Leave one of them as it is, with --skip '*.{second}'.",
-    )
 
 
 class _Sums:

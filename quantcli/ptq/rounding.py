@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -46,6 +47,7 @@ def round_block(
     dtype = torch_dtype(plan.scale_dtype)
     weights = {name: _weight(block, name) for name in layers}
     by_algorithm: dict[str, dict[str, LayerPlan]] = {}
+    notes = _tokens_of_experts(stats)
     for name, layer in layers.items():
         # An expert, say, that no token was sent to.
         unseen = not needs_no_data(layer.algorithm) and not stats[name].tokens
@@ -59,7 +61,25 @@ def round_block(
         formats = {name: _format(layer) for name, layer in own.items()}
         work = BlockLayers(block, own_weights, formats, stats, calls, targets, dtype, seed, report)
         rounded |= algorithms.calibrated_rounding(algorithm).round_layers(work, plan.steps.options(algorithm))
-    return {name: _measured(rounded[name], weights[name].cpu()) for name in layers}
+    measured = {name: _measured(rounded[name], weights[name].cpu()) for name in layers}
+    return {name: _noted(found, notes.get(name)) for name, found in measured.items()}
+
+
+def _tokens_of_experts(stats: Mapping[str, LinearStats]) -> dict[str, str]:
+    """Of layers that are alike but for a number, and that saw more tokens or fewer: how many, in words."""
+    groups: dict[str, dict[str, int]] = {}
+    for name, seen in stats.items():
+        if seen.gram is not None or seen.absmax is not None or seen.sample is not None:
+            groups.setdefault(re.sub(r"\b\d+\b", "*", name), {})[name] = seen.tokens
+    uneven = (group for group in groups.values() if len(set(group.values())) > 1)
+    return {name: f"{tokens} tokens seen" for group in uneven for name, tokens in group.items() if tokens}
+
+
+def _noted(rounded: RoundedTensor, note: str | None) -> RoundedTensor:
+    if note is None:
+        return rounded
+    before = rounded.rounding.note
+    return RoundedTensor(rounded.tensor, replace(rounded.rounding, note=f"{before}; {note}" if before else note))
 
 
 def round_unobserved(weight: Tensor, layer: LayerPlan, plan: Plan) -> RoundedTensor:

@@ -1,6 +1,7 @@
 """The figures quantcli stands for with ONNX, measured on this machine and printed beside their limits.
 
-Run: .venv/bin/python tests/benchmarks/benchmark_onnx.py [digits] [efficientnet] [minilm] [ocr] [calibration]
+Run: .venv/bin/python tests/benchmarks/benchmark_onnx.py [digits] [efficientnet] [minilm] [ocr] [recurrent]
+     [calibration]
 
 digits        a CNN trained on the spot, int8-static: integer kernels, accuracy, size
 efficientnet  EfficientNet-Lite0, int8-static: output SQNR and latency beside onnxruntime's quantize_static. Images
@@ -8,6 +9,8 @@ efficientnet  EfficientNet-Lite0, int8-static: output SQNR and latency beside on
 minilm        all-MiniLM-L6-v2: int8-dynamic, int8-static and int4 beside quantize_dynamic, quantize_static and the
               n-bits quantizer; calibrated on one half of a text, compared on the other
 ocr           three PP-OCR models: every scheme, and the recognizer's accuracy on rendered pictures
+recurrent     LSTM and GRU of two directions, weights as torch initializes them and with tails, int8-dynamic: size,
+              output SQNR and latency beside quantize_dynamic's
 calibration   EfficientNet-Lite0, entropy: peak memory with 512 samples beside 64, and time beside that of
               onnxruntime's entropy calibrator on as many samples as it can hold
 """
@@ -25,6 +28,7 @@ import scoring
 import theirs
 from harness import line, main, show
 from support import real_models
+from support.graphs import model, node, normal
 
 import quantcli
 from quantcli.reporting.report import Report
@@ -232,6 +236,45 @@ def _accuracy(values: Sequence[Any], texts: Sequence[str], characters: Sequence[
     return 100 * sum(right) / len(right)
 
 
+def recurrent(folder: Path) -> None:
+    """Recurrent layers, of one sample and of eight, beside `quantize_dynamic`."""
+    for kind in ("LSTM", "GRU"):
+        for tails in (False, True):
+            name = f"{kind}, {'tails' if tails else 'as initialized'}"
+            plain = _recurrent(folder / f"{kind}{tails}.onnx", kind, tails)
+            ours = folder / f"{kind}{tails}-ours.onnx"
+            report = quantcli.convert(plain, ours, scheme="int8-dynamic")
+            other = theirs.dynamic(plain, folder / f"{kind}{tails}-theirs.onnx")
+            line(f"{name}: size", f"{ratio(report):.3f}x", "at most 0.3x", ratio(report) <= 0.3)
+            show(f"{name}: size with quantize_dynamic", f"{other.stat().st_size / plain.stat().st_size:.3f}x")
+            for batch in (1, 8):
+                samples = [{"x": normal(50, batch, 128, seed=seed)} for seed in range(4)]
+                wanted = scoring.outputs(plain, samples)
+                found, given = (scoring.sqnr_db(wanted, scoring.outputs(path, samples)) for path in (ours, other))
+                # Where onnxruntime leaves a layer in float there is nothing to compare with.
+                says, limit = ("at least theirs", given - 0.1) if given < 100 else ("theirs is float", 35.0)
+                shown = f"{found:.1f} dB ({given:.1f})" if given < 100 else f"{found:.1f} dB"
+                line(f"{name}, batch {batch}: output SQNR (theirs)", shown, says, found >= limit)
+                show_latency(f"{name}, batch {batch}: latency", ours, other, samples)
+
+
+def _recurrent(path: Path, kind: str, tails: bool) -> Path:
+    """A layer of 128 inputs and 2 x 256 states."""
+    import numpy as np
+    import onnx
+
+    rows, rng = {"LSTM": 4, "GRU": 3}[kind] * 256, np.random.default_rng(0)
+
+    def drawn(*shape: int) -> np.ndarray:
+        values = rng.standard_t(5, shape) / 1.5 if tails else rng.uniform(-1, 1, shape)
+        return np.asarray(values / 16, np.float32)
+
+    held = {"w": drawn(2, rows, 128), "r": drawn(2, rows, 256), "b": drawn(2, 2 * rows)}
+    nodes = [node(kind, ["x", "w", "r", "b"], ["y"], hidden_size=256, direction="bidirectional")]
+    onnx.save(model(nodes, {"x": ["steps", "batch", 128]}, {"y": None}, held), path)
+    return path
+
+
 def child(code: str, *arguments: object) -> list[Any]:
     """What a script prints as JSON, run in a process of its own."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -266,6 +309,7 @@ if __name__ == "__main__":
             "efficientnet": (efficientnet, "EfficientNet-Lite0 on crops of scikit-learn's two photographs"),
             "minilm": (minilm, f"all-MiniLM-L6-v2 on {prose}"),
             "ocr": (ocr, "PP-OCRv4 detector, recognizer and classifier on rendered pictures of text"),
+            "recurrent": (recurrent, "LSTM and GRU, 128 inputs and 2 x 256 states, on random sequences of 50 steps"),
             "calibration": (calibration, "EfficientNet-Lite0 on synthetic images"),
         },
     )

@@ -129,12 +129,6 @@ def test_shapes_that_do_not_fit_are_refused(models: Path, tmp_path: Path) -> Non
         skeleton_of(folder)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
-def test_merged_experts_are_refused(models: Path, name: str) -> None:
-    with pytest.raises(InputError, match=r"24 tensors, such as .*experts.* are merged or split .*--algorithm mse"):
-        skeleton_of(models / name)
-
-
 def test_a_bare_file_cannot_be_run(models: Path) -> None:
     with pytest.raises(InputError, match=r"bare file.*Name the Hugging Face folder"):
         open_skeleton(open_checkpoint(models / "llama" / "model.safetensors"))
@@ -180,4 +174,4 @@ def test_a_module_that_reads_its_childs_weight(tmp_path: Path) -> None:
     own = Skeleton(bare, open_checkpoint(tmp_path / "model.safetensors"))
     inputs = torch.randn(2, 3, 8)
     with own.loading_others([]), torch.no_grad():
-        assert torch.equal(bare[0](inputs, inputs, inputs)[0], model[0](inputs, inputs, inputs)[0])
+        torch.testing.assert_close(bare[0](inputs, inputs, inputs)[0], model[0](inputs, inputs, inputs)[0])

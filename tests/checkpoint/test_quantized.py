@@ -215,7 +215,7 @@ def in_group(**values: Any) -> Callable[[dict[str, Any]], None]:
         ("int4", set_all(kv_cache_scheme={"num_bits": 8}), "has a kv_cache_scheme"),
         ("int4", in_group(input_activations={"num_bits": 8}), "its inputs are quantized as well"),
         ("int4", in_group(weights={"group_size": 48}), "for every 32 columns; config.json says 48"),
-        ("int8-dynamic", in_group(input_activations=None), "no config.json says how its layer's inputs"),
+        ("int8-dynamic", set_all(config_groups={}), "no config.json says how its layer's inputs"),
         ("int4", set_all(quant_method="gptq", format="gptq"), "declared as gptq, but holds no weight"),
     ],
 )

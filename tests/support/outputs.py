@@ -45,7 +45,7 @@ class UnderWay:
 
 def tensors() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {WEIGHT: torch.randn(48, 128, generator=generator), NORM: torch.randn(128, generator=generator)}
+    return {WEIGHT: torch.randn(64, 128, generator=generator), NORM: torch.randn(128, generator=generator)}
 
 
 def under_way(folder: Path, **recipe: Any) -> UnderWay:

@@ -10,8 +10,9 @@ from typing import Any
 
 from quantcli.blocks.batches import CalibrationBatches, load_batches
 from quantcli.blocks.model import SequentialModel, hugging_face, plain_module
+from quantcli.blocks.reach import reached_lists
 from quantcli.blocks.skeleton import Skeleton
-from quantcli.blocks.structure import BlockList, find_blocks
+from quantcli.blocks.structure import BlockList, find_blocks, tower_of
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.conversion.checkpoint.layout import Destination
 from quantcli.conversion.checkpoint.writer import (
@@ -82,9 +83,11 @@ def prepare_calibration(
     data = load_batches(model, request, trains=_learns(plan, "qat"))
     linear = linear_layers(model.skeleton, plan)
     blocks = find_blocks(model.skeleton.module, linear, plan.recipe.blocks)
+    blocks, unreached = reached_lists(model.skeleton, blocks, data.batches[0])
+    plan, leave = _reachable(plan, checkpoint, model.skeleton, blocks, unreached)
     model.require_own_weights(blocks, {layer.info.name for layer in plan.layers if layer.has_codes})
     inside = _names(model.skeleton, blocks)
-    plan = _observable(plan, checkpoint, inside, {layer.info.name for layer in linear.values()} & inside)
+    plan = _observable(plan, checkpoint, inside, {layer.info.name for layer in linear.values()} & inside, leave)
     plan = for_target(replace(plan, warnings=(*plan.warnings, *data.samples.warnings)))
     hidden_bytes = spare_memory(foresee(model.skeleton, plan, blocks, data.batches), memory_limit) // _HIDDEN_SHARE
     return CalibratedWork(checkpoint, plan, model, blocks, data, function, device, request.seed, hidden_bytes)
@@ -105,8 +108,45 @@ def _names(skeleton: Skeleton, blocks: Sequence[BlockList]) -> set[str]:
     return {info.name for path in paths for info in skeleton.parameters(path).values()}
 
 
-def _observable(plan: Plan, checkpoint: Checkpoint, inside: Collection[str], observed: Collection[str]) -> Plan:
-    """The plan itself, or one that leaves layers whose inputs have a static range and are not ``observed``."""
+def _reachable(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    reached: Sequence[BlockList],
+    unreached: Sequence[BlockList],
+) -> tuple[Plan, dict[str, str]]:
+    """The plan itself, or one that leaves the towers whose blocks the data does not reach, which a warning tells.
+
+    The second is why each of their tensors is left.
+    """
+    paths = [block_list.path for block_list in reached]
+    towers = dict.fromkeys(tower_of(block_list.path, paths) for block_list in unreached)
+    if not towers:
+        return plan, {}
+    leave = {
+        info.name: f"in {tower}, which the calibration data does not reach"
+        for tower in towers
+        for info in skeleton.parameters(tower).values()
+    }
+    warning = (
+        f"The calibration data does not reach {' and '.join(towers)}, which is left unquantized. Calibrate on data "
+        "that does, or use an algorithm without data, such as mse."
+    )
+    found = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave, loader=plan.loader)
+    return replace(found, warnings=(*found.warnings, warning)), leave
+
+
+def _observable(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    inside: Collection[str],
+    observed: Collection[str],
+    left: Mapping[str, str],
+) -> Plan:
+    """The plan itself, or one that leaves layers whose inputs have a static range and are not ``observed``.
+
+    ``left`` are those that are left already.
+    """
     static = [layer.info.name for layer in plan.quantized if layer.scheme and layer.scheme.is_static]
     places = {name: "in no layer of its own" if name in inside else "outside the blocks" for name in static}
     leave = {
@@ -114,11 +154,11 @@ def _observable(plan: Plan, checkpoint: Checkpoint, inside: Collection[str], obs
         for name, place in places.items()
         if name not in observed
     }
-    return (
-        resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave, loader=plan.loader)
-        if leave
-        else plan
-    )
+    if not leave:
+        return plan
+    every = {**left, **leave}
+    found = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=every, loader=plan.loader)
+    return replace(found, warnings=tuple(dict.fromkeys((*found.warnings, *plan.warnings))))
 
 
 def spare_memory(demand: Demand, limit: int | None) -> int:

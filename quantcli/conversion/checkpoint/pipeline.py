@@ -91,6 +91,7 @@ class Conversion:
             "files": files,
             "tensors": [(info.name, info.dtype, info.shape) for info in self.checkpoint.infos()],
             "config": self.checkpoint.config,
+            "layers": [(layer.info.name, repr(layer.scheme), layer.dtype) for layer in self.plan.layers],
             "single_file": self.layout.single_file,
             "work": self.work.fingerprint() if self.work else None,
         }
@@ -108,6 +109,7 @@ class Conversion:
         # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
         hashing = Background(self.checkpoint.sha256)
         if self.work:
+            self._require_finite(output)
             self.work.run(output)
         self._stream(output)
         self.sha256 = hashing.result()
@@ -120,6 +122,17 @@ class Conversion:
         history = self.work.history if self.work else None
         trained = {"training": history.to_json()} if history else {}
         return {"verified": verified, "threads": self.workers, **trained}
+
+    def _require_finite(self, output: Output) -> None:
+        """Raise InputError where a weight holds what is no number: on data, outputs would not tell whose it is."""
+        from quantcli.conversion.checkpoint.stream import require_finite
+
+        if not isinstance(self.checkpoint, DecodedCheckpoint):
+            infos = [layer.info for layer in self.plan.layers if layer.info.name not in output.results]
+            in_parallel(
+                (partial(require_finite, info, self.checkpoint) for info in infos if info.is_float and info.shape),
+                self.workers,
+            )
 
     def _open_output(self, staging: Staging, done: Mapping[str, Mapping[str, Any]]) -> Output:
         from quantcli.conversion.checkpoint.writer import LayerResult, Output

@@ -20,6 +20,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.conversion.checkpoint.layout import Destination
 from quantcli.conversion.checkpoint.writer import (
     CHUNK_ELEMENTS,
+    SLAB_ELEMENTS,
     LayerResult,
     ranges,
     row_alignment,
@@ -31,7 +32,7 @@ from quantcli.conversion.checkpoint.writer import (
 from quantcli.core import nf4, numerics
 from quantcli.core.dtypes import torch_dtype
 from quantcli.core.scheme import NumberFormat
-from quantcli.core.tensors import QuantizedTensor, Rounding
+from quantcli.core.tensors import QuantizedTensor, Rounding, TensorInfo
 from quantcli.errors import InputError
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.ptq.rounding import without_data
@@ -128,7 +129,7 @@ class LayerJob:
         """Whether infinities are meant: a mask holds negative ones and zeros, and a cast must not make new ones."""
         return (
             self.layer.role == "parameter"
-            and bool(((rows == 0) | (rows == -torch.inf)).all())
+            and _holds_only_a_mask(rows)
             and torch.equal(torch.isinf(rows), torch.isinf(stored))
         )
 
@@ -210,22 +211,38 @@ class LayerJob:
 
     def _refuse(self, rows: Tensor, first_row: int) -> NoReturn:
         """Raise for values that are not finite, in the weight itself or only once stored."""
-        flat = rows.reshape(len(rows), -1) if rows.ndim else rows.reshape(1, 1)
-        bad = (~torch.isfinite(flat)).nonzero()
         name = self.layer.info.name
-        if len(bad):
-            row, column = bad[0].tolist()
-            value = flat[row, column].item()
-            raise InputError(
-                f"{name} holds {value} at row {first_row + row}, column {column}: the model is damaged or diverged.",
-                hint="Repair the weight, or leave it out of the file.",
-            )
+        _name_the_bad(name, rows, first_row)
         raise InputError(
             f"{name} has values too large for {self.plan.scale_dtype if self.layer.has_codes else self.layer.dtype}: "
             "they would become infinite.",
             hint="Use bf16, which has the range of fp32 (--scheme bf16, or --rest bf16)."
             if self.plan.scale_dtype == self.plan.dtype
             else f"{self.plan.format} has no other dtype; use another --format, or --skip the layer.",
+        )
+
+
+def require_finite(info: TensorInfo, checkpoint: Checkpoint) -> None:
+    """Raise InputError where a weight holds what is no number, with its place."""
+    for start, stop in ranges(info.rows, info.columns, SLAB_ELEMENTS, 1):
+        rows = checkpoint.read_rows(info, start, stop)
+        if not bool(torch.isfinite(rows).all()) and not _holds_only_a_mask(rows):
+            _name_the_bad(info.name, rows, start)
+
+
+def _holds_only_a_mask(rows: Tensor) -> bool:
+    return bool(((rows == 0) | (rows == -torch.inf)).all())
+
+
+def _name_the_bad(name: str, rows: Tensor, first_row: int) -> None:
+    flat = rows.reshape(len(rows), -1) if rows.ndim else rows.reshape(1, 1)
+    bad = (~torch.isfinite(flat)).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        value = flat[row, column].item()
+        raise InputError(
+            f"{name} holds {value} at row {first_row + row}, column {column}: the model is damaged or diverged.",
+            hint="Repair the weight, or leave it out of the file.",
         )
 
 

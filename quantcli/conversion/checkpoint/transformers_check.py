@@ -17,6 +17,8 @@ from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.hugging_face import load_json
+from quantcli.checkpoint.quantized import section_of
 from quantcli.checkpoint.split_experts import SplitExperts
 from quantcli.conversion.checkpoint.layout import Layout
 from quantcli.core.dtypes import TORCH_NAMES
@@ -247,6 +249,9 @@ def load(artifact: str, original: str, device: str | None, dtype: Any = None) ->
         try:
             _, before = _loading_info(original, "meta")
         except Exception as error:
+            if problems and section_of(load_json(Path(original) / "config.json")):
+                # The original is quantized in a way that this installation does not load: that excuses nothing.
+                return None, answer | {"problems": problems}
             reason = f"transformers {transformers.__version__} does not load the original: {first_line(error)}"
             return None, {"checked": False, "reason": reason}
         for kind in _KINDS:

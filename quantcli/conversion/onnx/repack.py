@@ -61,8 +61,8 @@ class CheckpointCodes:
 
         names = {_key(self._values(name)): name for name in self.quantized.weights}
         nodes = []
-        for node, value in weighted_nodes(model):
-            plan = undecided(node, value, file)
+        for node, weight in weighted_nodes(model):
+            plan = undecided(model, node, weight, file)
             name = None if node.op_type == "Gather" else names.get(_key(_matrix(operand_of(node))))
             nodes.append(self._planned(plan, name) if name else plan.left("not quantized before either"))
         lacking = sorted(self.quantized.weights.keys() - self._of.values())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.core.manifest import ManifestLayer
+from quantcli.onnx.plan.constants import left_constants
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome, tensor_info
 from quantcli.planning.rules import full_label
 from quantcli.reporting.report import LayerRow
@@ -54,12 +55,9 @@ def layer_entries(outcomes: Sequence[LayerOutcome]) -> dict[str, ManifestLayer]:
 
 def left_rows(model: ir.Model, plan: GraphPlan, file: Path) -> list[LayerRow]:
     """Constants that are no layer's weight, in one row each."""
-    planned = {node.name for node in plan.nodes}
     rows = []
-    for name, value in model.graph.initializers.items():
-        if name not in planned and value.const_value is not None and value.const_value.dtype.is_floating_point():
-            info = tensor_info(value, file)
-            reason = "bias, norm or constant: tiny, and sensitive"
-            details = {"shape": list(info.shape), "role": "parameter"}
-            rows.append(LayerRow(name, None, info.nbytes, info.nbytes, None, reason, details=details))
+    for value, reason in left_constants(model, {node.name for node in plan.nodes}):
+        info = tensor_info(value, file)
+        details = {"shape": list(info.shape), "role": "parameter"}
+        rows.append(LayerRow(info.name, None, info.nbytes, info.nbytes, None, reason, details=details))
     return rows

@@ -62,6 +62,7 @@ class ImageSource:
     def __init__(
         self, groups: Sequence[Sequence[Path]], labels: bool, ports: Sequence[Port], preprocess: Preprocess, given: Path
     ) -> None:
+        ports = [port for port in ports if not port.optional]
         if len(ports) != 1:
             raise InputError(
                 f"{given} holds images, and the model has {len(ports)} inputs: {', '.join(map(str, ports))}.",

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _FOLDED_INTO = ("Conv", "ConvTranspose", "Gemm")
 _EPSILON = 1e-5
 
+#: Weights above this many elements are not copied where several nodes share one.
+_COPIED_ELEMENTS = 1 << 10
+
 
 def fold_affine(model: ir.Model) -> int:
     """Fold affine nodes into the weights before them until none is left. Returns how many were."""
@@ -58,6 +61,9 @@ def _fold_next(graph: ir.Graph, node: ir.Node) -> bool:
     shifted = shift if old_bias is None else scale * old_bias.astype(np.float64).reshape(-1) + shift
     new_bias = shifted.astype(values.dtype)
     changed = not np.all(scale == 1.0)
+    if changed and tensor.size > _COPIED_ELEMENTS and len(weight.uses()) > 1:
+        # Others read it as it is: folding would write it a second time.
+        return False
     per_channel = [-1 if axis == channel_axis(node) else 1 for axis in range(rank)]
     scaled = (values * scale.reshape(per_channel)).astype(values.dtype) if changed else values
     if not (np.isfinite(scaled).all() and np.isfinite(new_bias).all()):

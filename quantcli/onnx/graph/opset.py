@@ -61,6 +61,7 @@ def upgrade(model: ir.Model, opset: int) -> ir.Model:
         ) from error
     for name, tensor in weights.items():
         converted.graph.initializers[name].const_value = tensor
+        converted.graph.initializers[name].meta.update(working.graph.initializers[name].meta)
     converted.opset_imports.pop(_NEWER, None)
     for node in converted.graph.all_nodes():
         if node.domain == _NEWER:

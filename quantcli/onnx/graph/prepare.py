@@ -11,10 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from quantcli.errors import InputError
+from quantcli.onnx.graph.casts import look_through_casts
 from quantcli.onnx.graph.external import SMALL_BYTES, take_in
 from quantcli.onnx.graph.fold import fold_affine
 from quantcli.onnx.graph.model import OnnxModel
 from quantcli.onnx.graph.operands import is_matrix_transpose
+from quantcli.onnx.graph.products import plain_products
 from quantcli.onnx.graph.simplify import drop_identities, fold_constants, infer_shapes, lift_constants
 from quantcli.onnx.graph.values import (
     add_initializer,
@@ -38,8 +40,9 @@ _STUMBLES = (ValueError, RuntimeError, KeyError, TypeError, IndexError, Attribut
 
 #: The steps by which a graph is simplified, in turn; each keeps its function, and all can do without each other.
 STEPS = (
-    "inline functions", "lift constants", "drop identities", "fold constants", "lift folded constants", "infer shapes",
-    "join products with biases", "turn weights", "fold affine nodes", "pool in place of means",
+    "inline functions", "lift constants", "drop identities", "look through casts", "fold constants",
+    "lift folded constants", "infer shapes", "write products plainly", "join products with biases", "turn weights",
+    "fold affine nodes", "pool in place of means",
 )  # fmt: skip
 
 
@@ -61,6 +64,8 @@ def prepare(model: OnnxModel, *, fold: bool = True, without: Collection[str] = (
         except _STUMBLES as error:
             raise InputError(f"{model.path} is not a consistent ONNX graph: {first_line(error)}") from error
         common.RemoveInitializersFromInputsPass()(graph_model)
+        # Initializers that are no inputs came with this version.
+        graph_model.ir_version = max(graph_model.ir_version or 0, 4)
         take_in(graph_model, SMALL_BYTES)
         failed = _first_failure(graph_model, {name: step for name, step in steps.items() if name not in left_out})
         if failed is None:
@@ -80,8 +85,8 @@ def _functions() -> tuple[Callable[[ir.Model], object], ...]:
     from onnx_ir.passes import common
 
     return (
-        common.InlinePass(), lift_constants, drop_identities, fold_constants, lift_constants, infer_shapes,
-        _products_with_bias, _turn_weights, fold_affine, _pool_instead_of_mean,
+        common.InlinePass(), lift_constants, drop_identities, look_through_casts, fold_constants, lift_constants,
+        infer_shapes, plain_products, _products_with_bias, _turn_weights, fold_affine, _pool_instead_of_mean,
     )  # fmt: skip
 
 
@@ -96,7 +101,7 @@ def _first_failure(model: ir.Model, steps: Mapping[str, Callable[[ir.Model], obj
 
 
 def _turn_weights(model: ir.Model) -> None:
-    """Take Transposes of a matrix that nobody else reads into it; the turned one is made when it is read."""
+    """Take Transposes of a matrix that nobody else reads into it, or of a table; it is turned when it is read."""
     import onnx_ir as ir
 
     for node in list(model.graph):
@@ -104,13 +109,24 @@ def _turn_weights(model: ir.Model) -> None:
         tensor = constant(value)
         if value is None or output is None or tensor is None or value.graph is not model.graph:
             continue
-        if len(value.uses()) != 1 or value.is_graph_output() or output.is_graph_output() or len(tensor.shape) != 2:
+        if value.is_graph_output() or output.is_graph_output() or len(tensor.shape) != 2:
+            continue
+        others = [use for use in value.uses() if use.node is not node]
+        # A table is stored as it is looked up in; what multiplies by it turns it.
+        if others and not any(is_standard(reader, "Gather") for reader in output.consumers()):
             continue
         shape = ir.Shape(tensor.shape.numpy()[::-1])
         value.const_value = ir.LazyTensor(partial(_turned, tensor), dtype=tensor.dtype, shape=shape, name=value.name)
         value.shape = shape
         output.replace_all_uses_with(value)
-        model.graph.remove(node, safe=True)
+        if not others:
+            model.graph.remove(node, safe=True)
+            continue
+        output.shape = ir.Shape(tensor.shape.numpy())
+        for reader, index in others:
+            reader.replace_input_with(index, output)
+        model.graph.remove(node)
+        model.graph.insert_before(model.graph[0], node)
 
 
 def _turned(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import TYPE_CHECKING
 
-from quantcli.onnx.graph.values import is_standard
+from quantcli.onnx.graph.casts import keeps_codes
+from quantcli.onnx.graph.values import constant, is_standard
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,6 +24,9 @@ _NOT_FOLDED = (
     "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength", "SequenceMap", "SplitToSequence",
     "ConcatFromSequence", "StringConcat", "StringNormalizer", "StringSplit", "RegexFullMatch", "TfIdfVectorizer",
 )  # fmt: skip
+
+#: Of a byte or less each.
+_NARROW = ("BOOL", "INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
 
 #: Operators one of whose outputs is no tensor, and those that hand such a value on.
 _NO_TENSORS = ("Optional", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap",
@@ -93,7 +97,15 @@ def fold_constants(model: ir.Model) -> None:
 def _may_fold(node: ir.Node) -> bool | None:
     """False where a node must stay; None leaves it to the folder's own rules."""
     strings = any(value is not None and value.dtype is not None and value.dtype.is_string() for value in node.inputs)
-    return False if strings or is_standard(node, *_NOT_FOLDED) else None
+    return False if strings or is_standard(node, *_NOT_FOLDED) or _widens(node) else keeps_codes(node)
+
+
+def _widens(node: ir.Node) -> bool:
+    """Whether a node makes floats of a large mask, or of codes that someone quantized: several bytes for each."""
+    if not is_standard(node, "Cast", "CastLike", "Where"):
+        return False
+    tensor = constant(node.inputs[0])
+    return tensor is not None and tensor.size > _GROWTH_ELEMENTS and tensor.dtype.name in _NARROW
 
 
 def infer_shapes(model: ir.Model) -> None:

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 FORMS = {
     "static": "quantcli.onnx.rewrite.qdq",
     "dynamic": "quantcli.onnx.rewrite.dynamic",
+    "recurrent": "quantcli.onnx.rewrite.recurrent",
     "nbits": "quantcli.onnx.rewrite.nbits",
     "expanded": "quantcli.onnx.rewrite.expanded",
+    "stored": "quantcli.onnx.rewrite.stored",
     "cast": "quantcli.onnx.rewrite.cast",
 }
 

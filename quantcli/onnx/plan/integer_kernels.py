@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantcli.core.scheme import Scheme
-from quantcli.onnx.graph.operands import channel_axis
+from quantcli.onnx.graph.operands import channel_axis, readers
 from quantcli.onnx.graph.opset import NARROW_OPSET, QDQ_OPSET
-from quantcli.onnx.graph.values import constant, input_of, integer, real
+from quantcli.onnx.graph.values import constant, input_of, integer, is_standard, real
 from quantcli.onnx.plan.plan import NodePlan
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ def no_integer_kernel(layer: NodePlan, scheme: Scheme) -> str | None:
     """Why a layer cannot run on integers with such inputs, or None."""
     node, inputs = layer.node, scheme.inputs
     assert inputs is not None
+    if not is_standard(node, "Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return f"onnxruntime has no integer {node.op_type}"
+    if layer.weight is node.inputs[0]:
+        return "its constant is the left factor"
     if node.op_type == "ConvTranspose":
         return "ConvTranspose has no integer kernel"
     if node.op_type == "Conv" and inputs.dynamic:
@@ -30,6 +34,8 @@ def no_integer_kernel(layer: NodePlan, scheme: Scheme) -> str | None:
     weight = constant(node.inputs[1])
     if weight is None:
         return "it turns a matrix that others read too"
+    if any(is_standard(reader, "Gather") for reader in readers(layer.weight)):
+        return "a lookup reads the same table"
     if weight.dtype.name != "FLOAT":
         return "integer kernels take and return float32, and this is half precision"
     if node.op_type == "MatMul":

@@ -46,13 +46,13 @@ def supports(node: ir.Node, scheme: Scheme) -> str | None:
     operand = operand_of(node)
     if isinstance(operand, str):
         return operand
-    if reason := _refusal(node, operand, scheme):
+    if reason := refusal(node, operand, scheme):
         return reason
     if operand.value.is_graph_output():
         return "its weight is an output of the model"
     for other in readers(operand.value):
         theirs = operand_of(other)
-        if other is not node and (isinstance(theirs, str) or _refusal(other, theirs, scheme)):
+        if other is not node and (isinstance(theirs, str) or refusal(other, theirs, scheme)):
             return f"its weight also serves {other.name or other.op_type}, which needs it as it is"
     return None
 
@@ -71,7 +71,7 @@ def effective(node: ir.Node, scheme: Scheme) -> Scheme:
     return Scheme(NumberFormat("int4", granularity), scheme.inputs)
 
 
-def _refusal(node: ir.Node, operand: Operand, scheme: Scheme) -> str | None:
+def refusal(node: ir.Node, operand: Operand, scheme: Scheme) -> str | None:
     """Why one node cannot be quantized to a scheme, whoever else reads its weight."""
     weights, size = scheme.weights, scheme.weights.granularity.size
     if weights.is_cast or scheme.inputs is not None:

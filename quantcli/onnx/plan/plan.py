@@ -13,8 +13,9 @@ from quantcli.core.dtypes import DTYPE_OF_ONNX_NAME
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import Rounding, TensorInfo
 from quantcli.errors import InputError
-from quantcli.onnx.graph.operands import behind_transposes, weight_input
-from quantcli.onnx.graph.values import constant, is_standard
+from quantcli.onnx.graph.casts import keeps_codes
+from quantcli.onnx.graph.values import constant, input_of
+from quantcli.onnx.plan.carriers import Carried, carried
 from quantcli.onnx.plan.forms import form
 from quantcli.onnx.plan.layer_inputs import LayerInput
 from quantcli.onnx.plan.placement import observed_values
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-#: Operators with a weight.
-_ROLES = {"Conv": "conv", "ConvTranspose": "conv", "Gemm": "linear", "MatMul": "linear", "Gather": "embedding"}
-
 #: Operators that say that a model is quantized already.
 QUANTIZED_OPS = {
     "QDQ": ("QuantizeLinear", "DequantizeLinear"),
-    "QOperator": ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"),
-    "n-bit": ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized"),
-}
+    "QOperator": (
+        "QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul",
+        "DynamicQuantizeLSTM", "QAttention", "QEmbedLayerNormalization",
+    ),
+    "n-bit": ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "QMoE"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class NodePlan:
 
     ``data`` names what meets the weight, as calibration knows it; ``form`` is one of `quantcli.onnx.plan.forms`, None:
     float; ``reason`` says why it stays so, ``note`` tells of a choice; ``input`` is what gptq must know the inputs of.
+    ``summed`` are the dimensions of the weight that its products are summed over.
     """
 
     node: ir.Node
@@ -55,6 +57,7 @@ class NodePlan:
     reason: str | None = None
     note: str | None = None
     input: LayerInput | None = None
+    summed: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -170,31 +173,27 @@ def observed_tensors(model: ir.Model) -> list[str]:
 
 
 def graph_quantization(model: ir.Model) -> str | None:
-    """``QDQ``, ``QOperator`` or ``n-bit`` where a graph is quantized already, else None."""
+    """``QDQ``, ``QOperator``, ``n-bit`` or ``Cast`` (of codes) where a graph is quantized, if in part, else None."""
     present = {node.op_type for node in model.graph.all_nodes()}
-    return next((kind for kind, ops in QUANTIZED_OPS.items() if present & set(ops)), None)
+    found = next((kind for kind, ops in QUANTIZED_OPS.items() if present & set(ops)), None)
+    if found is None and any(keeps_codes(node) is False for node in model.graph.all_nodes()):
+        return "Cast"
+    return found
 
 
-def weighted_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
-    """Nodes with a constant float matrix, image filter or table, and that weight."""
-    import onnx_ir as ir
-
+def weighted_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, Carried]]:
+    """Nodes with a constant float matrix, image filter or table, and that weight: one pair for each."""
     for node in model.graph.all_nodes():
-        if not is_standard(node, *_ROLES):
-            continue
-        value = weight_input(node)
-        if is_standard(node, "MatMul", "Gemm"):
-            value, _ = behind_transposes(value)
-        tensor = constant(value)
-        floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-        if value is not None and tensor is not None and tensor.dtype in floats and len(tensor.shape) > 1:
-            yield node, value
+        for weight in carried(node):
+            yield node, weight
 
 
-def undecided(node: ir.Node, value: ir.Value, file: Path) -> NodePlan:
+def undecided(model: ir.Model, node: ir.Node, weight: Carried, file: Path) -> NodePlan:
     """A node and its weight before anything is decided: float."""
-    data = node.inputs[0]
-    return NodePlan(node, value, tensor_info(value, file), _ROLES[node.op_type], data.name if data else None)
+    other = input_of(node, 0 if weight.index else 1)
+    # Calibration sees the values of the graph itself, and bodies may call theirs by the same names.
+    data = other.name if other is not None and node.graph is model.graph else None
+    return NodePlan(node, weight.value, tensor_info(weight.value, file), weight.role, data, summed=weight.summed)
 
 
 def require_work(plan: GraphPlan, file: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,7 @@ from quantcli.errors import InputError, UsageError
 from quantcli.onnx.graph.operands import readers
 from quantcli.onnx.graph.values import constant
 from quantcli.onnx.plan.forms import form, form_of
-from quantcli.onnx.plan.layer_inputs import layer_input
+from quantcli.onnx.plan.layer_inputs import LayerInput, layer_input
 from quantcli.onnx.plan.plan import (
     GraphPlan,
     NodePlan,
@@ -33,20 +35,27 @@ if TYPE_CHECKING:
 #: Below this many values, codes and scales save nothing worth a node.
 _SMALLEST_WEIGHT = 256
 
+_IN_A_BODY = "inside a subgraph, whose values are not calibrated"
+
 
 def resolve_graph(recipe: Recipe, model: ir.Model, file: Path) -> GraphPlan:
     """Decide what becomes of each weight.
 
     Raises:
         UsageError: no scheme, or one that does not fit, or a rule that matches nothing.
-        InputError: the model is quantized already, or has nothing that the scheme applies to.
+        InputError: the model has nothing that the scheme applies to, such as one that is quantized already.
     """
     quantization = graph_quantization(model)
-    if quantization:
-        raise InputError(f"{file} is already quantized ({quantization}).", "Convert the original model instead.")
     wish = scheme_asked_for(recipe)
     scheme = build_scheme(wish)
     plan = _Planner(recipe, scheme, label_of(wish, scheme), model, file).plan()
+    if quantization and not any(node.form for node in plan.nodes):
+        left = counted(node.reason for node in plan.nodes)
+        why = f" Of what is left: {' '.join(left)}" if left else ""
+        raise InputError(f"{file} is already quantized ({quantization}).{why}", "Convert the original model instead.")
+    if quantization:
+        kept = f"The model is quantized in part already ({quantization}); what is quantized stays as it is."
+        plan = replace(plan, warnings=(kept, *plan.warnings))
     require_work(plan, file)
     return plan
 
@@ -63,16 +72,16 @@ class _Planner:
 
     def plan(self) -> GraphPlan:
         pairs = list(weighted_nodes(self.model))
-        known = [value.name or "" for _, value in pairs][:20]
-        names = [name for pair in pairs for name in _names(*pair)]
+        known = [weight.value.name or "" for _, weight in pairs][:20]
+        names = [name for node, weight in pairs for name in _names(node, weight.value)]
         self.rules.require_matches(names, lambda glob: suggestion(glob, known))
-        nodes = tuple(self._rest(self._decide(node, value)) for node, value in pairs)
+        decided = [self._decide(undecided(self.model, node, weight, self.file)) for node, weight in pairs]
+        nodes = tuple(self._rest(plan) for plan in self._in_pairs(decided))
         warnings = counted(node.note for node in nodes)
         return GraphPlan(nodes, self.name, self.recipe, tuple(warnings), self.damping)
 
-    def _decide(self, node: ir.Node, value: ir.Value) -> NodePlan:
-        plan = undecided(node, value, self.file)
-        info = plan.info
+    def _decide(self, plan: NodePlan) -> NodePlan:
+        node, value, info = plan.node, plan.weight, plan.info
         rule = self.rules.first(*_names(node, value))
         if rule and rule.skip:
             return plan.left(SKIPPED)
@@ -89,8 +98,6 @@ class _Planner:
             return plan.left("too small to save anything")
         if scheme.weights.is_cast:
             return _in_form(plan, scheme, label)
-        if node.graph is not self.model.graph:
-            return plan.left("inside a subgraph")
         wish = (rule.algorithm if rule else None) or self.algorithm
         size = self.rules.group_size(rule)
         if size and scheme.weights.is_grouped:
@@ -108,10 +115,14 @@ class _Planner:
         return replace(plan, form="cast", scheme=PRESETS[rest], label=rest, reason=None, note=f"cast: {plan.reason}")
 
     def _quantize(self, plan: NodePlan, scheme: Scheme, label: str, wish: str) -> NodePlan:
+        if scheme.is_static and plan.data is None and plan.role != "embedding":
+            # The values of a body are not calibrated: ranges are found at inference.
+            scheme, label = replace(scheme, inputs=PRESETS["int8-dynamic"].inputs), "int8-dynamic"
+            plan = replace(plan, note=_IN_A_BODY)
         if scheme.inputs is not None and plan.role != "embedding":
             with_inputs = _in_form(plan, scheme, label)
             if with_inputs.form:
-                return self._rounded(with_inputs, wish)
+                return self._rounded(_at_inference(with_inputs), wish)
             if plan.info.numel < _SMALLEST_WEIGHT:
                 return with_inputs
             plan = replace(plan, note=f"int8 weights only: {with_inputs.reason}")
@@ -128,8 +139,18 @@ class _Planner:
             wish = wish if wish == "gptq" and plan.role == "conv" else "auto"
         return self._rounded(weights_only, wish)
 
-    @staticmethod
-    def _rounded(plan: NodePlan, wish: str) -> NodePlan:
+    def _in_pairs(self, plans: list[NodePlan]) -> Iterator[NodePlan]:
+        """The plans, where an integer LSTM without one of its two weights has the other stored in few bits alone."""
+        whole = Counter(plan.node for plan in plans if plan.form == "recurrent")
+        for plan in plans:
+            if plan.form != "recurrent" or whole[plan.node] == 2:
+                yield plan
+                continue
+            assert plan.scheme is not None
+            alone = replace(plan, form="stored", scheme=Scheme(plan.scheme.weights))
+            yield replace(alone, note="int8 weights only: the other weight of the LSTM is not quantized")
+
+    def _rounded(self, plan: NodePlan, wish: str) -> NodePlan:
         """With the algorithm that chooses the codes; one without data where a layer's inputs cannot serve."""
         assert plan.scheme is not None
         weights = plan.scheme.weights
@@ -140,7 +161,10 @@ class _Planner:
             return replace(plan, algorithm=wish)
         tensor = constant(plan.weight)
         assert tensor is not None
-        inputs = "a lookup reads the same table" if _is_tied(plan.weight) else layer_input(plan.node, tensor)
+        if plan.data is None:
+            inputs: LayerInput | str = _IN_A_BODY
+        else:
+            inputs = "a lookup reads the same table" if _is_tied(plan.weight) else layer_input(plan.node, tensor)
         if isinstance(inputs, str):
             return plan.rounded_plainly(inputs)
         return replace(plan, algorithm="gptq", input=inputs)
@@ -150,6 +174,14 @@ def _in_form(plan: NodePlan, scheme: Scheme, label: str) -> NodePlan:
     """A layer in the first form that supports it with a scheme, or left in floating point."""
     name, reason = form_of(plan, scheme)
     return replace(plan, form=name, scheme=scheme, label=label) if name else plan.left(reason)
+
+
+def _at_inference(plan: NodePlan) -> NodePlan:
+    """A layer with its true label, where fixed ranges were asked for and its inputs get theirs at inference."""
+    if plan.form == "static" or plan.scheme is None or not plan.scheme.is_static:
+        return plan
+    why = "onnxruntime has no integer LSTM with fixed ranges"
+    return replace(plan, label="int8-dynamic", note=f"ranges found at inference: {why}")
 
 
 def _rounding_step(recipe: Recipe) -> Step | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantcli.core.dtypes import DTYPE_OF_NUMBER
+from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import Rounding
 from quantcli.errors import InputError
 from quantcli.onnx.graph.values import constant, free_name
@@ -142,6 +143,15 @@ def _powers(tensor: ir.TensorProtocol, half: ir.DataType) -> tuple[float, float,
     return signal, noise, overflows
 
 
+def _supports(layer: NodePlan, scheme: Scheme) -> str | None:
+    dtype = layer.info.dtype
+    if dtype == DTYPE_OF_NUMBER[scheme.weights.dtype]:
+        return "already so"
+    if dtype != "F32":
+        return "already in half precision"
+    return "its weight is an output of the model" if layer.weight.is_graph_output() else None
+
+
 def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
     """Casts the weights of all the layers at once, in the order of the file."""
     written: dict[str, CastWeight] = {}
@@ -161,7 +171,7 @@ def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -
 FORM = Form(
     "cast",
     lambda scheme: scheme.weights.is_cast,
-    lambda layer, scheme: "already so" if layer.info.dtype == DTYPE_OF_NUMBER[scheme.weights.dtype] else None,
+    _supports,
     _rewriter,
     lambda layer: _BF16_OPSET if layer.scheme and layer.scheme.weights.dtype == "bf16" else 0,
 )

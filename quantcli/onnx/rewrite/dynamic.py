@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class DynamicQuantizer:
-    """Rewrites nodes of one graph; outputs keep their names."""
+    """Rewrites nodes of one graph and of its bodies; outputs keep their names."""
 
     def __init__(self, model: ir.Model) -> None:
         self.graph = model.graph
@@ -58,9 +58,10 @@ class DynamicQuantizer:
         last = nodes[-1].outputs[0]
         last.type, last.shape = output.type, output.shape
         name = output.name
-        ir.convenience.replace_nodes_and_values(self.graph, node, [node], nodes, [output], [last])
+        assert node.graph is not None
+        ir.convenience.replace_nodes_and_values(node.graph, node, [node], nodes, [output], [last])
         last.name = name
-        drop_unused(self.graph, value)
+        drop_unused(value.graph or self.graph, value)
         return weight.outcome(layer)
 
     def _integer_weight(self, layer: NodePlan, value: ir.Value, evidence: Evidence) -> tuple[IntegerWeight, ir.Value]:
@@ -70,7 +71,7 @@ class DynamicQuantizer:
         key = (value, channel_axis(node), number_format, algorithm)
         if key not in self._weights:
             hessian = evidence.hessian(layer)
-            weight = integer_weight(self.graph, node, number_format, algorithm, hessian=hessian)
+            weight = integer_weight(value.graph or self.graph, node, number_format, algorithm, hessian=hessian)
             codes = weight.codes
             if node.op_type == "Gemm" and weight.axis == 0:
                 codes = self._transposed(codes)
@@ -86,19 +87,21 @@ class DynamicQuantizer:
             quantize = ir.Node("", "DynamicQuantizeLinear", [value], num_outputs=3, name=f"{value.name}_quantize")
             for output, part in zip(quantize.outputs, ("quantized", "scale", "zero_point"), strict=True):
                 output.name = f"{value.name}_dynamic_{part}"
-            producer = value.producer()
-            if producer is None or producer.graph is not self.graph:
-                self.graph.insert_before(self.graph[0], quantize)
+            producer, owner = value.producer(), value.graph or self.graph
+            if producer is None:
+                # An input of the graph, or of the body that the product is in.
+                owner.insert_before(owner[0], quantize)
             else:
-                self.graph.insert_after(producer, quantize)
+                owner.insert_after(producer, quantize)
             self._inputs[value] = (quantize.outputs[0], quantize.outputs[1], quantize.outputs[2])
         return self._inputs[value]
 
     def _transposed(self, codes: ir.Value) -> ir.Value:
-        assert codes.const_value is not None and codes.name is not None
+        assert codes.const_value is not None and codes.name is not None and codes.graph is not None
+        graph = codes.graph
         values, origin = np.ascontiguousarray(codes.const_value.numpy().T), codes.meta[ORIGIN]
-        del self.graph.initializers[codes.name]
-        turned = add_initializer(self.graph, codes.name, values)
+        del graph.initializers[codes.name]
+        turned = add_initializer(graph, codes.name, values)
         turned.meta[ORIGIN] = replace(origin, turned=not origin.turned)
         return turned
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantcli.onnx.graph.casts import restore_casts
 from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.forms import FORMS, form
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
@@ -31,6 +32,7 @@ def transform(model: ir.Model, plan: GraphPlan, evidence: Evidence) -> list[Laye
             if name
         }
         outcomes |= {id(layer): rewriters[layer.form](layer) for layer in layers if layer.form}
+    restore_casts(model)
     model.graph.sort()
     # Our names for scales and codes may be those of the model's own values.
     common.NameFixPass()(model)

@@ -34,6 +34,13 @@ def exact_scale(node: ir.Node, rows: np.ndarray) -> np.ndarray:
     return (most / (_EXACT_PAIR_SUM - 1)).astype(np.float32)
 
 
+def largest_pairs(codes: np.ndarray) -> np.ndarray:
+    """The largest sum of two neighbouring codes of one sign in each row of a matrix."""
+    pairs = _pairs("matrix", codes).astype(np.int16)
+    positive, negative = (np.maximum(sign * pairs, 0).sum(-1).max(-1, initial=0) for sign in (1, -1))
+    return np.asarray(np.maximum(positive, negative))
+
+
 def pairing(node: ir.Node, rows: np.ndarray) -> str | None:
     """How a kernel pairs weights ``[channels, inputs, ...]``: see `Origin`."""
     if node.op_type != "Conv":

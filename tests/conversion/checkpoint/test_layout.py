@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from support.outputs import NORM, WEIGHT, tensors, under_way
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quantcli.conversion.checkpoint.layout import INDEX, plan_layout
+from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.core.manifest import Manifest, ManifestLayer
 from quantcli.errors import UsageError
 from quantcli.planning.plan import Plan
 from quantcli.planning.recipe import validate
 from quantcli.planning.resolve import resolve
+
+INDEX = "model.safetensors.index.json"
 
 
 def folder_of(tmp_path: Path, shard: str | None) -> tuple[Checkpoint, Plan]:

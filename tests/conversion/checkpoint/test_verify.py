@@ -61,7 +61,7 @@ def test_the_place_of_a_difference_is_named(tmp_path: Path) -> None:
     assert layer.scheme is not None
     codes = formats.quantized_format(output.plan.format).codes_name(WEIGHT, layer.scheme)
     flip(output, codes, output.layout.specs[codes].nbytes - 1)
-    with pytest.raises(VerificationError, match=f"{WEIGHT}, rows 40 to 48"):
+    with pytest.raises(VerificationError, match=f"{WEIGHT}, rows 56 to 64"):
         check(output, results)
 
 

@@ -251,3 +251,16 @@ def test_what_would_overflow_half_precision_is_left() -> None:
     after = prepared(proto)
     same_function(proto, {"x": (fed(proto)["x"] * 1e-3).astype(np.float16)}, after, 5e-3)
     assert operators(after) == {"Conv": 1, "Mul": 1}
+
+
+def test_a_weight_that_others_share_is_not_copied() -> None:
+    """As in heads that share their convolutions and have norms of their own."""
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]), node("Mul", ["a", "s"], ["y"]),
+        node("Conv", ["x", "w"], ["b"]), node("Mul", ["b", "t"], ["z"]),
+    ]  # fmt: skip
+    constants = {"w": normal(64, 32, 1, 1), "s": normal(64, 1, 1, seed=1), "t": normal(64, 1, 1, seed=2)}
+    proto = model(nodes, {"x": ["n", 32, 4, 4]}, {"y": None, "z": None}, constants)
+    after = prepared(proto)
+    assert operators(after) == {"Conv": 2, "Mul": 2}
+    same_function(proto, {"x": normal(2, 32, 4, 4)}, after)

@@ -174,6 +174,16 @@ def test_masks_are_not_written_out(mask: list[onnx.NodeProto]) -> None:
     assert nbytes(after) <= nbytes(opened(proto).ir) + 8192
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.bool_])
+def test_codes_and_masks_are_not_made_floats(dtype: type) -> None:
+    codes = np.arange(64 * 64).reshape(64, 64).astype(dtype)
+    nodes = [
+        node("Cast", ["q"], ["f"], to=1), node("Mul", ["f", "s"], ["w"]), node("MatMul", ["x", "w"], ["y"]),
+    ]  # fmt: skip
+    proto = model(nodes, {"x": ["n", 64]}, {"y": None}, {"q": codes, "s": np.float32(0.1)})
+    assert nbytes(kept(proto, {"x": normal(3, 64)})) == codes.nbytes + 4
+
+
 def test_a_table_that_is_the_heads_matrix_is_one() -> None:
     table = normal(300, 64)
     nodes = [
@@ -184,6 +194,19 @@ def test_a_table_that_is_the_heads_matrix_is_one() -> None:
     proto.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
     after = kept(proto, {"ids": np.array([3, 299, 0])})
     assert nbytes(after) == table.nbytes
+
+
+def test_a_head_whose_matrix_is_looked_up_in_is_stored_as_a_table() -> None:
+    matrix = normal(64, 300)
+    nodes = [
+        node("Transpose", ["e"], ["t"], perm=[1, 0]), node("Gather", ["t", "ids"], ["h"]),
+        node("MatMul", ["h", "e"], ["y"]),
+    ]  # fmt: skip
+    proto = model(nodes, {"ids": ["n"]}, {"y": None}, {"e": matrix})
+    proto.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
+    after = kept(proto, {"ids": np.array([3, 299, 0])})
+    assert nbytes(after) == matrix.nbytes
+    assert next(each for each in after.graph if each.op_type == "Gather").inputs[0].is_initializer()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -462,5 +462,4 @@ def test_a_weight_that_a_branch_reads_too(tmp_path: Path, scheme: str) -> None:
     proto = net(nodes, ("y", "z"), {"x": ["n", 32]}, zero=np.float32(0), **held)
     found = Converted(proto, tmp_path, None, scheme)
     assert found.sqnr_db("y") > 30 and found.sqnr_db("z") > 30
-    left = {each.reason for each in found.plan.of_mode("float")}
-    assert left == (set() if scheme == "fp16" else {"inside a subgraph"})
+    assert not found.plan.of_mode("float")

@@ -1,0 +1,70 @@
+"""Which lists of blocks a model calls on the data at hand: a model that sees and reads, given text, only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from quantcli.blocks.calls import Interruption
+from quantcli.blocks.capture import forward, replaced_forward
+from quantcli.blocks.skeleton import Skeleton
+from quantcli.blocks.structure import BlockList
+from quantcli.errors import InputError
+
+
+class _ReachedAll(Interruption):
+    """Every list was reached; the rest of the model need not run."""
+
+
+def reached_lists(
+    skeleton: Skeleton, lists: Sequence[BlockList], batch: Mapping[str, Tensor]
+) -> tuple[list[BlockList], list[BlockList]]:
+    """The lists whose blocks are called for a batch, in the order of their first calls, and all others.
+
+    Only the first block of each list runs, and stands for the others. Where the model cannot be run so, every list
+    counts as reached.
+    """
+    if len(lists) == 1:
+        return list(lists), []
+    order: list[int] = []
+    returned: dict[int, Any] = {}
+    with skeleton.loading_others([path for each in lists for path in each.blocks[1:]]), ExitStack() as stack:
+        for number, block_list in enumerate(lists):
+            for path in block_list.blocks:
+                block = skeleton.module.get_submodule(path)
+                call = partial(_stand_in, number, block.forward, order, returned, len(lists))
+                stack.enter_context(replaced_forward(block, call))
+        try:
+            with suppress(_ReachedAll):
+                forward(skeleton.module, {name: values[:1] for name, values in batch.items()})
+        except InputError:
+            return list(lists), []
+    if not order:
+        raise InputError(
+            "None of the model's blocks is called for this data.",
+            hint="Give data of another kind, or use an algorithm without data, such as mse.",
+        )
+    unreached = [block_list for number, block_list in enumerate(lists) if number not in order]
+    return [lists[number] for number in order], unreached
+
+
+def _stand_in(
+    number: int,
+    original: Callable[..., Any],
+    order: list[int],
+    returned: dict[int, Any],
+    lists: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """What a block of the list of this number does: the first one that is called computes, for the others, too."""
+    if number not in order:
+        order.append(number)
+        if len(order) == lists:
+            raise _ReachedAll
+        returned[number] = original(*args, **kwargs)
+    return returned[number]

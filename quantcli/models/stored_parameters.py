@@ -1,0 +1,107 @@
+"""A Hugging Face model's parameters and the tensors of its checkpoint: renamed, merged by expert, or not stored."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def computed_tables(model: nn.Module, missing: Iterable[str]) -> dict[str, Tensor]:
+    """Values of those of the ``missing`` parameters that a class computes, such as a table of sinusoids.
+
+    Checkpoints need not hold these. Such a parameter is an embedding's, and is initialized to the same values, not all
+    one, whatever was there before, and whatever the random numbers.
+    """
+    initialize = getattr(model, "_init_weights", None)
+    found: dict[str, Tensor] = {}
+    for name in missing if initialize else ():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if not isinstance(module, nn.Embedding) or leaf != "weight":
+            continue
+        tries = []
+        for seed in range(2):
+            twin = copy.copy(module)
+            twin._parameters = {leaf: nn.Parameter(torch.full(tuple(module.weight.shape), float(seed)))}
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(seed)
+                initialize(twin)  # type: ignore[misc]
+            tries.append(twin.weight.detach().float())
+        if torch.equal(*tries) and bool((tries[0] != tries[0].reshape(-1)[0]).any()):
+            found[name] = tries[0]
+    return found
+
+
+def parameter_names(model: nn.Module, tensors: Iterable[str]) -> dict[str, str | None]:
+    """What a model calls the tensors of a checkpoint; None for one that it merges with others, or splits.
+
+    Architectures change in transformers, and published checkpoints do not: it renames tensors as it loads them. The
+    rules are its own.
+    """
+    if not hasattr(model, "base_model_prefix"):
+        return {name: name for name in tensors}
+    from transformers.core_model_loading import rename_source_key
+
+    renamings, converters = _renamings(model)
+    prefix, known = model.base_model_prefix, dict(model.state_dict())
+    found: dict[str, str | None] = {}
+    for name in tensors:
+        renamed, merged = rename_source_key(name, renamings, converters, prefix, known)
+        if renamed not in known:
+            plain, _ = rename_source_key(name, [], [], prefix, known)
+            renamed, merged = (plain, None) if plain in known else (renamed, merged)
+        found[name] = None if merged else renamed
+    return found
+
+
+def _renamings(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """The rules by which transformers renames a checkpoint's tensors, and those by which it merges or splits them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return renamings, [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+
+
+class MergedExperts:
+    """Which tensors of a checkpoint transformers stacks, one for each expert, into a parameter of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._known: dict[str, Any] = {}
+        if hasattr(model, "base_model_prefix"):
+            self._prefix, self._known = model.base_model_prefix, dict(model.state_dict())
+            self._renamings, self._converters = _renamings(model)
+
+    def place(self, tensor: str) -> tuple[str, int, int, str] | None:
+        """The parameter, the expert's number, which of the parts joined by rows it is, and the layer's own name.
+
+        None where the tensor is no expert's, or is put together with others in another way.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        if not self._known:
+            return None
+        plain, _ = rename_source_key(tensor, self._renamings, [], self._prefix, self._known)
+        for rule in self._converters:
+            target, pattern = rename_source_key(tensor, self._renamings, [rule], self._prefix, self._known)
+            if pattern is None:
+                continue
+            steps = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
+            numbers = [(at, part) for at, part in enumerate(plain.split(".")) if part.isdigit()]
+            stacked = steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+            if not stacked or len(rule.target_patterns) > 1 or not numbers or target not in self._known:
+                return None
+            at, number = numbers[-1]
+            leaf = "_".join(plain.removesuffix(".weight").split(".")[at + 1 :])
+            return target, int(number), rule.source_patterns.index(pattern), leaf or "weight"
+        return None
+
+
+def use_plain_experts(model: nn.Module) -> None:
+    """Let a mixture compute one expert after the other, in its class's own code."""
+    model.set_experts_implementation("eager")  # type: ignore[operator]

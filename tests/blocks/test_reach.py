@@ -1,0 +1,75 @@
+"""Which lists of blocks the data reaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quantcli.blocks.reach import reached_lists
+from quantcli.blocks.skeleton import Skeleton
+from quantcli.blocks.structure import BlockList, tower_of
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.errors import InputError
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.linear(hidden)
+
+
+class Both(nn.Module):
+    """Two towers, the second of which is called first; it reads a parameter of a child that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eyes = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
+        self.mouth = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
+        self.table = nn.Embedding(3, 4)
+
+    def forward(self, text: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        hidden = torch.zeros(1, 3, 4)
+        for name, given in (("mouth", text), ("eyes", image)):
+            if given is not None:
+                hidden = given + self.table.weight
+                for block in self.get_submodule(f"{name}.layers"):
+                    hidden = block(hidden)
+        return hidden
+
+
+LISTS = [BlockList(f"{name}.layers", (f"{name}.layers.0", f"{name}.layers.1")) for name in ("eyes", "mouth")]
+
+
+@pytest.fixture
+def skeleton(tmp_path: Path) -> Skeleton:
+    save_file(Both().state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        module = Both()
+    return Skeleton(module.eval(), open_checkpoint(tmp_path / "model.safetensors"))
+
+
+def test_a_tower_without_data_is_told(skeleton: Skeleton) -> None:
+    reached, unreached = reached_lists(skeleton, LISTS, {"text": torch.ones(2, 3, 4)})
+    assert [each.path for each in reached] == ["mouth.layers"]
+    assert [each.path for each in unreached] == ["eyes.layers"]
+    assert tower_of("eyes.layers", ["mouth.layers"]) == "eyes"
+    assert all(parameter.is_meta for parameter in skeleton.module.parameters())
+
+
+def test_lists_are_in_the_order_of_their_calls(skeleton: Skeleton) -> None:
+    batch = {"text": torch.ones(2, 3, 4), "image": torch.ones(2, 3, 4)}
+    reached, unreached = reached_lists(skeleton, LISTS, batch)
+    assert [each.path for each in reached] == ["mouth.layers", "eyes.layers"]
+    assert not unreached
+
+
+def test_data_that_reaches_nothing(skeleton: Skeleton) -> None:
+    with pytest.raises(InputError, match="None of the model's blocks is called"):
+        reached_lists(skeleton, LISTS, {})
