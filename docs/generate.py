@@ -26,6 +26,7 @@ _FAMILIES = {
     "method": "Ranges (`--method`)",
     "rest": "What is not quantized (`--rest`)",
     "device": "Devices (`--device`)",
+    "verify": "How artifacts are proven (`--verify`)",
 }
 
 

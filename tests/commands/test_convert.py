@@ -249,7 +249,8 @@ def test_threads_and_slabs_do_not_show(
 
 
 def test_slabs_cut_no_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = {"a.weight": torch.randn(192, 5), "b.weight": torch.randn(96, 100), "c.weight": torch.randn(64, 48)}
+    # Columns that only smaller blocks than 64 divide, and rows that no slab below holds whole.
+    odd = {"a.weight": torch.randn(192, 16), "b.weight": torch.randn(96, 96), "c.weight": torch.randn(64, 48)}
     save_file(odd, tmp_path / "odd.safetensors")
     convert(tmp_path / "odd.safetensors", tmp_path / "whole", scheme="nf4")
     monkeypatch.setattr("quantcli.conversion.checkpoint.writer.SLAB_ELEMENTS", 700)

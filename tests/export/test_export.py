@@ -272,7 +272,7 @@ def test_sqnr_of_outputs(expected: list[float], got: list[float], decibels: floa
 
 
 def test_a_folder_quantized_in_a_way_that_is_not_read(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "quip"}}')
     save_file({"a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="is quantized as fp8, which quantcli does not read"):
+    with pytest.raises(InputError, match="is quantized as quip, which quantcli does not read"):
         export_to_onnx(tmp_path, tmp_path / "out")

@@ -273,7 +273,9 @@ def test_gptq_never_gets_a_zero_point_that_it_cannot_store(dtype: str) -> None:
         (awq, INT4_GROUPS[0], (12, 48), "8 outputs"),
         (awq, INT4_GROUPS[0], (16, 36), None),
         (compressed_tensors, RAISED[0], (13, 37), None),
-        (bitsandbytes, BLOCKS[0], (13, 37), None),
+        (bitsandbytes, BLOCKS[0], (13, 64), "multiples of 32, not 13"),
+        (bitsandbytes, BLOCKS[0], (32, 37), "not 37"),
+        (bitsandbytes, BLOCKS[0], (32, 64), None),
     ],
 )  # fmt: skip
 def test_shapes_that_do_not_fit_have_a_reason(
