@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 OK, REFUSED, LATE, FAULT, SKIPPED = "ok", "refused", "late", "fault", "-"
@@ -132,73 +131,8 @@ def quantcli(arguments: Sequence[str | Path], seconds: float) -> Ended:
 
 def _command(arguments: Sequence[str | Path]) -> int:
     from quantcli.cli.app import main
-    from quantcli.system import child
 
-    # Before there are threads: a fork that waits to be the processes that quantcli starts for its checks.
-    child.subprocess = SimpleNamespace(  # type: ignore[assignment]
-        **{name: getattr(child.subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}, Popen=_Helpers().start
-    )
     return main([str(argument) for argument in arguments])
-
-
-class _Helpers:
-    """A single-threaded fork that forks once more for each process asked for, and says how it ended."""
-
-    def __init__(self) -> None:
-        asked, self._ask = os.pipe()
-        self._answers, answer = os.pipe()
-        if os.fork() == 0:
-            os.close(self._ask)
-            try:
-                for line in os.fdopen(asked):
-                    os.write(answer, f"{self._serve(json.loads(line))}\n".encode())
-            finally:
-                os._exit(0)
-        os.close(asked)
-
-    @staticmethod
-    def _serve(request: Mapping[str, Any]) -> int:
-        process = os.fork()
-        if process == 0:
-            status = 1
-            try:
-                os.dup2(os.open(request["stderr"], os.O_WRONLY | os.O_CREAT), 2)
-                os.environ.update(request["env"])
-                from quantcli.system.child import main
-
-                main(*request["call"])
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-    def start(self, command: Sequence[str], *, stderr: Any, env: Mapping[str, str], **_: Any) -> Any:
-        """Like subprocess.Popen, for the one way in which quantcli.system.child uses it."""
-        request = {"call": list(command[-2:]), "stderr": stderr.name, "env": dict(env)}
-        os.write(self._ask, (json.dumps(request) + "\n").encode())
-        return _Process(self._answers)
-
-
-class _Process:
-    def __init__(self, answers: int) -> None:
-        self._answers, self._status = answers, None
-
-    def wait(self, timeout: float | None = None) -> int:
-        if self._status is None:
-            text = b""
-            while not text.endswith(b"\n"):
-                text += os.read(self._answers, 1) or b"1\n"
-            self._status = int(text)
-        return self._status
-
-    def poll(self) -> int | None:
-        return self._status
-
-    def kill(self) -> None:
-        """The whole group ends with the case."""
-        self._status = -9
 
 
 def judged(done: Ended, dry: Callable[[], Ended] | None = None) -> Outcome:
