@@ -144,11 +144,11 @@ def _decoded(model: Path, artifact: Path) -> Path:
 
     from quantcli.checkpoint.checkpoint import open_checkpoint
     from quantcli.checkpoint.decoded import DecodedCheckpoint
-    from quantcli.checkpoint.quantized import is_quantized, open_coded
+    from quantcli.checkpoint.quantized import is_quantized, open_quantized
 
     original, written = open_checkpoint(model), open_checkpoint(artifact)
     if is_quantized(written):
-        written = DecodedCheckpoint(open_coded(written))
+        written = DecodedCheckpoint(open_quantized(written))
     values = {info.name: written.load(info.name).float().contiguous() for info in written.infos()}
     lost = {info.name for info in original.infos()} - values.keys()
     # Experts that the library holds in one tensor are written apart; then names differ, and all are checked by it.
