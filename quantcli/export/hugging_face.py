@@ -49,7 +49,13 @@ def hugging_face_source(path: Path) -> ExportSource:
     if hasattr(module, "set_attn_implementation"):
         # Plain products and a Softmax: fewer nodes, and what runtimes know how to fuse.
         module.set_attn_implementation("eager")  # type: ignore[operator]
-    names = [port.name for port in runner.inputs]
+    if runner.inputs[0].shape is None:
+        raise InputError(
+            f"{path} takes {runner.inputs[0].name}, and only models of text and images are exported.",
+            "Export it by hand, and give quantcli the .onnx file.",
+        )
+    # What may come beside the main input, of any shape, is left out.
+    names = [port.name for port in runner.inputs if port.shape is not None]
     examples = _images(module, path) if names == ["pixel_values"] else _tokens(module, path, names)
     options = {"return_dict": True} | ({"use_cache": False} if hugging_face.is_causal(path) else {})
     outputs = _output_names(module, examples[0], options, path)
