@@ -145,7 +145,9 @@ class _Resolver:
             reasons = Counter(layer.reason for layer in layers if layer.role in LAYER_ROLES)
             why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
             what = f"with {self.name} as {self.format_name}"
-            hint = "Try another scheme, such as int8-dynamic or nf4, or --target vllm." if self.loader.leave else None
+            hint = None
+            if self.loader.leave or self.loader.unpacked:
+                hint = "Try another scheme, such as int8-dynamic or nf4, or --target vllm."
             raise InputError(f"Nothing in this model can be quantized {what}: {why or 'no layer has weights'}.", hint)
         dtype = self.rest_dtype or (self.majority if self.majority != "F64" else "F32")
         if self.scheme.weights.is_cast:
