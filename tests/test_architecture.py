@@ -78,7 +78,7 @@ CONTRACT = {
     "convert": {
         "--output", "--scheme", "--format", "--algorithm", "--recipe", "--group-size", "--skip", "--rest", "--target",
         "--calibration", "--data", "--samples", "--seq-len", "--seed", "--tokenizer", "--preprocess", "--weights",
-        "--device", "--threads", "--max-memory", "--verify", "--dry-run", "--force",
+        "--device", "--threads", "--max-memory", "--verify", "--dry-run", "--force", "--allow-larger",
     },
     "eval": {
         "--data", "--task", "--samples", "--seq-len", "--tokenizer", "--preprocess", "--weights", "--by-layer",

@@ -173,6 +173,7 @@ def convert(
     verify: options.Verify = None,
     dry_run: options.DryRun = False,
     force: options.Force = False,
+    allow_larger: options.AllowLarger = False,
 ) -> Outcome:
     """Quantize a model, tensor by tensor, and verify the result."""
     _register(custom_ops)
@@ -208,6 +209,7 @@ def convert(
             verify=verify,
             dry_run=dry_run,
             force=force,
+            allow_larger=allow_larger,
             progress=progress,
         )
     runs = not dry_run and (model.is_dir() or model.suffix == ".onnx")

@@ -131,6 +131,7 @@ Verify = Annotated[
     ),
 ]
 DryRun = Annotated[bool, _write("--dry-run", text="Plan and report; write nothing.")]
+AllowLarger = Annotated[bool, _write("--allow-larger", text="Keep an ONNX artifact no smaller than its model.")]
 Force = Annotated[bool, _write("--force", text="Replace an existing output.")]
 
 # How to work.

@@ -59,6 +59,7 @@ def convert(
     verify: str | None = None,
     dry_run: bool = False,
     force: bool = False,
+    allow_larger: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model and verify the result.
@@ -96,6 +97,7 @@ def convert(
             look at names and shapes alone; by default run where the model fits into half of the free memory.
         dry_run: plan and report only.
         force: replace an existing output.
+        allow_larger: keep an ONNX artifact that is no smaller than its model.
         progress: called with bytes (or samples) done and in all, from any thread.
 
     Returns:
@@ -150,6 +152,7 @@ def convert(
                 device=device,
                 dry_run=dry_run,
                 force=force,
+                allow_larger=allow_larger,
                 progress=progress,
             )
     if calibration:

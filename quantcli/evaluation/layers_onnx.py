@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: Values asked for at a time: all of them for one sample are held in memory.
 _CHUNK = 64
 
-#: What a dequantized value is called: its name and one of these, by us and by onnxruntime's quantizer.
+#: What a dequantized value may be called: its name and one of these, by us and by onnxruntime's quantizer.
 _SUFFIXES = ("_dequantized", "_DequantizeLinear_Output")
 
 
@@ -81,17 +81,17 @@ def compare_graphs(reference: OnnxModel, candidate: OnnxModel, feeds: Sequence[A
 
 def _pairs(reference: OnnxModel, candidate: OnnxModel) -> Iterator[_Pair]:
     """Layers with quantized weights, then activations that are quantized on their own."""
-    ours, theirs = _computed(reference), _computed(candidate)
+    ours, theirs, restored = _computed(reference), _computed(candidate), _restored(candidate)
     seen = set[str]()
     for name, scheme, outputs in _layers(reference, candidate):
-        found = [(output, _counterpart(output, theirs)) for output in outputs if output in ours]
+        found = [(output, _counterpart(output, theirs, restored)) for output in outputs if output in ours]
         output, other = next(((output, other) for output, other in found if other), (None, None))
         if output is None or other is None:
             continue
         seen.add(output)
         yield _Pair(name, output, other, scheme, *_stored_bytes(reference, candidate, name))
     for name in ours:
-        other = _counterpart(name, theirs)
+        other = _counterpart(name, theirs, restored)
         if name not in seen and other is not None and other != name:
             yield _Pair(name, name, other, "activation")
 
@@ -130,7 +130,21 @@ def _computed(model: OnnxModel) -> dict[str, None]:
     return {name: None for name in found if name}
 
 
-def _counterpart(name: str, values: Container[str]) -> str | None:
+def _restored(model: OnnxModel) -> dict[str, str]:
+    """Names of values that are quantized and restored, and what they are called afterwards."""
+    found = {}
+    for node in model.ir.graph:
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        producer = codes.producer() if codes is not None else None
+        before = producer.inputs[0] if producer is not None and producer.op_type == "QuantizeLinear" else None
+        if before is not None and before.name and node.outputs[0].name:
+            found[before.name] = node.outputs[0].name
+    return found
+
+
+def _counterpart(name: str, values: Container[str], restored: Mapping[str, str]) -> str | None:
+    if restored.get(name) in values:
+        return restored[name]
     return next((each for each in (*(name + suffix for suffix in _SUFFIXES), name) if each in values), None)
 
 

@@ -36,6 +36,7 @@ from quantcli.onnx.graph.model import OnnxModel, constants, onnx_file
 from quantcli.onnx.graph.save import add_metadata, read_back, save_graph
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
 from quantcli.onnx.rewrite.four_bit_storage import store_in_four_bits
+from quantcli.onnx.rewrite.short_names import own_names, shorten_names
 from quantcli.onnx.rewrite.transform import transform
 from quantcli.onnx.weights.finite import require_finite
 from quantcli.planning.recipe import Recipe
@@ -72,6 +73,7 @@ class _Job:
     device: str
     dry_run: bool
     force: bool
+    allow_larger: bool
     progress: Progress | None
 
     @property
@@ -96,6 +98,7 @@ def convert_onnx(
     device: str = "cpu",
     dry_run: bool = False,
     force: bool = False,
+    allow_larger: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model into an ONNX file, or into a folder with ``model.onnx``, and prove what it became.
@@ -107,7 +110,7 @@ def convert_onnx(
         VerificationError: what was written is not what was meant.
     """
     started = time.monotonic()
-    job = _Job(str(model), output, recipe, data, statistics, weights, device, dry_run, force, progress)
+    job = _Job(str(model), output, recipe, data, statistics, weights, device, dry_run, force, allow_larger, progress)
     _check_request(job)
     with open_staging(output) as staging:
         if not job.trains:
@@ -154,6 +157,7 @@ def _convert(job: _Job, staging: Staging) -> Report:
         outcomes, history = _train(job, staging, source.model, unquantized, graph, samples, outcomes)
         data_fingerprint = fingerprint(sample.inputs for sample in samples)
     store_in_four_bits(graph)
+    shorten_names(graph, own_names(honest.graph))
     done = gathered.plan.carried_out(outcomes)
 
     target = staging.out / (job.single_file or _FILE_IN_FOLDER)
@@ -175,7 +179,8 @@ def _convert(job: _Job, staging: Staging) -> Report:
     manifest = result.manifest(data_fingerprint)
     add_metadata(target, MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
     size = sum(file.stat().st_size for file in files)
-    _require_smaller(size, source.model.size_bytes, weights_before)
+    if not job.allow_larger:
+        _require_smaller(size, source.model.size_bytes, weights_before)
     _copy_companions(source, job, staging.out)
 
     stages = (source, samples, gathered, history, done, told, advice)
@@ -300,7 +305,7 @@ def _require_smaller(size: int, before: int, weights_before: int) -> None:
         raise InputError(
             f"The artifact would have {format_bytes(size)}, and the model has {format_bytes(before)}: of that, "
             f"{format_bytes(weights_before)} are weights. Nothing was written.",
-            "It is too small a model for this scheme.",
+            "It is too small a model for this scheme; --allow-larger keeps it, for the sake of its speed.",
         )
 
 
