@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from quantcli.errors import InputError
 from quantcli.models.session import Session
-from quantcli.onnx.graph.model import constants
+from quantcli.onnx.graph.model import constants, load_graph
 from quantcli.onnx.graph.save import SINGLE_FILE_LIMIT_BYTES
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def capture_activations(graph: ir.Model, scratch: Path) -> ActivationCapture:
         return ActivationCapture(copy, None)
     # Written once; every session's graph refers to the same weights.
     ir.save(copy, scratch / "all.onnx", external_data="weights", max_workers=1)
-    return ActivationCapture(ir.load(scratch / "all.onnx"), scratch)
+    return ActivationCapture(load_graph(scratch / "all.onnx"), scratch)
 
 
 class ActivationCapture:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.models.session import Session, onnxruntime
+from quantcli.onnx.graph.model import load_graph
 
 #: Operators of an optimized graph that compute on integers, or on codes they expand as they go.
 INTEGER_KERNELS = frozenset(
@@ -65,13 +66,11 @@ def prove(path: Path, name: str | None = None) -> Proof:
     Raises:
         InputError: the runtime cannot load the model.
     """
-    import onnx_ir as ir
-
     version = f"onnxruntime {onnxruntime().__version__}"
     with tempfile.TemporaryDirectory(prefix="quantcli-") as folder:
         dump = Path(folder) / "optimized.onnx"
         Session(path, dump=dump, name=name)
-        graph = ir.load(dump).graph
+        graph = load_graph(dump).graph
         kernels = Counter(node.op_type for node in graph.all_nodes())
         floating: dict[str, list[str]] = {}
         for node in graph.all_nodes():

@@ -45,11 +45,11 @@ def paired(
 
 
 def floats(outputs: Mapping[str, np.ndarray]) -> Arrays:
-    """The floating-point outputs, in float32 (bfloat16 included)."""
+    """The floating-point outputs, in float32 (bfloat16 included); sequences and maps are none."""
     return {
         name: np.asarray(value, dtype=np.float32)
         for name, value in outputs.items()
-        if dtype_family(value.dtype) == "float"
+        if isinstance(value, np.ndarray) and dtype_family(value.dtype) == "float"
     }
 
 

@@ -15,6 +15,7 @@ from quantcli.onnx.graph.external import external_files, find_external
 from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 #: The oldest operator set whose models are read: the oldest that onnxruntime promises to run.
@@ -100,14 +101,13 @@ def open_onnx(path: Path) -> OnnxModel:
         InputError: the file is missing, is not ONNX, is truncated, is too old, or external data is missing,
             short, or lies outside the model's folder.
     """
-    import onnx_ir as ir
     from onnx_ir.passes import common
 
     path = onnx_file(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
     try:
-        model = ir.load(path)
+        model = load_graph(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:
@@ -130,6 +130,28 @@ def open_onnx(path: Path) -> OnnxModel:
     # Before IR version 4 every initializer was an input as well; nobody feeds those.
     common.RemoveInitializersFromInputsPass()(model)
     return opened
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read a file as it is. Types of maps, which onnx-ir has not, are left out; onnxruntime infers them by itself."""
+    import onnx
+    import onnx_ir as ir
+    from onnx_ir import external_data
+
+    proto = onnx.load(path, load_external_data=False)
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        if _holds_map(value.type):
+            value.ClearField("type")
+    model = ir.from_proto(proto)
+    external_data.set_base_dir(model.graph, path.parent)
+    return model
+
+
+def _holds_map(kind: onnx.TypeProto) -> bool:
+    inner = kind.WhichOneof("value")
+    if inner in ("sequence_type", "optional_type"):
+        return _holds_map(getattr(kind, inner).elem_type)
+    return bool(inner == "map_type")
 
 
 def constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:

@@ -25,6 +25,12 @@ _NOT_FOLDED = (
     "ConcatFromSequence", "StringConcat", "StringNormalizer", "StringSplit", "RegexFullMatch", "TfIdfVectorizer",
 )  # fmt: skip
 
+#: The operator whose output is a map.
+_MAKES_MAP = ("ai.onnx.ml", "ZipMap")
+
+#: A domain that no operator has.
+_UNKNOWN = "quantcli.unknown"
+
 #: Of a byte or less each.
 _NARROW = ("BOOL", "INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
 
@@ -113,7 +119,18 @@ def infer_shapes(model: ir.Model) -> None:
     from onnx_ir.passes import common
 
     others = _not_tensors(model)
-    common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    # onnx infers types of maps, on which onnx-ir fails: what makes one is taken for an operator that nobody knows.
+    maps = [node for node in model.graph.all_nodes() if (node.domain, node.op_type) == _MAKES_MAP]
+    for node in maps:
+        node.domain = _UNKNOWN
+    if maps:
+        model.opset_imports[_UNKNOWN] = 1
+    try:
+        common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    finally:
+        model.opset_imports.pop(_UNKNOWN, None)
+        for node in maps:
+            node.domain = _MAKES_MAP[0]
     # The pass takes a sequence of tensors for a tensor.
     for value, kind in others.items():
         value.type, value.shape = kind, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -10,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from support.graphs import model, node, normal, opened, operators, prepared, run, same_function
 
 from quantcli.onnx.graph import prepare as steps
-from quantcli.onnx.graph.model import constants
+from quantcli.onnx.graph.model import constants, open_onnx
 from quantcli.onnx.graph.prepare import STEPS, prepare
 
 X = {"x": normal(3, 8)}
@@ -219,3 +221,19 @@ def test_a_step_that_fails_is_left_out(step: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(steps, "_functions", lambda: tuple(functions.values()))
     for proto, feeds in ((loop(), X), (constant_branches(True), X)):
         kept(proto, feeds)
+
+
+def test_a_map_is_an_output(tmp_path: Path) -> None:
+    """As classifiers of scikit-learn return probabilities."""
+    nodes = [PRODUCT, node("ZipMap", ["h"], ["y"], domain="ai.onnx.ml", classlabels_int64s=list(range(8)))]
+    proto = model([*nodes, node("MatMul", ["h", "w"], ["z"])], {"x": ["n", 8]}, {"z": None}, WEIGHT)
+    proto.opset_import.add(domain="ai.onnx.ml", version=3)
+    values = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    proto.graph.output.append(helper.make_value_info("y", helper.make_sequence_type_proto(values)))
+    onnx.save(proto, tmp_path / "m.onnx")
+    after = prepare(open_onnx(tmp_path / "m.onnx"))
+    shapes = {value.name: value.shape for each in after.graph for value in each.outputs}
+    assert shapes["z"] is not None, "the rest is inferred all the same"
+    expected, got = run(proto, X), run(after, X)
+    assert list(got) == ["z", "y"]
+    assert [list(row) for row in got["y"]] == [list(row) for row in expected["y"]]
