@@ -166,7 +166,7 @@ MaxMemory = Annotated[
 ]
 
 # Reports.
-ListLayers = Annotated[bool, _reports("--layers", text="List every tensor.")]
+ListLayers = Annotated[bool, _reports("--layers", text="Also list the tensors, alike ones in one row.")]
 Require = Annotated[
     Optional[list[str]],
     _reports("--require", metavar="EXPR", text='A gate such as "kl_nats <= 0.05"; may be repeated.'),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,13 @@ def _row(row: Any) -> dict[str, Any]:
     return fields | getattr(row, "details", {})
 
 
+def planned_for(scheme: str, rows: Sequence[LayerRow]) -> list[LayerRow]:
+    """Rows that say which of several schemes would do this to a layer."""
+    for row in rows:
+        row.details["plan"] = scheme
+    return list(rows)
+
+
 def finite(value: Any) -> Any:
     """The same data with every NaN and infinity replaced by None."""
     if isinstance(value, float):
@@ -102,14 +109,29 @@ def finite(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Bars:
+    """A bar beside each row of a table, full where its share is 1; ``meaning`` is a sentence for people."""
+
+    name: str
+    shares: Sequence[float | None]
+    meaning: str
+
+
+@dataclass(frozen=True)
 class Table:
-    """A table ready to be shown: cells are text, ``right`` names the columns that hold numbers."""
+    """A table ready to be shown: cells are text, ``right`` names the columns that hold numbers.
+
+    ``names`` are the columns that hold names, and what separates their parts, the likeliest first: a narrow terminal
+    shortens them in the middle. ``bars`` are for the eye; what they show is in the cells, too.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     right: frozenset[str] = frozenset()
     note: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    bars: Bars | None = None
 
     def to_markdown(self) -> str:
         """GitHub-flavoured Markdown."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantcli.reporting.report import ModelRow, Report, Table
-from quantcli.reporting.tables.common import gate_table, scheme_text, short_names
+from quantcli.reporting.tables.common import MODEL_NAMES, gate_table, scheme_text, short_names
 from quantcli.system.text import format_bytes
 
 _RIGHT = frozenset({"Batch", "p50 ms", "p90 ms", "p99 ms", "Per second", "Size", "Ratio", "Load", "Peak memory"})
@@ -42,7 +42,7 @@ def _latency(report: Report) -> Table:
         "speed-up with its interval of 95%"
     )
     columns = ("Model", "Scheme", "Batch", "p50 ms", "p90 ms", "p99 ms", "Per second", "Speed-up")
-    return Table(f"Latency{folder}", columns, rows, _RIGHT, note)
+    return Table(f"Latency{folder}", columns, rows, _RIGHT, note, MODEL_NAMES)
 
 
 def _resources(report: Report) -> Table:
@@ -66,6 +66,7 @@ def _resources(report: Report) -> Table:
         "Load time and peak memory in a process of its own, of which "
         f"{format_bytes(max(model.details['baseline_rss_bytes'] for model in report.models))} at the most were there "
         "before the model.",
+        MODEL_NAMES,
     )
 
 
