@@ -82,11 +82,11 @@ CONTRACT = {
     },
     "eval": {
         "--data", "--task", "--samples", "--seq-len", "--tokenizer", "--preprocess", "--weights", "--by-layer",
-        "--require", "--junit",
+        "--require", "--baseline", "--junit",
     },
     "bench": {
         "--data", "--batch-size", "--seq-len", "--tokenizer", "--preprocess", "--weights", "--threads", "--runs",
-        "--require", "--junit",
+        "--require", "--baseline", "--junit",
     },
 }  # fmt: skip
 

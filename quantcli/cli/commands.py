@@ -236,6 +236,7 @@ def evaluate(
     weights: options.Weights = None,
     by_layer: options.ByLayer = False,
     require: options.Require = None,
+    baseline: options.Baseline = None,
 ) -> Outcome:
     """Measure accuracy: models beside a reference on the same data. A gate that fails exits with 1."""
     _register(custom_ops)
@@ -257,6 +258,7 @@ def evaluate(
             weights=weights,
             by_layer=by_layer,
             require=require or (),
+            baseline=baseline,
             progress=progress,
         )
     return Outcome(report, eval_tables(report))
@@ -281,6 +283,7 @@ def bench(
     threads: options.Threads = None,
     runs: options.Runs = None,
     require: options.Require = None,
+    baseline: options.Baseline = None,
 ) -> Outcome:
     """Measure speed and memory on this machine, models taking turns. A gate that fails exits with 1."""
     _register(custom_ops)
@@ -300,6 +303,7 @@ def bench(
             threads=threads,
             runs=runs,
             require=require or (),
+            baseline=baseline,
             progress=progress,
         )
     return Outcome(report, bench_tables(report))

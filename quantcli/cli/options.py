@@ -171,6 +171,10 @@ Require = Annotated[
     Optional[list[str]],
     _reports("--require", metavar="EXPR", text='A gate such as "kl_nats <= 0.05"; may be repeated.'),
 ]
+Baseline = Annotated[
+    Optional[Path],
+    _reports("--baseline", metavar="REPORT", text="An earlier --json report that gates measure drops and ratios from."),
+]
 AsJson = Annotated[bool, _reports("--json", text="Print one JSON document instead of tables.")]
 Markdown = Annotated[Optional[Path], _reports("--markdown", metavar="FILE", text="Also write the report as Markdown.")]
 Html = Annotated[

@@ -339,7 +339,7 @@ def test_inspect_and_convert_write_pages(checkpoint: Path, tmp_path: Path, capsy
     out = ["-o", str(tmp_path / "out"), "--scheme", "int8", "--json", "--html", str(second)]
     assert main(["convert", str(checkpoint), *out]) == 0
     for path, name, cell in (
-        (first, "inspect", "layers.0.<b>.weight"),
+        (first, "inspect", "layers.{0-2}.<b>.weight x 3"),
         (second, "convert", "layers.{0-2}.<b>.weight x 3"),
     ):
         checker = Checker(path.read_text(encoding="utf-8"))

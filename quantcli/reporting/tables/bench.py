@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantcli.reporting.report import ModelRow, Report, Table
+from quantcli.reporting.tables.baseline import baseline_tables
 from quantcli.reporting.tables.common import MODEL_NAMES, gate_table, scheme_text, short_names
 from quantcli.system.text import format_bytes
 
@@ -11,7 +12,7 @@ _RIGHT = frozenset({"Batch", "p50 ms", "p90 ms", "p99 ms", "Per second", "Size",
 
 def bench_tables(report: Report) -> list[Table]:
     """Latency of every model and batch size; what models take and run on; gates."""
-    tables = [_latency(report), _resources(report)]
+    tables = [_latency(report), _resources(report), *baseline_tables(report)]
     return [*tables, gate_table(report)] if report.gates else tables
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from quantcli.reporting.metric_labels import METRICS, decibel_text, metric_label, metric_text
 from quantcli.reporting.report import LayerRow, Report, Table
+from quantcli.reporting.tables.baseline import baseline_tables
 from quantcli.reporting.tables.common import (
     LAYER_NAMES,
     MODEL_NAMES,
@@ -50,6 +51,7 @@ def eval_tables(report: Report) -> list[Table]:
         tables.append(Table("Verdict", ("Model", "Verdict"), verdicts, note=origin, names=MODEL_NAMES))
     for path in dict.fromkeys(row.model for row in report.layers):
         tables.append(_layer_table(path, [row for row in report.layers if row.model == path]))
+    tables += baseline_tables(report)
     if report.gates:
         tables.append(gate_table(report))
     return tables
