@@ -134,6 +134,7 @@ def calibrate(
             preprocess=preprocess,
             weights=weights,
             force=force,
+            histograms=_histograms(ui),
             progress=progress,
         )
     next_step = f"quantcli convert {model} -o OUT --scheme int8-static --calibration {output}"
@@ -210,6 +211,7 @@ def convert(
             dry_run=dry_run,
             force=force,
             allow_larger=allow_larger,
+            histograms=_histograms(ui),
             progress=progress,
         )
     runs = not dry_run and (model.is_dir() or model.suffix == ".onnx")
@@ -316,6 +318,13 @@ def _register(custom_ops: list[Path] | None) -> None:
     register(custom_ops or ())
 
 
+def _histograms(ui: Ui) -> int:
+    """Histograms are for the page alone."""
+    from quantcli.core.histogram import SHOWN
+
+    return 0 if ui.html is None else SHOWN
+
+
 def _bytes(text: str | None, flag: str) -> int | None:
     try:
         return None if text is None else parse_bytes(text)
@@ -327,8 +336,8 @@ def _require_curve(recipe: Path | None, algorithm: str | None) -> None:
     """Raise MissingExtraError now, not after hours of training, where its curve could not be drawn."""
     from quantcli.planning.recipe import Recipe, load_recipe
     from quantcli.planning.steps import training_step
-    from quantcli.reporting.training_plot import require_matplotlib
+    from quantcli.reporting.charts.base import require_matplotlib
 
     wishes = load_recipe(recipe) if recipe else Recipe()
     if training_step(wishes.with_flags(algorithm=algorithm)):
-        require_matplotlib()
+        require_matplotlib("--html with a training curve")

@@ -60,6 +60,7 @@ def convert(
     dry_run: bool = False,
     force: bool = False,
     allow_larger: bool = False,
+    histograms: int = 0,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model and verify the result.
@@ -98,6 +99,7 @@ def convert(
         dry_run: plan and report only.
         force: replace an existing output.
         allow_larger: keep an ONNX artifact that is no smaller than its model.
+        histograms: of how many of the worst tensors of a kind the report has histograms, for a page.
         progress: called with bytes (or samples) done and in all, from any thread.
 
     Returns:
@@ -153,6 +155,7 @@ def convert(
                 dry_run=dry_run,
                 force=force,
                 allow_larger=allow_larger,
+                histograms=histograms,
                 progress=progress,
             )
     if calibration:
@@ -172,6 +175,7 @@ def convert(
         verify=verify,
         dry_run=dry_run,
         force=force,
+        histograms=histograms,
         progress=progress,
     )
 
@@ -189,6 +193,7 @@ def _convert_checkpoint(
     verify: str | None,
     dry_run: bool,
     force: bool,
+    histograms: int,
     progress: Progress | None,
 ) -> Report:
     if is_pipeline(Path(model)):
@@ -198,7 +203,7 @@ def _convert_checkpoint(
             )
         one = partial(
             _convert_checkpoint, recipe=recipe, request=None, weights=weights, device=device, threads=threads,
-            max_memory=max_memory, verify=verify, force=force, progress=progress,
+            max_memory=max_memory, verify=verify, force=force, histograms=0, progress=progress,
         )  # fmt: skip
         return convert_pipeline(
             Path(model),
@@ -251,7 +256,13 @@ def _convert_checkpoint(
             except OSError as error:
                 raise explain(error, output) from error
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-    return conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
+    report = conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
+    report.models[-1].manifest = details.pop("manifest")
+    if histograms:
+        from quantcli.conversion.checkpoint.histograms import weight_histograms
+
+        report.details["histograms"] = weight_histograms(checkpoint, output, report.layers, histograms)
+    return report
 
 
 def _planned(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tuple[Checkpoint, Plan, Work | None]:

@@ -63,6 +63,7 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
         checkpoint.size_bytes,
         details=details,
     )
+    row.manifest = manifest.to_json() if manifest.quantcli else None
     report = Report("inspect", [row], warnings=list(checkpoint.warnings))
     if not schemes:
         report.layers = [

@@ -47,6 +47,7 @@ def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
     row = ModelRow(
         str(path), "reference", "onnx", manifest.scheme or quantized, None, model.size_bytes, details=details
     )
+    row.manifest = manifest.to_json() if manifest.quantcli else None
     report = Report("inspect", [row])
     if quantized and roles:
         report.warnings.append(

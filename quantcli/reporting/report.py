@@ -15,7 +15,10 @@ SCHEMA_VERSION = 1
 
 @dataclass
 class ModelRow:
-    """One model of a report. ``metrics`` are finite numbers or None."""
+    """One model of a report. ``metrics`` are finite numbers or None.
+
+    ``manifest`` is what the model says of itself, for people: the JSON document does not repeat it.
+    """
 
     path: str
     role: str
@@ -25,6 +28,7 @@ class ModelRow:
     size_bytes: int | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -86,7 +90,7 @@ class Report:
 
 
 def _row(row: Any) -> dict[str, Any]:
-    fields = {key: value for key, value in vars(row).items() if key != "details"}
+    fields = {key: value for key, value in vars(row).items() if key not in ("details", "manifest")}
     return fields | getattr(row, "details", {})
 
 
