@@ -44,6 +44,7 @@ ORDER = (
     ("training",),
     ("conversion",),
     ("evaluation", "benchmarking"),
+    ("search",),
     ("commands",),
     ("cli",),
     ("__main__",),
