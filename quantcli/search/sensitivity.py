@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quantcli.checkpoint.roles import module_of
+from quantcli.core.dtypes import torch_dtype
+from quantcli.planning.plan import Plan
 from quantcli.search.module import SearchedModel, stored_values
 from quantcli.search.probes import Probes
 from quantcli.search.sensitivity_file import SensitivityStore
@@ -126,9 +128,13 @@ def kind_of(name: str) -> str:
 class StoredValues:
     """What codes of a model's weights stand for; made once for each weight and way, as far as there is room."""
 
-    def __init__(self, ways: Ways, model: SearchedModel | None, scale_dtype: str) -> None:
-        self._ways, self._model, self._scale_dtype = ways, model, scale_dtype
+    def __init__(self, ways: Ways, model: SearchedModel | None, plan: Plan) -> None:
+        """``plan`` is of any mix: it tells what scales, and what is not chosen for, are stored as."""
+        self._ways, self._model, self._scale_dtype = ways, model, plan.scale_dtype
         self._infos = {info.name: info for info in ways.infos}
+        free = {name for group in ways.groups for name in group}
+        self._left = [each for each in plan.layers if each.info.name not in free and each.dtype != each.info.dtype]
+        self._dtype = torch_dtype(plan.dtype)
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._room = _KEPT_BYTES
 
@@ -154,6 +160,12 @@ class StoredValues:
         return values
 
     def of_mix(self, labels: Mapping[str, str]) -> dict[str, Tensor]:
-        """All weights of a mix that do not stay as they are, by tensor; ``labels`` tells how each is stored."""
-        found = {name: self(name, label) for name, label in labels.items()}
-        return {name: values for name, values in found.items() if values is not None}
+        """All tensors that a mix changes, by name; ``labels`` tells how each that is chosen for is stored."""
+        found = {}
+        for name, label in labels.items():
+            values = self(name, label)
+            found[name] = self.original(name).to(self._dtype).float() if values is None else values
+        for layer in self._left:
+            if layer.info.is_float and not layer.has_codes and not layer.dropped:
+                found[layer.info.name] = self.original(layer.info.name).to(torch_dtype(layer.dtype)).float()
+        return found

@@ -38,12 +38,16 @@ class CheckpointSubject:
     def search(self, budget: Budget) -> Found:
         """Find a recipe that keeps a budget. Raises as `CheckpointSearch.run`."""
         self._budget = budget
+        return CheckpointSearch(self.trials(budget), budget).run()
+
+    def trials(self, budget: Budget) -> CheckpointTrials:
+        """What mixes are tried out with, however many budgets there are."""
         if self._trials is None:
             self._trials = CheckpointTrials(
                 self.source, self.checkpoint, self.recipe, budget, self.request, self._loader(budget), self.output,
                 self._open_module, seed=self.request.seed if self.request else 0,
             )  # fmt: skip
-        return CheckpointSearch(self._trials, budget).run()
+        return self._trials
 
     @cached_property
     def source(self) -> ModelSource:

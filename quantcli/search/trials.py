@@ -94,12 +94,8 @@ class CheckpointTrials:
     @cached_property
     def stored(self) -> StoredValues:
         """What weights become."""
-        return StoredValues(self.ways, self.model, self.scale_dtype)
-
-    @cached_property
-    def scale_dtype(self) -> str:
-        """What scales are stored as."""
-        return self.ways.planned(self.ways.recipe_of(self.unpriced, tuple(0 for _ in self.unpriced))).scale_dtype
+        first = tuple(0 for _ in self.unpriced)
+        return StoredValues(self.ways, self.model, self.ways.planned(self.ways.recipe_of(self.unpriced, first)))
 
     def nbytes(self, mix: Mix) -> int:
         """Bytes of the whole artifact. Raises UsageError where a target refuses the mix."""
