@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, floor, inf, isfinite, log10
 from typing import Any, Literal
 
@@ -32,7 +32,6 @@ class CheckpointSearch:
 
     trials: CheckpointTrials
     budget: Budget
-    started: float = field(default_factory=time.monotonic)
 
     def run(self) -> Found:
         """Find a recipe that keeps the budget.
@@ -82,9 +81,10 @@ class CheckpointSearch:
         limit = self._limit()
         mixes = list(best_mixes(self.trials.groups, "cost", {"nbytes": limit}, count=self.trials.measured_count()))
         fitting = [mix for mix in mixes if self.trials.nbytes(mix) <= (self.budget.max_size or 0)]
-        best = min(fitting, key=lambda mix: (self.trials.distance(mix), fitting.index(mix)))
+        measured = [(self.trials.distance(mix), mix) for mix in fitting[1:] if not self.trials.is_late()]
+        best = min([(self.trials.distance(fitting[0]), fitting[0]), *measured], key=lambda each: each[0])[1]
         uniform = self._best_uniform(limit)
-        if uniform is None or uniform == best or self.trials.evidence is None:
+        if uniform is None or uniform == best or self.trials.evidence is None or self.trials.is_late():
             return best
         return min((best, uniform), key=self._loss)
 
@@ -114,7 +114,7 @@ class CheckpointSearch:
             used = self._used(mix)
             if used <= 1 and (accepted is None or self.trials.nbytes(mix) < self.trials.nbytes(accepted)):
                 accepted = mix
-            if (used <= 1 and (used > _USED or mix == most)) or (used > 1 and mix == least) or self._is_late():
+            if (used <= 1 and (used > _USED or mix == most)) or (used > 1 and mix == least) or self.trials.is_late():
                 break
             low, high = (limit, high) if used <= 1 else (low, limit)
             # In the middle of what is known, or where the loss, in proportion, would just be kept.
@@ -144,7 +144,7 @@ class CheckpointSearch:
         for mix in sorted(self.trials.uniforms(), key=self.trials.nbytes):
             if accepted is not None and self.trials.nbytes(mix) >= self.trials.nbytes(accepted):
                 break
-            if not self._is_late() and self._used(mix) <= 1:
+            if not self.trials.is_late() and self._used(mix) <= 1:
                 return mix
         return accepted
 
@@ -189,11 +189,6 @@ class CheckpointSearch:
     def _failed(self, nearest: Mapping[str, float]) -> dict[str, Any]:
         return {"asked": self.budget.ceilings, "nearest": dict(nearest), "candidates": self._candidates()}
 
-    def _is_late(self) -> bool:
-        """Whether the time for the search is over."""
-        limit = self.budget.search_seconds
-        return limit is not None and time.monotonic() - self.started > limit
-
     def _candidates(self) -> list[dict[str, Any]]:
         """Mixes of one scheme, and those that were measured, by size."""
         known = dict.fromkeys([*self.trials.uniforms(), *self.trials.seen])
@@ -206,7 +201,7 @@ class CheckpointSearch:
         found = (best_mix(self.trials.groups, "cost", {"nbytes": size}) for size in sizes)
         mixes = list(dict.fromkeys(mix for mix in found if mix is not None))
         for mix in mixes:
-            if self.trials.evidence is not None and not self._is_late():
+            if self.trials.evidence is not None and not self.trials.is_late():
                 self.trials.drops(mix)
         return [self.trials.row(mix) for mix in mixes]
 
@@ -220,7 +215,7 @@ class CheckpointSearch:
             "candidates": self._candidates(),
             "frontier": self.frontier() if self.budget.pareto else None,
             "recipe": recipe.model_dump(mode="json", exclude_unset=True),
-            "search_seconds": round(time.monotonic() - self.started, 3),
+            "search_seconds": round(time.monotonic() - self.trials.started, 3),
         }
 
     def _warnings(self) -> tuple[str, ...]:

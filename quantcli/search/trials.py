@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -53,7 +54,13 @@ class CheckpointTrials:
     tick: Callable[[float], None] = lambda _: None
     seed: int = 0
     seen: dict[Mix, None] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
     _sizes: dict[Mix, int] = field(default_factory=dict)
+
+    def is_late(self) -> bool:
+        """Whether the time for the search is over."""
+        limit = self.budget.search_seconds
+        return limit is not None and time.monotonic() - self.started > limit
 
     @cached_property
     def ways(self) -> Ways:
@@ -83,7 +90,7 @@ class CheckpointTrials:
     @cached_property
     def groups(self) -> list[Group]:
         """What is chosen of, with estimated costs."""
-        estimator = Estimator(self.ways, self.store, self.model, self.stored, self.seed, self.tick)
+        estimator = Estimator(self.ways, self.store, self.model, self.stored, self.seed, self.tick, self.is_late)
         return self.ways.choices(estimator.costs())
 
     @cached_property
