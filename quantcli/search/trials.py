@@ -171,6 +171,10 @@ class CheckpointTrials:
         values = self.stored.of_mix(self._labels(mix))
         return judge(self.source, runner, _Holding(runner, self.model, values), self.evidence.held_out)
 
+    def is_judged(self, mix: Mix) -> bool:
+        """Whether it is known what a mix loses on samples that were held out."""
+        return self.evidence is not None and self._held_out_key(mix) in self.store.found.measured
+
     def row(self, mix: Mix) -> dict[str, Any]:
         """What is known of a mix."""
         row: dict[str, Any] = {"size_bytes": self.nbytes(mix), "layers": labels(self.groups, mix)}
@@ -178,7 +182,7 @@ class CheckpointTrials:
         measured = self.store.found.measured
         if searched := measured.get(f"searched {self._key(mix)}"):
             row["searched"] = searched["distance"]
-        if self.evidence is not None and self._held_out_key(mix) in measured:
+        if self.is_judged(mix):
             row["held_out"] = {name: drop.mean for name, drop in self.drops(mix).items()}
         return row
 

@@ -30,7 +30,7 @@ GROUP_SIZES = (32, 64, 128)
 #: Files that the conversion writes itself.
 _WRITTEN = (MANIFEST, "config.json")
 #: What the manifest says of verification, and notes on layers, in bytes at the most.
-_VERIFIED_BYTES, _NOTE_BYTES = 2048, 60
+_VERIFIED_BYTES, _NOTE_BYTES = 1200, 40
 _SKIP = (("skip", True),)
 #: Roles of layers that are chosen for; routers and tied heads stay.
 _CHOSEN = tuple(role for role in LAYER_ROLES if role not in ("router", "tied head"))
@@ -186,6 +186,19 @@ class Ways:
         }
         return self._with_rules(max(schemes, key=lambda scheme: counts[scheme]), rules)
 
+    def _uniform_rule(self, groups: Sequence[Group], mix: Mix) -> Mapping[str, Any] | None:
+        """The one scheme of all layers but heads, which stay as they are without a rule; None where there are more."""
+        rules = {
+            choice.rule
+            for names, choice in zip(self.groups, chosen(groups, mix), strict=True)
+            if not (choice.rule == _SKIP and all(map(self.is_head, names)))
+        }
+        heads = any(
+            self.is_head(names[0]) and choice.rule != _SKIP
+            for names, choice in zip(self.groups, chosen(groups, mix), strict=True)
+        )
+        return None if len(rules) != 1 or heads or _SKIP in rules else dict(next(iter(rules)))
+
     def artifact_bytes(self, recipe: Recipe) -> int:
         """Bytes of all files of the artifact, at the most. Raises UsageError where a target refuses the recipe."""
         plan = self.planned(recipe)
@@ -218,7 +231,12 @@ def _manifest_bytes(plan: Plan) -> int:
         layers=layers,
     )
     text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
-    notes = sum(_NOTE_BYTES + len(layer.note or "") for layer in plan.layers if layer.has_codes)
+    # Experts are told how many tokens they saw.
+    notes = sum(
+        len(layer.note or "") + (_NOTE_BYTES if "expert" in layer.info.name else 0)
+        for layer in plan.layers
+        if layer.has_codes
+    )
     return len(text.encode()) + notes + _VERIFIED_BYTES
 
 

@@ -24,7 +24,6 @@ def budget_tables(report: Report) -> list[Table]:
 
 def _candidates(budget: Mapping[str, Any]) -> Table:
     rows: Sequence[Mapping[str, Any]] = budget["candidates"]
-    chosen = budget.get("chosen", {})
     loss = loss_of(rows)
     columns = ("Layers", "Size", "Estimate", *([f"Loss: {metric_label(loss)}"] if loss else []), "")
     return Table(
@@ -36,7 +35,7 @@ def _candidates(budget: Mapping[str, Any]) -> Table:
                 format_bytes(row["size_bytes"]),
                 f"{row['estimate']:.3g}",
                 *([_number(row.get("held_out", {}).get(loss))] if loss else []),
-                "chosen" if row["layers"] == chosen.get("layers") and row["size_bytes"] == chosen["size_bytes"] else "",
+                "chosen" if row.get("chosen") else "",
             )
             for row in rows
         ],
