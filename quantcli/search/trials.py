@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from quantcli.algorithms import needs_no_data
 from quantcli.blocks.model import SequentialModel
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.ports import Arrays
@@ -83,9 +84,16 @@ class CheckpointTrials:
         identity = {
             "model": self.checkpoint.sha256(),
             "data": self.evidence.searched.samples.sha256 if self.evidence else "none",
-            "schemes": f"{','.join(self.budget.allow)} {self.recipe.model_dump_json(exclude_unset=True)}",
+            "schemes": self._schemes(),
         }
         return SensitivityStore(self.budget.sensitivity, identity)
+
+    def _schemes(self) -> str:
+        """What decides costs beside model and data. Codes are rounded without data, whatever will choose them."""
+        wishes = self.recipe.model_dump_json(exclude_unset=True, exclude={"algorithm", "steps"})
+        named = self.recipe.algorithm
+        plain = named if named != "auto" and needs_no_data(named) else ""
+        return f"{','.join(self.budget.allow)} {plain} {wishes}"
 
     @cached_property
     def groups(self) -> list[Group]:

@@ -103,9 +103,14 @@ class Ways:
 
     def _with_rules(self, scheme: str, rules: Sequence[Mapping[str, Any]]) -> Recipe:
         """The user's recipe, whose own rules come first, with others behind them."""
+        own = self.recipe.model_dump(exclude_unset=True).get("rules", [])
+        return self._with({"scheme": scheme, "rules": [*own, *rules]})
+
+    def _with(self, changed: Mapping[str, Any]) -> Recipe:
+        """The user's recipe with other entries; its size of groups is a choice by now."""
         own = self.recipe.model_dump(exclude_unset=True)
         own.pop("group_size", None)
-        return validate(own | {"scheme": scheme, "rules": [*own.get("rules", []), *rules]}, "the budget's recipe")
+        return validate(own | changed, "the budget's recipe")
 
     @cached_property
     def groups(self) -> list[tuple[str, ...]]:
@@ -177,14 +182,19 @@ class Ways:
 
     def recipe_of(self, groups: Sequence[Group], mix: Mix) -> Recipe:
         """An ordinary recipe that stores the layers so."""
+        uniform = self._uniform_rule(groups, mix)
+        if uniform is not None:
+            return self._with({**uniform})
+        counts: dict[str, int] = {}
         rules = rules_of(groups, mix)
-        schemes = [rule["scheme"] for rule in rules if "scheme" in rule]
-        if not schemes:
-            return self.recipe.with_flags(scheme="bf16" if self._casts[0] == FLOAT else self._casts[0])
-        counts = {
-            scheme: sum(len(rule["match"]) for rule in rules if rule.get("scheme") == scheme) for scheme in schemes
-        }
-        return self._with_rules(max(schemes, key=lambda scheme: counts[scheme]), rules)
+        for rule in rules:
+            if "scheme" in rule:
+                counts[rule["scheme"]] = counts.get(rule["scheme"], 0) + len(rule["match"])
+        if counts:
+            return self._with_rules(max(counts, key=lambda scheme: counts[scheme]), rules)
+        # All layers stay as they are, so that the model is cast.
+        cast = "bf16" if self._casts[0] == FLOAT else self._casts[0]
+        return self._with({"scheme": cast, "algorithm": "auto", "steps": []})
 
     def _uniform_rule(self, groups: Sequence[Group], mix: Mix) -> Mapping[str, Any] | None:
         """The one scheme of all layers but heads, which stay as they are without a rule; None where there are more."""

@@ -199,7 +199,7 @@ def test_too_few_samples_are_an_answer(model: Path, data: Path, tmp_path: Path) 
     labelled = tmp_path / "few.npz"
     ids = np.load(data)["input_ids"][:3]
     np.savez(labelled, input_ids=ids)
-    budget = Budget(max_drop=0.01, metric="top1_agreement", eval_data=str(labelled))
+    budget = Budget(max_drop=0.01, metric="argmax_agreement", eval_data=str(labelled))
     report = within(model, tmp_path / "out", data, budget)
     assert not report.passed
     assert "samples are too few" in report.warnings[0] or "cannot be met" in report.warnings[0]
