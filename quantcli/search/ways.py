@@ -110,7 +110,7 @@ class Ways:
         """The user's recipe with other entries; its size of groups is a choice by now."""
         own = self.recipe.model_dump(exclude_unset=True)
         own.pop("group_size", None)
-        return validate(own | changed, "the budget's recipe")
+        return validate({**own, **changed}, "the budget's recipe")
 
     @cached_property
     def groups(self) -> list[tuple[str, ...]]:
