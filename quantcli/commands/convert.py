@@ -190,7 +190,7 @@ def _within(
 
     if is_pipeline(Path(model)):
         raise UsageError(f"{model} is a diffusers pipeline; a budget is for one model.", "Name one of its folders.")
-    if recipe.scheme is not None and budget.ceilings:
+    if recipe.scheme is not None:
         raise UsageError("A budget chooses the scheme.", "Leave --scheme out, or name schemes with --allow.")
     budget = budget.checked(onnx=False, data=request is not None)
     require_other_data(recipe, budget, data=request is not None)

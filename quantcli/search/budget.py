@@ -44,7 +44,7 @@ class Budget:
     @property
     def is_asked_for(self) -> bool:
         """Whether there is anything to search for."""
-        return bool(self.ceilings) or self.pareto is not None
+        return bool(self.ceilings)
 
     @property
     def ceilings(self) -> dict[str, float]:
@@ -78,6 +78,7 @@ class Budget:
             "--allow": self.allow and not self.is_asked_for,
             "--sensitivity": self.sensitivity and not self.is_asked_for,
             "--search-time": self.search_seconds and not self.is_asked_for,
+            "--pareto": self.pareto and not self.is_asked_for,
         }
         for option, is_stray in stray.items():
             if is_stray:

@@ -49,7 +49,7 @@ def _ceilings(report: Report, budget: Mapping[str, Any]) -> Table:
         (gate.require, "-" if gate.value is None else _figure(gate.require, gate.value), "yes" if gate.passed else "NO")
         for gate in report.gates
     ]
-    note = budget.get("unmet")
+    note = " ".join(budget[key] for key in ("unmet", "hint") if budget.get(key)) or None
     return Table("Budget", ("Asked for", "Has", "Kept"), rows, frozenset({"Has"}), note)
 
 
