@@ -20,6 +20,7 @@ from quantcli.blocks.model import SequentialModel
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.ports import Arrays
 from quantcli.data.request import DataRequest
+from quantcli.errors import InputError
 from quantcli.models.runner import TorchRunner
 from quantcli.models.source import ModelSource
 from quantcli.planning.plan import Loader
@@ -32,9 +33,13 @@ from quantcli.search.module import SearchedModel
 from quantcli.search.sensitivity import Estimator, StoredValues
 from quantcli.search.sensitivity_file import SensitivityStore
 from quantcli.search.ways import Ways, labels
+from quantcli.system.hardware import free_memory_bytes
+from quantcli.system.text import format_bytes
 
 #: Mixes that are the best by estimate, and measured to be told apart: at least, at most, and products of all together.
 _LEAST_MEASURED, _MOST_MEASURED, _MEASURED_PRODUCTS = 3, 64, 10**10
+#: The original, a mix of its weights decoded, and the artifact beside them when it is judged.
+_FLOAT_COPIES = 3
 
 
 @dataclass
@@ -75,8 +80,17 @@ class CheckpointTrials:
 
     @cached_property
     def model(self) -> SearchedModel | None:
-        """The model in memory, where there are samples."""
-        return None if self.evidence is None else SearchedModel(self.open_module(), self.evidence.searched.samples)
+        """The model in memory, where there are samples. Raises InputError where it does not fit."""
+        if self.evidence is None:
+            return None
+        needed, free = _FLOAT_COPIES * 4 * sum(info.numel for info in self.ways.infos), free_memory_bytes()
+        if needed > free:
+            raise InputError(
+                f"A search on data holds the model in float32 and what becomes of it: {format_bytes(needed)}, and "
+                f"{format_bytes(free)} of memory are free.",
+                "Leave --data out, so that errors of weights decide, or use a machine with more memory.",
+            )
+        return SearchedModel(self.open_module(), self.evidence.searched.samples)
 
     @cached_property
     def store(self) -> SensitivityStore:

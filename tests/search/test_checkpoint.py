@@ -255,3 +255,12 @@ def test_the_frontier_goes_from_the_smallest_to_the_best(model: Path, data: Path
     assert losses[0] == max(losses) and losses[-1] == min(losses)
     assert "Size against loss" in file.with_suffix(".md").read_text()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantcli.search.trials.free_memory_bytes", lambda: 100_000)
+    with pytest.raises(InputError, match="holds the model in float32"):
+        within(model, tmp_path / "out", data, Budget(max_size=62_000))
+    assert not list(tmp_path.iterdir())
