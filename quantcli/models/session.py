@@ -91,8 +91,9 @@ class Session:
         for library in custom_operators.registered():
             options.register_custom_ops_library(str(library))
         if weights:
-            # Weights that are laid out anew for its kernels would be a second copy of all of them.
-            options.add_session_config_entry("session.disable_prepacking", "1")
+            if not optimize:
+                # Weights that are laid out anew for its kernels would be a second copy of all of them.
+                options.add_session_config_entry("session.disable_prepacking", "1")
             # The runtime does not keep them alive.
             self._weights = [ort.OrtValue.ortvalue_from_numpy(values) for values in weights.values()]
             options.add_external_initializers(list(weights), self._weights)
@@ -122,6 +123,32 @@ class Session:
         except Exception as error:
             raise InputError(f"onnxruntime could not run the model: {first_line(error)}.") from error
         return dict(zip(names, values, strict=True))
+
+
+def session_of(path: Path, **options: Any) -> Session:
+    """A session of a user's file.
+
+    The runtime does not find shapes and axes that a model keeps in a file beside it: then of the same graph with its
+    small constants inside.
+
+    Args:
+        path: the file.
+        options: those of `Session`.
+
+    Raises:
+        InputError: onnxruntime cannot load the model.
+    """
+    from quantcli.onnx.graph.model import open_onnx
+    from quantcli.onnx.graph.save import in_memory
+
+    try:
+        return Session(path, **options)
+    except InputError:
+        model = open_onnx(path)
+        if len(model.files) == 1:
+            raise
+        proto, weights = in_memory(model.ir)
+        return Session(proto, weights=weights, **{"name": str(path)} | options)
 
 
 def _reason(error: Exception, model: Path | bytes, name: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.conversion.onnx.trial_inputs import Feeds, has_numbers, tensors_of
 from quantcli.core.ports import dtype_family
 from quantcli.errors import InputError
-from quantcli.models.session import Session
+from quantcli.models.session import Session, session_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +102,7 @@ class OutputComparison:
         session = Session(candidate, optimize=not literal, name=name)
         reference = None
         if not self._kept:
-            reference = self.reference if isinstance(self.reference, Session) else Session(self.reference)
+            reference = self.reference if isinstance(self.reference, Session) else session_of(self.reference)
             _require_ports(reference, session)
         losses: dict[str, _Loss] = {}
         times: list[tuple[float, float]] = []
@@ -131,7 +131,7 @@ class OutputComparison:
         """Whether the reference returns the same when it is run again; random numbers are others in each run."""
         import numpy as np
 
-        session = self.reference if isinstance(self.reference, Session) else Session(self.reference)
+        session = self.reference if isinstance(self.reference, Session) else session_of(self.reference)
         feeds, _ = next(iter(self.feeds()))
         again, before = _tensors(session.run(feeds)), self._load(0)
         return again.keys() == before.keys() and all(

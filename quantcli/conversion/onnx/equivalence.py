@@ -16,7 +16,7 @@ from quantcli.conversion.onnx.trial_inputs import NoFeeds, made_up, of_samples
 from quantcli.core.numerics import decibels
 from quantcli.core.ports import dtype_family
 from quantcli.errors import InputError
-from quantcli.models.session import Session
+from quantcli.models.session import Session, session_of
 from quantcli.onnx.graph.model import OnnxModel
 from quantcli.onnx.graph.opset import default_opset, restamp, upgrade
 from quantcli.onnx.graph.prepare import STEPS, prepare
@@ -117,13 +117,13 @@ class _Reference:
             InputError: a constant is damaged, the runtime does not load the file, or it does not run on the data.
         """
         try:
-            session = _session(graph) if path is None else Session(path, optimize=False)
+            session = _session(graph) if path is None else session_of(path, optimize=False)
         except InputError as error:
             if path is not None:
                 for value in (value for each in graph.graphs() for value in each.initializers.values()):
                     array(value)
                 # Nothing that is made of it would run, unless the runtime's own rewriting removes what it lacks.
-                Session(path)
+                session_of(path)
             return NoFeeds(error.message)
         feeds = made_up(session, graph, mixed=True)
         if isinstance(feeds, NoFeeds):

@@ -29,7 +29,7 @@ from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.models.kernels import prove
-from quantcli.models.session import Session
+from quantcli.models.session import session_of
 from quantcli.onnx.graph.model import OnnxModel, constants, onnx_file
 from quantcli.onnx.graph.save import add_metadata, read_back, save_graph
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
@@ -192,7 +192,7 @@ def _outputs(source: Source, honest: Honest, samples: Samples | None, folder: Pa
     model, loose = source.model.path, honest.shapes_depend_on_values
     if samples is not None:
         return OutputComparison(model, of_samples(samples, COMPARED_SAMPLES), folder, loose=loose)
-    reference = Session(model, name=source.subject.path)
+    reference = session_of(model, name=source.subject.path)
     feeds = made_up(reference, honest.graph)
     if isinstance(feeds, NoFeeds):
         raise InputError(
