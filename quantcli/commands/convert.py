@@ -23,6 +23,7 @@ from quantcli.onnx.graph.model import is_onnx
 from quantcli.planning.plan import Loader, Plan
 from quantcli.planning.recipe import Recipe, dequantizes, load_recipe
 from quantcli.planning.resolve import resolve
+from quantcli.planning.rules import Rules
 from quantcli.planning.steps import training_step
 from quantcli.planning.targets import for_target
 from quantcli.reporting.report import Report
@@ -217,15 +218,15 @@ def _convert_checkpoint(
     from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
 
     with at_most(threads), RuntimeCheck(plan, checkpoint, verify, max_memory) as check:
-        split = None if work else check.as_layers()
-        if split:
-            if request is not None:
+        held = None if work else check.as_held(Rules(recipe))
+        if held:
+            if request is not None and check.splits_experts:
                 raise InputError(
                     "transformers runs these experts as single layers, and the model to calibrate has them fused.",
                     "Leave --data out: mse, the default for int4, chooses codes without.",
                 )
-            checkpoint = split
-            plan = for_target(resolve(recipe, checkpoint.infos(), checkpoint.config))
+            checkpoint = held
+            plan = for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=request is not None))
             check.ask(plan)
         plan = _as_loaded(plan, checkpoint, check.survey(), data=request is not None, carried=work is not None)
         if request is not None:
