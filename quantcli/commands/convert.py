@@ -18,7 +18,7 @@ from quantcli.conversion.checkpoint.repack import decoded_view, prepare_repackin
 from quantcli.conversion.checkpoint.rows import conversion_report
 from quantcli.conversion.staging import open_staging
 from quantcli.data.request import DataRequest
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import UsageError
 from quantcli.onnx.graph.model import is_onnx
 from quantcli.planning.plan import Loader, Plan
 from quantcli.planning.recipe import Recipe, dequantizes, load_recipe
@@ -220,11 +220,6 @@ def _convert_checkpoint(
     with at_most(threads), RuntimeCheck(plan, checkpoint, verify, max_memory) as check:
         held = None if work else check.as_held(Rules(recipe))
         if held:
-            if request is not None and check.splits_experts:
-                raise InputError(
-                    "transformers runs these experts as single layers, and the model to calibrate has them fused.",
-                    "Leave --data out: mse, the default for int4, chooses codes without.",
-                )
             checkpoint = held
             plan = for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=request is not None))
             check.ask(plan)

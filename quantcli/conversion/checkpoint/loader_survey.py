@@ -13,6 +13,7 @@ from typing import Any
 
 from quantcli.conversion.checkpoint.loader_rows import rearranged
 from quantcli.conversion.checkpoint.made_up_inputs import candidates
+from quantcli.models.stored_parameters import use_layers_for_experts
 from quantcli.system.text import first_line
 
 
@@ -24,22 +25,10 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         model = build(request["folder"], request["dtype"])
-        _patch(model, request["format"])
+        use_layers_for_experts(model, request["format"])
     except Exception as error:
         return {"error": first_line(error)}
     return _Survey(model, request).answer()
-
-
-def _patch(model: Any, method: str) -> None:
-    """Put layers in place of fused experts where transformers does so for this quantization."""
-    import torch
-    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as PATCHES
-
-    for name, module in list(model.named_modules()):
-        patch = PATCHES.get(type(module).__name__)
-        if patch is not None and method in [each.value for each in patch["quantization_methods"]]:
-            with torch.device("meta"):
-                model.set_submodule(name, patch["module_name"](model.config.get_text_config()).eval())
 
 
 def build(folder: str, dtype: str) -> Any:

@@ -58,7 +58,6 @@ class RuntimeCheck:
         self._answers: dict[str, Any] = {}
         self._rehearsed: dict[str, Any] = {}
         self._not_run: str | None = None
-        self.splits_experts = False
         self._other = "int8" if plan.format == "bitsandbytes" else "nf4"
         # Where the child imports what it needs, this process goes on.
         self._service = None if self._skipped else Service({"OMP_NUM_THREADS": str(usable_cores())})
@@ -90,7 +89,6 @@ class RuntimeCheck:
             )
         if split := answer.get("split"):
             self._checkpoint = SplitExperts(self._checkpoint, split)
-        self.splits_experts = bool(split)
         return self._checkpoint if made or split else None
 
     def ask(self, plan: Plan) -> None:

@@ -142,6 +142,13 @@ def test_convolutions_that_are_joined_do_not_keep_the_rest_from_loading(tmp_path
     assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 8
 
 
+def test_fused_experts_that_run_as_layers_are_calibrated_as_such(tmp_path: Path) -> None:
+    tiny_architectures.build("causal:llama4", tmp_path / "fused")
+    options = {"scheme": "int4", "algorithm": "gptq", "data": tmp_path / "data.npz"}
+    report = convert(tmp_path / "fused", tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert any(".experts.3." in row.name and row.algorithm == "gptq" for row in report.layers)
+
+
 def test_experts_that_are_joined_keep_their_inputs(tmp_path: Path) -> None:
     config = transformers.MixtralConfig(**WIDE, num_key_value_heads=2, num_local_experts=2)
     folder = saved(transformers.MixtralForCausalLM(config), tmp_path / "mixtral")
