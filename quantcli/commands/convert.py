@@ -18,11 +18,12 @@ from quantcli.conversion.checkpoint.repack import decoded_view, prepare_repackin
 from quantcli.conversion.checkpoint.rows import conversion_report
 from quantcli.conversion.staging import open_staging
 from quantcli.data.request import DataRequest
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import UsageError
 from quantcli.onnx.graph.model import is_onnx
 from quantcli.planning.plan import Loader, Plan
 from quantcli.planning.recipe import Recipe, dequantizes, load_recipe
 from quantcli.planning.resolve import resolve
+from quantcli.planning.rules import Rules
 from quantcli.planning.steps import training_step
 from quantcli.planning.targets import for_target
 from quantcli.reporting.report import Report
@@ -248,15 +249,10 @@ def _convert_checkpoint(
     from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
 
     with at_most(threads), RuntimeCheck(plan, checkpoint, verify, max_memory) as check:
-        split = None if work else check.as_layers()
-        if split:
-            if request is not None:
-                raise InputError(
-                    "transformers runs these experts as single layers, and the model to calibrate has them fused.",
-                    "Leave --data out: mse, the default for int4, chooses codes without.",
-                )
-            checkpoint = split
-            plan = for_target(resolve(recipe, checkpoint.infos(), checkpoint.config))
+        held = None if work else check.as_held(Rules(recipe))
+        if held:
+            checkpoint = held
+            plan = for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=request is not None))
             check.ask(plan)
         plan = _as_loaded(plan, checkpoint, check.survey(), data=request is not None, carried=work is not None)
         if request is not None:
