@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from quantcli.core.ports import Port
 from quantcli.data.request import DataRequest
 from quantcli.data.sources import kinds_of, source_kinds
-from quantcli.data.sources.base import Sample, SampleSource, evenly
+from quantcli.data.sources.base import Labels, Sample, SampleSource, evenly
 from quantcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class Samples:
         return found
 
     @property
-    def labels(self) -> bool:
-        """Whether samples are labelled."""
+    def labels(self) -> Labels:
+        """What samples are labelled with."""
         return self._data.labels
 
     @property
@@ -125,7 +125,7 @@ def open_source(request: DataRequest, inputs: Sequence[Port], *, folder: Path | 
     return kinds.popitem()[1].open_source(request, inputs, folder)
 
 
-def batches(samples: Samples, size: int) -> Iterator[tuple[dict[str, np.ndarray], list[int | None]]]:
+def batches(samples: Samples, size: int) -> Iterator[tuple[dict[str, np.ndarray], list[int | str | None]]]:
     """Samples stacked along the batch axis, at most ``size`` of them, neighbours of equal shape only; and labels.
 
     Raises:
@@ -147,7 +147,7 @@ def _alike(left: Sample, right: Sample) -> bool:
     return all(left.inputs[name].shape == array.shape for name, array in right.inputs.items())
 
 
-def _stacked(group: list[Sample], fixed: int | None) -> tuple[dict[str, np.ndarray], list[int | None]]:
+def _stacked(group: list[Sample], fixed: int | None) -> tuple[dict[str, np.ndarray], list[int | str | None]]:
     import numpy as np
 
     if fixed and len(group) != fixed:
