@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from quantcli.core.scheme import PRESETS
-from quantcli.errors import UsageError
+from quantcli.errors import MissingExtraError, UsageError
 from quantcli.system.text import suggestion
 
 #: The name of what stays as it is, among schemes.
@@ -71,6 +72,7 @@ class Budget:
 
         Raises:
             UsageError: options that do not go together.
+            MissingExtraError: SciPy, which solves integer programs and knows distributions, is not installed.
         """
         stray = {
             "--metric": self.metric and self.max_drop is None,
@@ -96,6 +98,8 @@ class Budget:
                 f"{' and '.join(self.ceilings)} needs data to judge the outputs on.",
                 "Name some with --data, and what decides with --eval-data.",
             )
+        if find_spec("scipy") is None:
+            raise MissingExtraError("scipy", "search", "Choosing schemes for a budget")
         return replace(self, allow=self.allow or _default_schemes(onnx=onnx, data=data))
 
 

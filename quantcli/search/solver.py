@@ -5,11 +5,9 @@ One choice of each group is taken (a multiple-choice knapsack, Sinha and Zoltner
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from quantcli.errors import MissingExtraError
 from quantcli.search.choices import Group, Mix, total
 
 Column = Literal["nbytes", "cost", "milliseconds"]
@@ -31,12 +29,7 @@ def best_mix(
         limits: the most that sums of columns may be.
         without: mixes that are not to be found again.
         seconds: the most time to take; what was found by then need not be the best.
-
-    Raises:
-        MissingExtraError: SciPy is not installed.
     """
-    if importlib.util.find_spec("scipy") is None:
-        raise MissingExtraError("scipy", "search", "Choosing schemes for a budget")
     if not groups:
         return () if all(limit >= 0 for limit in limits.values()) and not without else None
     excluded = list(without)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quantcli.errors import UsageError
+from quantcli.errors import MissingExtraError, UsageError
 from quantcli.search.budget import Budget, parse_allow, parse_milliseconds, parse_seconds
 
 
@@ -37,3 +37,9 @@ def test_what_may_be_chosen_where_nothing_is_named() -> None:
     assert budget.checked(onnx=False, data=True).allow == ("int4", "int8", "bf16")
     assert budget.checked(onnx=True, data=True).allow == ("float", "int8-static", "int8-dynamic", "int4")
     assert "int8-static" not in budget.checked(onnx=True, data=False).allow
+
+
+def test_without_scipy_a_budget_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantcli.search.budget.find_spec", lambda _: None)
+    with pytest.raises(MissingExtraError, match=r"quantcli\[search\]"):
+        Budget(max_size=1).checked(onnx=False, data=True)
