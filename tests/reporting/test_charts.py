@@ -158,6 +158,19 @@ def test_the_frontier_is_what_none_beats() -> None:
     )
     (chart,) = pareto.charts(report)
     assert [row[0] for row in chart.table.rows] == ["1", "2"]
+    candidates = [
+        {"layers": {"int4": 3}, "size_bytes": 10, "estimate": 1.0, "held_out": {"kl_nats": 0.2}},
+        {
+            "layers": {"int4": 2, "int8": 1},
+            "size_bytes": 12,
+            "estimate": 0.5,
+            "held_out": {"kl_nats": 0.1},
+            "chosen": True,
+        },
+        {"layers": {"int8": 3}, "size_bytes": 20, "estimate": 0.1},
+    ]
+    (chart,) = pareto.charts(Report("convert", details={"budget": {"candidates": candidates}}))
+    assert [row[0] for row in chart.table.rows] == ["3 int4", "2 int4, 1 int8, chosen"]
     # Of a reference without the metric there is no point.
     assert [row[0] for row in pareto.charts(evaluated(top1=None))[0].table.rows] == ["small", "worse", "good"]  # type: ignore[arg-type]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.reporting.charts.base import COLOURS, Chart, new_figure, shorter
 from quantcli.reporting.metric_labels import is_fraction, metric_label, metric_text
 from quantcli.reporting.report import Report, Table
+from quantcli.reporting.tables.budget import mix_text
 from quantcli.reporting.tables.common import MODEL_NAMES, short_names
 from quantcli.system.text import format_bytes
 
@@ -22,8 +23,11 @@ _QUALITY = {
 
 
 def charts(report: Report) -> list[Chart]:
-    """The frontier of ``report.details["pareto"]``: dicts of label, size_bytes and a metric; else models compared."""
-    points = report.details.get("pareto") or _models(report)
+    """The frontier of ``report.details["pareto"]``: dicts of label, size_bytes and metrics; else what was compared.
+
+    That are the mixes of schemes that a budget tried, or models.
+    """
+    points = report.details.get("pareto") or _candidates(report) or _models(report)
     for metric in _QUALITY:
         measured = [point for point in points if _has(point, metric)]
         if len(measured) > 1:
@@ -43,6 +47,19 @@ def frontier(points: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[s
 
 def _has(point: Mapping[str, Any], name: str) -> bool:
     return point.get(name) is not None and point.get("size_bytes") is not None
+
+
+def _candidates(report: Report) -> list[Mapping[str, Any]]:
+    found = report.details.get("budget", {}).get("candidates", [])
+    return [
+        {
+            "label": mix_text(row["layers"]) + (", chosen" if row.get("chosen") else ""),
+            "size_bytes": row["size_bytes"],
+            "perplexity": row.get("perplexity"),
+            **row.get("held_out", {}),
+        }
+        for row in found
+    ]
 
 
 def _models(report: Report) -> list[Mapping[str, Any]]:
