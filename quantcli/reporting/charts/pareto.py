@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.reporting.charts.base import COLOURS, Chart, new_figure, shorter
 from quantcli.reporting.metric_labels import is_fraction, metric_label, metric_text
 from quantcli.reporting.report import Report, Table
+from quantcli.reporting.tables.budget import loss_of, mix_text
 from quantcli.reporting.tables.common import MODEL_NAMES, short_names
 from quantcli.system.text import format_bytes
 
@@ -18,17 +19,38 @@ if TYPE_CHECKING:
 #: What quality is judged by, the first that all have; whether more of it is better.
 _QUALITY = {
     "top1": True, "perplexity": False, "kl_nats": False, "cosine": True, "sqnr_db": True, "argmax_agreement": True,
+    "loss": False, "estimate": False,
 }  # fmt: skip
 
 
 def charts(report: Report) -> list[Chart]:
-    """The frontier of ``report.details["pareto"]``: dicts of label, size_bytes and a metric; else models compared."""
-    points = report.details.get("pareto") or _models(report)
+    """Mixes that a search for a budget tried, with its frontier where that was asked for; else models compared."""
+    budget = report.details.get("budget", {})
+    mixes = [*(budget.get("frontier") or []), *(budget.get("candidates") or [])]
+    return charts_of_points(points_of(mixes) if mixes else _models(report))
+
+
+def charts_of_points(points: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """The chart of dicts with ``label``, ``size_bytes`` and a metric that at least two of them have."""
     for metric in _QUALITY:
         measured = [point for point in points if _has(point, metric)]
         if len(measured) > 1:
             return [_chart(measured, metric)]
     return []
+
+
+def points_of(mixes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Points of a chart from mixes of schemes, each once, with what they lose on samples that were held out."""
+    loss = loss_of(mixes)
+    name = loss if loss == "kl_nats" else "loss"
+    found: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for mix in mixes:
+        schemes = [*mix["layers"]]
+        label = schemes[0] if len(schemes) == 1 else f"{len(schemes)} schemes"
+        values = {name: mix.get("held_out", {}).get(loss), "estimate": mix["estimate"]}
+        point = {"label": label, "size_bytes": mix["size_bytes"]} | values
+        found.setdefault((mix_text(mix["layers"]), mix["size_bytes"]), point)
+    return list(found.values())
 
 
 def frontier(points: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
