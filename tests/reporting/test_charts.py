@@ -169,7 +169,7 @@ def test_the_frontier_is_what_none_beats() -> None:
         },
     )
     (chart,) = pareto.charts(report)
-    assert [row[:3] for row in chart.table.rows] == [("int4", "4 B", "0.25"), ("int8", "8 B", "0.125")]
+    assert [row[:3] for row in chart.table.rows] == [("9 int4", "4 B", "0.25"), ("9 int8", "8 B", "0.125")]
     # Of a reference without the metric there is no point.
     assert [row[0] for row in pareto.charts(evaluated(top1=None))[0].table.rows] == ["small", "worse", "good"]  # type: ignore[arg-type]
 

@@ -44,12 +44,13 @@ def points_of(mixes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     loss = loss_of(mixes)
     name = loss if loss == "kl_nats" else "loss"
     found: dict[tuple[str, int], Mapping[str, Any]] = {}
-    for mix in mixes:
-        schemes = [*mix["layers"]]
-        label = schemes[0] if len(schemes) == 1 else f"{len(schemes)} schemes"
+    for mix in sorted(mixes, key=lambda mix: not mix.get("chosen")):
+        label = mix_text(mix["layers"])
         values = {name: mix.get("held_out", {}).get(loss), "estimate": mix["estimate"]}
-        point = {"label": label, "size_bytes": mix["size_bytes"]} | values
-        found.setdefault((mix_text(mix["layers"]), mix["size_bytes"]), point)
+        # So many mixes lie side by side that only single schemes, and what was chosen, have their names in the plot.
+        mark = "chosen" if mix.get("chosen") else label if len(mix["layers"]) == 1 else ""
+        point = {"label": label, "mark": mark, "size_bytes": mix["size_bytes"]} | values
+        found.setdefault((label, mix["size_bytes"]), point)
     return list(found.values())
 
 
@@ -108,7 +109,7 @@ def draw(points: Sequence[Mapping[str, Any]], metric: str) -> Figure:
         colour = COLOURS["series-1" if point in best else "before"]
         axes.errorbar(*place, yerr=point.get(f"{metric}_se") or 0.0, fmt="o", markersize=6, elinewidth=1, color=colour)
         left = point["size_bytes"] < 0.6 * largest
-        axes.annotate(shorter(str(point["label"])), place, fontsize=8.5, xytext=(7 if left else -7, 6),
+        axes.annotate(shorter(str(point.get("mark", point["label"]))), place, fontsize=8.5, xytext=(7 if left else -7, 6),
                       textcoords="offset points", ha="left" if left else "right")  # fmt: skip
     axes.set_xlim(0, 1.06 * largest)
     errors = [point.get(f"{metric}_se") or 0.0 for point in points]
