@@ -109,7 +109,8 @@ def draw(points: Sequence[Mapping[str, Any]], metric: str) -> Figure:
         colour = COLOURS["series-1" if point in best else "before"]
         axes.errorbar(*place, yerr=point.get(f"{metric}_se") or 0.0, fmt="o", markersize=6, elinewidth=1, color=colour)
         left = point["size_bytes"] < 0.6 * largest
-        axes.annotate(shorter(str(point.get("mark", point["label"]))), place, fontsize=8.5, xytext=(7 if left else -7, 6),
+        name = shorter(str(point.get("mark", point["label"])))
+        axes.annotate(name, place, fontsize=8.5, xytext=(7 if left else -7, 6),
                       textcoords="offset points", ha="left" if left else "right")  # fmt: skip
     axes.set_xlim(0, 1.06 * largest)
     errors = [point.get(f"{metric}_se") or 0.0 for point in points]
