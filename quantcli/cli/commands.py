@@ -234,8 +234,8 @@ def convert(
             dry_run=dry_run,
             force=force,
             allow_larger=allow_larger,
-            histograms=_histograms(ui),
             budget=budget,
+            histograms=_histograms(ui),
             progress=progress,
         )
     runs = not dry_run and (model.is_dir() or model.suffix == ".onnx")

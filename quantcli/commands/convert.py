@@ -62,8 +62,8 @@ def convert(
     dry_run: bool = False,
     force: bool = False,
     allow_larger: bool = False,
-    histograms: int = 0,
     budget: Budget | None = None,
+    histograms: int = 0,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model and verify the result.
@@ -102,8 +102,8 @@ def convert(
         dry_run: plan and report only.
         force: replace an existing output.
         allow_larger: keep an ONNX artifact that is no smaller than its model.
-        histograms: of how many of the worst tensors of a kind the report has histograms, for a page.
         budget: ceilings of size, loss or latency, which a mix of schemes is searched for; in place of ``scheme``.
+        histograms: of how many of the worst tensors of a kind the report has histograms, for a page.
         progress: called with bytes (or samples) done and in all, from any thread.
 
     Returns:

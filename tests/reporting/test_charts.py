@@ -154,23 +154,22 @@ def test_the_frontier_is_what_none_beats() -> None:
     ]
     report = Report(
         "convert",
-        details={"pareto": [{"label": str(size), "size_bytes": size, "kl_nats": 1 / size} for size in (1, 2)]},
+        details={
+            "budget": {
+                "candidates": [
+                    {
+                        "layers": {f"int{bits}": 9},
+                        "size_bytes": bits,
+                        "estimate": 0.5,
+                        "held_out": {"kl_nats": 1 / bits},
+                    }
+                    for bits in (4, 8)
+                ]
+            }
+        },
     )
     (chart,) = pareto.charts(report)
-    assert [row[0] for row in chart.table.rows] == ["1", "2"]
-    candidates = [
-        {"layers": {"int4": 3}, "size_bytes": 10, "estimate": 1.0, "held_out": {"kl_nats": 0.2}},
-        {
-            "layers": {"int4": 2, "int8": 1},
-            "size_bytes": 12,
-            "estimate": 0.5,
-            "held_out": {"kl_nats": 0.1},
-            "chosen": True,
-        },
-        {"layers": {"int8": 3}, "size_bytes": 20, "estimate": 0.1},
-    ]
-    (chart,) = pareto.charts(Report("convert", details={"budget": {"candidates": candidates}}))
-    assert [row[0] for row in chart.table.rows] == ["3 int4", "2 int4, 1 int8, chosen"]
+    assert [row[:3] for row in chart.table.rows] == [("9 int4", "4 B", "0.25"), ("9 int8", "8 B", "0.125")]
     # Of a reference without the metric there is no point.
     assert [row[0] for row in pareto.charts(evaluated(top1=None))[0].table.rows] == ["small", "worse", "good"]  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.reporting.charts.base import COLOURS, Chart, new_figure, shorter
 from quantcli.reporting.metric_labels import is_fraction, metric_label, metric_text
 from quantcli.reporting.report import Report, Table
-from quantcli.reporting.tables.budget import mix_text
+from quantcli.reporting.tables.budget import loss_of, mix_text
 from quantcli.reporting.tables.common import MODEL_NAMES, short_names
 from quantcli.system.text import format_bytes
 
@@ -19,20 +19,39 @@ if TYPE_CHECKING:
 #: What quality is judged by, the first that all have; whether more of it is better.
 _QUALITY = {
     "top1": True, "perplexity": False, "kl_nats": False, "cosine": True, "sqnr_db": True, "argmax_agreement": True,
+    "loss": False, "estimate": False,
 }  # fmt: skip
 
 
 def charts(report: Report) -> list[Chart]:
-    """The frontier of ``report.details["pareto"]``: dicts of label, size_bytes and metrics; else what was compared.
+    """Mixes that a search for a budget tried, with its frontier where that was asked for; else models compared."""
+    budget = report.details.get("budget", {})
+    mixes = [*(budget.get("frontier") or []), *(budget.get("candidates") or [])]
+    return charts_of_points(points_of(mixes) if mixes else _models(report))
 
-    That are the mixes of schemes that a budget tried, or models.
-    """
-    points = report.details.get("pareto") or _candidates(report) or _models(report)
+
+def charts_of_points(points: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """The chart of dicts with ``label``, ``size_bytes`` and a metric that at least two of them have."""
     for metric in _QUALITY:
         measured = [point for point in points if _has(point, metric)]
         if len(measured) > 1:
             return [_chart(measured, metric)]
     return []
+
+
+def points_of(mixes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Points of a chart from mixes of schemes, each once, with what they lose on samples that were held out."""
+    loss = loss_of(mixes)
+    name = loss if loss == "kl_nats" else "loss"
+    found: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for mix in sorted(mixes, key=lambda mix: not mix.get("chosen")):
+        label = mix_text(mix["layers"])
+        values = {name: mix.get("held_out", {}).get(loss), "estimate": mix["estimate"]}
+        # So many mixes lie side by side that only single schemes, and what was chosen, have their names in the plot.
+        mark = "chosen" if mix.get("chosen") else label if len(mix["layers"]) == 1 else ""
+        point = {"label": label, "mark": mark, "size_bytes": mix["size_bytes"]} | values
+        found.setdefault((label, mix["size_bytes"]), point)
+    return list(found.values())
 
 
 def frontier(points: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
@@ -47,19 +66,6 @@ def frontier(points: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[s
 
 def _has(point: Mapping[str, Any], name: str) -> bool:
     return point.get(name) is not None and point.get("size_bytes") is not None
-
-
-def _candidates(report: Report) -> list[Mapping[str, Any]]:
-    found = report.details.get("budget", {}).get("candidates", [])
-    return [
-        {
-            "label": mix_text(row["layers"]) + (", chosen" if row.get("chosen") else ""),
-            "size_bytes": row["size_bytes"],
-            "perplexity": row.get("perplexity"),
-            **row.get("held_out", {}),
-        }
-        for row in found
-    ]
 
 
 def _models(report: Report) -> list[Mapping[str, Any]]:
@@ -103,7 +109,8 @@ def draw(points: Sequence[Mapping[str, Any]], metric: str) -> Figure:
         colour = COLOURS["series-1" if point in best else "before"]
         axes.errorbar(*place, yerr=point.get(f"{metric}_se") or 0.0, fmt="o", markersize=6, elinewidth=1, color=colour)
         left = point["size_bytes"] < 0.6 * largest
-        axes.annotate(shorter(str(point["label"])), place, fontsize=8.5, xytext=(7 if left else -7, 6),
+        name = shorter(str(point.get("mark", point["label"])))
+        axes.annotate(name, place, fontsize=8.5, xytext=(7 if left else -7, 6),
                       textcoords="offset points", ha="left" if left else "right")  # fmt: skip
     axes.set_xlim(0, 1.06 * largest)
     errors = [point.get(f"{metric}_se") or 0.0 for point in points]
