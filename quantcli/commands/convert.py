@@ -233,13 +233,14 @@ def _convert_checkpoint(
                 f"{model} is a diffusers pipeline, which is not calibrated from data.", "Leave out --data."
             )
         one = partial(
-            _convert_checkpoint, recipe=recipe, request=None, weights=weights, device=device, threads=threads,
+            _convert_checkpoint, request=None, weights=weights, device=device, threads=threads,
             max_memory=max_memory, verify=verify, force=force, histograms=0, progress=progress,
         )  # fmt: skip
         return convert_pipeline(
             Path(model),
             output,
-            lambda source, place, planned: one(str(source), place, dry_run=planned),
+            recipe,
+            lambda source, place, own, planned: one(str(source), place, own, dry_run=planned),
             dry_run=dry_run,
             force=force,
         )
