@@ -199,8 +199,8 @@ def _within(
     budget = budget.checked(onnx=False, data=request is not None)
     require_other_data(recipe, budget, data=request is not None)
     source, function = _weights_of(model, weights)
-    subject = CheckpointSubject(open_checkpoint(source), function, recipe, request, output)
     given = request if uses_data(recipe) else None
+    subject = CheckpointSubject(open_checkpoint(source), function, recipe, request, output, given is not None)
 
     def convert_by(found: Recipe, place: Path, planned: bool) -> Report:
         data = None if dequantizes(found) else given
@@ -233,13 +233,14 @@ def _convert_checkpoint(
                 f"{model} is a diffusers pipeline, which is not calibrated from data.", "Leave out --data."
             )
         one = partial(
-            _convert_checkpoint, recipe=recipe, request=None, weights=weights, device=device, threads=threads,
+            _convert_checkpoint, request=None, weights=weights, device=device, threads=threads,
             max_memory=max_memory, verify=verify, force=force, histograms=0, progress=progress,
         )  # fmt: skip
         return convert_pipeline(
             Path(model),
             output,
-            lambda source, place, planned: one(str(source), place, dry_run=planned),
+            recipe,
+            lambda source, place, own, planned: one(str(source), place, own, dry_run=planned),
             dry_run=dry_run,
             force=force,
         )

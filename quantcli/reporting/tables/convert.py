@@ -58,8 +58,20 @@ def convert_tables(report: Report) -> list[Table]:
     runtime = report.details.get("verified", {}).get("runtime", {})
     proof = [_kernel_table(runtime)] if runtime.get("integer_kernels") or runtime.get("float_kernels") else []
     training = training_table(report)
-    shown = [layers, *([kept] if left else []), *proof, *([training] if training else [])]
+    parts = [_components_table(report)] if "converted" in report.details else []
+    shown = [layers, *([kept] if left else []), *parts, *proof, *([training] if training else [])]
     return [*shown, *budget, _totals(report, source, artifact)]
+
+
+def _components_table(report: Report) -> Table:
+    """What became of each component of a pipeline."""
+    converted: Mapping[str, Mapping[str, Any]] = report.details["converted"]
+    rows = [
+        (name, str(made["scheme"]), format_bytes(made["bytes_before"]), format_bytes(made["bytes_after"]))
+        for name, made in converted.items()
+    ]
+    rows += [(name, f"copied: {reason}", "", "") for name, reason in report.details["copied"].items()]
+    return Table("Components", ("Component", "Became", "Before", "After"), rows, SIZES)
 
 
 def training_table(report: Report) -> Table | None:
