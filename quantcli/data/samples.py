@@ -46,7 +46,8 @@ class Samples:
         return self._data.iterate(self._chosen)
 
     def spread(self, most: int) -> Samples:
-        """At most so many of the samples, evenly spread, as many as the model takes at a time or a multiple of that."""
+        """At most so many of the samples, evenly spread: one or more times as many as the model takes at a time."""
+        most = max(most, self.fixed_batch or 1)
         found = Samples(self.source, self._data, [self._chosen[index] for index in evenly(len(self), most)])
         found.warnings = []
         return found
@@ -93,8 +94,15 @@ def load_samples(request: DataRequest, inputs: Sequence[Port], *, folder: Path |
 
 
 def choose_samples(request: DataRequest, source: SampleSource) -> Samples:
-    """As many samples of an open source as are asked for. Raises InputError where too many cannot be read."""
-    return Samples(request.data, source, source.choose(request.samples, request.seed))
+    """As many samples of an open source as are asked for.
+
+    Raises:
+        InputError: they are fewer than the model takes at a time, or too many cannot be read.
+    """
+    wanted = request.samples
+    if wanted is not None and request.limited:
+        wanted = max(wanted, source.fixed_batch or 1)
+    return Samples(request.data, source, source.choose(wanted, request.seed))
 
 
 def open_source(request: DataRequest, inputs: Sequence[Port], *, folder: Path | None) -> SampleSource:

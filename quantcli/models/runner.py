@@ -43,10 +43,10 @@ class OnnxRunner:
     """
 
     def __init__(self, path: Path, *, threads: int | None = None, shared: bool = False) -> None:
-        from quantcli.models.session import Session
+        from quantcli.models.session import session_of
 
         self.path = path
-        self._session = Session(onnx_file(path), threads=threads, shared=shared)
+        self._session = session_of(onnx_file(path), threads=threads, shared=shared)
         self.inputs = self._session.inputs
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:

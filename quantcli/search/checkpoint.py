@@ -84,12 +84,14 @@ class CheckpointSearch:
         limit = self._limit()
         mixes = list(best_mixes(self.trials.groups, "cost", {"nbytes": limit}, count=self.trials.measured_count()))
         fitting = [mix for mix in mixes if self.trials.nbytes(mix) <= (self.budget.max_size or 0)]
-        measured = [(self.trials.distance(mix), mix) for mix in fitting[1:] if not self.trials.is_late()]
-        best = min([(self.trials.distance(fitting[0]), fitting[0]), *measured], key=lambda each: each[0])[1]
+        best = fitting[0]
+        for mix in fitting[1:]:
+            if not self.trials.is_late() and self.trials.distance(mix) < self.trials.distance(best):
+                best = mix
         uniform = self._best_uniform()
         if uniform is None or uniform == best or self.trials.evidence is None or self.trials.is_late():
             return best
-        return min((best, uniform), key=self._loss)
+        return min((best, uniform), key=self.trials.loss)
 
     def _best_uniform(self) -> Mix | None:
         """The best by estimate of the mixes that have one scheme for all layers."""
@@ -99,11 +101,6 @@ class CheckpointSearch:
         most = self.budget.max_size + (0 if self.is_repeated else _SLACK_BYTES)
         mixes = [mix for mix in self.trials.uniforms() if self.trials.nbytes(mix) <= most]
         return min(mixes, key=lambda mix: total(self.trials.groups, mix, "cost"), default=None)
-
-    def _loss(self, mix: Mix) -> float:
-        """What tells two mixes of one size apart: divergence on what was held out, or the task's own metric."""
-        drops = self.trials.drops(mix)
-        return drops[KL if KL in drops else metric_of(drops, self.budget.metric)].mean
 
     def _for_outputs(self) -> Mix:
         """The smallest mix that keeps the limits on outputs, as sure as the samples allow.
@@ -196,7 +193,7 @@ class CheckpointSearch:
 
     def _candidates(self, mix: Mix | None = None) -> list[dict[str, Any]]:
         """Mixes of one scheme, those that were judged, and the chosen one, by size."""
-        judged = [other for other in self.trials.seen if self.trials.is_judged(other)]
+        judged = [other for other in self.trials.seen if self.trials.is_compared(other)]
         known = dict.fromkeys([*self.trials.uniforms(), *judged, *([] if mix is None else [mix])])
         rows = [(other, self.trials.row(other)) for other in sorted(known, key=self.trials.nbytes)]
         return [row | {"chosen": other == mix} for other, row in rows]
