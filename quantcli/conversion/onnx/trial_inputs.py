@@ -35,6 +35,13 @@ class NoFeeds:
 
     reason: str
 
+    def refusal(self) -> InputError:
+        """What a conversion ends with that nothing could prove."""
+        return InputError(
+            f"Nothing would show what the artifact computes: {self.reason}",
+            "Give --data with inputs that the model runs on.",
+        )
+
 
 def of_samples(samples: Samples, most: int) -> Feeds:
     """The first samples, as many at a time as the model takes."""
