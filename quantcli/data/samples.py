@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from quantcli.core.ports import Port
 from quantcli.data.request import DataRequest
 from quantcli.data.sources import kinds_of, source_kinds
-from quantcli.data.sources.base import Sample, SampleSource, evenly
+from quantcli.data.sources.base import Labels, Sample, SampleSource, evenly
 from quantcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -52,9 +52,19 @@ class Samples:
         found.warnings = []
         return found
 
+    def without(self, others: Samples) -> Samples:
+        """Those samples that are not among others of the same source. Raises InputError where none is left."""
+        taken = set(others._chosen)
+        left = [number for number in self._chosen if number not in taken]
+        if not left:
+            raise InputError(f"{self.source} has too few samples to hold some out: {len(self)}.", "Give more data.")
+        found = Samples(self.source, self._data, left)
+        found.warnings = []
+        return found
+
     @property
-    def labels(self) -> bool:
-        """Whether samples are labelled."""
+    def labels(self) -> Labels:
+        """What samples are labelled with."""
         return self._data.labels
 
     @property
@@ -115,7 +125,7 @@ def open_source(request: DataRequest, inputs: Sequence[Port], *, folder: Path | 
     return kinds.popitem()[1].open_source(request, inputs, folder)
 
 
-def batches(samples: Samples, size: int) -> Iterator[tuple[dict[str, np.ndarray], list[int | None]]]:
+def batches(samples: Samples, size: int) -> Iterator[tuple[dict[str, np.ndarray], list[int | str | None]]]:
     """Samples stacked along the batch axis, at most ``size`` of them, neighbours of equal shape only; and labels.
 
     Raises:
@@ -137,7 +147,7 @@ def _alike(left: Sample, right: Sample) -> bool:
     return all(left.inputs[name].shape == array.shape for name, array in right.inputs.items())
 
 
-def _stacked(group: list[Sample], fixed: int | None) -> tuple[dict[str, np.ndarray], list[int | None]]:
+def _stacked(group: list[Sample], fixed: int | None) -> tuple[dict[str, np.ndarray], list[int | str | None]]:
     import numpy as np
 
     if fixed and len(group) != fixed:
