@@ -158,6 +158,29 @@ def test_made_up_inputs_are_ones_for_which_there_are_numbers(tmp_path: Path, ope
     assert 30 < report.details["outputs"]["sqnr_db"] < 70
 
 
+def test_masks_whose_ones_mean_padding(tmp_path: Path) -> None:
+    """All of it masked, a softmax is NaN: the model has numbers for zeros."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Where", ["mask", "low", "h"], ["m"]),
+        helper.make_node("Softmax", ["m"], ["y"]),
+    ]  # fmt: skip
+    inputs = {"x": (TensorProto.FLOAT, ["n", 64]), "mask": (TensorProto.BOOL, ["n", 96])}
+    model = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 96), "low": np.float32(-np.inf)}, inputs)
+    report = convert(model, tmp_path / "out.onnx", scheme="int8")
+    assert report.details["outputs"]["sqnr_db"] > 25
+
+
+def test_a_model_without_inputs(tmp_path: Path) -> None:
+    nodes = [helper.make_node("RandomNormal", [], ["r"], shape=[4, 64]), helper.make_node("Cos", ["r"], ["c"]),
+             helper.make_node("MatMul", ["c", "w"], ["h"]), helper.make_node("Shape", ["h"], ["s"]),
+             helper.make_node("ConstantOfShape", ["s"], ["y"])]  # fmt: skip
+    model = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 96)}, {})
+    np.savez(tmp_path / "d.npz")
+    for data in (None, tmp_path / "d.npz"):
+        report = convert(model, tmp_path / "out.onnx", scheme="int8", data=data, force=True)
+        assert report.details["outputs"]["compared"] is True
+
+
 def test_a_model_that_returns_no_number(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Exp", ["x"], ["e"]), helper.make_node("Neg", ["e"], ["n"]),
