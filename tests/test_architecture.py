@@ -44,6 +44,7 @@ ORDER = (
     ("training",),
     ("conversion",),
     ("evaluation", "benchmarking"),
+    ("search",),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -79,14 +80,16 @@ CONTRACT = {
         "--output", "--scheme", "--format", "--algorithm", "--recipe", "--group-size", "--skip", "--rest", "--target",
         "--calibration", "--data", "--samples", "--seq-len", "--seed", "--tokenizer", "--preprocess", "--weights",
         "--device", "--threads", "--max-memory", "--verify", "--dry-run", "--force", "--allow-larger",
+        "--max-size", "--max-drop", "--metric", "--eval-data", "--max-kl", "--max-latency-p50", "--allow",
+        "--sensitivity", "--search-time", "--pareto",
     },
     "eval": {
         "--data", "--task", "--samples", "--seq-len", "--tokenizer", "--preprocess", "--weights", "--by-layer",
-        "--require", "--junit",
+        "--require", "--baseline", "--junit",
     },
     "bench": {
         "--data", "--batch-size", "--seq-len", "--tokenizer", "--preprocess", "--weights", "--threads", "--runs",
-        "--require", "--junit",
+        "--require", "--baseline", "--junit",
     },
 }  # fmt: skip
 
@@ -159,7 +162,11 @@ def test_commands_do_not_call_each_other(module: str) -> None:
         ("shellingham", {"cli/completion.py"}),
         ("rich", {"cli/terminal.py"}),
         ("click", set()),
-        ("matplotlib", {"reporting/training_plot.py"}),
+        (
+            "matplotlib",
+            {f"reporting/charts/{name}.py" for name in ("base", "latency", "layers", "pareto", "sizes", "training")}
+            | {"reporting/charts/histograms.py"},
+        ),
         ("onnxruntime", {"models/session.py"}),
         (
             "transformers",

@@ -44,7 +44,7 @@ def reached_lists(
                 stack.enter_context(replaced_forward(block, call))
         try:
             with suppress(_SeenEnough):
-                forward(skeleton.module, {name: values[:1] for name, values in batch.items()})
+                forward(skeleton.module, _one_sample(batch))
         except InputError:
             if len(set(calls)) < len(lists):
                 return list(lists), []
@@ -71,6 +71,12 @@ def reached_lists(
         )
     unreached = [block_list for number, block_list in enumerate(lists) if number not in order]
     return [lists[number] for number in order], unreached
+
+
+def _one_sample(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The first sample of a batch, or all of it where rows count other things than samples, as parts of images do."""
+    counts = {len(values) for values in batch.values()}
+    return {name: values[:1] for name, values in batch.items()} if len(counts) == 1 else batch
 
 
 def _stand_in(

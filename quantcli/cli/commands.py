@@ -134,6 +134,7 @@ def calibrate(
             preprocess=preprocess,
             weights=weights,
             force=force,
+            histograms=_histograms(ui),
             progress=progress,
         )
     next_step = f"quantcli convert {model} -o OUT --scheme int8-static --calibration {output}"
@@ -174,15 +175,38 @@ def convert(
     dry_run: options.DryRun = False,
     force: options.Force = False,
     allow_larger: options.AllowLarger = False,
+    max_size: options.MaxSize = None,
+    max_drop: options.MaxDrop = None,
+    metric: options.Metric = None,
+    eval_data: options.EvalData = None,
+    max_kl: options.MaxKl = None,
+    max_latency_p50: options.MaxLatency = None,
+    allow: options.Allow = None,
+    sensitivity: options.Sensitivity = None,
+    search_time: options.SearchTime = None,
+    pareto: options.Pareto = None,
 ) -> Outcome:
     """Quantize a model, tensor by tensor, and verify the result."""
     _register(custom_ops)
     from quantcli.commands.convert import convert as run
     from quantcli.reporting.tables.convert import convert_tables
+    from quantcli.search.budget import Budget, parse_allow, parse_milliseconds, parse_seconds
 
     if ui.html is not None:
         _require_curve(recipe, algorithm)
     limit = _bytes(max_memory, "--max-memory")
+    budget = Budget(
+        max_size=_bytes(max_size, "--max-size"),
+        max_drop=max_drop,
+        metric=metric,
+        max_kl=max_kl,
+        max_latency_p50=None if max_latency_p50 is None else parse_milliseconds(max_latency_p50),
+        eval_data=eval_data,
+        allow=() if allow is None else parse_allow(allow),
+        sensitivity=sensitivity,
+        search_seconds=None if search_time is None else parse_seconds(search_time),
+        pareto=pareto,
+    )
     with ui.progress("Converting", unit="percent" if data else "bytes") as progress:
         report = run(
             model,
@@ -210,6 +234,8 @@ def convert(
             dry_run=dry_run,
             force=force,
             allow_larger=allow_larger,
+            budget=budget,
+            histograms=_histograms(ui),
             progress=progress,
         )
     runs = not dry_run and (model.is_dir() or model.suffix == ".onnx")
@@ -236,6 +262,7 @@ def evaluate(
     weights: options.Weights = None,
     by_layer: options.ByLayer = False,
     require: options.Require = None,
+    baseline: options.Baseline = None,
 ) -> Outcome:
     """Measure accuracy: models beside a reference on the same data. A gate that fails exits with 1."""
     _register(custom_ops)
@@ -257,6 +284,7 @@ def evaluate(
             weights=weights,
             by_layer=by_layer,
             require=require or (),
+            baseline=baseline,
             progress=progress,
         )
     return Outcome(report, eval_tables(report))
@@ -281,6 +309,7 @@ def bench(
     threads: options.Threads = None,
     runs: options.Runs = None,
     require: options.Require = None,
+    baseline: options.Baseline = None,
 ) -> Outcome:
     """Measure speed and memory on this machine, models taking turns. A gate that fails exits with 1."""
     _register(custom_ops)
@@ -300,6 +329,7 @@ def bench(
             threads=threads,
             runs=runs,
             require=require or (),
+            baseline=baseline,
             progress=progress,
         )
     return Outcome(report, bench_tables(report))
@@ -310,6 +340,13 @@ def _register(custom_ops: list[Path] | None) -> None:
     from quantcli.models.custom_operators import register
 
     register(custom_ops or ())
+
+
+def _histograms(ui: Ui) -> int:
+    """Histograms are for the page alone."""
+    from quantcli.core.histogram import SHOWN
+
+    return 0 if ui.html is None else SHOWN
 
 
 def _bytes(text: str | None, flag: str) -> int | None:
@@ -323,8 +360,8 @@ def _require_curve(recipe: Path | None, algorithm: str | None) -> None:
     """Raise MissingExtraError now, not after hours of training, where its curve could not be drawn."""
     from quantcli.planning.recipe import Recipe, load_recipe
     from quantcli.planning.steps import training_step
-    from quantcli.reporting.training_plot import require_matplotlib
+    from quantcli.reporting.charts.base import require_matplotlib
 
     wishes = load_recipe(recipe) if recipe else Recipe()
     if training_step(wishes.with_flags(algorithm=algorithm)):
-        require_matplotlib()
+        require_matplotlib("--html with a training curve")

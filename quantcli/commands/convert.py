@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from quantcli.planning.rules import Rules
 from quantcli.planning.steps import training_step
 from quantcli.planning.targets import for_target
 from quantcli.reporting.report import Report
+from quantcli.search.budget import Budget
 from quantcli.system.files import check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
 from quantcli.system.parallel import at_most
@@ -61,6 +62,8 @@ def convert(
     dry_run: bool = False,
     force: bool = False,
     allow_larger: bool = False,
+    budget: Budget | None = None,
+    histograms: int = 0,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model and verify the result.
@@ -99,6 +102,8 @@ def convert(
         dry_run: plan and report only.
         force: replace an existing output.
         allow_larger: keep an ONNX artifact that is no smaller than its model.
+        budget: ceilings of size, loss or latency, which a mix of schemes is searched for; in place of ``scheme``.
+        histograms: of how many of the worst tensors of a kind the report has histograms, for a page.
         progress: called with bytes (or samples) done and in all, from any thread.
 
     Returns:
@@ -154,6 +159,7 @@ def convert(
                 dry_run=dry_run,
                 force=force,
                 allow_larger=allow_larger,
+                histograms=histograms,
                 progress=progress,
             )
     if calibration:
@@ -161,19 +167,47 @@ def convert(
             "Statistics of `calibrate` are for ONNX: a checkpoint's layers are calibrated one block after the other.",
             hint="Give the data itself with --data, or use --format onnx.",
         )
-    return _convert_checkpoint(
-        str(model),
-        place,
-        wishes,
-        request,
-        weights=weights,
-        device=device,
-        threads=threads,
-        max_memory=max_memory,
-        verify=verify,
-        dry_run=dry_run,
-        force=force,
-        progress=progress,
+    one = partial(
+        _convert_checkpoint, str(model), weights=weights, device=device, threads=threads, max_memory=max_memory,
+        verify=verify, histograms=histograms, progress=progress,
+    )  # fmt: skip
+    if budget is not None and budget != Budget():
+        return _within(budget, str(model), place, wishes, request, weights, one, dry_run=dry_run, force=force)
+    return one(place, wishes, request, dry_run=dry_run, force=force)
+
+
+def _within(
+    budget: Budget,
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    request: DataRequest | None,
+    weights: str | Path | None,
+    convert_one: Callable[..., Report],
+    *,
+    dry_run: bool,
+    force: bool,
+) -> Report:
+    """A checkpoint's conversion by the mix of schemes that keeps a budget."""
+    from quantcli.commands.convert_budget import convert_within, require_other_data, uses_data
+    from quantcli.search.subject import CheckpointSubject
+
+    if is_pipeline(Path(model)):
+        raise UsageError(f"{model} is a diffusers pipeline; a budget is for one model.", "Name one of its folders.")
+    if recipe.scheme is not None:
+        raise UsageError("A budget chooses the scheme.", "Leave --scheme out, or name schemes with --allow.")
+    budget = budget.checked(onnx=False, data=request is not None)
+    require_other_data(recipe, budget, data=request is not None)
+    source, function = _weights_of(model, weights)
+    subject = CheckpointSubject(open_checkpoint(source), function, recipe, request, output)
+    given = request if uses_data(recipe) else None
+
+    def convert_by(found: Recipe, place: Path, planned: bool) -> Report:
+        data = None if dequantizes(found) else given
+        return convert_one(place, found, data, dry_run=planned, force=not planned)
+
+    return convert_within(
+        model, output, budget, subject.search, convert_by, subject.losses, dry_run=dry_run, force=force
     )
 
 
@@ -190,6 +224,7 @@ def _convert_checkpoint(
     verify: str | None,
     dry_run: bool,
     force: bool,
+    histograms: int,
     progress: Progress | None,
 ) -> Report:
     if is_pipeline(Path(model)):
@@ -198,13 +233,14 @@ def _convert_checkpoint(
                 f"{model} is a diffusers pipeline, which is not calibrated from data.", "Leave out --data."
             )
         one = partial(
-            _convert_checkpoint, recipe=recipe, request=None, weights=weights, device=device, threads=threads,
-            max_memory=max_memory, verify=verify, force=force, progress=progress,
+            _convert_checkpoint, request=None, weights=weights, device=device, threads=threads,
+            max_memory=max_memory, verify=verify, force=force, histograms=0, progress=progress,
         )  # fmt: skip
         return convert_pipeline(
             Path(model),
             output,
-            lambda source, place, planned: one(str(source), place, dry_run=planned),
+            recipe,
+            lambda source, place, own, planned: one(str(source), place, own, dry_run=planned),
             dry_run=dry_run,
             force=force,
         )
@@ -247,7 +283,13 @@ def _convert_checkpoint(
             except OSError as error:
                 raise explain(error, output) from error
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-    return conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
+    report = conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
+    report.models[-1].manifest = details.pop("manifest")
+    if histograms:
+        from quantcli.conversion.checkpoint.histograms import weight_histograms
+
+        report.details["histograms"] = weight_histograms(checkpoint, output, report.layers, histograms)
+    return report
 
 
 def _planned(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tuple[Checkpoint, Plan, Work | None]:
