@@ -47,6 +47,7 @@ class Loader:
     - ``unpacked``: weights whose codes it takes only under the weight's own name.
     - ``weights_only``: weights that it runs only with inputs as they are.
     - ``wide``: tensors that it keeps in float32 whatever the model's dtype is.
+    - ``runs_narrow``: whether its class runs in the dtype that float32 is cast to by default.
     """
 
     name: str = ""
@@ -56,6 +57,7 @@ class Loader:
     unpacked: frozenset[str] = frozenset()
     weights_only: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
+    runs_narrow: bool = True
 
 
 @dataclass(frozen=True)

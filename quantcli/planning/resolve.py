@@ -129,7 +129,7 @@ class _Resolver:
         if wish == "auto":
             # A cast takes every tensor itself; what it leaves was to be skipped.
             wide = self.majority in ("F32", "F64")
-            return "BF16" if wide and not self.scheme.weights.is_cast else None
+            return "BF16" if wide and self.loader.runs_narrow and not self.scheme.weights.is_cast else None
         return None if wish == "keep" else DTYPE_OF_NUMBER[wish]
 
     def plan(self) -> Plan:
@@ -310,6 +310,8 @@ class _Resolver:
                 f"{unpacked} layers are stored with unpacked codes, since {self.loader.name} reads their weights; vLLM "
                 "and SGLang want packed ones (--target vllm)."
             )
+        if self.recipe.rest == "auto" and not self.loader.runs_narrow:
+            warnings.append(f"What is not quantized keeps its dtype: {self.loader.name} does not run in bfloat16.")
         left = Counter(self.loader.leave.get(layer.info.name) for layer in layers if layer.role in LAYER_ROLES)
         warnings += [f"{count} weights are left: {reason}." for reason, count in left.most_common(4) if reason]
         sizes = Counter(layer.note for layer in layers if layer.note)

@@ -112,6 +112,7 @@ class RuntimeCheck:
             frozenset(answer["unpacked"]),
             frozenset(answer["weights_only"]),
             frozenset(answer["wide"]),
+            answer["runs_narrow"],
         )
 
     def rehearse(self, plan: Plan, layout: Layout) -> None:

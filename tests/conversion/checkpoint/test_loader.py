@@ -107,6 +107,21 @@ def test_a_linear_layer_with_code_of_its_own_is_left(tmp_path: Path) -> None:
     assert any("DeepseekV4GroupedLinear" in reason for reason in left.values())
 
 
+def test_a_class_that_does_not_run_in_bfloat16_keeps_its_dtype(tmp_path: Path) -> None:
+    tiny_architectures.build("causal:xlnet", tmp_path / "wide")
+    assert not surveyed(tmp_path / "wide", "int8")[1]["runs_narrow"]
+    report = convert(tmp_path / "wide", tmp_path / "nf4", scheme="nf4")
+    assert any("keeps its dtype: XLNetLMHeadModel does not run in bfloat16" in warning for warning in report.warnings)
+    assert load_file(tmp_path / "nf4" / "model.safetensors")["transformer.word_embedding.weight"].dtype == torch.float32
+    assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 0
+
+
+def test_what_is_read_but_not_called_is_found_behind_a_mask(tmp_path: Path) -> None:
+    tiny_architectures.build("masked:mobilebert", tmp_path / "read")
+    left = surveyed(tmp_path / "read", "nf4")[1]["leave"]
+    assert "reads its weight without calling" in left["cls.predictions.dense.weight"]
+
+
 def test_a_weight_that_another_module_reads_is_left(tmp_path: Path) -> None:
     tiny_architectures.build("masked:neomme", tmp_path / "tied")
     left = surveyed(tmp_path / "tied", "int8")[1]["leave"]
@@ -145,8 +160,9 @@ def test_convolutions_that_are_joined_do_not_keep_the_rest_from_loading(tmp_path
 def test_fused_experts_that_run_as_layers_are_calibrated_as_such(tmp_path: Path) -> None:
     tiny_architectures.build("causal:llama4", tmp_path / "fused")
     options = {"scheme": "int4", "algorithm": "gptq", "data": tmp_path / "data.npz"}
-    report = convert(tmp_path / "fused", tmp_path / "out", **options)  # type: ignore[arg-type]
-    assert any(".experts.3." in row.name and row.algorithm == "gptq" for row in report.layers)
+    convert(tmp_path / "fused", tmp_path / "out", **options)  # type: ignore[arg-type]
+    layers = open_checkpoint(tmp_path / "out").manifest.layers
+    assert layers["model.layers.1.feed_forward.experts.3.down_proj.weight"].algorithm == "gptq"
 
 
 def test_experts_that_are_joined_keep_their_inputs(tmp_path: Path) -> None:
