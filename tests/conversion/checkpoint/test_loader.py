@@ -116,7 +116,7 @@ def proven(llama: Path, scheme: str, tmp_path: Path, **loaded: str) -> dict[str,
     artifact = tmp_path / scheme
     convert(llama, artifact, scheme=scheme)
     _, answer = surveyed(llama, scheme)
-    request = {"artifact": str(artifact), "original": str(llama), "threads": 1}
+    request = {"artifact": str(artifact), "original": str(llama), "threads": 1, "keep": {}}
     return loader_run.prove(request | {"loaded": answer["loaded"] | loaded, "joined": answer["joined"]})
 
 
@@ -171,7 +171,7 @@ def test_an_artifact_of_renamed_and_absent_modules_is_run(tmp_path: Path) -> Non
         runtime = convert(folder, tmp_path / scheme, scheme=scheme).details["verified"]["runtime"]
         assert runtime["ran"]["by_forward"] == 4
     told = convert(folder, tmp_path / "codes", scheme="int8", verify="codes").details["verified"]["runtime"]
-    assert told["not_run"] == "--verify codes"
+    assert told["reason"] == "--verify codes"
 
 
 def test_a_service_answers_again_and_says_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
