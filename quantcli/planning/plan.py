@@ -28,7 +28,12 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
     unseen = not_matched(renamed, left, [*schemes, *left])
     if len(set(schemes.values())) > 1:
         schemes |= {name: scheme for name, scheme in quantized.items() if name not in schemes}
-    return formats.quantized_format(plan.format).config(schemes, [*left, *unseen], plan.dtype)
+    section = formats.quantized_format(plan.format).config(schemes, [*left, *unseen], plan.dtype)
+    experts = [layer for layer in plan.layers if layer.role == "expert"]
+    if experts and not any(layer.has_codes for layer in experts) and plan.recipe.runtime[0] in (None, "transformers"):
+        with_experts_left = getattr(formats.output_format(plan.format), "with_experts_left", None)
+        return with_experts_left(section) if with_experts_left else section
+    return section
 
 
 _LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "router", "expert")

@@ -24,6 +24,7 @@ from quantcli.conversion.checkpoint.proof import Scope, Skipped, choose_scope, d
 from quantcli.core.dtypes import TORCH_NAMES
 from quantcli.errors import InputError, NotProvenError
 from quantcli.planning.plan import Loader, Plan
+from quantcli.planning.targets.transformers import mixtures
 from quantcli.system.child import ChildFailedError, Service
 from quantcli.system.parallel import usable_cores
 
@@ -119,6 +120,8 @@ class RuntimeCheck:
             self._scope = choose_scope(blocks, self._verify, self._limit)
             if not any(layer.has_codes for layer in plan.layers):
                 self._scope = Scope(run=False)
+        if not self._skipped:
+            self._refuse([refusal.reason for refusal in mixtures(plan)])
         if not self._skipped and not _needs_values(plan):
             with tempfile.TemporaryDirectory(prefix="quantcli-") as place:
                 # Files full of holes: headers, and room that takes no space.

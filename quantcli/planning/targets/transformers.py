@@ -36,9 +36,10 @@ def unknown_format(plan: Plan, target: Target) -> Refusal | None:
 
 
 def unquantized_experts(plan: Plan, target: Target) -> Refusal | None:
-    """Single experts that stay unquantized, since they are fused into one parameter."""
+    """Single experts that stay unquantized among others that do not, since they are fused into one parameter."""
     fuses = plan.format == "compressed-tensors" and not target.is_before(FUSED_EXPERTS)
-    return experts_taken_for_quantized(experts_left(plan) if fuses else [], plan, target)
+    mixed = fuses and any(layer.has_codes for layer in single_experts(plan))
+    return experts_taken_for_quantized(experts_left(plan) if mixed else [], plan, target)
 
 
 def quantized_inputs_of_experts(plan: Plan, target: Target) -> Refusal | None:
@@ -88,6 +89,13 @@ def one_scheme_for_gptq(plan: Plan, target: Target) -> Refusal | None:
         f"the layers have {len(schemes)} schemes ({listed(schemes)}), and transformers loads gptq with one",
         "Give all layers one scheme, or use --format compressed-tensors.",
     )
+
+
+def mixtures(plan: Plan) -> list[Refusal]:
+    """What the installed transformers would not load of a mixture of experts, which it unpacks as it loads them."""
+    target = Target("transformers", None, CHECKED["transformers"])
+    rules = (unquantized_experts, one_width_of_experts)
+    return [refusal for rule in rules if (refusal := rule(plan, target))]
 
 
 RULES = (
