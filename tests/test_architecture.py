@@ -44,6 +44,7 @@ ORDER = (
     ("training",),
     ("conversion",),
     ("evaluation", "benchmarking"),
+    ("search",),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -79,6 +80,8 @@ CONTRACT = {
         "--output", "--scheme", "--format", "--algorithm", "--recipe", "--group-size", "--skip", "--rest", "--target",
         "--calibration", "--data", "--samples", "--seq-len", "--seed", "--tokenizer", "--preprocess", "--weights",
         "--device", "--threads", "--max-memory", "--verify", "--dry-run", "--force", "--allow-larger",
+        "--max-size", "--max-drop", "--metric", "--eval-data", "--max-kl", "--max-latency-p50", "--allow",
+        "--sensitivity", "--search-time", "--pareto",
     },
     "eval": {
         "--data", "--task", "--samples", "--seq-len", "--tokenizer", "--preprocess", "--weights", "--by-layer",
@@ -164,7 +167,7 @@ def test_commands_do_not_call_each_other(module: str) -> None:
         (
             "transformers",
             {"models/hugging_face.py", "models/stored_parameters.py"}
-            | {f"conversion/checkpoint/{name}.py" for name in ("transformers_check", "loader_survey")},
+            | {f"conversion/checkpoint/{name}.py" for name in ("transformers_check", "loader_rows", "loader_survey")},
         ),
         ("psutil", {"system/hardware.py"}),
         ("subprocess", {"system/child.py"}),

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
 from quantcli.calibration.ranges import DEFAULT_METHOD, METHODS
 from quantcli.calibration.statistics import CalibrationStats
-from quantcli.conversion.onnx.equivalence import simplified
+from quantcli.conversion.onnx.equivalence import Data, simplified, upgraded
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.errors import InputError, UsageError
 from quantcli.models.source import ModelSource, model_sha256, open_model, source_sha256
 from quantcli.onnx.graph.model import OnnxModel, open_onnx
+from quantcli.onnx.graph.opset import QDQ_OPSET
 from quantcli.onnx.plan.plan import graph_quantization, observed_tensors
 from quantcli.reporting.report import ModelRow, Report
 from quantcli.system.files import check_target
 from quantcli.system.progress import Progress
 from quantcli.system.text import suggestion
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["DEFAULT_SAMPLES", "calibrate", "collect", "model_sha256"]
 
@@ -80,13 +89,14 @@ def calibrate(
             data, samples=samples, seq_len=seq_len, seed=seed, tokenizer=tokenizer, preprocess=preprocess
         )
         onnx, warnings = _as_onnx(source, Path(scratch), request)
-        graph = simplified(onnx)
+        opened = cache(partial(load_samples, request.at_most(DEFAULT_SAMPLES), onnx.inputs, folder=source.folder))
+        graph = _as_quantized(simplified(onnx, opened), opened)
         names, quantized = observed_tensors(graph), graph_quantization(graph)
         if quantized and not names:
             raise InputError(f"{given} is quantized already ({quantized}).", "Calibrate the model it was made from.")
         if not names:
             raise InputError(f"{given} has nothing to calibrate: no operator that static quantization covers.")
-        chosen = load_samples(request.at_most(DEFAULT_SAMPLES), onnx.inputs, folder=source.folder)
+        chosen = opened()
         stats = collect(
             graph,
             chosen,
@@ -109,6 +119,15 @@ def _as_onnx(source: ModelSource, scratch: Path, request: DataRequest) -> tuple[
 
     exported = export_to_onnx(source.path, scratch, data=request, weights=source.weights)
     return open_onnx(exported.path), [*source.warnings, *exported.warnings]
+
+
+def _as_quantized(graph: ir.Model, data: Data) -> ir.Model:
+    """The graph in the operator set that it will be quantized in, where values have other names in its own."""
+    try:
+        return upgraded(graph, QDQ_OPSET, data)
+    except InputError:
+        # What needs no newer set is quantized all the same.
+        return graph
 
 
 def _report(

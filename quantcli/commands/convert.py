@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,16 @@ from quantcli.conversion.checkpoint.repack import decoded_view, prepare_repackin
 from quantcli.conversion.checkpoint.rows import conversion_report
 from quantcli.conversion.staging import open_staging
 from quantcli.data.request import DataRequest
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import UsageError
 from quantcli.onnx.graph.model import is_onnx
 from quantcli.planning.plan import Loader, Plan
 from quantcli.planning.recipe import Recipe, dequantizes, load_recipe
 from quantcli.planning.resolve import resolve
+from quantcli.planning.rules import Rules
 from quantcli.planning.steps import training_step
 from quantcli.planning.targets import for_target
 from quantcli.reporting.report import Report
+from quantcli.search.budget import Budget
 from quantcli.system.files import check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
 from quantcli.system.parallel import at_most
@@ -60,6 +62,7 @@ def convert(
     dry_run: bool = False,
     force: bool = False,
     allow_larger: bool = False,
+    budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model and verify the result.
@@ -98,6 +101,7 @@ def convert(
         dry_run: plan and report only.
         force: replace an existing output.
         allow_larger: keep an ONNX artifact that is no smaller than its model.
+        budget: ceilings of size, loss or latency, which a mix of schemes is searched for; in place of ``scheme``.
         progress: called with bytes (or samples) done and in all, from any thread.
 
     Returns:
@@ -160,19 +164,47 @@ def convert(
             "Statistics of `calibrate` are for ONNX: a checkpoint's layers are calibrated one block after the other.",
             hint="Give the data itself with --data, or use --format onnx.",
         )
-    return _convert_checkpoint(
-        str(model),
-        place,
-        wishes,
-        request,
-        weights=weights,
-        device=device,
-        threads=threads,
-        max_memory=max_memory,
-        verify=verify,
-        dry_run=dry_run,
-        force=force,
-        progress=progress,
+    one = partial(
+        _convert_checkpoint, str(model), weights=weights, device=device, threads=threads, max_memory=max_memory,
+        verify=verify, progress=progress,
+    )  # fmt: skip
+    if budget is not None and budget != Budget():
+        return _within(budget, str(model), place, wishes, request, weights, one, dry_run=dry_run, force=force)
+    return one(place, wishes, request, dry_run=dry_run, force=force)
+
+
+def _within(
+    budget: Budget,
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    request: DataRequest | None,
+    weights: str | Path | None,
+    convert_one: Callable[..., Report],
+    *,
+    dry_run: bool,
+    force: bool,
+) -> Report:
+    """A checkpoint's conversion by the mix of schemes that keeps a budget."""
+    from quantcli.commands.convert_budget import convert_within, require_other_data, uses_data
+    from quantcli.search.subject import CheckpointSubject
+
+    if is_pipeline(Path(model)):
+        raise UsageError(f"{model} is a diffusers pipeline; a budget is for one model.", "Name one of its folders.")
+    if recipe.scheme is not None:
+        raise UsageError("A budget chooses the scheme.", "Leave --scheme out, or name schemes with --allow.")
+    budget = budget.checked(onnx=False, data=request is not None)
+    require_other_data(recipe, budget, data=request is not None)
+    source, function = _weights_of(model, weights)
+    subject = CheckpointSubject(open_checkpoint(source), function, recipe, request, output)
+    given = request if uses_data(recipe) else None
+
+    def convert_by(found: Recipe, place: Path, planned: bool) -> Report:
+        data = None if dequantizes(found) else given
+        return convert_one(place, found, data, dry_run=planned, force=not planned)
+
+    return convert_within(
+        model, output, budget, subject.search, convert_by, subject.losses, dry_run=dry_run, force=force
     )
 
 
@@ -217,15 +249,10 @@ def _convert_checkpoint(
     from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
 
     with at_most(threads), RuntimeCheck(plan, checkpoint, verify, max_memory) as check:
-        split = None if work else check.as_layers()
-        if split:
-            if request is not None:
-                raise InputError(
-                    "transformers runs these experts as single layers, and the model to calibrate has them fused.",
-                    "Leave --data out: mse, the default for int4, chooses codes without.",
-                )
-            checkpoint = split
-            plan = for_target(resolve(recipe, checkpoint.infos(), checkpoint.config))
+        held = None if work else check.as_held(Rules(recipe))
+        if held:
+            checkpoint = held
+            plan = for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=request is not None))
             check.ask(plan)
         plan = _as_loaded(plan, checkpoint, check.survey(), data=request is not None, carried=work is not None)
         if request is not None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 METRICS = {
     "top1": ("Top-1", "{:.2%}"),
     "top5": ("Top-5", "{:.2%}"),
+    "wer": ("Word error rate", "{:.2%}"),
+    "same_text": ("Same text", "{:.2%}"),
     "perplexity": ("Perplexity", "{:.4g}"),
     "kl_nats": ("KL (nats)", "{:.3g}"),
     "top1_agreement": ("Top-1 agreement", "{:.2%}"),

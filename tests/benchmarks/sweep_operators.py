@@ -281,7 +281,9 @@ def _save_data(feeds: dict[str, Any], folder: Path) -> None:
     import numpy
 
     folder.mkdir(exist_ok=True)
-    arrays = {name: value for name, value in feeds.items() if isinstance(value, numpy.ndarray)}
+    arrays = {name: numpy.asarray(value) for name, value in feeds.items() if not isinstance(value, list | type(None))}
+    # numpy's files know no types but its own.
+    arrays = {name: a.astype(numpy.float32) if a.dtype.name == "bfloat16" else a for name, a in arrays.items()}
     for number in range(4):
         with contextlib.suppress(Exception):
             numpy.savez(folder / f"{number}.npz", **arrays)

@@ -7,31 +7,29 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantcli.calibration.collect import DEFAULT_SAMPLES
 from quantcli.checkpoint.hugging_face import companions
 from quantcli.conversion.onnx.advice import Advice, advise
 from quantcli.conversion.onnx.comparison import (
     COMPARED_SAMPLES,
-    Comparison,
-    NotCompared,
     OutputComparison,
-    made_up,
-    of_samples,
 )
 from quantcli.conversion.onnx.evidence import gather, load
 from quantcli.conversion.onnx.explained import Honest
 from quantcli.conversion.onnx.result import Result
 from quantcli.conversion.onnx.source import Source, open_source, planned_graph
+from quantcli.conversion.onnx.trial_inputs import NoFeeds, made_up, of_samples
 from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.models.kernels import prove
-from quantcli.models.session import Session
+from quantcli.models.session import session_of
 from quantcli.onnx.graph.model import OnnxModel, constants, onnx_file
 from quantcli.onnx.graph.save import add_metadata, read_back, save_graph
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
@@ -138,12 +136,13 @@ def convert_onnx(
 def _convert(job: _Job, staging: Staging) -> Report:
     """The stages of a conversion, inside the staging folder."""
     source = open_source(job.model, job.weights, job.recipe, job.data, staging.root / "export")
-    graph, plan = planned_graph(source.model, job.recipe, source.codes)
+    data = cache(partial(load, source, job.data, trains=job.trains))
+    graph, plan = planned_graph(source.model, job.recipe, data, source.codes)
     _require_data(job, plan)
     if job.dry_run:
         return _estimate(job, source, plan)
     require_finite(plan)
-    samples = load(source, job.data, trains=job.trains)
+    samples = data()
     calibrating = samples.spread(DEFAULT_SAMPLES) if samples is not None and job.trains else samples
     folder, seed = staging.root / "hessians", job.data.seed if job.data else 0
     gathered = gather(source, graph, plan, job.statistics, calibrating, seed, folder, job.progress)
@@ -164,17 +163,11 @@ def _convert(job: _Job, staging: Staging) -> Report:
     files = _save(graph, target, job.output)
     verified = {**read_back(graph, target), "runtime": prove(target, str(job.output)).to_json()}
     outputs = _outputs(source, honest, calibrating, staging.root)
-    told: Comparison | NotCompared
-    compared, advice = None, Advice()
-    if isinstance(outputs, NotCompared):
-        told = outputs
-    else:
-        told = compared = outputs.against(target, str(job.output))
-        if not job.trains:
-            honest.require(outcomes, outputs, compared, target)
-        if calibrating is not None:
-            verified["compared"] = compared.to_json()
-            advice = advise(job.recipe, source.model, gathered.evidence, outputs, compared.sqnr_db, staging.root)
+    compared, advice = outputs.against(target, str(job.output)), Advice()
+    doubts = [] if job.trains else honest.require(outcomes, outputs, compared, target)
+    if calibrating is not None:
+        verified["compared"] = compared.to_json()
+        advice = advise(job.recipe, source.model, data, gathered.evidence, outputs, compared.sqnr_db, staging.root)
     result = Result(source, job.output, done, outcomes, verified, None if calibrating is None else compared)
     manifest = result.manifest(data_fingerprint)
     add_metadata(target, MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
@@ -183,34 +176,30 @@ def _convert(job: _Job, staging: Staging) -> Report:
         _require_smaller(size, source.model.size_bytes, weights_before)
     _copy_companions(source, job, staging.out)
 
-    stages = (source, samples, gathered, history, done, told, advice)
-    warnings = [warning for stage in stages if stage is not None for warning in stage.warnings]
-    details = {"verified": verified, "recommended": advice.scheme, "outputs": _told(told)}
+    stages = (source, samples, gathered, history, done, compared, advice)
+    warnings = [*doubts, *(warning for stage in stages if stage is not None for warning in stage.warnings)]
+    outputs_told = {"compared": True, "made_up": compared.made_up} | compared.to_json()
+    details = {"verified": verified, "recommended": advice.scheme, "outputs": outputs_told}
     return result.report(size, warnings, details | ({"training": history.to_json()} if history else {}))
 
 
-def _outputs(source: Source, honest: Honest, samples: Samples | None, folder: Path) -> OutputComparison | NotCompared:
-    """What outputs are compared on: the data, or made-up inputs."""
+def _outputs(source: Source, honest: Honest, samples: Samples | None, folder: Path) -> OutputComparison:
+    """What outputs are compared on: the data, or made-up inputs.
+
+    Raises:
+        InputError: there is no data, and the model runs on nothing that is made up.
+    """
     model, loose = source.model.path, honest.shapes_depend_on_values
     if samples is not None:
         return OutputComparison(model, of_samples(samples, COMPARED_SAMPLES), folder, loose=loose)
-    try:
-        reference = Session(model)
-    except InputError as error:
-        return NotCompared(error.message)
+    reference = session_of(model, name=source.subject.path)
     feeds = made_up(reference, honest.graph)
-    return (
-        feeds
-        if isinstance(feeds, NotCompared)
-        else OutputComparison(reference, feeds, folder, made_up=True, loose=loose)
-    )
-
-
-def _told(compared: Comparison | NotCompared) -> dict[str, Any]:
-    """What the report says of outputs."""
-    if isinstance(compared, NotCompared):
-        return {"compared": False, "reason": compared.reason}
-    return {"compared": True, "made_up": compared.made_up} | compared.to_json()
+    if isinstance(feeds, NoFeeds):
+        raise InputError(
+            f"Nothing shows what the artifact of {source.subject.path} computes: {feeds.reason}",
+            "Give --data with inputs that the model runs on. Nothing was written.",
+        )
+    return OutputComparison(reference, feeds, folder, made_up=True, loose=loose)
 
 
 def _check_request(job: _Job) -> None:

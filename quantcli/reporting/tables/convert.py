@@ -7,6 +7,7 @@ from typing import Any
 
 from quantcli.reporting.metric_labels import METRICS, decibel_text, metric_label, metric_text
 from quantcli.reporting.report import LayerRow, ModelRow, Report, Table
+from quantcli.reporting.tables.budget import budget_tables
 from quantcli.reporting.tables.common import SIZES, collapse, counted_text, is_shown, ratio_text, total_sizes
 from quantcli.system.text import format_bytes, format_seconds
 
@@ -16,6 +17,9 @@ _TRAINED = {"original": "original", "ptq": "PTQ", "qat": "QAT"}
 
 def convert_tables(report: Report) -> list[Table]:
     """Layers, what was left and why, totals."""
+    budget = budget_tables(report)
+    if len(report.models) == 1:
+        return budget  # one that nothing keeps
     source, artifact = report.models
     done = [row for row in report.layers if row.scheme]
     left = [row for row in report.layers if not row.scheme]
@@ -42,7 +46,7 @@ def convert_tables(report: Report) -> list[Table]:
     proof = [_kernel_table(runtime)] if runtime.get("integer_kernels") or runtime.get("float_kernels") else []
     training = training_table(report)
     shown = [layers, *([kept] if left else []), *proof, *([training] if training else [])]
-    return [*shown, _totals(report, source, artifact)]
+    return [*shown, *budget, _totals(report, source, artifact)]
 
 
 def training_table(report: Report) -> Table | None:
@@ -91,17 +95,10 @@ def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
         rows.append(("Verified", f"{verified['tensors']} tensors reopened and decoded, all codes equal"))
         rows.append(("Runtime", _runtime_text(verified["runtime"])))
         if "compared" in verified:
-            compared = verified["compared"]
-            outputs = (
-                f"{decibel_text(compared['sqnr_db'])} on {counted_text(compared['samples'], 'sample')} of the data"
-            )
-            rows.append(("Outputs", outputs))
+            rows.append(("Outputs", _outputs_text(verified["compared"], "sample of the data", "samples of the data")))
         elif report.details.get("outputs", {}).get("compared"):
-            found = report.details["outputs"]
-            made_up = counted_text(found["samples"], "made-up sample")
-            rows.append(
-                ("Outputs", f"of the model's names, types and shapes; {decibel_text(found['sqnr_db'])} on {made_up}")
-            )
+            text = _outputs_text(report.details["outputs"], "made-up sample", "made-up samples")
+            rows.append(("Outputs", f"of the model's names, types and shapes; {text}"))
         speed = artifact.metrics.get("speed")
         if speed is not None:
             rows.append(("Speed", f"about {speed:.2g} times the model's, on these samples"))
@@ -110,6 +107,16 @@ def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
     return Table(
         "Total" if "seconds" in report.details else "Total (dry run: nothing was written)", ("", "Value"), rows
     )
+
+
+def _outputs_text(compared: Mapping[str, Any], one: str, many: str) -> str:
+    """How an artifact's outputs compare with the model's."""
+    parts = [] if compared["sqnr_db"] is None else [decibel_text(compared["sqnr_db"])]
+    equal = compared.get("equal")
+    if equal is not None:
+        parts.append(f"{100 * equal:.1f}% of those that are no floats equal")
+    samples = compared["samples"]
+    return f"{', '.join(parts) or 'equal'} on {samples} {one if samples == 1 else many}"
 
 
 def _runtime_text(runtime: Mapping[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Budgets: the smallest, or the best, mix of schemes that keeps what a user asked for."""

@@ -1,0 +1,51 @@
+"""How sure one can be of a difference between two models that were run on the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, inf, sqrt
+from statistics import fmean, stdev
+
+from scipy.stats import beta, t
+
+#: A bound holds in 95 of 100 cases.
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Drop:
+    """What a metric loses: its mean over samples, and what it is at most, with `CONFIDENCE`."""
+
+    mean: float
+    bound: float
+    samples: int
+    deviation: float
+
+    def samples_for(self, limit: float) -> int | None:
+        """About how many samples would show that the loss is within a limit; None where it is not on average."""
+        room = limit - self.mean
+        if room <= 0:
+            return None
+        by_spread = (1.645 * self.deviation / room) ** 2
+        # Where no sample differs, so many are needed to call differences rare (the rule of three).
+        return ceil(max(by_spread, 3 / room, self.samples + 1))
+
+
+def drop_of(losses: Sequence[float]) -> Drop:
+    """The loss of a metric from what it lost on each sample (reference minus candidate), one value a sample.
+
+    For values of -1, 0 and 1 (an answer that was right or wrong) the bound is the larger of Student's and of that of
+    Clopper and Pearson (1934) for the samples that got worse, less those that got better: a handful of samples that
+    are all equal show little. For others it is Student's; one sample shows nothing.
+    """
+    count = len(losses)
+    mean = fmean(losses)
+    deviation = stdev(losses) if count > 1 else inf
+    bound = mean + float(t.ppf(CONFIDENCE, count - 1)) * deviation / sqrt(count) if count > 1 else inf
+    if set(losses) <= {-1.0, 0.0, 1.0}:
+        worse, better = sum(loss > 0 for loss in losses), sum(loss < 0 for loss in losses)
+        most = float(beta.ppf(CONFIDENCE, worse + 1, count - worse)) if worse < count else 1.0
+        exact = most - better / count
+        bound = exact if count == 1 else max(bound, exact)
+    return Drop(mean, bound, count, deviation if count > 1 else 1.0)

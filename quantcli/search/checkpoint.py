@@ -1,0 +1,242 @@
+"""A budget on a checkpoint: which scheme for which layer, found by estimates, held to measurements, judged apart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, floor, inf, isfinite, log10
+from typing import Any, Literal
+
+from quantcli.errors import BudgetError
+from quantcli.planning.recipe import Recipe
+from quantcli.search.bounds import Drop
+from quantcli.search.budget import Budget
+from quantcli.search.choices import Found, Mix, total
+from quantcli.search.judge import KL, metric_of, require_kl
+from quantcli.search.solver import best_mix, best_mixes
+from quantcli.search.trials import CheckpointTrials
+from quantcli.system.text import format_bytes
+
+#: Attempts to meet a limit on outputs, each at a cost that the one before shows to be better.
+_ATTEMPTS = 6
+#: A smaller artifact is looked for while the limit is used up to no more than this share.
+_USED = 0.85
+#: By so much a planned size may be more than that of the artifact.
+_SLACK_BYTES = 2048
+#: Points of the frontier.
+_POINTS = 9
+
+
+@dataclass
+class CheckpointSearch:
+    """One search for one budget; ``is_repeated``: what an earlier one found did not keep it."""
+
+    trials: CheckpointTrials
+    budget: Budget
+    is_repeated: bool = False
+
+    def run(self) -> Found:
+        """Find a recipe that keeps the budget.
+
+        Raises:
+            BudgetError: there is none, or too few samples show that there is one.
+            UsageError: a target refuses all mixes, or the data gives no such metric.
+            InputError: the data does not suit the model.
+        """
+        self._require_room()
+        mix = self._for_outputs() if self.budget.judges_outputs else self._for_size()
+        recipe = self.trials.ways.recipe_of(self.trials.groups, mix)
+        return Found(recipe, self._details(mix, recipe), self._warnings())
+
+    def _require_room(self) -> None:
+        """Raise BudgetError, before any work, where not even the smallest mix keeps the ceiling on bytes."""
+        if self.budget.max_size is None:
+            return
+        smallest = best_mix(self.trials.unpriced, "nbytes", {})
+        assert smallest is not None
+        least = self.trials.nbytes(smallest)
+        if least > self.budget.max_size:
+            raise BudgetError(
+                f"--max-size {format_bytes(self.budget.max_size)} cannot be met: the smallest that "
+                f"{', '.join(self.budget.allow)} give has {least} bytes ({format_bytes(least)}).",
+                f"The nearest that can be met: --max-size {least}",
+                {"asked": self.budget.ceilings, "nearest": {"max_size": least}},
+            )
+
+    def _limit(self) -> float:
+        """What the groups' bytes may sum up to, so that the whole artifact keeps the ceiling."""
+        assert self.budget.max_size is not None
+        limit = float(self.budget.max_size)
+        smallest = best_mix(self.trials.groups, "nbytes", {})
+        assert smallest is not None
+        # What all mixes have beside the groups; names in recipe and headers differ by a little, which is repaired.
+        limit -= self.trials.nbytes(smallest) - total(self.trials.groups, smallest, "nbytes")
+        while True:
+            mix = best_mix(self.trials.groups, "cost", {"nbytes": limit}) or smallest
+            excess = self.trials.nbytes(mix) - self.budget.max_size
+            if excess <= 0 or mix == smallest:
+                return limit
+            limit -= excess
+
+    def _for_size(self) -> Mix:
+        """The mix of the least loss under a ceiling on bytes; no worse than one scheme for all, where that fits."""
+        limit = self._limit()
+        mixes = list(best_mixes(self.trials.groups, "cost", {"nbytes": limit}, count=self.trials.measured_count()))
+        fitting = [mix for mix in mixes if self.trials.nbytes(mix) <= (self.budget.max_size or 0)]
+        best = fitting[0]
+        for mix in fitting[1:]:
+            if not self.trials.is_late() and self.trials.distance(mix) < self.trials.distance(best):
+                best = mix
+        uniform = self._best_uniform()
+        if uniform is None or uniform == best or self.trials.evidence is None or self.trials.is_late():
+            return best
+        return min((best, uniform), key=self.trials.loss)
+
+    def _best_uniform(self) -> Mix | None:
+        """The best by estimate of the mixes that have one scheme for all layers."""
+        assert self.budget.max_size is not None
+        # What is planned is a little more than what comes of it. What is too large after all is not published, and the
+        # search repeated without this allowance.
+        most = self.budget.max_size + (0 if self.is_repeated else _SLACK_BYTES)
+        mixes = [mix for mix in self.trials.uniforms() if self.trials.nbytes(mix) <= most]
+        return min(mixes, key=lambda mix: total(self.trials.groups, mix, "cost"), default=None)
+
+    def _for_outputs(self) -> Mix:
+        """The smallest mix that keeps the limits on outputs, as sure as the samples allow.
+
+        How much an estimated cost may be is found by trying: what is measured tells by how much the next differs.
+        """
+        least, most = self._extreme("cost"), self._extreme("nbytes")
+        low, high = (max(total(self.trials.groups, mix, "cost"), 1e-12) for mix in (least, most))
+        limit = min(high, max(low, self.budget.max_kl or high / 4))
+        accepted: Mix | None = None
+        for _ in range(_ATTEMPTS):
+            mix = best_mix(self.trials.groups, "nbytes", {"cost": max(limit, low)}) or least
+            used = self._used(mix)
+            if used <= 1 and (accepted is None or self.trials.nbytes(mix) < self.trials.nbytes(accepted)):
+                accepted = mix
+            if (used <= 1 and (used > _USED or mix == most)) or (used > 1 and mix == least) or self.trials.is_late():
+                break
+            low, high = (limit, high) if used <= 1 else (low, limit)
+            # In the middle of what is known, or where the loss, in proportion, would just be kept.
+            limit = min(max(limit * min(4.0, 0.95 / max(used, 0.05)), low * 1.02), high * 0.98)
+        accepted = self._smaller_uniform(accepted)
+        if accepted is None and self._used(least) <= 1:
+            accepted = least
+        if accepted is None:
+            raise self._unmet(least)
+        if self.budget.max_size is not None and self.trials.nbytes(accepted) > self.budget.max_size:
+            size = self.trials.nbytes(accepted)
+            raise BudgetError(
+                f"--max-size {format_bytes(self.budget.max_size)} cannot be met together with the limit on outputs: "
+                f"the smallest found that keeps that has {size} bytes ({format_bytes(size)}).",
+                f"The nearest that can be met: --max-size {size}",
+                self._failed({"max_size": size}),
+            )
+        return accepted
+
+    def _extreme(self, column: Literal["cost", "nbytes"]) -> Mix:
+        mix = best_mix(self.trials.groups, column, {})
+        assert mix is not None
+        return mix
+
+    def _smaller_uniform(self, accepted: Mix | None) -> Mix | None:
+        """One scheme for all layers, where that keeps the limits and is smaller than what was found."""
+        for mix in sorted(self.trials.uniforms(), key=self.trials.nbytes):
+            if accepted is not None and self.trials.nbytes(mix) >= self.trials.nbytes(accepted):
+                break
+            if not self.trials.is_late() and self._used(mix) <= 1:
+                return mix
+        return accepted
+
+    def _used(self, mix: Mix) -> float:
+        """How much of the limits on outputs a mix uses, with confidence: above 1 one of them is not kept."""
+        shares = []
+        for limit, drop in self._limits(mix):
+            shares.append(drop.bound / limit if limit > 0 else (0.0 if drop.bound <= 0 else inf))
+        return max(shares)
+
+    def _limits(self, mix: Mix) -> list[tuple[float, Drop]]:
+        """The limits on outputs in the order of `Budget.ceilings`, with what a mix loses of each."""
+        drops, found = self.trials.drops(mix), []
+        if self.budget.max_drop is not None:
+            found.append((self.budget.max_drop, drops[metric_of(drops, self.budget.metric)]))
+        if self.budget.max_kl is not None:
+            require_kl(drops)
+            found.append((self.budget.max_kl, drops[KL]))
+        return found
+
+    def _unmet(self, best: Mix) -> BudgetError:
+        """Why the mix that loses least does not do: it loses too much, or the samples show too little."""
+        options = [name for name in self.budget.ceilings if name in ("--max-kl", "--max-drop")]
+        told = list(zip(options, self._limits(best), strict=True))
+        for option, (limit, drop) in told:
+            more = drop.samples_for(limit)
+            if drop.bound > limit and more is not None:
+                return BudgetError(
+                    f"{drop.samples} samples are too few to show that {option} {limit:g} is kept: the loss is "
+                    f"{drop.mean:.3g}, and could be {drop.bound:.3g}.",
+                    f"About {more} samples would do; or allow {option} {_above(drop.bound)}.",
+                    self._failed({"samples": more}),
+                )
+        option, (limit, drop) = next(each for each in told if each[1][1].bound > each[1][0])
+        return BudgetError(
+            f"{option} {limit:g} cannot be met with {', '.join(self.budget.allow)}: the least loss found is "
+            f"{drop.mean:.3g} (at most {drop.bound:.3g}).",
+            f"The nearest that can be met: {option} {_above(drop.bound)}",
+            self._failed({option.strip("-").replace("-", "_"): float(_above(drop.bound))}),
+        )
+
+    def _failed(self, nearest: Mapping[str, float]) -> dict[str, Any]:
+        return {"asked": self.budget.ceilings, "nearest": dict(nearest), "candidates": self._candidates()}
+
+    def _candidates(self, mix: Mix | None = None) -> list[dict[str, Any]]:
+        """Mixes of one scheme, those that were judged, and the chosen one, by size."""
+        judged = [other for other in self.trials.seen if self.trials.is_compared(other)]
+        known = dict.fromkeys([*self.trials.uniforms(), *judged, *([] if mix is None else [mix])])
+        rows = [(other, self.trials.row(other)) for other in sorted(known, key=self.trials.nbytes)]
+        return [row | {"chosen": other == mix} for other, row in rows]
+
+    def frontier(self) -> list[dict[str, Any]]:
+        """Points from the smallest mix to the one that loses least, the best of their size by estimate."""
+        smallest, least = (total(self.trials.groups, self._extreme(each), "nbytes") for each in ("nbytes", "cost"))
+        sizes = [smallest + (least - smallest) * number / (_POINTS - 1) for number in range(_POINTS)]
+        found = (best_mix(self.trials.groups, "cost", {"nbytes": size}) for size in sizes)
+        mixes = list(dict.fromkeys(mix for mix in found if mix is not None))
+        for mix in mixes:
+            if self.trials.evidence is not None and not self.trials.is_late():
+                self.trials.drops(mix)
+        return [self.trials.row(mix) for mix in mixes]
+
+    def _details(self, mix: Mix, recipe: Recipe) -> dict[str, Any]:
+        evidence = self.trials.evidence
+        return {
+            "asked": self.budget.ceilings,
+            "measure": self.trials.store.found.measure,
+            "samples": {"searched": len(evidence.searched), "held_out": len(evidence.held_out)} if evidence else None,
+            "chosen": self.trials.row(mix),
+            "candidates": self._candidates(mix),
+            "frontier": self.frontier() if self.budget.pareto else None,
+            "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+            "search_seconds": round(time.monotonic() - self.trials.started, 3),
+        }
+
+    def _warnings(self) -> tuple[str, ...]:
+        told = []
+        if self.trials.evidence is None:
+            told.append(
+                "There is no --data, so layers were chosen by the error of their weights alone, which says little of "
+                "what a model loses."
+            )
+        elif self.trials.store.found.measure != KL:
+            told.append("The model returns no logits; what is kept small is the error of its first output.")
+        return tuple(told)
+
+
+def _above(value: float) -> str:
+    """A number of three digits that is no less."""
+    if not isfinite(value) or value <= 0:
+        return f"{value:g}"
+    step = 10.0 ** (floor(log10(value)) - 2)
+    return f"{ceil(value / step) * step:.6g}"

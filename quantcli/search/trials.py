@@ -1,0 +1,264 @@
+"""Mixes of schemes for a checkpoint, tried out: what they take, and what the outputs lose."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from quantcli.algorithms import needs_no_data
+from quantcli.blocks.model import SequentialModel
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.core.ports import Arrays
+from quantcli.data.request import DataRequest
+from quantcli.errors import InputError
+from quantcli.evaluation.inputs import Inputs
+from quantcli.models.runner import TorchRunner
+from quantcli.models.source import ModelSource
+from quantcli.planning.plan import Loader
+from quantcli.planning.recipe import Recipe
+from quantcli.search.bounds import Drop
+from quantcli.search.budget import Budget
+from quantcli.search.choices import Group, Mix, chosen, total
+from quantcli.search.judge import COMPARED, KL, Evidence, Judged, alone, gather, judge, metric_of
+from quantcli.search.module import SearchedModel
+from quantcli.search.sensitivity import Estimator, StoredValues
+from quantcli.search.sensitivity_file import SensitivityStore
+from quantcli.search.ways import Ways, labels
+from quantcli.system.hardware import free_memory_bytes
+from quantcli.system.text import format_bytes
+
+#: Mixes that are the best by estimate, and measured to be told apart: at most, and products of all together.
+_MOST_MEASURED, _MEASURED_PRODUCTS = 64, 10**10
+#: The original, a mix of its weights decoded, and the artifact beside them when it is judged.
+_FLOAT_COPIES = 3
+
+
+@dataclass
+class CheckpointTrials:
+    """A checkpoint, its data, and what was found out so far. ``open_module`` makes the model, once there is data.
+
+    Of the budget only what stays the same counts here: data, allowed schemes, the file of sensitivities.
+    """
+
+    source: ModelSource
+    checkpoint: Checkpoint
+    recipe: Recipe
+    budget: Budget
+    request: DataRequest | None
+    loader: Loader
+    output: Path
+    open_module: Callable[[], SequentialModel]
+    tick: Callable[[float], None] = lambda _: None
+    seed: int = 0
+    seen: dict[Mix, None] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    _sizes: dict[Mix, int] = field(default_factory=dict)
+
+    def is_late(self) -> bool:
+        """Whether the time for the search is over."""
+        limit = self.budget.search_seconds
+        return limit is not None and time.monotonic() - self.started > limit
+
+    @cached_property
+    def ways(self) -> Ways:
+        """What can be chosen."""
+        return Ways(self.checkpoint, self.recipe, self.budget.allow, self.loader, self.output)
+
+    @cached_property
+    def evidence(self) -> Evidence | None:
+        """Samples to search by, and to judge by."""
+        return gather(self.source, self.request, self.budget.eval_data)
+
+    @cached_property
+    def model(self) -> SearchedModel | None:
+        """The model in memory, where there are samples. Raises InputError where it does not fit."""
+        if self.evidence is None:
+            return None
+        needed, free = _FLOAT_COPIES * 4 * sum(info.numel for info in self.ways.infos), free_memory_bytes()
+        if needed > free:
+            raise InputError(
+                f"A search on data holds the model in float32 and what becomes of it: {format_bytes(needed)}, and "
+                f"{format_bytes(free)} of memory are free.",
+                "Leave --data out, so that errors of weights decide, or use a machine with more memory.",
+            )
+        return SearchedModel(self.open_module(), self.evidence.searched.samples)
+
+    @cached_property
+    def store(self) -> SensitivityStore:
+        """What was learned of this model before, and is learned now."""
+        identity = {
+            "model": self.checkpoint.sha256(),
+            "data": self.evidence.searched.samples.sha256 if self.evidence else "none",
+            "schemes": self._schemes(),
+        }
+        return SensitivityStore(self.budget.sensitivity, identity)
+
+    def _schemes(self) -> str:
+        """What decides costs beside model and data. Codes are rounded without data, whatever will choose them."""
+        wishes = self.recipe.model_dump_json(exclude_unset=True, exclude={"algorithm", "steps"})
+        named = self.recipe.algorithm
+        plain = named if named != "auto" and needs_no_data(named) else ""
+        return f"{','.join(self.budget.allow)} {plain} {wishes}"
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """What is chosen of, with estimated costs."""
+        estimator = Estimator(self.ways, self.store, self.model, self.stored, self.seed, self.tick, self.is_late)
+        return self.ways.choices(estimator.costs())
+
+    @cached_property
+    def unpriced(self) -> list[Group]:
+        """As `groups`, before anything is known of costs."""
+        return self.ways.choices({})
+
+    @cached_property
+    def stored(self) -> StoredValues:
+        """What weights become."""
+        first = tuple(0 for _ in self.unpriced)
+        return StoredValues(self.ways, self.model, self.ways.planned(self.ways.recipe_of(self.unpriced, first)))
+
+    def nbytes(self, mix: Mix) -> int:
+        """Bytes of the whole artifact. Raises UsageError where a target refuses the mix."""
+        if mix not in self._sizes:
+            self._sizes[mix] = self.ways.artifact_bytes(self.ways.recipe_of(self.unpriced, mix))
+        return self._sizes[mix]
+
+    def uniforms(self) -> list[Mix]:
+        """One scheme for all layers that take it; heads, and layers that do not, stay where they can."""
+        known = dict.fromkeys(choice.label for group in self.groups for choice in group.choices)
+        mixes = []
+        for label in known:
+            mix = []
+            for names, group in zip(self.ways.groups, self.groups, strict=True):
+                numbers = {choice.label: number for number, choice in enumerate(group.choices)}
+                left = len(group.choices) - 1
+                is_head = any(self.ways.is_head(name) for name in names)
+                mix.append(left if is_head else numbers.get(label, left))
+            mixes.append(tuple(mix))
+        return list(dict.fromkeys(mixes))
+
+    def measured_count(self) -> int:
+        """How many of the mixes that are best by estimate are measured: many of a small model, few of a large one."""
+        if self.model is None:
+            return 1
+        positions = sum(max(values.numel() for values in sample.values()) for sample in self.model.samples)
+        products = positions * sum(info.numel for info in self.ways.infos)
+        return int(min(_MOST_MEASURED, max(1, _MEASURED_PRODUCTS // products)))
+
+    def distance(self, mix: Mix) -> float:
+        """How far the outputs move on the samples of the search; without data, by estimate."""
+        self.seen[mix] = None
+        if self.model is None:
+            return total(self.groups, mix, "cost")
+        key = f"searched {self._key(mix)}"
+        if key not in self.store.found.measured:
+            found = self.model.distance(self.stored.of_mix(self._labels(mix)))
+            self.store.found.measured[key] = {"distance": found}
+            self.store.save()
+        return float(self.store.found.measured[key]["distance"] or 0.0)
+
+    def drops(self, mix: Mix) -> dict[str, Drop]:
+        """What every metric loses with this mix, on samples that were held out."""
+        self.seen[mix] = None
+        key = self._held_out_key(mix)
+        if key not in self.store.found.measured:
+            drops = self._judged(mix).drops()
+            self.store.found.measured[key] = {
+                f"{name} {part}": value
+                for name, drop in drops.items()
+                for part, value in asdict(drop).items()
+                if value != inf
+            }
+            self.store.save()
+        kept: dict[str, dict[str, Any]] = {}
+        for entry, value in self.store.found.measured[key].items():
+            name, part = entry.split()
+            kept.setdefault(name, {"bound": inf})[part] = value
+        return {name: Drop(**parts) for name, parts in kept.items()}
+
+    def loss(self, mix: Mix) -> float:
+        """What tells two mixes apart on what was held out: perplexity, or else divergence, or the task's own metric.
+
+        Perplexity takes no run of the original, so that it is known at half the cost.
+        """
+        assert self.evidence is not None
+        inputs = self.evidence.held_out
+        if "perplexity" not in (inputs.task.METRICS or ()):
+            drops = self.drops(mix)
+            return drops[KL if KL in drops else metric_of(drops, self.budget.metric)].mean
+        self.seen[mix] = None
+        key = f"alone {self._held_out_key(mix)}"
+        if key not in self.store.found.measured:
+            few = Inputs(inputs.task, inputs.samples.spread(COMPARED))
+            self.store.found.measured[key] = alone(self.source, self._holding(mix), few)
+            self.store.save()
+        return float(self.store.found.measured[key]["perplexity"] or 0.0)
+
+    def _judged(self, mix: Mix) -> Judged:
+        """The model as this mix would leave it, beside the original, on samples that were held out."""
+        assert self.evidence is not None
+        candidate = self._holding(mix)
+        return judge(self.source, candidate.original, candidate, self.evidence.held_out)
+
+    def _holding(self, mix: Mix) -> _Holding:
+        """The model as this mix would leave it."""
+        assert self.model is not None
+        is_folder = self.source.kind == "checkpoint"
+        runner = TorchRunner(self.model.module, self.model.ports, self.source.path, hugging_face=is_folder)
+        return _Holding(runner, self.model, self.stored.of_mix(self._labels(mix)))
+
+    def is_judged(self, mix: Mix) -> bool:
+        """Whether it is known what a mix loses on samples that were held out."""
+        return self.evidence is not None and self._held_out_key(mix) in self.store.found.measured
+
+    def is_compared(self, mix: Mix) -> bool:
+        """Whether it was run on samples that were held out."""
+        known = self.store.found.measured
+        return self.is_judged(mix) or (self.evidence is not None and f"alone {self._held_out_key(mix)}" in known)
+
+    def row(self, mix: Mix) -> dict[str, Any]:
+        """What is known of a mix."""
+        row: dict[str, Any] = {"size_bytes": self.nbytes(mix), "layers": labels(self.groups, mix)}
+        row["estimate"] = total(self.groups, mix, "cost")
+        measured = self.store.found.measured
+        if searched := measured.get(f"searched {self._key(mix)}"):
+            row["searched"] = searched["distance"]
+        if compared := measured.get(f"alone {self._held_out_key(mix)}" if self.evidence else ""):
+            row["perplexity"] = compared["perplexity"]
+        if self.is_judged(mix):
+            row["held_out"] = {name: drop.mean for name, drop in self.drops(mix).items()}
+        return row
+
+    def _labels(self, mix: Mix) -> dict[str, str]:
+        pairs = zip(self.ways.groups, chosen(self.groups, mix), strict=True)
+        return {name: choice.label for names, choice in pairs for name in names}
+
+    def _key(self, mix: Mix) -> str:
+        """A mix as a short text."""
+        return hashlib.sha256(json.dumps(self._labels(mix), sort_keys=True).encode()).hexdigest()[:16]
+
+    def _held_out_key(self, mix: Mix) -> str:
+        assert self.evidence is not None
+        return f"held out {self.evidence.held_out.samples.sha256[:16]} {self._key(mix)}"
+
+
+class _Holding:
+    """A runner of a model that holds other weights while it runs."""
+
+    def __init__(self, runner: TorchRunner, model: SearchedModel, values: Mapping[str, Tensor]) -> None:
+        self.inputs, self.original, self._model, self._values = runner.inputs, runner, model, values
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """One forward pass."""
+        with self._model.holding(self._values):
+            return self.original.run(feeds)
