@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
+from quantcli.calibration.histograms import activation_histograms
 from quantcli.calibration.ranges import DEFAULT_METHOD, METHODS
 from quantcli.calibration.statistics import CalibrationStats
 from quantcli.conversion.onnx.equivalence import Data, simplified, upgraded
@@ -47,6 +48,7 @@ def calibrate(
     preprocess: str | Path | None = None,
     weights: str | Path | None = None,
     force: bool = False,
+    histograms: int = 0,
     progress: Progress | None = None,
 ) -> Report:
     """Observe a model's activations on data, and write a STATS file for `convert`.
@@ -66,6 +68,7 @@ def calibrate(
         preprocess: a file with the preprocessing of images.
         weights: a state dict for the module of a function.
         force: replace an existing output.
+        histograms: of how many of the worst tensors the report has histograms, for a page.
         progress: called with sample runs done and in all.
 
     Returns:
@@ -108,7 +111,10 @@ def calibrate(
             progress=progress,
         )
     stats.save(target)
-    return _report(source, chosen, stats, target, [*warnings, *chosen.warnings])
+    report = _report(source, chosen, stats, target, [*warnings, *chosen.warnings])
+    if histograms:
+        report.details["histograms"] = activation_histograms(stats, histograms)
+    return report
 
 
 def _as_onnx(source: ModelSource, scratch: Path, request: DataRequest) -> tuple[OnnxModel, Sequence[str]]:

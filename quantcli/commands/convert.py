@@ -63,6 +63,7 @@ def convert(
     force: bool = False,
     allow_larger: bool = False,
     budget: Budget | None = None,
+    histograms: int = 0,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model and verify the result.
@@ -102,6 +103,7 @@ def convert(
         force: replace an existing output.
         allow_larger: keep an ONNX artifact that is no smaller than its model.
         budget: ceilings of size, loss or latency, which a mix of schemes is searched for; in place of ``scheme``.
+        histograms: of how many of the worst tensors of a kind the report has histograms, for a page.
         progress: called with bytes (or samples) done and in all, from any thread.
 
     Returns:
@@ -157,6 +159,7 @@ def convert(
                 dry_run=dry_run,
                 force=force,
                 allow_larger=allow_larger,
+                histograms=histograms,
                 progress=progress,
             )
     if calibration:
@@ -166,7 +169,7 @@ def convert(
         )
     one = partial(
         _convert_checkpoint, str(model), weights=weights, device=device, threads=threads, max_memory=max_memory,
-        verify=verify, progress=progress,
+        verify=verify, histograms=histograms, progress=progress,
     )  # fmt: skip
     if budget is not None and budget != Budget():
         return _within(budget, str(model), place, wishes, request, weights, one, dry_run=dry_run, force=force)
@@ -221,6 +224,7 @@ def _convert_checkpoint(
     verify: str | None,
     dry_run: bool,
     force: bool,
+    histograms: int,
     progress: Progress | None,
 ) -> Report:
     if is_pipeline(Path(model)):
@@ -229,13 +233,14 @@ def _convert_checkpoint(
                 f"{model} is a diffusers pipeline, which is not calibrated from data.", "Leave out --data."
             )
         one = partial(
-            _convert_checkpoint, recipe=recipe, request=None, weights=weights, device=device, threads=threads,
-            max_memory=max_memory, verify=verify, force=force, progress=progress,
+            _convert_checkpoint, request=None, weights=weights, device=device, threads=threads,
+            max_memory=max_memory, verify=verify, force=force, histograms=0, progress=progress,
         )  # fmt: skip
         return convert_pipeline(
             Path(model),
             output,
-            lambda source, place, planned: one(str(source), place, dry_run=planned),
+            recipe,
+            lambda source, place, own, planned: one(str(source), place, own, dry_run=planned),
             dry_run=dry_run,
             force=force,
         )
@@ -278,7 +283,13 @@ def _convert_checkpoint(
             except OSError as error:
                 raise explain(error, output) from error
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-    return conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
+    report = conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
+    report.models[-1].manifest = details.pop("manifest")
+    if histograms:
+        from quantcli.conversion.checkpoint.histograms import weight_histograms
+
+        report.details["histograms"] = weight_histograms(checkpoint, output, report.layers, histograms)
+    return report
 
 
 def _planned(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tuple[Checkpoint, Plan, Work | None]:

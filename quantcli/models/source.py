@@ -186,7 +186,9 @@ class ModelSource:
     def row(self, index: int, metrics: dict[str, float | None]) -> ModelRow:
         """The report's row of the model at ``index`` of the command line; the first one is the reference."""
         role = "candidate" if index else "reference"
-        return ModelRow(self.path, role, self.format, self.scheme, self.sha256(), self.size_bytes, metrics)
+        row = ModelRow(self.path, role, self.format, self.scheme, self.sha256(), self.size_bytes, metrics)
+        row.manifest = self.manifest.to_json() if self.manifest.quantcli else None
+        return row
 
 
 def _constant_nodes(model: OnnxModel) -> Iterator[ir.TensorProtocol]:

@@ -254,6 +254,7 @@ def test_the_frontier_goes_from_the_smallest_to_the_best(model: Path, data: Path
     assert sizes == sorted(sizes) and len(points) > 4
     assert losses[0] == max(losses) and losses[-1] == min(losses)
     assert "Size against loss" in file.with_suffix(".md").read_text()
+    assert "<svg" in file.with_suffix(".svg").read_text()
     assert not (tmp_path / "out").exists()
 
 

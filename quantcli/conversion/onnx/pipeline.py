@@ -9,17 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantcli.calibration.collect import DEFAULT_SAMPLES
+from quantcli.calibration.histograms import activation_histograms
+from quantcli.calibration.statistics import CalibrationStats
 from quantcli.checkpoint.hugging_face import companions
 from quantcli.conversion.onnx.advice import Advice, advise
 from quantcli.conversion.onnx.comparison import (
     COMPARED_SAMPLES,
     OutputComparison,
 )
-from quantcli.conversion.onnx.evidence import gather, load
+from quantcli.conversion.onnx.evidence import Gathered, gather, load
 from quantcli.conversion.onnx.explained import Honest
+from quantcli.conversion.onnx.histograms import weight_histograms
 from quantcli.conversion.onnx.result import Result
 from quantcli.conversion.onnx.source import Source, open_source, planned_graph
 from quantcli.conversion.onnx.trial_inputs import NoFeeds, made_up, of_samples
@@ -72,6 +75,7 @@ class _Job:
     dry_run: bool
     force: bool
     allow_larger: bool
+    histograms: int
     progress: Progress | None
 
     @property
@@ -97,6 +101,7 @@ def convert_onnx(
     dry_run: bool = False,
     force: bool = False,
     allow_larger: bool = False,
+    histograms: int = 0,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model into an ONNX file, or into a folder with ``model.onnx``, and prove what it became.
@@ -108,7 +113,10 @@ def convert_onnx(
         VerificationError: what was written is not what was meant.
     """
     started = time.monotonic()
-    job = _Job(str(model), output, recipe, data, statistics, weights, device, dry_run, force, allow_larger, progress)
+    job = _Job(
+        str(model), output, recipe, data, statistics, weights, device, dry_run, force, allow_larger, histograms,
+        progress,
+    )  # fmt: skip
     _check_request(job)
     with open_staging(output) as staging:
         if not job.trains:
@@ -179,8 +187,19 @@ def _convert(job: _Job, staging: Staging) -> Report:
     stages = (source, samples, gathered, history, done, compared, advice)
     warnings = [*doubts, *(warning for stage in stages if stage is not None for warning in stage.warnings)]
     outputs_told = {"compared": True, "made_up": compared.made_up} | compared.to_json()
-    details = {"verified": verified, "recommended": advice.scheme, "outputs": outputs_told}
-    return result.report(size, warnings, details | ({"training": history.to_json()} if history else {}))
+    details: dict[str, Any] = {"verified": verified, "recommended": advice.scheme, "outputs": outputs_told}
+    details |= ({"training": history.to_json()} if history else {}) | _histograms(job, honest, outcomes, gathered)
+    return result.report(size, warnings, details, manifest)
+
+
+def _histograms(job: _Job, honest: Honest, outcomes: Sequence[LayerOutcome], gathered: Gathered) -> dict[str, Any]:
+    """What a page shows of the worst weights and activations, where one is asked for."""
+    if not job.histograms:
+        return {}
+    found, statistics = weight_histograms(honest.graph, outcomes, job.histograms), gathered.evidence.statistics
+    if isinstance(statistics, CalibrationStats):
+        found += activation_histograms(statistics, job.histograms)
+    return {"histograms": found}
 
 
 def _outputs(source: Source, honest: Honest, samples: Samples | None, folder: Path) -> OutputComparison:

@@ -138,7 +138,7 @@ def _with_others(reference: Session, maker: _Maker, spread: str, first: Arrays, 
     more = maker.feeds(spread, 1)
     if _shapes(more) != _shapes(first) and _runs(reference, more):
         found.append((more, maker.samples + 1))
-    if mixed:
+    if mixed and any(port.dtype.kind in "iub" for port in maker.ports):
         samples = found[-1][1]
         unlike = maker.feeds(spread, samples - maker.samples, mixed=True)
         if _runs(reference, unlike):
