@@ -21,7 +21,7 @@ SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_atten
 
 def test_caches_are_off_in_nested_configurations() -> None:
     text = transformers.LlamaConfig(**SIZES, intermediate_size=64)
-    config = transformers.LlavaConfig(text_config=text, vision_config=transformers.CLIPVisionConfig(hidden_size=64))
+    config = transformers.LlavaConfig(text_config=text, vision_config=transformers.CLIPVisionConfig())
     assert config.text_config.use_cache
     disable_caches(config)
     assert not config.text_config.use_cache
