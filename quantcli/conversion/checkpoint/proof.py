@@ -98,7 +98,7 @@ def described(
         about = {"checked": False, "run": "none", "reason": reason}
         foreseen = skipped.foreseen if skipped else scope.foreseen
         return about | {"foreseen": foreseen, "summary": f"neither loaded nor run by transformers: {reason}"}
-    about = {"checked": True, **said}
+    about = {"checked": bool(said), **said}
     done = scope.layers[0] if planned else sum(_counts(said)) if "ran" in said else 0
     total = scope.layers[1]
     if not scope.run:

@@ -131,9 +131,6 @@ class RuntimeCheck:
         if not self._skipped:
             blocks = Blocks(plan, layout, self._answers["lists"], self._answers["places"])
             self._scope = choose_scope(blocks, self._verify, self._limit)
-            if not any(layer.has_codes for layer in plan.layers):
-                self._scope = Scope(run=False)
-        if not self._skipped:
             self._refuse([refusal.reason for refusal in mixtures(plan)])
         if not self._skipped and not _needs_values(plan):
             with tempfile.TemporaryDirectory(prefix="quantcli-") as place:
