@@ -226,6 +226,35 @@ def test_an_artifact_of_renamed_and_absent_modules_is_run(tmp_path: Path) -> Non
     assert told["reason"] == "--verify codes"
 
 
+def mixture(tmp_path: Path) -> Path:
+    sizes = WIDE | {"hidden_size": 128, "num_hidden_layers": 2}
+    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)
+    return saved(transformers.MixtralForCausalLM(config), tmp_path / "mixtral")
+
+
+def test_a_mixture_runs_with_its_experts_left(tmp_path: Path) -> None:
+    report = convert(mixture(tmp_path), tmp_path / "out", scheme="int4", group_size=32, skip=["*experts*"])
+    assert report.details["verified"]["runtime"]["ran"] == {"by_forward": 8, "by_themselves": 0, "joined": 0}
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"match": "*.0.block_sparse_moe.experts*", "skip": True}, "experts that stay unquantized"),
+        ({"match": "*experts*w1*", "scheme": "int4", "group_size": 64}, "experts of groups of 32 and groups of 64"),
+        ({"match": "*.0.block_sparse_moe.experts*", "scheme": "int8"}, "experts of int4 and int8"),
+    ],
+)
+def test_experts_that_are_unpacked_wrongly_are_refused_before_the_work(
+    tmp_path: Path, rule: dict[str, Any], said: str
+) -> None:
+    folder = mixture(tmp_path)
+    recipe = Recipe(scheme="int4", group_size=32, rules=[rule])
+    with pytest.raises(InputError, match=said) as caught:
+        convert(folder, tmp_path / "out", recipe=recipe, dry_run=True)
+    assert "--skip" in str(caught.value.hint)
+
+
 def test_a_service_answers_again_and_says_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "doubling.py").write_text(
         "def twice(request):\n    return {'n': 2 // request['n'] * request['n'] ** 2}\n"
