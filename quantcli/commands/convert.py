@@ -199,8 +199,8 @@ def _within(
     budget = budget.checked(onnx=False, data=request is not None)
     require_other_data(recipe, budget, data=request is not None)
     source, function = _weights_of(model, weights)
-    subject = CheckpointSubject(open_checkpoint(source), function, recipe, request, output)
     given = request if uses_data(recipe) else None
+    subject = CheckpointSubject(open_checkpoint(source), function, recipe, request, output, given is not None)
 
     def convert_by(found: Recipe, place: Path, planned: bool) -> Report:
         data = None if dequantizes(found) else given
