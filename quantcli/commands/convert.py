@@ -268,9 +268,9 @@ def _convert_checkpoint(
             )
             plan = work.plan
         layout = plan_layout(plan, checkpoint, output)
-        check.rehearse(plan, layout)
+        planned = check.rehearse(plan, layout)
         if dry_run:
-            return conversion_report(checkpoint, output, plan, layout, {}, None, {"dry_run": True})
+            return conversion_report(checkpoint, output, plan, layout, {}, None, {"dry_run": True, "runtime": planned})
         workers = worker_count(plan, checkpoint, threads, max_memory)
         conversion = Conversion(checkpoint, plan, layout, workers, work, progress, check)
         with open_staging(output) as staging:

@@ -31,7 +31,12 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
     several = len(set(schemes.values())) > 1
     distinct = set() if several else set(not_matched(quantized, left, [*schemes, *left]))
     schemes |= {name: scheme for name, scheme in quantized.items() if name not in schemes and name not in distinct}
-    return formats.quantized_format(plan.format).config(schemes, left, plan.dtype)
+    section = formats.quantized_format(plan.format).config(schemes, left, plan.dtype)
+    experts = [layer for layer in plan.layers if layer.role == "expert"]
+    if experts and not any(layer.has_codes for layer in experts) and plan.recipe.runtime[0] in (None, "transformers"):
+        with_experts_left = getattr(formats.output_format(plan.format), "with_experts_left", None)
+        return with_experts_left(section) if with_experts_left else section
+    return section
 
 
 _LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "router", "expert")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from math import gcd
 from typing import Any
 
 from quantcli import algorithms, formats
@@ -247,21 +249,18 @@ class _Resolver:
         kind, default = scheme.weights.granularity.kind, scheme.weights.granularity.size
         if default is not None:
             size = wanted or default
-            if columns % size:
+            together = self._columns_of_experts if role == "expert" and not wanted else columns
+            if columns % size or (together % size and self._fitting(scheme, together)):
                 if wanted or (spelled_out and kind == "group"):
                     self.bad_groups.setdefault(size, []).append(module_of(info.name))
                     return self._leave(info, role, "group size does not divide")
-                fitting = [
-                    n
-                    for n in FALLBACK_GROUP_SIZES
-                    if columns % n == 0 and self.format.supports(scheme.with_group_size(n)) is None
-                ]
+                fitting = self._fitting(scheme, together) or self._fitting(scheme, columns)
                 if not fitting:
                     return self._leave(
                         info, role, f"no {kind} size of {', '.join(map(str, FALLBACK_GROUP_SIZES))} divides {columns}"
                     )
                 size = fitting[0]
-                note = f"{kind} {size}: {default} does not divide {columns}"
+                note = f"{kind} {size}: {default} does not divide {columns if columns % default else 'all experts'}"
             scheme = scheme.with_group_size(size)
         elif wanted and not self.recipe.rules:
             raise no_groups(label, scheme)
@@ -286,6 +285,16 @@ class _Resolver:
             scheme = replace(scheme, weights=replace(scheme.weights, raised=True))
         algorithm = self._algorithm(scheme, rule.algorithm if rule else None)
         return replace(plan, scheme=scheme, algorithm=algorithm, note=note, by_rows=form.STORAGE.by_rows)
+
+    def _fitting(self, scheme: Scheme, columns: int) -> list[int]:
+        """Sizes of groups that divide so many columns, the largest first."""
+        sizes = (size for size in FALLBACK_GROUP_SIZES if columns % size == 0)
+        return [size for size in sizes if self.format.supports(scheme.with_group_size(size)) is None]
+
+    @cached_property
+    def _columns_of_experts(self) -> int:
+        """What divides the columns of all experts that are stored one by one: runtimes unpack them with one size."""
+        return gcd(*(info.columns for info in self.infos if self.roles[info.name] == "expert"))
 
     def _algorithm(self, scheme: Scheme, wish: str | None) -> str:
         """What chooses a layer's codes."""

@@ -88,7 +88,26 @@ class _Survey:
             "rearranged": rearranged(self.model, self.request["tensors"]),
             "loaded": {name: loaded for name, loaded in self.loaded.items() if name in self.coded},
             "joined": {name: place for name, place in self.joined.items() if name in self.coded},
+            **self._blocks(),
         }
+
+    def _blocks(self) -> dict[str, Any]:
+        """Lists of blocks that are in no other list, with the keys in each, and where in them tensors are."""
+        from torch import nn
+
+        lists: dict[str, list[str]] = {}
+        for name, module in self.modules.items():
+            inner = any(name.startswith(f"{outer}.") for outer in lists)
+            if isinstance(module, nn.ModuleList) and len(module) > 1 and not inner:
+                lists[name] = list(module._modules)
+        places = {}
+        for name, loaded in {**self.joined, **self.loaded}.items():
+            for path in lists:
+                if loaded.startswith(f"{path}."):
+                    key, _, leaf = loaded[len(path) + 1 :].partition(".")
+                    places[name] = (path, key, leaf)
+        filled = {path for path, _, _ in places.values()}
+        return {"lists": {path: keys for path, keys in lists.items() if path in filled}, "places": places}
 
     def _names(self) -> tuple[dict[str, str], dict[str, str], list[str]]:
         """By the file's name, the loaded one; likewise of what becomes a part of another; what has no use."""

@@ -184,7 +184,7 @@ def proven(llama: Path, scheme: str, tmp_path: Path, **loaded: str) -> dict[str,
     artifact = tmp_path / scheme
     convert(llama, artifact, scheme=scheme)
     _, answer = surveyed(llama, scheme)
-    request = {"artifact": str(artifact), "original": str(llama), "threads": 1}
+    request = {"artifact": str(artifact), "original": str(llama), "threads": 1, "keep": {}}
     return loader_run.prove(request | {"loaded": answer["loaded"] | loaded, "joined": answer["joined"]})
 
 
@@ -239,7 +239,36 @@ def test_an_artifact_of_renamed_and_absent_modules_is_run(tmp_path: Path) -> Non
         runtime = convert(folder, tmp_path / scheme, scheme=scheme).details["verified"]["runtime"]
         assert runtime["ran"]["by_forward"] == 4
     told = convert(folder, tmp_path / "codes", scheme="int8", verify="codes").details["verified"]["runtime"]
-    assert told["not_run"] == "--verify codes"
+    assert told["reason"] == "--verify codes"
+
+
+def mixture(tmp_path: Path) -> Path:
+    sizes = WIDE | {"hidden_size": 128, "num_hidden_layers": 2}
+    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)
+    return saved(transformers.MixtralForCausalLM(config), tmp_path / "mixtral")
+
+
+def test_a_mixture_runs_with_its_experts_left(tmp_path: Path) -> None:
+    report = convert(mixture(tmp_path), tmp_path / "out", scheme="int4", group_size=32, skip=["*experts*"])
+    assert report.details["verified"]["runtime"]["ran"] == {"by_forward": 8, "by_themselves": 0, "joined": 0}
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"match": "*.0.block_sparse_moe.experts*", "skip": True}, "experts that stay unquantized"),
+        ({"match": "*experts*w1*", "scheme": "int4", "group_size": 64}, "experts of groups of 32 and groups of 64"),
+        ({"match": "*.0.block_sparse_moe.experts*", "scheme": "int8"}, "experts of int4 and int8"),
+    ],
+)
+def test_experts_that_are_unpacked_wrongly_are_refused_before_the_work(
+    tmp_path: Path, rule: dict[str, Any], said: str
+) -> None:
+    folder = mixture(tmp_path)
+    recipe = Recipe(scheme="int4", group_size=32, rules=[rule])
+    with pytest.raises(InputError, match=said) as caught:
+        convert(folder, tmp_path / "out", recipe=recipe, dry_run=True)
+    assert "--skip" in str(caught.value.hint)
 
 
 def test_a_service_answers_again_and_says_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
