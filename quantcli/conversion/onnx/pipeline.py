@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,9 @@ from quantcli.conversion.onnx.comparison import (
     made_up,
     of_samples,
 )
-from quantcli.conversion.onnx.evidence import gather, load
+from quantcli.conversion.onnx.evidence import Gathered, Material, gather
 from quantcli.conversion.onnx.explained import Honest
+from quantcli.conversion.onnx.guard import Attempt, Guard, Protection
 from quantcli.conversion.onnx.result import Result
 from quantcli.conversion.onnx.source import Source, open_source, planned_graph
 from quantcli.conversion.staging import Staging, open_staging
@@ -75,6 +76,8 @@ class _Job:
     force: bool
     allow_larger: bool
     progress: Progress | None
+    material: Material | None = None
+    guard: Guard | None = None
 
     @property
     def trains(self) -> bool:
@@ -100,8 +103,13 @@ def convert_onnx(
     force: bool = False,
     allow_larger: bool = False,
     progress: Progress | None = None,
+    material: Material | None = None,
+    guard: Guard | None = None,
 ) -> Report:
     """Quantize a model into an ONNX file, or into a folder with ``model.onnx``, and prove what it became.
+
+    ``material`` is the model as it was opened for other conversions on the same data; ``guard`` looks after artifacts
+    with fixed ranges.
 
     Raises:
         UsageError: the wishes do not go together.
@@ -110,7 +118,10 @@ def convert_onnx(
         VerificationError: what was written is not what was meant.
     """
     started = time.monotonic()
-    job = _Job(str(model), output, recipe, data, statistics, weights, device, dry_run, force, allow_larger, progress)
+    job = _Job(
+        str(model), output, recipe, data, statistics, weights, device, dry_run, force, allow_larger, progress,
+        material, guard,
+    )  # fmt: skip
     _check_request(job)
     with open_staging(output) as staging:
         if not job.trains:
@@ -137,56 +148,111 @@ def convert_onnx(
 
 def _convert(job: _Job, staging: Staging) -> Report:
     """The stages of a conversion, inside the staging folder."""
-    source = open_source(job.model, job.weights, job.recipe, job.data, staging.root / "export")
+    material = job.material or Material(
+        open_source(job.model, job.weights, job.recipe, job.data, staging.root / "export"), job.statistics
+    )
+    source = material.source
     graph, plan = planned_graph(source.model, job.recipe, source.codes)
     _require_data(job, plan)
     if job.dry_run:
         return _estimate(job, source, plan)
+    built = _build(job, staging, material, graph, plan)
+    protection = job.guard.protect(built.attempt) if job.guard and built.attempt else None
+    if protection is not None:
+        built.remove()
+        job = replace(job, recipe=protection.recipe)
+        built = _build(job, staging, material, *planned_graph(source.model, job.recipe, source.codes))
+    if job.guard and built.attempt and not job.force:
+        job.guard.require_speed(built.attempt)
+    return _finish(job, staging, source, built, protection)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """An artifact that was written, proven and compared, and what it was made by.
+
+    ``attempt`` is set where its outputs were compared on data, and it was not trained.
+    """
+
+    files: Sequence[Path]
+    samples: Samples | None
+    gathered: Gathered
+    outcomes: Sequence[LayerOutcome]
+    history: History | None
+    verified: dict[str, Any]
+    outputs: OutputComparison | NotCompared
+    told: Comparison | NotCompared
+    attempt: Attempt | None
+    weights_before: int
+
+    def remove(self) -> None:
+        """Delete the files."""
+        for file in self.files:
+            file.unlink()
+
+
+def _build(job: _Job, staging: Staging, material: Material, graph: ir.Model, plan: GraphPlan) -> _Built:
+    """Carry out a plan: calibrate, rewrite, write, reopen, run."""
     require_finite(plan)
-    samples = load(source, job.data, trains=job.trains)
+    source, samples = material.source, material.samples(job.data, trains=job.trains)
     calibrating = samples.spread(DEFAULT_SAMPLES) if samples is not None and job.trains else samples
     folder, seed = staging.root / "hessians", job.data.seed if job.data else 0
-    gathered = gather(source, graph, plan, job.statistics, calibrating, seed, folder, job.progress)
+    gathered = gather(material, graph, plan, calibrating, seed, folder, job.progress)
     weights_before = sum(tensor.nbytes for tensor in constants(graph))
     unquantized = graph.clone() if job.trains else None
     honest = Honest(graph, gathered.plan, gathered.evidence)
     with torch_threads():
         outcomes = transform(graph, gathered.plan, gathered.evidence)
-    history, data_fingerprint = None, gathered.fingerprint
+    history = None
     if unquantized is not None and samples is not None:
         outcomes, history = _train(job, staging, source.model, unquantized, graph, samples, outcomes)
-        data_fingerprint = fingerprint(sample.inputs for sample in samples)
+        gathered = replace(gathered, fingerprint=fingerprint(sample.inputs for sample in samples))
     store_in_four_bits(graph)
     shorten_names(graph, own_names(honest.graph))
-    done = gathered.plan.carried_out(outcomes)
 
     target = staging.out / (job.single_file or _FILE_IN_FOLDER)
     files = _save(graph, target, job.output)
     verified = {**read_back(graph, target), "runtime": prove(target, str(job.output)).to_json()}
     outputs = _outputs(source, honest, calibrating, staging.root)
     told: Comparison | NotCompared
-    compared, advice = None, Advice()
+    attempt = None
     if isinstance(outputs, NotCompared):
         told = outputs
     else:
-        told = compared = outputs.against(target, str(job.output))
+        told = outputs.against(target, str(job.output))
         if not job.trains:
-            honest.require(outcomes, outputs, compared, target)
+            honest.require(outcomes, outputs, told, target)
         if calibrating is not None:
-            verified["compared"] = compared.to_json()
-            advice = advise(job.recipe, source.model, gathered.evidence, outputs, compared.sqnr_db, staging.root)
-    result = Result(source, job.output, done, outcomes, verified, None if calibrating is None else compared)
-    manifest = result.manifest(data_fingerprint)
+            verified["compared"] = told.to_json()
+            if not job.trains:
+                attempt = Attempt(job.recipe, source.model.path, honest.graph, gathered.evidence, outputs, told, target)
+    return _Built(files, samples, gathered, outcomes, history, verified, outputs, told, attempt, weights_before)
+
+
+def _finish(job: _Job, staging: Staging, source: Source, built: _Built, protection: Protection | None) -> Report:
+    """Write the manifest, and report what an artifact became. Raises InputError where it is no smaller."""
+    gathered, compared = built.gathered, None
+    done, advice = gathered.plan.carried_out(built.outcomes), Advice()
+    if "compared" in built.verified:
+        assert isinstance(built.told, Comparison) and isinstance(built.outputs, OutputComparison)
+        compared = built.told
+        advice = advise(job.recipe, source.model, gathered.evidence, built.outputs, compared.sqnr_db, staging.root)
+    result = Result(source, job.output, done, built.outcomes, built.verified, compared)
+    manifest, target = result.manifest(gathered.fingerprint), built.files[0]
     add_metadata(target, MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
-    size = sum(file.stat().st_size for file in files)
+    size = sum(file.stat().st_size for file in built.files)
     if not job.allow_larger:
-        _require_smaller(size, source.model.size_bytes, weights_before)
+        _require_smaller(size, source.model.size_bytes, built.weights_before)
     _copy_companions(source, job, staging.out)
 
-    stages = (source, samples, gathered, history, done, told, advice)
+    stages = (source, built.samples, gathered, built.history, done, protection, built.told, advice)
     warnings = [warning for stage in stages if stage is not None for warning in stage.warnings]
-    details = {"verified": verified, "recommended": advice.scheme, "outputs": _told(told)}
-    return result.report(size, warnings, details | ({"training": history.to_json()} if history else {}))
+    details = {"verified": built.verified, "recommended": advice.scheme, "outputs": _told(built.told)}
+    if built.history is not None:
+        details["training"] = built.history.to_json()
+    if protection is not None:
+        details["protected"] = dict(protection.details)
+    return result.report(size, warnings, details)
 
 
 def _outputs(source: Source, honest: Honest, samples: Samples | None, folder: Path) -> OutputComparison | NotCompared:
