@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class QuantcliError(Exception):
     """A failure with a message meant for the user.
@@ -24,6 +27,16 @@ class UsageError(QuantcliError):
     """Flags, a recipe or a gate expression that cannot be meant."""
 
     exit_code = 2
+
+
+class BudgetError(QuantcliError):
+    """A budget that nothing found keeps; ``details`` tell what was tried, and what could be kept."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, hint)
+        self.details = dict(details or {})
 
 
 class InputError(QuantcliError):

@@ -51,6 +51,16 @@ class Samples:
         found.warnings = []
         return found
 
+    def without(self, others: Samples) -> Samples:
+        """Those samples that are not among others of the same source. Raises InputError where none is left."""
+        taken = set(others._chosen)
+        left = [number for number in self._chosen if number not in taken]
+        if not left:
+            raise InputError(f"{self.source} has too few samples to hold some out: {len(self)}.", "Give more data.")
+        found = Samples(self.source, self._data, left)
+        found.warnings = []
+        return found
+
     @property
     def labels(self) -> bool:
         """Whether samples are labelled."""

@@ -50,8 +50,8 @@ def run_models(
         for feeds, labels in inputs.batches():
             outputs = {index: runner.run(feeds) for index, runner in loaded.items()}
             for position, label in enumerate(labels):
-                single = {index: _single(found, position, len(labels)) for index, found in outputs.items()}
-                sample = _single(feeds, position, len(labels))
+                single = {index: single_sample(found, position, len(labels)) for index, found in outputs.items()}
+                sample = single_sample(feeds, position, len(labels))
                 if number == 0:
                     leaks.add(sample)
                 for index in loaded if number == 0 else group:
@@ -65,7 +65,7 @@ def run_models(
     return [row for index in sorted(layers) for row in layers[index]]
 
 
-def _single(arrays: Arrays, position: int, count: int) -> Arrays:
+def single_sample(arrays: Arrays, position: int, count: int) -> Arrays:
     """One sample of a batch, where an array has as many entries as the batch."""
     if count == 1:
         return arrays

@@ -1,0 +1,132 @@
+"""Two models on samples that no search has seen: what the second loses, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import exp, log
+
+from quantcli.data.request import DataRequest
+from quantcli.errors import InputError, UsageError
+from quantcli.evaluation.inputs import Inputs, load_inputs, named_task
+from quantcli.evaluation.run import single_sample
+from quantcli.evaluation.tasks.base import Metrics
+from quantcli.models.runner import Runner
+from quantcli.models.source import ModelSource
+from quantcli.search.bounds import Drop, drop_of
+
+#: Samples that a search looks at, and that are held out of data that is not for evaluation alone.
+SEARCHED, HELD_OUT = 8, 16
+#: Metrics that are better the lower they are; all others are better the higher they are.
+_LOWER_IS_BETTER = ("perplexity", "kl_nats", "wer")
+#: What a metric that compares a candidate with the reference is of the reference itself.
+_OF_ITSELF = {"kl_nats": 0.0, "cosine": 1.0, "top1_agreement": 1.0, "argmax_agreement": 1.0}
+#: Metrics that ``--max-drop`` means where none is named, the first that there is.
+_JUDGED_BY = ("top1", "perplexity", "wer", "argmax_agreement", "cosine")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A candidate's metrics beside the reference's, over all samples and on each."""
+
+    reference: Metrics
+    candidate: Metrics
+    singles: Sequence[tuple[Metrics, Metrics]]
+
+    def drop(self, metric: str | None) -> tuple[str, Drop]:
+        """A metric's name (by default the task's own), and what it lost; more is worse, whichever way it counts.
+
+        Raises:
+            UsageError: the task has no such metric.
+        """
+        known = [name for name in self.candidate if not name.endswith("_se")]
+        name = metric or next((each for each in _JUDGED_BY if each in known), None)
+        if name is None or name not in known:
+            raise UsageError(f"--metric {metric}: the data gives {', '.join(sorted(known))}.")
+        if name == "perplexity":
+            return name, self._perplexity_drop()
+        losses = [_loss(name, before, after) for before, after in self.singles]
+        return name, drop_of([loss for loss in losses if loss is not None])
+
+    def _perplexity_drop(self) -> Drop:
+        """The bound is of the logarithm, which is a mean over samples as perplexity is not."""
+        pairs = [(before["perplexity"], after["perplexity"]) for before, after in self.singles]
+        logs = drop_of([log(after) - log(before) for before, after in pairs if before and after])
+        base = self.reference["perplexity"] or 0.0
+        mean, bound = (base * (exp(value) - 1) for value in (logs.mean, logs.bound))
+        return Drop(mean, bound, logs.samples, base * logs.deviation)
+
+    def kl_nats(self) -> Drop:
+        """The divergence of outputs. Raises UsageError where they are no distributions."""
+        if "kl_nats" not in self.candidate:
+            raise UsageError(
+                "--max-kl is for outputs that are scores of classes, which this model's are not.",
+                "Use --max-drop X --metric cosine.",
+            )
+        return self.drop("kl_nats")[1]
+
+
+def _loss(metric: str, before: Metrics, after: Metrics) -> float | None:
+    reference, candidate = before.get(metric, _OF_ITSELF.get(metric)), after.get(metric)
+    if reference is None or candidate is None:
+        return None
+    return candidate - reference if metric in _LOWER_IS_BETTER else reference - candidate
+
+
+def judge(source: ModelSource, reference: Runner, candidate: Runner, inputs: Inputs) -> Judged:
+    """Run both models on all samples. Raises InputError where one does not run."""
+    scorer = inputs.task.scorer
+    whole = scorer(source, source), scorer(source, source)
+    singles = []
+    for feeds, labels in inputs.batches():
+        expected, got = reference.run(feeds), candidate.run(feeds)
+        for position, label in enumerate(labels):
+            sample, ours, theirs = (single_sample(each, position, len(labels)) for each in (feeds, expected, got))
+            alone = scorer(source, source), scorer(source, source)
+            for before, after in (whole, alone):
+                before.add(sample, label, ours, None)
+                after.add(sample, label, theirs, ours)
+            singles.append((alone[0].metrics(), alone[1].metrics()))
+    if not singles:
+        raise InputError(f"{inputs.samples.source} has no samples.")
+    return Judged(whole[0].metrics(), whole[1].metrics(), singles)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Samples for the search, and others for the verdict on what it found."""
+
+    searched: Inputs
+    held_out: Inputs
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Hashes that tell both from others."""
+        return {"searched": self.searched.samples.sha256, "held_out": self.held_out.samples.sha256}
+
+
+def gather(source: ModelSource, data: DataRequest | None, eval_data: str | None) -> Evidence | None:
+    """Samples from ``--data`` and ``--eval-data``; of one alone a part is held out. None where there is neither.
+
+    Raises:
+        InputError: the data is missing, does not suit the model, or is too little to hold some out.
+    """
+    if data is None and eval_data is None:
+        return None
+    if data is None or eval_data is None:
+        request = data or DataRequest(str(eval_data))
+        every = _inputs(source, request, HELD_OUT + SEARCHED)
+        searched = every.samples.spread(min(SEARCHED, max(1, len(every) // 2)))
+        return Evidence(Inputs(every.task, searched), Inputs(every.task, every.samples.without(searched)))
+    searched_inputs = _inputs(source, replace(data, samples=None), SEARCHED)
+    searched = searched_inputs.samples.spread(SEARCHED)
+    held_out = _inputs(source, replace(data, data=eval_data, samples=None), None)
+    return Evidence(Inputs(searched_inputs.task, searched), held_out)
+
+
+def _inputs(source: ModelSource, request: DataRequest, most: int | None) -> Inputs:
+    """Samples and their task; ``most`` of them where each takes long, as a window of text does."""
+    task = named_task("auto", source, request.data)
+    if task is not None and task.DEFAULT_SAMPLES is not None and most is not None:
+        request = request.at_most(most)
+    return load_inputs([source], request, task)

@@ -1,0 +1,97 @@
+"""A checkpoint's model in memory, some of whose weights are, for a moment, what codes of theirs would stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from quantcli import algorithms
+from quantcli.algorithms.base import by_rows
+from quantcli.blocks.batches import completed
+from quantcli.blocks.capture import main_output, without_cache
+from quantcli.blocks.model import SequentialModel
+from quantcli.checkpoint.roles import module_of
+from quantcli.core.dtypes import torch_dtype
+from quantcli.core.numerics import decoded
+from quantcli.data.samples import Samples
+from quantcli.models import hugging_face
+from quantcli.planning.plan import LayerPlan
+from quantcli.ptq.rounding import without_data
+from quantcli.system.devices import products
+from quantcli.training.objective import divergence, relative_error
+
+
+class SearchedModel:
+    """The original in float32, and the samples that a search looks at.
+
+    ``measure`` is what `distance` is: ``kl_nats`` for a model with logits, else ``relative_error`` of its first output.
+    """
+
+    def __init__(self, model: SequentialModel, samples: Samples) -> None:
+        """Load the weights. Raises InputError where a sample cannot be read."""
+        self.module, self._skeleton = model.skeleton.module, model.skeleton
+        arrays = ({name: torch.from_numpy(each) for name, each in sample.inputs.items()} for sample in samples)
+        self.samples = [completed(model, sample) for sample in arrays]
+        self._skeleton.load("")
+        parameters = self._skeleton.parameters()
+        self._parameters: dict[str, str] = {}
+        for parameter, info in parameters.items():
+            self._parameters.setdefault(info.name, parameter)
+        with torch.no_grad():
+            self.measure = "kl_nats" if self.output(self.samples[0])[1] else "relative_error"
+
+    def output(self, sample: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
+        """What the model returns first, float32 ``[1, ...]``, and whether these are logits over classes."""
+        args, kwargs = hugging_face.arguments(self.module, sample)
+        with products(torch.device("cpu")):
+            found, classes = main_output(self.module(*args, **{**kwargs, **without_cache(self.module)}))
+        return found.float(), classes
+
+    def linear(self, tensor: str) -> nn.Linear | None:
+        """The linear layer that a tensor of the checkpoint is the weight of, if it is one's."""
+        parameter = self._parameters.get(tensor, "")
+        module = self.module.get_submodule(module_of(parameter)) if parameter.endswith(".weight") else None
+        is_called = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        return module if is_called else None  # type: ignore[return-value]
+
+    def values(self, tensor: str) -> Tensor | None:
+        """A tensor of the checkpoint as the model holds it, float32; None where the model holds no such one."""
+        parameter = self._parameters.get(tensor)
+        return None if parameter is None else self.module.get_parameter(parameter).detach()
+
+    @contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Meanwhile these tensors of the checkpoint have other values, of the same shapes."""
+        held = {self._parameters[name]: each for name, each in values.items() if name in self._parameters}
+        before = {name: self.module.get_parameter(name).data for name in held}
+        try:
+            for name, each in held.items():
+                self.module.get_parameter(name).data = each
+            yield
+        finally:
+            for name, each in before.items():
+                self.module.get_parameter(name).data = each
+
+    @torch.no_grad()
+    def distance(self, values: Mapping[str, Tensor]) -> float:
+        """How far outputs move, on average over the samples, where tensors have these values."""
+        found = []
+        for sample in self.samples:
+            expected, classes = self.output(sample)
+            with self.holding(values):
+                got, _ = self.output(sample)
+            found.append(float((divergence if classes else relative_error)(expected, got)))
+        return sum(found) / len(found)
+
+
+def stored_values(values: Tensor, layer: LayerPlan, scale_dtype: str) -> Tensor:
+    """What a weight's codes stand for, rounded without data: float32 in the weight's own shape."""
+    matrix = values.T.contiguous() if layer.transposed else values.reshape(layer.matrix_shape)
+    assert layer.scheme is not None
+    rounding = algorithms.rounding(without_data(layer, "").algorithm)
+    found = decoded(by_rows(rounding.run, matrix, layer.scheme.weights, torch_dtype(scale_dtype)))
+    return found.T.contiguous() if layer.transposed else found.reshape(values.shape)
