@@ -80,6 +80,8 @@ CONTRACT = {
         "--output", "--scheme", "--format", "--algorithm", "--recipe", "--group-size", "--skip", "--rest", "--target",
         "--calibration", "--data", "--samples", "--seq-len", "--seed", "--tokenizer", "--preprocess", "--weights",
         "--device", "--threads", "--max-memory", "--verify", "--dry-run", "--force", "--allow-larger",
+        "--max-size", "--max-drop", "--metric", "--eval-data", "--max-kl", "--max-latency-p50", "--allow",
+        "--sensitivity", "--search-time", "--pareto",
     },
     "eval": {
         "--data", "--task", "--samples", "--seq-len", "--tokenizer", "--preprocess", "--weights", "--by-layer",

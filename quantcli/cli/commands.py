@@ -174,15 +174,38 @@ def convert(
     dry_run: options.DryRun = False,
     force: options.Force = False,
     allow_larger: options.AllowLarger = False,
+    max_size: options.MaxSize = None,
+    max_drop: options.MaxDrop = None,
+    metric: options.Metric = None,
+    eval_data: options.EvalData = None,
+    max_kl: options.MaxKl = None,
+    max_latency_p50: options.MaxLatency = None,
+    allow: options.Allow = None,
+    sensitivity: options.Sensitivity = None,
+    search_time: options.SearchTime = None,
+    pareto: options.Pareto = None,
 ) -> Outcome:
     """Quantize a model, tensor by tensor, and verify the result."""
     _register(custom_ops)
     from quantcli.commands.convert import convert as run
     from quantcli.reporting.tables.convert import convert_tables
+    from quantcli.search.budget import Budget, parse_allow, parse_milliseconds, parse_seconds
 
     if ui.html is not None:
         _require_curve(recipe, algorithm)
     limit = _bytes(max_memory, "--max-memory")
+    budget = Budget(
+        max_size=_bytes(max_size, "--max-size"),
+        max_drop=max_drop,
+        metric=metric,
+        max_kl=max_kl,
+        max_latency_p50=None if max_latency_p50 is None else parse_milliseconds(max_latency_p50),
+        eval_data=eval_data,
+        allow=() if allow is None else parse_allow(allow),
+        sensitivity=sensitivity,
+        search_seconds=None if search_time is None else parse_seconds(search_time),
+        pareto=pareto,
+    )
     with ui.progress("Converting", unit="percent" if data else "bytes") as progress:
         report = run(
             model,
@@ -210,6 +233,7 @@ def convert(
             dry_run=dry_run,
             force=force,
             allow_larger=allow_larger,
+            budget=budget,
             progress=progress,
         )
     runs = not dry_run and (model.is_dir() or model.suffix == ".onnx")

@@ -10,8 +10,8 @@ from typer.core import TyperCommand, TyperGroup
 from quantcli.cli.choices import choices_text
 
 #: Groups of options, in the order in which they are shown; options without one come last.
-MODEL, WRITE, WORK, REPORTS = "Model and data", "What to write", "How to work", "Reports"
-GROUPS = (MODEL, WRITE, WORK, REPORTS)
+MODEL, WRITE, BUDGET, WORK, REPORTS = "Model and data", "What to write", "Budgets", "How to work", "Reports"
+GROUPS = (MODEL, WRITE, BUDGET, WORK, REPORTS)
 
 
 def help_rows(command: Any, context: Any) -> dict[str, list[tuple[str, str]]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from quantcli.cli.choices import CHOICES
-from quantcli.cli.help import MODEL, REPORTS, WORK, WRITE
+from quantcli.cli.help import BUDGET, MODEL, REPORTS, WORK, WRITE
 
 
 def _argument(metavar: str, text: str) -> Any:
@@ -33,7 +33,7 @@ def _completion(parameter: str) -> Callable[[str], list[str]]:
     return complete
 
 
-_model, _write, _work, _reports = map(_option, (MODEL, WRITE, WORK, REPORTS))
+_model, _write, _budget, _work, _reports = map(_option, (MODEL, WRITE, BUDGET, WORK, REPORTS))
 
 # Model and data.
 Model = Annotated[
@@ -129,6 +129,41 @@ Verify = Annotated[
         choices="verify",
         text="How transformers proves a checkpoint: {choices}; by default run where memory allows.",
     ),
+]
+# What is needed, in place of how to get it.
+MaxSize = Annotated[
+    Optional[str], _budget("--max-size", metavar="BYTES", text="All files of the artifact together, such as 80MB.")
+]
+MaxDrop = Annotated[
+    Optional[float], _budget("--max-drop", metavar="X", text="What the metric may lose, in its unit, with confidence.")
+]
+Metric = Annotated[
+    Optional[str], _budget("--metric", metavar="M", text="The metric of --max-drop; by default the data's own.")
+]
+EvalData = Annotated[
+    Optional[str],
+    _budget("--eval-data", metavar="DATA", text="What decides; by default a part of --data that the search sees not."),
+]
+MaxKl = Annotated[
+    Optional[float], _budget("--max-kl", metavar="X", text="Nats that the outputs may diverge by, with confidence.")
+]
+MaxLatency = Annotated[
+    Optional[str], _budget("--max-latency-p50", metavar="MS", text="The median of a run on this machine, as 5ms; ONNX.")
+]
+Allow = Annotated[
+    Optional[str],
+    _budget("--allow", metavar="S,S,...", text="Schemes to choose from; float is a layer that stays as it is."),
+]
+Sensitivity = Annotated[
+    Optional[Path],
+    _budget("--sensitivity", metavar="FILE", text="Keeps what is learned of the model: the next budget is quick."),
+]
+SearchTime = Annotated[
+    Optional[str], _budget("--search-time", metavar="TIME", text="The most a search may take, such as 10m.")
+]
+Pareto = Annotated[
+    Optional[Path],
+    _budget("--pareto", metavar="FILE", text="Also write size against loss: FILE as JSON, beside it .md and .svg."),
 ]
 DryRun = Annotated[bool, _write("--dry-run", text="Plan and report; write nothing.")]
 AllowLarger = Annotated[bool, _write("--allow-larger", text="Keep an ONNX artifact no smaller than its model.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from quantcli.planning.resolve import resolve
 from quantcli.planning.steps import training_step
 from quantcli.planning.targets import for_target
 from quantcli.reporting.report import Report
+from quantcli.search.budget import Budget
 from quantcli.system.files import check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
 from quantcli.system.parallel import at_most
@@ -60,6 +61,7 @@ def convert(
     dry_run: bool = False,
     force: bool = False,
     allow_larger: bool = False,
+    budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model and verify the result.
@@ -98,6 +100,7 @@ def convert(
         dry_run: plan and report only.
         force: replace an existing output.
         allow_larger: keep an ONNX artifact that is no smaller than its model.
+        budget: ceilings of size, loss or latency, which a mix of schemes is searched for; in place of ``scheme``.
         progress: called with bytes (or samples) done and in all, from any thread.
 
     Returns:
@@ -160,19 +163,47 @@ def convert(
             "Statistics of `calibrate` are for ONNX: a checkpoint's layers are calibrated one block after the other.",
             hint="Give the data itself with --data, or use --format onnx.",
         )
-    return _convert_checkpoint(
-        str(model),
-        place,
-        wishes,
-        request,
-        weights=weights,
-        device=device,
-        threads=threads,
-        max_memory=max_memory,
-        verify=verify,
-        dry_run=dry_run,
-        force=force,
-        progress=progress,
+    one = partial(
+        _convert_checkpoint, str(model), weights=weights, device=device, threads=threads, max_memory=max_memory,
+        verify=verify, progress=progress,
+    )  # fmt: skip
+    if budget is not None and budget != Budget():
+        return _within(budget, str(model), place, wishes, request, weights, one, dry_run=dry_run, force=force)
+    return one(place, wishes, request, dry_run=dry_run, force=force)
+
+
+def _within(
+    budget: Budget,
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    request: DataRequest | None,
+    weights: str | Path | None,
+    convert_one: Callable[..., Report],
+    *,
+    dry_run: bool,
+    force: bool,
+) -> Report:
+    """A checkpoint's conversion by the mix of schemes that keeps a budget."""
+    from quantcli.commands.convert_budget import convert_within, require_other_data, uses_data
+    from quantcli.search.subject import CheckpointSubject
+
+    if is_pipeline(Path(model)):
+        raise UsageError(f"{model} is a diffusers pipeline; a budget is for one model.", "Name one of its folders.")
+    if recipe.scheme is not None and budget.ceilings:
+        raise UsageError("A budget chooses the scheme.", "Leave --scheme out, or name schemes with --allow.")
+    budget = budget.checked(onnx=False, data=request is not None)
+    require_other_data(recipe, budget, data=request is not None)
+    source, function = _weights_of(model, weights)
+    subject = CheckpointSubject(open_checkpoint(source), function, recipe, request, output)
+    given = request if uses_data(recipe) else None
+
+    def convert_by(found: Recipe, place: Path, planned: bool) -> Report:
+        data = None if dequantizes(found) else given
+        return convert_one(place, found, data, dry_run=planned, force=not planned)
+
+    return convert_within(
+        model, output, budget, subject.search, convert_by, subject.losses, dry_run=dry_run, force=force
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantcli.planning.recipe import Recipe
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -59,3 +61,15 @@ def rules_of(groups: Sequence[Group], mix: Mix) -> list[dict[str, Any]]:
     for group, choice in zip(groups, chosen(groups, mix), strict=True):
         layers.setdefault(choice.rule, []).extend(group.layers)
     return [{"match": names} | dict(rule) for rule, names in layers.items()]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with: a recipe that needs no search, and what is to be said of how it was found.
+
+    ``details`` go into the report under ``budget``; see docs/budgets.md.
+    """
+
+    recipe: Recipe
+    details: dict[str, Any]
+    warnings: tuple[str, ...] = ()

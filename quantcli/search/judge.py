@@ -17,10 +17,11 @@ from quantcli.search.bounds import Drop, drop_of
 
 #: Samples that a search looks at, and that are held out of data that is not for evaluation alone.
 SEARCHED, HELD_OUT = 8, 16
+KL = "kl_nats"
 #: Metrics that are better the lower they are; all others are better the higher they are.
-_LOWER_IS_BETTER = ("perplexity", "kl_nats", "wer")
+_LOWER_IS_BETTER = ("perplexity", KL, "wer")
 #: What a metric that compares a candidate with the reference is of the reference itself.
-_OF_ITSELF = {"kl_nats": 0.0, "cosine": 1.0, "top1_agreement": 1.0, "argmax_agreement": 1.0}
+_OF_ITSELF = {KL: 0.0, "cosine": 1.0, "top1_agreement": 1.0, "argmax_agreement": 1.0}
 #: Metrics that ``--max-drop`` means where none is named, the first that there is.
 _JUDGED_BY = ("top1", "perplexity", "wer", "argmax_agreement", "cosine")
 
@@ -33,37 +34,43 @@ class Judged:
     candidate: Metrics
     singles: Sequence[tuple[Metrics, Metrics]]
 
-    def drop(self, metric: str | None) -> tuple[str, Drop]:
-        """A metric's name (by default the task's own), and what it lost; more is worse, whichever way it counts.
-
-        Raises:
-            UsageError: the task has no such metric.
-        """
-        known = [name for name in self.candidate if not name.endswith("_se")]
-        name = metric or next((each for each in _JUDGED_BY if each in known), None)
-        if name is None or name not in known:
-            raise UsageError(f"--metric {metric}: the data gives {', '.join(sorted(known))}.")
-        if name == "perplexity":
-            return name, self._perplexity_drop()
-        losses = [_loss(name, before, after) for before, after in self.singles]
-        return name, drop_of([loss for loss in losses if loss is not None])
+    def drops(self) -> dict[str, Drop]:
+        """What each metric lost; more is worse, whichever way the metric counts."""
+        found = {}
+        for name in self.candidate:
+            if name == "perplexity":
+                found[name] = self._perplexity_drop()
+                continue
+            losses = [_loss(name, before, after) for before, after in self.singles]
+            known = [loss for loss in losses if loss is not None]
+            if known and not name.endswith("_se"):
+                found[name] = drop_of(known)
+        return found
 
     def _perplexity_drop(self) -> Drop:
         """The bound is of the logarithm, which is a mean over samples as perplexity is not."""
         pairs = [(before["perplexity"], after["perplexity"]) for before, after in self.singles]
         logs = drop_of([log(after) - log(before) for before, after in pairs if before and after])
         base = self.reference["perplexity"] or 0.0
-        mean, bound = (base * (exp(value) - 1) for value in (logs.mean, logs.bound))
+        mean, bound = (base * (exp(min(value, 700.0)) - 1) for value in (logs.mean, logs.bound))
         return Drop(mean, bound, logs.samples, base * logs.deviation)
 
-    def kl_nats(self) -> Drop:
-        """The divergence of outputs. Raises UsageError where they are no distributions."""
-        if "kl_nats" not in self.candidate:
-            raise UsageError(
-                "--max-kl is for outputs that are scores of classes, which this model's are not.",
-                "Use --max-drop X --metric cosine.",
-            )
-        return self.drop("kl_nats")[1]
+
+def metric_of(drops: Mapping[str, Drop], metric: str | None) -> str:
+    """What ``--max-drop`` is about: the metric named, or the one that the data is for. Raises UsageError."""
+    name = metric or next((each for each in _JUDGED_BY if each in drops), None)
+    if name is None or name not in drops:
+        raise UsageError(f"--metric {metric}: the data gives {', '.join(sorted(drops)) or 'none'}.")
+    return name
+
+
+def require_kl(drops: Mapping[str, Drop]) -> None:
+    """Raise UsageError where outputs are no distributions, which ``--max-kl`` compares."""
+    if KL not in drops:
+        raise UsageError(
+            "--max-kl is for outputs that are scores of classes, which this model's are not.",
+            "Use --max-drop X --metric cosine.",
+        )
 
 
 def _loss(metric: str, before: Metrics, after: Metrics) -> float | None:
@@ -98,11 +105,6 @@ class Evidence:
 
     searched: Inputs
     held_out: Inputs
-
-    @property
-    def identity(self) -> Mapping[str, str]:
-        """Hashes that tell both from others."""
-        return {"searched": self.searched.samples.sha256, "held_out": self.held_out.samples.sha256}
 
 
 def gather(source: ModelSource, data: DataRequest | None, eval_data: str | None) -> Evidence | None:

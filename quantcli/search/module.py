@@ -33,7 +33,7 @@ class SearchedModel:
 
     def __init__(self, model: SequentialModel, samples: Samples) -> None:
         """Load the weights. Raises InputError where a sample cannot be read."""
-        self.module, self._skeleton = model.skeleton.module, model.skeleton
+        self.module, self._skeleton, self.ports = model.skeleton.module, model.skeleton, model.ports
         arrays = ({name: torch.from_numpy(each) for name, each in sample.inputs.items()} for sample in samples)
         self.samples = [completed(model, sample) for sample in arrays]
         self._skeleton.load("")

@@ -7,6 +7,7 @@ from typing import Any
 
 from quantcli.reporting.metric_labels import METRICS, decibel_text, metric_label, metric_text
 from quantcli.reporting.report import LayerRow, ModelRow, Report, Table
+from quantcli.reporting.tables.budget import budget_tables
 from quantcli.reporting.tables.common import SIZES, collapse, counted_text, is_shown, ratio_text, total_sizes
 from quantcli.system.text import format_bytes, format_seconds
 
@@ -16,6 +17,9 @@ _TRAINED = {"original": "original", "ptq": "PTQ", "qat": "QAT"}
 
 def convert_tables(report: Report) -> list[Table]:
     """Layers, what was left and why, totals."""
+    budget = budget_tables(report)
+    if len(report.models) == 1:
+        return budget  # one that nothing keeps
     source, artifact = report.models
     done = [row for row in report.layers if row.scheme]
     left = [row for row in report.layers if not row.scheme]
@@ -42,7 +46,7 @@ def convert_tables(report: Report) -> list[Table]:
     proof = [_kernel_table(runtime)] if runtime.get("integer_kernels") or runtime.get("float_kernels") else []
     training = training_table(report)
     shown = [layers, *([kept] if left else []), *proof, *([training] if training else [])]
-    return [*shown, _totals(report, source, artifact)]
+    return [*shown, *budget, _totals(report, source, artifact)]
 
 
 def training_table(report: Report) -> Table | None:

@@ -1,0 +1,73 @@
+"""The tables of a budget: what was tried, what was chosen, and whether it keeps what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quantcli.reporting.metric_labels import metric_label
+from quantcli.reporting.report import Report, Table
+from quantcli.system.text import format_bytes
+
+#: Losses on samples that were held out, in the order in which one of them is shown.
+_SHOWN = ("kl_nats", "perplexity", "top1", "argmax_agreement", "cosine")
+
+
+def budget_tables(report: Report) -> list[Table]:
+    """Candidates and ceilings; nothing where there was no budget."""
+    budget: Mapping[str, Any] | None = report.details.get("budget")
+    if budget is None:
+        return []
+    tables = [_candidates(budget)] if budget.get("candidates") else []
+    return [*tables, _ceilings(report, budget)]
+
+
+def _candidates(budget: Mapping[str, Any]) -> Table:
+    rows: Sequence[Mapping[str, Any]] = budget["candidates"]
+    chosen = budget.get("chosen", {})
+    loss = loss_of(rows)
+    columns = ("Layers", "Size", "Estimate", *([f"Loss: {metric_label(loss)}"] if loss else []), "")
+    return Table(
+        "Mixes of schemes",
+        columns,
+        [
+            (
+                mix_text(row["layers"]),
+                format_bytes(row["size_bytes"]),
+                f"{row['estimate']:.3g}",
+                *([_number(row.get("held_out", {}).get(loss))] if loss else []),
+                "chosen" if row["layers"] == chosen.get("layers") and row["size_bytes"] == chosen["size_bytes"] else "",
+            )
+            for row in rows
+        ],
+        frozenset({"Size", *columns[2:-1]}),
+        "Estimate: of the loss, before anything was run." + (" Loss: on samples that were held out." if loss else ""),
+    )
+
+
+def _ceilings(report: Report, budget: Mapping[str, Any]) -> Table:
+    rows = [
+        (gate.require, "-" if gate.value is None else _figure(gate.require, gate.value), "yes" if gate.passed else "NO")
+        for gate in report.gates
+    ]
+    note = budget.get("unmet")
+    return Table("Budget", ("Asked for", "Has", "Kept"), rows, frozenset({"Has"}), note)
+
+
+def loss_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The loss that candidates are shown with: the first that any of them was measured by."""
+    known = dict.fromkeys(name for row in rows for name in row.get("held_out", {}))
+    return next((name for name in (*_SHOWN, *known) if name in known), None)
+
+
+def mix_text(layers: Mapping[str, int]) -> str:
+    """How many layers are stored how."""
+    return ", ".join(f"{count} {label}" for label, count in layers.items())
+
+
+def _figure(require: str, value: float) -> str:
+    return format_bytes(value) if require.startswith("max_size") else f"{value:.4g}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,88 @@
+"""A checkpoint that budgets are searched for: what is opened once, however often a search has to be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from quantcli.blocks.model import SequentialModel, hugging_face, plain_module
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
+from quantcli.data.request import DataRequest
+from quantcli.models.runner import open_runner
+from quantcli.models.source import ModelSource, open_model
+from quantcli.planning.plan import Loader
+from quantcli.planning.recipe import Recipe
+from quantcli.planning.resolve import resolve
+from quantcli.search.budget import Budget
+from quantcli.search.checkpoint import CheckpointSearch
+from quantcli.search.choices import Found
+from quantcli.search.judge import KL, judge, metric_of, require_kl
+
+
+@dataclass
+class CheckpointSubject:
+    """What is converted. ``function`` is ``package.module:function`` where that makes the checkpoint's module."""
+
+    checkpoint: Checkpoint
+    function: str | None
+    recipe: Recipe
+    request: DataRequest | None
+    output: Path
+    _last: CheckpointSearch | None = None
+
+    def search(self, budget: Budget) -> Found:
+        """Find a recipe that keeps a budget. Raises as `CheckpointSearch.run`."""
+        before = self._last
+        self._last = CheckpointSearch(
+            self.source, self.checkpoint, self.recipe, budget, self.request, self.loader(budget), self.output,
+            self._open_module, seed=self.request.seed if self.request else 0,
+        )  # fmt: skip
+        if before is not None:
+            self._last.continue_from(before)
+        return self._last.run()
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """As evaluation knows it."""
+        if self.function:
+            return open_model(self.function, Path(self.checkpoint.path))
+        return open_model(self.checkpoint.path)
+
+    def loader(self, budget: Budget) -> Loader:
+        """What the library that loads the artifact makes of the checkpoint."""
+        if self._last is not None:
+            return self._last.loader
+        scheme = next((name for name in budget.allow if name.startswith("int")), budget.allow[0])
+        plan = resolve(
+            self.recipe.with_flags(scheme=scheme), self.checkpoint.infos(), self.checkpoint.config, data=None
+        )
+        with RuntimeCheck(plan, self.checkpoint, "codes") as check:
+            return check.survey()
+
+    def _open_module(self) -> SequentialModel:
+        if self.function:
+            return plain_module(self.function, self.checkpoint)
+        return hugging_face(self.checkpoint)
+
+    def losses(self, artifact: Path) -> Mapping[str, tuple[float, float]]:
+        """What an artifact loses on samples that were held out: mean and bound, by the option that limits it."""
+        search = self._last
+        assert search is not None
+        if not search.budget.judges_outputs or search.evidence is None:
+            return {}
+        inputs = search.evidence.held_out
+        options = dict(inputs.task.LOADING)
+        reference = self.source.runner(**options)
+        candidate = open_runner(self.function or artifact, weights=artifact if self.function else None, **options)
+        drops = judge(self.source, reference, candidate, inputs).drops()
+        found = {}
+        if search.budget.max_kl is not None:
+            require_kl(drops)
+            found["--max-kl"] = (drops[KL].mean, drops[KL].bound)
+        if search.budget.max_drop is not None:
+            drop = drops[metric_of(drops, search.budget.metric)]
+            found["--max-drop"] = (drop.mean, drop.bound)
+        return found

@@ -1,0 +1,240 @@
+"""The ways in which a checkpoint's layers can be stored, what each takes in the artifact, and recipes of mixes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.hugging_face import neighbours
+from quantcli.checkpoint.roles import LAYER_ROLES, classify, module_of
+from quantcli.conversion.checkpoint.layout import Layout, plan_layout
+from quantcli.core.manifest import MANIFEST, Manifest, ManifestLayer
+from quantcli.core.scheme import PRESETS
+from quantcli.errors import UsageError
+from quantcli.planning.plan import LayerPlan, Loader, Plan
+from quantcli.planning.recipe import Recipe, validate
+from quantcli.planning.resolve import resolve
+from quantcli.planning.rules import Rules, full_label
+from quantcli.planning.targets import for_target
+from quantcli.planning.targets.fused import fused_layers
+from quantcli.search.budget import FLOAT
+from quantcli.search.choices import Choice, Group, Mix, chosen, rules_of
+
+#: Sizes of groups to choose from where the user names none: those that every runtime runs.
+GROUP_SIZES = (32, 64, 128)
+#: Files that the conversion writes itself.
+_WRITTEN = (MANIFEST, "config.json")
+#: What the manifest says of verification, and notes on layers, in bytes at the most.
+_VERIFIED_BYTES, _NOTE_BYTES = 2048, 60
+_SKIP = (("skip", True),)
+#: Roles of layers that are chosen for; routers and tied heads stay.
+_CHOSEN = tuple(role for role in LAYER_ROLES if role not in ("router", "tied head"))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One scheme for all layers that take it, as it would be planned."""
+
+    rule: Mapping[str, Any]
+    layers: Mapping[str, LayerPlan]
+    nbytes: Mapping[str, int]
+
+
+@dataclass
+class Ways:
+    """What can be chosen for a checkpoint.
+
+    ``output`` is where the artifact goes, whose name decides whether it is a folder; ``allow`` are schemes.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    allow: Sequence[str]
+    loader: Loader
+    output: Path
+    plans: dict[tuple[str, str], LayerPlan] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.infos = self.checkpoint.infos()
+        self._roles = classify(self.infos, self.checkpoint.config)
+        self._casts = [name for name in self.allow if name == FLOAT or PRESETS[name].weights.is_cast]
+        self._ways = [self._way(rule) for name in self.allow if name not in self._casts for rule in self._rules(name)]
+        if not self._ways:
+            raise UsageError("--allow names no scheme with fewer bits than 16.", "Add int8 or int4.")
+
+    def _rules(self, scheme: str) -> list[dict[str, Any]]:
+        """What a recipe's rule says for a scheme: once for each size of its groups."""
+        if not PRESETS[scheme].weights.is_grouped or PRESETS[scheme].weights.granularity.kind == "block":
+            return [{"scheme": scheme}]
+        sizes = [self.recipe.group_size] if self.recipe.group_size else GROUP_SIZES
+        return [{"scheme": scheme, "group_size": size} for size in sizes]
+
+    def planned(self, recipe: Recipe) -> Plan:
+        """The plan of a recipe, data being there where it is needed. Raises UsageError where a target refuses it."""
+        return for_target(resolve(recipe, self.infos, self.checkpoint.config, data=None, loader=self.loader))
+
+    def _way(self, rule: dict[str, Any]) -> Way:
+        # A head is quantized only where a rule asks for it; a size that does not fit a layer is none for it.
+        layers: dict[str, LayerPlan] = {}
+        nbytes: dict[str, int] = {}
+        size = rule.get("group_size", 1)
+        fitting = [
+            {"match": _pattern(info.name), **rule}
+            for info in self.infos
+            if (role := self._roles[info.name]) in _CHOSEN
+            and not (info.rows if role == "conv1d" else info.columns) % size
+        ]
+        plan = self._resolved(rule["scheme"], fitting)
+        layout = plan_layout(plan, self.checkpoint, self.output)
+        for layer in plan.layers:
+            if layer.has_codes:
+                layers[layer.info.name] = layer
+                nbytes[layer.info.name] = _nbytes(layout, layer.info.name)
+        return Way(rule, layers, nbytes)
+
+    def _resolved(self, scheme: str, rules: Sequence[Mapping[str, Any]]) -> Plan:
+        recipe = self._with_rules(scheme, rules)
+        return resolve(recipe, self.infos, self.checkpoint.config, data=None, loader=self.loader)
+
+    def _with_rules(self, scheme: str, rules: Sequence[Mapping[str, Any]]) -> Recipe:
+        """The user's recipe, whose own rules come first, with others behind them."""
+        own = self.recipe.model_dump(exclude_unset=True)
+        own.pop("group_size", None)
+        return validate(own | {"scheme": scheme, "rules": [*own.get("rules", []), *rules]}, "the budget's recipe")
+
+    @cached_property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Names of tensors that are chosen for, those together that a runtime stores alike."""
+        rules = Rules(self.recipe)
+        free = {
+            name: layer
+            for way in self._ways
+            for name, layer in way.layers.items()
+            if layer.role in _CHOSEN and ((rule := rules.first(name)) is None or not (rule.scheme or rule.skip))
+        }
+        together: dict[str, str] = {}
+        if self.recipe.runtime[0] not in (None, "transformers"):
+            for fused in fused_layers(free.values()):
+                together |= {part.info.name: f"{fused.parent}.{fused.name}" for part in fused.parts}
+        found: dict[str, list[str]] = {}
+        for info in self.infos:
+            if info.name in free:
+                # Every runtime unpacks the experts of a model alike.
+                key = "experts" if "experts" in info.name else together.get(info.name, info.name)
+                found.setdefault(key, []).append(info.name)
+        return [tuple(names) for names in found.values()]
+
+    @cached_property
+    def left_bytes(self) -> dict[str, int]:
+        """What tensors take that stay unquantized, as leftovers of a quantized model are stored."""
+        found: dict[str, int] = {}
+        # Two models, each with one group quantized: between them, all others are left once.
+        for names in self.groups[:2]:
+            way = next(way for way in self._ways if names[0] in way.layers)
+            rules = [{"match": list(map(_pattern, names)), **way.rule}]
+            rules += [{"match": _pattern(info.name), "skip": True} for info in self.infos if info.name not in names]
+            layout = plan_layout(self._resolved(way.rule["scheme"], rules), self.checkpoint, self.output)
+            found |= {info.name: _nbytes(layout, info.name) for info in self.infos if info.name not in names}
+        return found
+
+    def choices(self, costs: Mapping[str, Mapping[str, float]]) -> list[Group]:
+        """The groups with their choices; ``costs`` are those of every tensor by the choice's label."""
+        groups = []
+        for names in self.groups:
+            found: dict[str, Choice] = {}
+            for way in self._ways:
+                if not all(name in way.layers for name in names):
+                    continue
+                label = self.label(way, names[0])
+                cost = sum(costs.get(name, {}).get(label, 0.0) for name in names)
+                size = sum(way.nbytes[name] for name in names)
+                found.setdefault(label, Choice(label, tuple(way.rule.items()), size, cost))
+                self.plans |= {(name, label): way.layers[name] for name in names}
+            if self._casts and all(name in self.left_bytes for name in names):
+                size = sum(self.left_bytes[name] for name in names)
+                found[self._casts[0]] = Choice(self._casts[0], _SKIP, size, 0.0)
+            groups.append(Group(tuple(map(_pattern, names)), tuple(found.values())))
+        return groups
+
+    def is_head(self, name: str) -> bool:
+        """Whether a tensor is an output head, which one scheme for all leaves as it is."""
+        return self._roles[name] == "head"
+
+    def layer_ways(self, name: str) -> dict[str, LayerPlan]:
+        """A tensor's plans, by the label of the choice."""
+        return {self.label(way, name): way.layers[name] for way in self._ways if name in way.layers}
+
+    @staticmethod
+    def label(way: Way, name: str) -> str:
+        """What a choice is called."""
+        layer = way.layers[name]
+        return full_label(layer.label, layer.scheme) or ""
+
+    def recipe_of(self, groups: Sequence[Group], mix: Mix) -> Recipe:
+        """An ordinary recipe that stores the layers so."""
+        rules = rules_of(groups, mix)
+        schemes = [rule["scheme"] for rule in rules if "scheme" in rule]
+        if not schemes:
+            return self.recipe.with_flags(scheme="bf16" if self._casts[0] == FLOAT else self._casts[0])
+        counts = {
+            scheme: sum(len(rule["match"]) for rule in rules if rule.get("scheme") == scheme) for scheme in schemes
+        }
+        return self._with_rules(max(schemes, key=lambda scheme: counts[scheme]), rules)
+
+    def artifact_bytes(self, recipe: Recipe) -> int:
+        """Bytes of all files of the artifact, at the most. Raises UsageError where a target refuses the recipe."""
+        plan = self.planned(recipe)
+        layout = plan_layout(plan, self.checkpoint, self.output)
+        folder = self.checkpoint.folder
+        if folder is None:
+            return layout.nbytes
+        beside = neighbours(folder, self.checkpoint.files).copied
+        copied = sum((folder / path).stat().st_size for path in beside if path.as_posix() not in _WRITTEN)
+        config = json.dumps(layout.config(plan, self.checkpoint.config), indent=2, ensure_ascii=False)
+        index = len(layout.shards) > 1 and sum(len(name) + 60 for name in layout.specs) + 200
+        return layout.nbytes + copied + len(config.encode()) + 1 + index + _manifest_bytes(plan)
+
+
+def _manifest_bytes(plan: Plan) -> int:
+    """What the manifest will take, at the most."""
+    layers = {
+        layer.info.name: ManifestLayer(scheme=str(layer.scheme), algorithm=layer.algorithm, sqnr_db=-999.9999)
+        if layer.scheme
+        else ManifestLayer(dtype=layer.dtype, reason=layer.reason)
+        for layer in plan.layers
+    }
+    manifest = Manifest(
+        quantcli="0" * 16,
+        input_sha256="0" * 64,
+        format=plan.format,
+        scheme=plan.scheme,
+        algorithm=plan.algorithm,
+        recipe=plan.recipe.model_dump(mode="json"),
+        layers=layers,
+    )
+    text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
+    notes = sum(_NOTE_BYTES + len(layer.note or "") for layer in plan.layers if layer.has_codes)
+    return len(text.encode()) + notes + _VERIFIED_BYTES
+
+
+def _nbytes(layout: Layout, name: str) -> int:
+    return sum(spec.nbytes for spec in layout.layer_specs[name].values())
+
+
+def _pattern(name: str) -> str:
+    """A glob that means a tensor alone, its biases aside: brackets in names are no sets of characters."""
+    name = module_of(name) if name.endswith(".weight") else name
+    return name.replace("[", "[[]").replace("?", "[?]").replace("*", "[*]")
+
+
+def labels(groups: Sequence[Group], mix: Mix) -> dict[str, int]:
+    """How many layers are stored how, the most frequent first."""
+    counts: dict[str, int] = {}
+    for group, choice in zip(groups, chosen(groups, mix), strict=True):
+        counts[choice.label] = counts.get(choice.label, 0) + len(group.layers)
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
