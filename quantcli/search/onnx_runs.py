@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.conversion.onnx.comparison import OutputComparison
+from quantcli.conversion.onnx.comparison import Comparison, OutputComparison
 from quantcli.errors import InputError
 from quantcli.onnx.graph.save import save_graph
 from quantcli.onnx.plan.evidence import Evidence
@@ -88,13 +89,25 @@ class GraphRuns:
         Raises:
             InputError: nothing is quantized.
         """
+        found = self._compared(recipe)
+        return inf if found is None else noise_of(found.outputs.values())
+
+    def sqnr_db(self, recipe: Recipe) -> float:
+        """Signal to noise of all outputs together; infinite where they are equal, or not finite, by its sign.
+
+        Raises:
+            InputError: nothing is quantized.
+        """
+        found = self._compared(recipe)
+        return -inf if found is None else inf if found.sqnr_db is None else found.sqnr_db
+
+    def _compared(self, recipe: Recipe) -> Comparison | None:
         _, file = self.carried_out(recipe)
         try:
-            found = self.outputs.against(file, "A candidate")
+            return self.outputs.against(file, "A candidate")
         except InputError:
             # It overflows, or the runtime has no kernel for it: then it is none to be chosen.
-            return float("inf")
-        return noise_of(found.outputs.values())
+            return None
 
     def noise_of_layers(self, layers: Mapping[str, Rule]) -> float:
         """As `noise`, where a few layers alone are quantized, each as its rule says."""

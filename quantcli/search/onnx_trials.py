@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,14 +140,19 @@ class Verdicts:
 class Stopwatch:
     """Times artifacts in rounds that they take in turns with the model."""
 
-    def __init__(self, model: Path, feeds: Arrays) -> None:
+    def __init__(self, model: Path, feeds: Mapping[str, np.ndarray]) -> None:
         self.model, self.feeds = model, feeds
 
-    def of(self, artifact: Path, *, rounds: int | None = None) -> tuple[Timing, Timing]:
+    def of(self, artifact: Path) -> tuple[Timing, Timing]:
         """The model's times, and the artifact's."""
         runners = [OnnxRunner(path, shared=True) for path in (self.model, onnx_file(artifact))]
-        functions: list[Callable[[int], object]] = [
-            (lambda number, runner=runner: runner.run(self.feeds)) for runner in runners
-        ]
-        reference, candidate = time_interleaved(functions, rounds=rounds)
+        reference, candidate = time_interleaved([partial(_timed, runner, self.feeds) for runner in runners])
         return reference, candidate
+
+    def p50_ms(self, artifact: Path) -> float:
+        """The time that half of an artifact's runs stay below, in ms."""
+        return self.of(artifact)[1].percentile_ms(50)
+
+
+def _timed(runner: OnnxRunner, feeds: Mapping[str, np.ndarray], number: int) -> None:
+    runner.run(feeds)
