@@ -13,6 +13,7 @@ import yaml
 from quantcli.errors import BudgetError, InputError, UsageError
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.steps import named_steps, parse_steps
+from quantcli.reporting.pareto import require_pareto, write_pareto
 from quantcli.reporting.report import GateRow, ModelRow, Report
 from quantcli.search.budget import Budget
 from quantcli.search.choices import Found
@@ -51,6 +52,8 @@ def convert_within(
         UsageError: an output exists.
         InputError: it cannot be written.
     """
+    if budget.pareto is not None:
+        require_pareto(budget.pareto)
     recipe_file = output.with_name(f"{output.name}.recipe.yaml")
     if not dry_run:
         source = Path(model)
@@ -68,6 +71,8 @@ def convert_within(
             found.details["recipe_file"] = str(recipe_file)
     except BudgetError as error:
         return _unmet(model, output, budget, error)
+    if budget.pareto is not None:
+        write_pareto(budget.pareto, found.details["frontier"], None)
     report.models[1].path = str(output)
     report.gates = gates
     report.warnings += found.warnings

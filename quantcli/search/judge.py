@@ -16,7 +16,7 @@ from quantcli.models.source import ModelSource
 from quantcli.search.bounds import Drop, drop_of
 
 #: Samples that a search looks at, and that are held out of data that is not for evaluation alone.
-SEARCHED, HELD_OUT = 8, 16
+SEARCHED, HELD_OUT = 8, 12
 KL = "kl_nats"
 #: Metrics that are better the lower they are; all others are better the higher they are.
 _LOWER_IS_BETTER = ("perplexity", KL, "wer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from quantcli.ptq.rounding import without_data
 from quantcli.system.devices import products
 from quantcli.training.objective import divergence, relative_error
 
+#: What is kept of the original's outputs, in bytes.
+_KEPT_BYTES = 512 << 20
+
 
 class SearchedModel:
     """The original in float32, and the samples that a search looks at.
@@ -38,9 +42,10 @@ class SearchedModel:
         self.samples = [completed(model, sample) for sample in arrays]
         self._skeleton.load("")
         parameters = self._skeleton.parameters()
-        self._parameters: dict[str, str] = {}
+        # A tied weight is a parameter of several modules.
+        self._parameters: dict[str, list[str]] = {}
         for parameter, info in parameters.items():
-            self._parameters.setdefault(info.name, parameter)
+            self._parameters.setdefault(info.name, []).append(parameter)
         with torch.no_grad():
             self.measure = "kl_nats" if self.output(self.samples[0])[1] else "relative_error"
 
@@ -53,20 +58,20 @@ class SearchedModel:
 
     def linear(self, tensor: str) -> nn.Linear | None:
         """The linear layer that a tensor of the checkpoint is the weight of, if it is one's."""
-        parameter = self._parameters.get(tensor, "")
+        parameter = self._parameters.get(tensor, [""])[0]
         module = self.module.get_submodule(module_of(parameter)) if parameter.endswith(".weight") else None
         is_called = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
         return module if is_called else None  # type: ignore[return-value]
 
     def values(self, tensor: str) -> Tensor | None:
         """A tensor of the checkpoint as the model holds it, float32; None where the model holds no such one."""
-        parameter = self._parameters.get(tensor)
-        return None if parameter is None else self.module.get_parameter(parameter).detach()
+        parameters = self._parameters.get(tensor)
+        return None if parameters is None else self.module.get_parameter(parameters[0]).detach()
 
     @contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Meanwhile these tensors of the checkpoint have other values, of the same shapes."""
-        held = {self._parameters[name]: each for name, each in values.items() if name in self._parameters}
+        held = {parameter: each for name, each in values.items() for parameter in self._parameters.get(name, ())}
         before = {name: self.module.get_parameter(name).data for name in held}
         try:
             for name, each in held.items():
@@ -78,14 +83,20 @@ class SearchedModel:
 
     @torch.no_grad()
     def distance(self, values: Mapping[str, Tensor]) -> float:
-        """How far outputs move, on average over the samples, where tensors have these values."""
+        """How far outputs move where tensors have these values, on average over samples whose outputs can be kept."""
         found = []
-        for sample in self.samples:
-            expected, classes = self.output(sample)
+        for sample, (expected, classes) in zip(self.samples, self._expected, strict=False):
             with self.holding(values):
                 got, _ = self.output(sample)
             found.append(float((divergence if classes else relative_error)(expected, got)))
         return sum(found) / len(found)
+
+    @cached_property
+    def _expected(self) -> list[tuple[Tensor, bool]]:
+        """The original's outputs for the first samples, as many as there is room for."""
+        kept = [self.output(self.samples[0])]
+        most = max(1, _KEPT_BYTES // max(1, kept[0][0].nbytes))
+        return kept + [self.output(sample) for sample in self.samples[1:most]]
 
 
 def stored_values(values: Tensor, layer: LayerPlan, scale_dtype: str) -> Tensor:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.roles import module_of
-from quantcli.planning.plan import LayerPlan
+from quantcli.core.dtypes import torch_dtype
+from quantcli.planning.plan import Plan
 from quantcli.search.module import SearchedModel, stored_values
 from quantcli.search.probes import Probes
 from quantcli.search.sensitivity_file import SensitivityStore
@@ -18,6 +18,8 @@ from quantcli.search.ways import Ways
 
 #: Measured over estimated cost is believed within these.
 _LEAST_FACTOR, _MOST_FACTOR = 0.05, 20.0
+#: What is kept of weights that were decoded, in bytes.
+_KEPT_BYTES = 1 << 30
 #: Layers after which what is known is written down.
 _SAVED_EVERY = 16
 #: Of the time of a sensitivity, what probing and what rounding takes.
@@ -31,9 +33,10 @@ class Estimator:
     ways: Ways
     store: SensitivityStore
     model: SearchedModel | None
-    scale_dtype: str
+    stored: StoredValues
     seed: int = 0
     tick: Callable[[float], None] = lambda _: None
+    is_late: Callable[[], bool] = lambda: False
 
     def costs(self) -> dict[str, dict[str, float]]:
         """Costs by tensor and label, from the file as far as they are there, corrected by what was measured."""
@@ -58,10 +61,12 @@ class Estimator:
         known = set(probes.seen()) if probes else set[str]()
         relative: dict[str, dict[str, float]] = {}
         for number, name in enumerate(names):
-            values = self._original(name)
+            values = self.stored.original(name)
             relative[name], costs = {}, {}
             for label, layer in self.ways.layer_ways(name).items():
-                difference = stored_values(values, layer, self.scale_dtype) - values
+                stored = self.stored(name, label)
+                assert stored is not None
+                difference = stored - values
                 relative[name][label] = float(difference.square().sum() / values.square().sum().clamp(min=1e-30))
                 if probes and name in known:
                     costs[label] = probes.cost(name, difference.reshape(layer.info.rows, -1))
@@ -73,11 +78,6 @@ class Estimator:
         found.costs |= _of_unseen(found.costs, relative, {info.name: info.numel for info in self.ways.infos})
         self.store.save()
 
-    def _original(self, name: str) -> Tensor:
-        """A weight in float32."""
-        held = self.model.values(name) if self.model else None
-        return read_float(self.ways.checkpoint, name) if held is None else held
-
     def _correct(self, names: list[str]) -> None:
         """Measure each kind of layers as a whole, stored the cheapest way, beside the sum of its estimates."""
         assert self.model is not None
@@ -85,14 +85,17 @@ class Estimator:
         for name in names:
             kinds.setdefault(kind_of(name), []).append(name)
         for number, (kind, members) in enumerate(kinds.items()):
+            if self.is_late():
+                return  # what was not measured is believed as it was estimated, and measured another time
             values, estimated = {}, 0.0
             for name in members:
-                layers = self.ways.layer_ways(name)
-                costs = self.store.found.costs[name]
-                if not layers or self.model.values(name) is None:
+                if self.model.values(name) is None:
                     continue
-                label = max(layers, key=lambda each: costs[each])
-                values[name] = stored_values(self._original(name), layers[label], self.scale_dtype)
+                costs = self.store.found.costs[name]
+                label = max(costs, key=costs.__getitem__)
+                stored = self.stored(name, label)
+                assert stored is not None
+                values[name] = stored
                 estimated += costs[label]
             measured = self.model.distance(values) if values else 0.0
             factor = measured / estimated if estimated > 0 and measured > 0 else 1.0
@@ -125,18 +128,47 @@ def kind_of(name: str) -> str:
     return re.sub(r"\d+", "*", module_of(name) or name)
 
 
-def read_float(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A whole tensor of a checkpoint in float32."""
-    info = next(each for each in checkpoint.infos() if each.name == name)
-    return checkpoint.read_rows(info, 0, info.rows).reshape(info.shape).float()
+class StoredValues:
+    """What codes of a model's weights stand for; made once for each weight and way, as far as there is room."""
 
+    def __init__(self, ways: Ways, model: SearchedModel | None, plan: Plan) -> None:
+        """``plan`` is of any mix: it tells what scales, and what is not chosen for, are stored as."""
+        self._ways, self._model, self._scale_dtype = ways, model, plan.scale_dtype
+        self._infos = {info.name: info for info in ways.infos}
+        free = {name for group in ways.groups for name in group}
+        self._left = [each for each in plan.layers if each.info.name not in free and each.dtype != each.info.dtype]
+        self._dtype = torch_dtype(plan.dtype)
+        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._room = _KEPT_BYTES
 
-def mix_values(ways: Ways, labels: Mapping[str, str], model: SearchedModel, scale_dtype: str) -> dict[str, Tensor]:
-    """What the codes of a mix stand for, by tensor; ``labels`` tells how each is stored, others stay."""
-    values = {}
-    for name, label in labels.items():
-        layer: LayerPlan | None = ways.layer_ways(name).get(label)
-        original = model.values(name)
-        if layer is not None and original is not None:
-            values[name] = stored_values(original, layer, scale_dtype)
-    return values
+    def original(self, name: str) -> Tensor:
+        """A weight in float32, of its own shape."""
+        held = self._model.values(name) if self._model else None
+        if held is not None:
+            return held
+        info = self._infos[name]
+        return self._ways.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape).float()
+
+    def __call__(self, name: str, label: str) -> Tensor | None:
+        """A weight stored in one way, float32 of its own shape; None where it stays as it is."""
+        layer = self._ways.layer_ways(name).get(label)
+        if layer is None:
+            return None
+        if (name, label) in self._kept:
+            return self._kept[name, label]
+        values = stored_values(self.original(name), layer, self._scale_dtype)
+        if values.nbytes <= self._room:
+            self._kept[name, label] = values
+            self._room -= values.nbytes
+        return values
+
+    def of_mix(self, labels: Mapping[str, str]) -> dict[str, Tensor]:
+        """All tensors that a mix changes, by name; ``labels`` tells how each that is chosen for is stored."""
+        found = {}
+        for name, label in labels.items():
+            values = self(name, label)
+            found[name] = self.original(name).to(self._dtype).float() if values is None else values
+        for layer in self._left:
+            if layer.info.is_float and not layer.has_codes and not layer.dropped:
+                found[layer.info.name] = self.original(layer.info.name).to(torch_dtype(layer.dtype)).float()
+        return found

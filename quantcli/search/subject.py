@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from quantcli.search.budget import Budget
 from quantcli.search.checkpoint import CheckpointSearch
 from quantcli.search.choices import Found
 from quantcli.search.judge import KL, judge, metric_of, require_kl
+from quantcli.search.trials import CheckpointTrials
 
 
 @dataclass
@@ -31,18 +32,22 @@ class CheckpointSubject:
     recipe: Recipe
     request: DataRequest | None
     output: Path
-    _last: CheckpointSearch | None = None
+    _trials: CheckpointTrials | None = None
+    _budget: Budget = field(default_factory=Budget)
 
     def search(self, budget: Budget) -> Found:
         """Find a recipe that keeps a budget. Raises as `CheckpointSearch.run`."""
-        before = self._last
-        self._last = CheckpointSearch(
-            self.source, self.checkpoint, self.recipe, budget, self.request, self.loader(budget), self.output,
-            self._open_module, seed=self.request.seed if self.request else 0,
-        )  # fmt: skip
-        if before is not None:
-            self._last.continue_from(before)
-        return self._last.run()
+        self._budget = budget
+        return CheckpointSearch(self.trials(budget), budget).run()
+
+    def trials(self, budget: Budget) -> CheckpointTrials:
+        """What mixes are tried out with, however many budgets there are."""
+        if self._trials is None:
+            self._trials = CheckpointTrials(
+                self.source, self.checkpoint, self.recipe, budget, self.request, self._loader(budget), self.output,
+                self._open_module, seed=self.request.seed if self.request else 0,
+            )  # fmt: skip
+        return self._trials
 
     @cached_property
     def source(self) -> ModelSource:
@@ -51,10 +56,8 @@ class CheckpointSubject:
             return open_model(self.function, Path(self.checkpoint.path))
         return open_model(self.checkpoint.path)
 
-    def loader(self, budget: Budget) -> Loader:
+    def _loader(self, budget: Budget) -> Loader:
         """What the library that loads the artifact makes of the checkpoint."""
-        if self._last is not None:
-            return self._last.loader
         scheme = next((name for name in budget.allow if name.startswith("int")), budget.allow[0])
         plan = resolve(
             self.recipe.with_flags(scheme=scheme), self.checkpoint.infos(), self.checkpoint.config, data=None
@@ -69,20 +72,19 @@ class CheckpointSubject:
 
     def losses(self, artifact: Path) -> Mapping[str, tuple[float, float]]:
         """What an artifact loses on samples that were held out: mean and bound, by the option that limits it."""
-        search = self._last
-        assert search is not None
-        if not search.budget.judges_outputs or search.evidence is None:
+        assert self._trials is not None
+        if not self._budget.judges_outputs or self._trials.evidence is None:
             return {}
-        inputs = search.evidence.held_out
+        inputs = self._trials.evidence.held_out
         options = dict(inputs.task.LOADING)
         reference = self.source.runner(**options)
         candidate = open_runner(self.function or artifact, weights=artifact if self.function else None, **options)
         drops = judge(self.source, reference, candidate, inputs).drops()
         found = {}
-        if search.budget.max_kl is not None:
+        if self._budget.max_kl is not None:
             require_kl(drops)
             found["--max-kl"] = (drops[KL].mean, drops[KL].bound)
-        if search.budget.max_drop is not None:
-            drop = drops[metric_of(drops, search.budget.metric)]
+        if self._budget.max_drop is not None:
+            drop = drops[metric_of(drops, self._budget.metric)]
             found["--max-drop"] = (drop.mean, drop.bound)
         return found
