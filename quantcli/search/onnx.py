@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,7 @@ from quantcli.search.onnx_sensitivity import layer_costs
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.search.onnx_trials import key_of
 from quantcli.search.onnx_unmet import loses_too_much, too_few_samples, too_large, too_slow
-from quantcli.search.onnx_ways import ways_to_store
+from quantcli.search.onnx_ways import Ways, ways_to_store
 from quantcli.search.sensitivity_file import SensitivityStore
 from quantcli.search.solver import Column
 
@@ -70,10 +69,20 @@ class OnnxSearch:
         return Found(recipe, self._details(recipe), self._warnings())
 
     @cached_property
+    def ways(self) -> Ways:
+        """What each layer can become, as it is known from before or seen now."""
+        known, own = self.store.found, self.subject.recipe
+        if not known.graph:
+            ways = self.subject.ways
+            known.graph, known.rest = dict(ways.layers), ways.rest
+            self.store.save()
+        return Ways(own, ways_to_store(own, self.budget.allow), known.graph, known.rest)
+
+    @cached_property
     def mixes(self) -> Mixes:
         """What is chosen of, with estimated costs."""
-        ways = self.subject.ways
-        return Mixes(ways, ways.groups(layer_costs(self.subject.runs, ways, self.store, self._is_late, self.tick)))
+        costs = layer_costs(lambda: self.subject.runs, self.ways, self.store, self._is_late, self.tick)
+        return Mixes(self.ways, self.ways.groups(costs))
 
     def _recipe(self, mix: Mix) -> Recipe:
         recipe = self.mixes.recipe_of(mix)
@@ -89,7 +98,7 @@ class OnnxSearch:
 
     def _require_samples(self) -> None:
         """Raise BudgetError where even a model that loses nothing would not be seen to keep a limit."""
-        for limited in self.measured.limits_of_itself(self.budget):
+        for limited in self.measured.best_case(self.budget):
             if limited[2].bound > limited[1]:
                 raise too_few_samples(self.budget, limited, [])
 
@@ -107,7 +116,7 @@ class OnnxSearch:
         """What layers may take where bytes are limited, by estimate."""
         if self.budget.max_size is None:
             return {}
-        return {"nbytes": float(self.budget.max_size - self.subject.ways.rest)}
+        return {"nbytes": float(self.budget.max_size - self.ways.rest)}
 
     # One scheme for all layers.
 
@@ -135,26 +144,29 @@ class OnnxSearch:
     def _for_outputs(self) -> Recipe:
         """The smallest mix that keeps the limits on outputs, as sure as the samples allow."""
         levels = self.mixes.levels({})
+        safest = self._recipe(levels[-1])
+        accepted = self._smallest_kept(levels)
+        if accepted is None and self._keeps_outputs(safest):
+            accepted = safest
+        accepted = self._smaller_uniform(accepted)
+        if accepted is None:
+            raise loses_too_much(self.budget, self.measured.limits(self.budget, safest), self._candidates())
+        if not self._fits(accepted):
+            raise too_large(self.budget, self.measured.size(accepted), self._candidates())
+        return self._fast_enough(accepted)
+
+    def _smallest_kept(self, levels: Sequence[Mix]) -> Recipe | None:
+        """The first of some mixes of less and less noise that keeps the limits on outputs, found by halves."""
         accepted: Recipe | None = None
         low, high = 0, len(levels) - 1
-        while low <= high:
-            if self._is_late():
-                break
+        while low <= high and not self._is_late():
             middle = (low + high) // 2
             recipe = self._recipe(levels[middle])
             if self._keeps_outputs(recipe):
                 accepted, high = recipe, middle - 1
             else:
                 low = middle + 1
-        if accepted is None and self._keeps_outputs(self._recipe(levels[-1])):
-            accepted = self._recipe(levels[-1])
-        accepted = self._smaller_uniform(accepted)
-        if accepted is None:
-            limits = self.measured.limits(self.budget, self._recipe(levels[-1]))
-            raise loses_too_much(self.budget, limits, self._candidates())
-        if not self._fits(accepted):
-            raise too_large(self.budget, self.measured.size(accepted), self._candidates())
-        return self._fast_enough(accepted)
+        return accepted
 
     def _smaller_uniform(self, accepted: Recipe | None) -> Recipe | None:
         """One scheme for all layers, where that keeps the limits and is smaller than what was found."""
@@ -230,10 +242,11 @@ class OnnxSearch:
         if most is None or self._is_fast(recipe):
             return recipe
         fastest, latency = recipe, self.measured.latency
-        whole = sum(layer.work for layer in self.subject.ways.layers)
         mix = self._mix_of.get(key_of(recipe))
-        work = whole if mix is None else min(whole, self.mixes.work(mix))
-        for _ in range(_ATTEMPTS):
+        work = self.ways.work if mix is None else min(self.ways.work, self.mixes.work(mix))
+        # Where not even the mix with the least work is fast enough, none is.
+        reachable = latency(self._recipe(self.mixes.least_work())) <= most
+        for _ in range(_ATTEMPTS if reachable else 0):
             work *= 0.97 * most / max(most, latency(fastest))
             found = self._within_work(work)
             if found is None or self._is_late():
@@ -250,9 +263,9 @@ class OnnxSearch:
         """The recipe that is looked for among those of so much work, or None."""
         limits: Limits = {"milliseconds": work}
         if self.budget.judges_outputs:
-            recipes = (self._recipe(mix) for mix in self.mixes.levels(limits))
-            return next((recipe for recipe in recipes if self._is_late() or self._keeps(recipe)), None)
-        found = self._least_noise({**limits, **self._room()})
+            found = self._smallest_kept(self.mixes.levels({**limits, **self._room()}))
+        else:
+            found = self._least_noise({**limits, **self._room()})
         return found if found is not None and self._fits(found) else None
 
     # What is said in the end.
@@ -260,12 +273,11 @@ class OnnxSearch:
     def _row(self, recipe: Recipe) -> dict[str, Any]:
         mix = self._mix_of.get(key_of(recipe))
         if mix is not None:
-            labels, estimate = self.mixes.labels(mix), self.mixes.cost(mix)
+            told = {"layers": self.mixes.labels(mix), "estimate": self.mixes.cost(mix)}
         else:
-            plan = self.subject.runs.planned(recipe)
-            labels = dict(Counter(node.label or "float" for node in {node.name: node for node in plan.nodes}.values()))
-            estimate = self.measured.noise(recipe)
-        return self.measured.row(recipe) | {"layers": labels, "estimate": estimate}
+            label = f"{recipe.scheme} group {recipe.group_size}" if recipe.group_size else str(recipe.scheme)
+            told = {"layers": {label: len(self.ways.layers)}, "estimate": self.measured.noise(recipe)}
+        return self.measured.row(recipe) | told
 
     def _candidates(self) -> list[dict[str, Any]]:
         """All recipes whose artifacts were measured, by size."""

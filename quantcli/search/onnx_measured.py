@@ -10,7 +10,7 @@ from typing import Any
 from quantcli.planning.recipe import Recipe
 from quantcli.search.bounds import Drop
 from quantcli.search.budget import Budget
-from quantcli.search.judge import KL, metric_of, require_kl
+from quantcli.search.judge import KL, Judged, metric_of, require_kl
 from quantcli.search.onnx_sensitivity import NOT_FINITE
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.search.onnx_trials import key_of
@@ -76,10 +76,18 @@ class Measurements:
         """
         return limits_of(budget, self.drops(recipe))
 
-    def limits_of_itself(self, budget: Budget) -> list[Limited]:
-        """The same for the model itself, which loses nothing: what the samples could show at the best."""
-        verdicts = self.subject.verdicts
-        return [] if verdicts is None else limits_of(budget, verdicts.of_itself().drops())
+    def best_case(self, budget: Budget) -> list[Limited]:
+        """Limits on the number of answers that change, and what is lost where none does, as the samples can show it.
+
+        Raises:
+            UsageError: the data gives no such metric.
+        """
+        if self.subject.verdicts is None:
+            return []
+        judged = self.subject.verdicts.of_itself()
+        limits = limits_of(budget, judged.drops())
+        counted = _counted(judged, metric_name(budget, judged.drops())) if budget.max_drop is not None else False
+        return [each for each in limits if each[0] == "--max-drop" and counted]
 
     def row(self, recipe: Recipe) -> dict[str, Any]:
         """What is known of a recipe, for the report."""
@@ -100,15 +108,26 @@ def limits_of(budget: Budget, drops: Mapping[str, Drop]) -> list[Limited]:
     """The limits on outputs that a budget sets, with what is lost of each. Raises UsageError for an unknown metric."""
     found = []
     if budget.max_drop is not None:
-        metric = budget.metric
-        if metric is not None and is_function(metric):
-            name = metric.rpartition(":")[2]
-            metric = name if name in drops else next(iter(drops), name)
-        found.append(("--max-drop", budget.max_drop, drops[metric_of(drops, metric)]))
+        found.append(("--max-drop", budget.max_drop, drops[metric_name(budget, drops)]))
     if budget.max_kl is not None:
         require_kl(drops)
         found.append(("--max-kl", budget.max_kl, drops[KL]))
     return found
+
+
+def metric_name(budget: Budget, drops: Mapping[str, Drop]) -> str:
+    """The metric that a drop is of; of a function of the user's own the number it returns, or the first of several."""
+    metric = budget.metric
+    if metric is not None and is_function(metric):
+        name = metric.rpartition(":")[2]
+        metric = name if name in drops else next(iter(drops), name)
+    return metric_of(drops, metric)
+
+
+def _counted(judged: Judged, metric: str) -> bool:
+    """Whether a metric says of each sample that it is right, or wrong."""
+    values = {before.get(metric) for before, _ in judged.singles}
+    return metric == "argmax_agreement" or values <= {0.0, 1.0}
 
 
 def _flat(drops: Mapping[str, Drop]) -> dict[str, float | None]:

@@ -62,7 +62,14 @@ class Mixes:
 
     def least_bytes(self) -> Mix:
         """The smallest mix of all."""
-        mix = best_mix(self.groups, "nbytes", {}, without=self.nothing)
+        return self._least("nbytes")
+
+    def least_work(self) -> Mix:
+        """The mix whose runs take least."""
+        return self._least("milliseconds")
+
+    def _least(self, column: Column) -> Mix:
+        mix = best_mix(self.groups, column, {}, without=self.nothing)
         assert mix is not None
         return mix
 

@@ -15,7 +15,7 @@ NOT_FINITE = 1e12
 
 
 def layer_costs(
-    runs: GraphRuns,
+    runs: Callable[[], GraphRuns],
     ways: Ways,
     store: SensitivityStore,
     is_late: Callable[[], bool],
@@ -24,29 +24,31 @@ def layer_costs(
     """Noise by signal of the outputs, by layer and label of the way that it alone is stored.
 
     Layers whose weights lose most are measured first. What time does not reach is estimated by the weight's own error,
-    times what that was found to become at the outputs; it is not kept, so that a later search measures it.
+    times what that was found to become at the outputs; it is not kept, so that a later search measures it. ``runs`` is
+    asked for only where there is something to measure.
     """
     waiting = [
-        (-error, number, layer.name, label)
-        for number, layer in enumerate(ways.layers)
-        for label, error in ways.error_of[layer.name].items()
+        (-way.error, number, name, label)
+        for number, (name, layer) in enumerate(ways.layers.items())
+        for label, way in layer.ways.items()
+        if label != FLOAT
     ]
-    costs = {layer.name: ({FLOAT: 0.0} if FLOAT in ways.bytes_of[layer.name] else {}) for layer in ways.layers}
+    costs: dict[str, dict[str, float]] = {name: {FLOAT: 0.0} for name in ways.layers}
     ratios: list[float] = []
     late: list[tuple[str, str]] = []
-    for count, (_, _, name, label) in enumerate(sorted(waiting)):
+    for count, (error, _, name, label) in enumerate(sorted(waiting)):
         known = store.found.costs.setdefault(name, {})
         if label not in known:
             if is_late():
                 late.append((name, label))
                 continue
-            known[label] = min(runs.noise_of_layers({name: ways.rules[label]}), NOT_FINITE)
+            known[label] = min(runs().noise_of_layers({name: ways.rules[label]}), NOT_FINITE)
             store.save()
         costs[name][label] = known[label]
-        if known[label] < NOT_FINITE and ways.error_of[name][label] > 0:
-            ratios.append(known[label] / ways.error_of[name][label])
+        if known[label] < NOT_FINITE and error < 0:
+            ratios.append(known[label] / -error)
         tick((count + 1) / len(waiting))
     factor = median(ratios) if ratios else 1.0
     for name, label in late:
-        costs[name][label] = factor * ways.error_of[name][label]
+        costs[name][label] = factor * ways.layers[name].ways[label].error
     return costs

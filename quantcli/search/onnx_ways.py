@@ -18,6 +18,7 @@ from quantcli.planning.rules import Rules
 from quantcli.search.budget import FLOAT
 from quantcli.search.choices import Choice, Group, Mix, chosen, rules_of
 from quantcli.search.onnx_runs import GraphRuns, Rule, noise_of
+from quantcli.search.sensitivity_file import LayerFigures, WayFigures
 
 #: Sizes of groups that are tried, finest first, where the user names none.
 _GROUP_SIZES = (32, 64, 128)
@@ -54,57 +55,43 @@ def uniform_recipe(recipe: Recipe, rule: Rule) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Nodes that read one weight, and about how many multiplications they do in one run."""
-
-    name: str
-    nbytes: int
-    work: float
-
-
-@dataclass(frozen=True)
 class Ways:
     """The layers that a search decides on, and what each can become.
 
     Attributes:
         recipe: the user's, whose own rules and skips hold before all others.
         rules: what a recipe says for each way, by its label.
-        layers: in the graph's order.
-        bytes_of: what a layer takes in the artifact, by its name and a way's label; only ways that differ are listed.
-        factor_of: the time it takes by that of the float kernel, likewise.
-        error_of: noise by signal of the weight itself, likewise.
+        layers: in the graph's order; nodes that read one weight are one layer. Only ways that differ are listed.
         rest: bytes of the artifact beside the layers, about.
     """
 
     recipe: Recipe
     rules: Mapping[str, Rule]
-    layers: Sequence[Layer]
-    bytes_of: Mapping[str, Mapping[str, int]]
-    factor_of: Mapping[str, Mapping[str, float]]
-    error_of: Mapping[str, Mapping[str, float]]
+    layers: Mapping[str, LayerFigures]
     rest: int
 
+    @property
+    def work(self) -> float:
+        """Multiplications of one run."""
+        return sum(layer.work for layer in self.layers.values())
+
     def groups(self, costs: Mapping[str, Mapping[str, float]]) -> list[Group]:
-        """What the solver chooses of; ``costs`` are by layer and label, and a way that has none is not offered."""
+        """What the solver chooses of; ``costs`` are by layer and label."""
         found = []
-        for layer in self.layers:
-            known = costs[layer.name]
+        for name, layer in self.layers.items():
             choices = tuple(
-                Choice(label, self.rules[label], nbytes, known[label], layer.work * self.factor_of[layer.name][label])
-                for label, nbytes in self.bytes_of[layer.name].items()
-                if label in known
+                Choice(label, self.rules[label], way.nbytes, costs[name][label], layer.work * way.factor)
+                for label, way in layer.ways.items()
             )
-            if choices:
-                found.append(Group((layer.name,), choices))
+            found.append(Group((name,), choices))
         return found
 
     def recipe_of(self, groups: Sequence[Group], mix: Mix) -> Recipe:
         """An ordinary recipe for a mix. Raises InputError where it would leave everything as it is."""
         taken = chosen(groups, mix)
         weights: dict[Rule, int] = defaultdict(int)
-        sizes = {layer.name: layer.nbytes for layer in self.layers}
         for group, choice in zip(groups, taken, strict=True):
-            weights[choice.rule] += sum(sizes[name] for name in group.layers)
+            weights[choice.rule] += sum(self.layers[name].nbytes for name in group.layers)
         quantizing = {rule: nbytes for rule, nbytes in weights.items() if "skip" not in dict(rule)}
         if not quantizing:
             raise InputError("No layer is to be quantized.")
@@ -114,16 +101,6 @@ class Ways:
         own = self.recipe.model_dump(exclude_unset=True)
         own.pop("group_size", None)
         return validate(own | dict(main) | {"rules": [*own.get("rules", []), *rules]}, "the search")
-
-
-def layers_of(plans: Iterable[NodePlan], sizes: Mapping[str, int]) -> list[Layer]:
-    """The layers of a plan, each weight once; ``sizes`` are bytes of float32 values in one run."""
-    work: dict[str, float] = defaultdict(float)
-    nbytes: dict[str, int] = {}
-    for plan in plans:
-        nbytes[plan.name] = plan.info.nbytes
-        work[plan.name] += _multiplications(plan, sizes)
-    return [Layer(name, nbytes[name], work[name]) for name in nbytes]
 
 
 def _multiplications(plan: NodePlan, sizes: Mapping[str, int]) -> float:
@@ -143,7 +120,7 @@ def _multiplications(plan: NodePlan, sizes: Mapping[str, int]) -> float:
     return outputs * plan.info.numel / max(1, shape[axis])
 
 
-def work_factor(plan: NodePlan) -> float:
+def _work_factor(plan: NodePlan) -> float:
     """The time of a layer by that of its float kernel, about."""
     if plan.form == "nbits" and is_standard(plan.node, "Conv", "ConvTranspose"):
         return _WORK_OF_RESTORED
@@ -162,13 +139,9 @@ def open_ways(runs: GraphRuns, recipe: Recipe, allow: Sequence[str], sizes: Mapp
     Raises:
         BudgetError: no scheme applies to anything.
     """
-    rules = ways_to_store(recipe, allow)
-    floats, whole = runs.float_bytes(), Rules(recipe)
-    bytes_of: dict[str, dict[str, int]] = defaultdict(dict)
-    factor_of: dict[str, dict[str, float]] = defaultdict(dict)
-    error_of: dict[str, dict[str, float]] = defaultdict(dict)
+    rules, whole, floats = ways_to_store(recipe, allow), Rules(recipe), runs.float_bytes()
+    layers: dict[str, LayerFigures] = {}
     seen: dict[str, set[object]] = defaultdict(set)
-    plans: dict[str, list[NodePlan]] = {}
     for label, rule in rules.items():
         if label == FLOAT:
             continue
@@ -180,23 +153,25 @@ def open_ways(runs: GraphRuns, recipe: Recipe, allow: Sequence[str], sizes: Mapp
         free = [each for each in outcomes if whole.first(each.plan.name, each.plan.node.name or "") is None]
         overhead = _overhead(outcomes, file.stat().st_size - floats)
         for name, same in _by_weight(free).items():
-            plans.setdefault(name, [each.plan for each in same])
-            form = tuple((each.plan.form, each.plan.scheme) for each in same)
-            if not same[0].plan.form or form in seen[name]:
-                continue
-            seen[name].add(form)
-            bytes_of[name][label] = same[0].bytes_after + overhead
-            factor_of[name][label] = work_factor(same[0].plan)
-            error_of[name][label] = noise_of([same[0].sqnr_db])
-    layers = [each for each in layers_of((p for same in plans.values() for p in same), sizes) if bytes_of[each.name]]
+            plans, first = [each.plan for each in same], same[0]
+            work = sum(_multiplications(plan, sizes) for plan in plans)
+            layer = layers.setdefault(name, LayerFigures(nbytes=first.plan.info.nbytes, work=work, ways={}))
+            form = tuple((plan.form, plan.scheme) for plan in plans)
+            if first.plan.form and form not in seen[name]:
+                seen[name].add(form)
+                layer.ways[label] = WayFigures(
+                    nbytes=first.bytes_after + overhead,
+                    factor=_work_factor(first.plan),
+                    error=noise_of([first.sqnr_db]),
+                )
+    layers = {name: layer for name, layer in layers.items() if layer.ways}
     if not layers:
         raise BudgetError(
             f"None of {', '.join(rules)} applies to a layer of {runs.model}.", "Name others with --allow."
         )
-    for layer in layers if FLOAT in rules else ():
-        bytes_of[layer.name][FLOAT] = layer.nbytes
-        factor_of[layer.name][FLOAT] = 1.0
-    return Ways(recipe, rules, layers, bytes_of, factor_of, error_of, floats - sum(layer.nbytes for layer in layers))
+    for layer in layers.values() if FLOAT in rules else ():
+        layer.ways[FLOAT] = WayFigures(nbytes=layer.nbytes, factor=1.0, error=0.0)
+    return Ways(recipe, rules, layers, floats - sum(layer.nbytes for layer in layers.values()))
 
 
 def _by_weight(outcomes: Iterable[LayerOutcome]) -> dict[str, list[LayerOutcome]]:
