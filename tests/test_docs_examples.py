@@ -97,8 +97,14 @@ def _marked(page: Path) -> object:
 def test_commands_run(page: Path, place: Path, no_runtime_check: None, capsys: pytest.CaptureFixture[str]) -> None:
     _state_dict(place)
     convert(place / "MODEL", place / "ARTIFACT", scheme="int4", group_size=32)
-    for arguments in commands(page):
-        assert main([*arguments, "--quiet"]) == 0, f"{shlex.join(arguments)}: {capsys.readouterr().err}"
+    for line in commands(page):
+        arguments, redirected = (line[:-2], line[-1]) if line[-2] == ">" else (line, None)
+        capsys.readouterr()
+        status = main([*arguments, "--quiet"])
+        captured = capsys.readouterr()
+        assert status == 0, f"{shlex.join(arguments)}: {captured.err}"
+        if redirected is not None:
+            Path(redirected).write_text(captured.out)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.stem)

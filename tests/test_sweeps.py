@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support import sweeping
 from support.sweeping import FAULT, LATE, OK, Outcome
+
+from quantcli.system import child
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
@@ -70,6 +73,19 @@ def test_a_fork_that_is_killed_is_a_fault() -> None:
     done = sweeping.forked(lambda: os.kill(os.getpid(), signal.SIGKILL), 20)
     assert done.status == -signal.SIGKILL
     assert sweeping.judged(done).verdict == FAULT
+
+
+def test_an_interpreter_that_quantcli_starts_is_a_fork_that_answers() -> None:
+    def asked() -> dict[str, Any]:
+        vars(child)["subprocess"] = SimpleNamespace(**vars(subprocess) | {"Popen": sweeping.ForkedInterpreter})
+        service = child.Service()
+        service.start("builtins:dict", {"said": 1})
+        answer = service.result(20)
+        service.stop()
+        return answer
+
+    done = sweeping.forked(asked, 30)
+    assert done.value == {"said": 1}, done.stderr
 
 
 @pytest.mark.parametrize(("dry", "verdict"), [(0, LATE), (3, "refused")])

@@ -12,7 +12,7 @@ from quantcli.data.made_up import DEFAULT_LENGTH, made_up_feeds
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, batches, choose_samples
 from quantcli.data.sources import is_text
-from quantcli.data.sources.base import batch_sizes
+from quantcli.data.sources.base import Sample, batch_sizes, hash_samples
 from quantcli.errors import InputError, UsageError
 from quantcli.models.source import ModelSource
 
@@ -32,6 +32,11 @@ class Feeds:
     def shapes(self) -> dict[str, list[int]]:
         """Shapes of the inputs at the first batch size."""
         return {name: list(value.shape) for name, value in next(iter(self.by_size.values()))[0].items()}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the batches of the first size."""
+        return hash_samples(Sample(feeds, None) for feeds in next(iter(self.by_size.values())))
 
 
 def load_feeds(

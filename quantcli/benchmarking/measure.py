@@ -19,6 +19,8 @@ METRICS = (
     "latency_ms_p50", "latency_ms_p90", "latency_ms_p99", "throughput_per_s", "load_ms", "peak_rss_bytes",
     "size_bytes", "size_ratio",
 )  # fmt: skip
+#: Enough of them to draw a distribution by.
+PERCENTILES = range(0, 101, 5)
 CANDIDATE_METRICS = ("speedup", "speedup_low", "speedup_high")
 
 
@@ -43,6 +45,7 @@ def batch_metrics(size: int, timing: Timing, reference: Timing | None, seed: int
         "latency_ms_p90": timing.percentile_ms(90),
         "latency_ms_p99": timing.percentile_ms(99),
         "throughput_per_s": timing.per_second(size),
+        "latency_ms_percentiles": {str(percent): timing.percentile_ms(percent) for percent in PERCENTILES},
     }
     if reference is not None:
         gain = speedup(reference, timing, seed)

@@ -13,7 +13,7 @@ from quantcli.blocks.model import SequentialModel
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.models import hugging_face
-from quantcli.models.inputs import decoder_inputs
+from quantcli.models.inputs import TOKEN_INPUTS, decoder_inputs
 
 #: Sequences and records used where nothing is said: what the field calibrates on, as far as a CPU goes.
 DEFAULT_SEQUENCES, DEFAULT_RECORDS = 64, 256
@@ -64,14 +64,21 @@ def _groups(inputs: list[dict[str, np.ndarray]]) -> Iterator[list[dict[str, np.n
     """Neighbours of equal shape, as many as make up a batch."""
     group: list[dict[str, np.ndarray]] = []
     for sample in inputs:
-        first = next(iter(sample.values()))
-        most = BATCH_PICTURES if first.ndim > 2 else max(1, BATCH_TOKENS // max(1, first.shape[-1]))
+        most = _most_together(sample)
         if group and (len(group) >= most or _shapes(group[0]) != _shapes(sample)):
             yield group
             group = []
         group.append(sample)
     if group:
         yield group
+
+
+def _most_together(sample: Mapping[str, np.ndarray]) -> int:
+    """How many samples of these shapes make up a batch."""
+    if "input_ids" in sample and not TOKEN_INPUTS.issuperset(sample):
+        return 1  # rows of an image's parts count no samples
+    first = next(iter(sample.values()))
+    return BATCH_PICTURES if first.ndim > 2 else max(1, BATCH_TOKENS // max(1, first.shape[-1]))
 
 
 def _tensors(model: SequentialModel, group: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:

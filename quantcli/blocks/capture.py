@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.blocks.calls import Call, Interruption
+from quantcli.blocks.structure import HIDDEN_STATES
 from quantcli.errors import InputError, QuantcliError
 from quantcli.models import hugging_face
 from quantcli.system.text import first_line
-
-#: The name under which transformers passes a block its hidden states where it does so by name.
-_HIDDEN = "hidden_states"
 
 
 class _ReachedLast(Interruption):
@@ -237,7 +235,7 @@ def _hidden_first(
     """The same arguments with the hidden states by position, whatever name they are passed by."""
     if args:
         return args, kwargs
-    name = _HIDDEN if _HIDDEN in kwargs else next(iter(inspect.signature(call).parameters), "")
+    name = HIDDEN_STATES if HIDDEN_STATES in kwargs else next(iter(inspect.signature(call).parameters), "")
     left = {key: value for key, value in kwargs.items() if key != name}
     return ((kwargs[name],) if name in kwargs else ()), left
 

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from quantcli.blocks.experts import take_experts_apart
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.split_experts import SplitExperts
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError
 from quantcli.models import hugging_face, stored_parameters
@@ -192,6 +193,8 @@ def open_skeleton(checkpoint: Checkpoint) -> Skeleton:
         )
     with parameters_on_meta():
         module = hugging_face.build_model(hugging_face.require_folder(checkpoint.folder))
+    if isinstance(checkpoint, SplitExperts):
+        stored_parameters.use_layers_for_experts(module)
     tie = getattr(module, "tie_weights", None)
     if callable(tie):
         tie()

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from inspect import signature
 
 from torch import nn
 
 from quantcli.errors import InputError, UsageError
+from quantcli.system.text import listed
+
+#: The name under which transformers passes a block its hidden states.
+HIDDEN_STATES = "hidden_states"
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def find_blocks(model: nn.Module, layers: Collection[str], named: Sequence[str] 
     lists = _named(model, named) if named else _outermost(model, layers)
     if not lists:
         raise InputError(
-            "No list of equal blocks with layers to quantize is found in this model.",
+            f"No list of equal blocks holds the layers to quantize ({listed(list(layers))}).",
             hint="Name it in a recipe, as in blocks: [model.layers], or use an algorithm without data, such as mse.",
         )
     return lists
@@ -63,12 +68,23 @@ def _outermost(model: nn.Module, layers: Collection[str]) -> list[BlockList]:
 
 
 def _is_list_of_blocks(module: nn.Module) -> bool:
-    """Whether modules of one class, each with modules of its own, make up a list."""
+    """Whether modules of one class, each with modules of its own, make up a list.
+
+    Of several classes, as in a hybrid of attention and state spaces, those do that are called by the same names.
+    """
     if not isinstance(module, (nn.ModuleList, nn.Sequential)):
         return False
     members = list(module.children())
     kinds = {type(member) for member in members}
-    return len(kinds) == 1 and not kinds & {nn.ModuleList, nn.Sequential} and all(any(m.children()) for m in members)
+    if not kinds or kinds & {nn.ModuleList, nn.Sequential} or not all(any(m.children()) for m in members):
+        return False
+    return len(kinds) == 1 or (isinstance(module, nn.ModuleList) and _are_called_alike(kinds))
+
+
+def _are_called_alike(kinds: Collection[type[nn.Module]]) -> bool:
+    """Whether all take hidden states first, and under one name that says so."""
+    first = {next((name for name in signature(kind.forward).parameters if name != "self"), "") for kind in kinds}
+    return first == {HIDDEN_STATES}
 
 
 def _block_list(path: str, module: nn.Module) -> BlockList:

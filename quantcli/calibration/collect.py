@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     #: A batch of samples by the names of inputs, and their classes.
-    Group = tuple[dict[str, np.ndarray], list[int | None]]
+    Group = tuple[dict[str, np.ndarray], list[int | str | None]]
 
 #: Samples used where nothing else is said: ranges settle after some dozens.
 DEFAULT_SAMPLES = 128

@@ -134,6 +134,7 @@ def calibrate(
             preprocess=preprocess,
             weights=weights,
             force=force,
+            histograms=_histograms(ui),
             progress=progress,
         )
     next_step = f"quantcli convert {model} -o OUT --scheme int8-static --calibration {output}"
@@ -234,6 +235,7 @@ def convert(
             force=force,
             allow_larger=allow_larger,
             budget=budget,
+            histograms=_histograms(ui),
             progress=progress,
         )
     runs = not dry_run and (model.is_dir() or model.suffix == ".onnx")
@@ -260,6 +262,7 @@ def evaluate(
     weights: options.Weights = None,
     by_layer: options.ByLayer = False,
     require: options.Require = None,
+    baseline: options.Baseline = None,
 ) -> Outcome:
     """Measure accuracy: models beside a reference on the same data. A gate that fails exits with 1."""
     _register(custom_ops)
@@ -281,6 +284,7 @@ def evaluate(
             weights=weights,
             by_layer=by_layer,
             require=require or (),
+            baseline=baseline,
             progress=progress,
         )
     return Outcome(report, eval_tables(report))
@@ -305,6 +309,7 @@ def bench(
     threads: options.Threads = None,
     runs: options.Runs = None,
     require: options.Require = None,
+    baseline: options.Baseline = None,
 ) -> Outcome:
     """Measure speed and memory on this machine, models taking turns. A gate that fails exits with 1."""
     _register(custom_ops)
@@ -324,6 +329,7 @@ def bench(
             threads=threads,
             runs=runs,
             require=require or (),
+            baseline=baseline,
             progress=progress,
         )
     return Outcome(report, bench_tables(report))
@@ -334,6 +340,13 @@ def _register(custom_ops: list[Path] | None) -> None:
     from quantcli.models.custom_operators import register
 
     register(custom_ops or ())
+
+
+def _histograms(ui: Ui) -> int:
+    """Histograms are for the page alone."""
+    from quantcli.core.histogram import SHOWN
+
+    return 0 if ui.html is None else SHOWN
 
 
 def _bytes(text: str | None, flag: str) -> int | None:
@@ -347,8 +360,8 @@ def _require_curve(recipe: Path | None, algorithm: str | None) -> None:
     """Raise MissingExtraError now, not after hours of training, where its curve could not be drawn."""
     from quantcli.planning.recipe import Recipe, load_recipe
     from quantcli.planning.steps import training_step
-    from quantcli.reporting.training_plot import require_matplotlib
+    from quantcli.reporting.charts.base import require_matplotlib
 
     wishes = load_recipe(recipe) if recipe else Recipe()
     if training_step(wishes.with_flags(algorithm=algorithm)):
-        require_matplotlib()
+        require_matplotlib("--html with a training curve")

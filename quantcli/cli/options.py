@@ -201,10 +201,14 @@ MaxMemory = Annotated[
 ]
 
 # Reports.
-ListLayers = Annotated[bool, _reports("--layers", text="List every tensor.")]
+ListLayers = Annotated[bool, _reports("--layers", text="Also list the tensors, alike ones in one row.")]
 Require = Annotated[
     Optional[list[str]],
     _reports("--require", metavar="EXPR", text='A gate such as "kl_nats <= 0.05"; may be repeated.'),
+]
+Baseline = Annotated[
+    Optional[Path],
+    _reports("--baseline", metavar="REPORT", text="An earlier --json report that gates measure drops and ratios from."),
 ]
 AsJson = Annotated[bool, _reports("--json", text="Print one JSON document instead of tables.")]
 Markdown = Annotated[Optional[Path], _reports("--markdown", metavar="FILE", text="Also write the report as Markdown.")]

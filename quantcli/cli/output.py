@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
 from pathlib import Path
@@ -61,7 +62,8 @@ def reported(command: Callable[..., Outcome]) -> Callable[..., None]:
         ui.json, ui.quiet, ui.debug, ui.html = (chosen[name] for name in ("json", "quiet", "debug", "html"))
         outcome = command(ui, **given)
         ui.show(outcome.report, outcome.tables)
-        _write(outcome, chosen["markdown"], chosen["html"], chosen.get("junit"))
+        asked = _command_line(context, {flag.name for flag in _FLAGS})
+        _write(outcome, chosen["markdown"], chosen["html"], chosen.get("junit"), asked)
         if not outcome.report.passed:
             raise typer.Exit(1)
         if outcome.next_step:
@@ -74,7 +76,20 @@ def reported(command: Callable[..., Outcome]) -> Callable[..., None]:
     return run
 
 
-def _write(outcome: Outcome, markdown: Path | None, html: Path | None, junit: Path | None) -> None:
+def _command_line(context: typer.Context, left_out: Collection[str]) -> str:
+    """What was asked, as a command line to paste: arguments, and options that are not at their defaults."""
+    words = ["quantcli", context.info_name or ""]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name in left_out or value in (None, False, [], ()) or value == parameter.default:
+            continue
+        flag = [max(parameter.opts, key=len)] if parameter.opts[0].startswith("-") else []
+        values = value if isinstance(value, (list, tuple)) else [value]
+        words += flag if value is True else [word for one in values for word in (*flag, str(one))]
+    return shlex.join(words)
+
+
+def _write(outcome: Outcome, markdown: Path | None, html: Path | None, junit: Path | None, asked: str) -> None:
     from quantcli.reporting.ci import write_junit, write_markdown
 
     try:
@@ -82,7 +97,7 @@ def _write(outcome: Outcome, markdown: Path | None, html: Path | None, junit: Pa
         if html is not None:
             from quantcli.reporting.html import write_html
 
-            write_html(outcome.tables, outcome.report, html)
+            write_html(outcome.tables, outcome.report, html, asked)
         if junit is not None:
             write_junit(outcome.report, junit)
     except OSError as error:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from quantcli.cli.layout import fit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,8 +58,6 @@ class Ui:
     def _say(self, message: str, style: str) -> None:
         text = message
         if sys.stderr.isatty():
-            import textwrap
-
             width = shutil.get_terminal_size().columns
             text = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False)
         if style and sys.stderr.isatty() and "NO_COLOR" not in os.environ:
@@ -116,18 +117,31 @@ class _Shown:
 
 def _print_table(console: Console, table: Table) -> None:
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table as RichTable
     from rich.text import Text
 
     bare = not any(table.columns[:1])
-    shown = RichTable(box=box.SIMPLE_HEAD, show_header=not bare, pad_edge=False)
-    for column in table.columns:
-        shown.add_column(column, justify="right" if column in table.right else "left", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*map(Text, row))
-    # As a table's own title and caption they would be folded to the width of its columns.
-    console.print(Text(table.title, style="bold"))
-    console.print(shown)
-    if table.note:
-        console.print(Text(table.note, style="dim"))
+    blocks, gap = fit(table, console.width, measure=cell_len, blocks=console.encoding.startswith("utf"))
+    _print_text(console, table.title, "bold")
+    for columns in blocks:
+        shown = RichTable(box=box.SIMPLE_HEAD, show_header=not bare, pad_edge=False, padding=(0, 1, 0, gap - 2))
+        for column in columns:
+            shown.add_column(column.head, justify="right" if column.right else "left", no_wrap=True)
+        for row in zip(*(column.cells for column in columns), strict=True):
+            shown.add_row(*map(Text, row))
+        # What cannot be narrower than the terminal is not cut off.
+        console.print(shown, crop=False, overflow="ignore", width=max(console.width, _LOG_WIDTH))
+    note = " ".join(filter(None, (table.note, table.bars.meaning if table.bars else None)))
+    if note:
+        _print_text(console, note, "dim")
         console.print()
+
+
+def _print_text(console: Console, text: str, style: str) -> None:
+    """Text in lines that end between words; a path that is longer than a line stays whole."""
+    from rich.text import Text
+
+    lines = textwrap.wrap(text, console.width, break_long_words=False, break_on_hyphens=False)
+    for line in lines:
+        console.print(Text(line, style=style), crop=False, overflow="ignore", no_wrap=True)

@@ -20,7 +20,8 @@ from quantcli.benchmarking.timing import time_interleaved
 from quantcli.data.request import DataRequest
 from quantcli.errors import UsageError
 from quantcli.models.source import open_model, size_metrics
-from quantcli.reporting.gates import apply_gates, parse_gates
+from quantcli.reporting.baseline import judge, read_baseline, require_batch_size
+from quantcli.reporting.gates import parse_gates
 from quantcli.reporting.report import Report
 from quantcli.system.hardware import cpu_features, cpu_name
 from quantcli.system.parallel import usable_cores
@@ -41,6 +42,7 @@ def bench(
     runs: int | None = None,
     seed: int = 0,
     require: Sequence[str] = (),
+    baseline: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Time a reference model and candidates side by side on the CPU.
@@ -65,16 +67,21 @@ def bench(
         runs: rounds; by default about three seconds per model and batch size, and no less than 20.
         seed: what order and made-up values come from.
         require: gates such as ``"speedup >= 1.5"``.
+        baseline: an earlier report of this command, in JSON, that drops and ratios of gates are measured against in
+            place of the reference.
         progress: called with rounds done and rounds in all, for one batch size after the other.
 
     Returns:
         The report; its ``passed`` says whether every gate holds.
 
     Raises:
-        UsageError: an unknown metric, or numbers that cannot be meant.
-        InputError: a model or the data is missing or unsuitable, or a package is not installed.
+        UsageError: an unknown metric, one that the baseline does not have, or numbers that cannot be meant.
+        InputError: a model, the data or the baseline is missing or unsuitable, or a package is not installed.
     """
-    gates = parse_gates(require, [*METRICS, *(CANDIDATE_METRICS if candidates else ())])
+    gates = parse_gates(require, [*METRICS, *(CANDIDATE_METRICS if candidates or baseline else ())])
+    earlier = None if baseline is None else read_baseline(baseline, "bench", (model, *candidates))
+    if earlier:
+        earlier.require(gates)
     for name, value in (("--runs", runs), ("--threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value}: at least one is needed.")
@@ -91,6 +98,8 @@ def bench(
         seq_len=seq_len,
         seed=seed,
     )
+    if earlier:
+        require_batch_size(earlier, next(iter(feeds.by_size)))
     probes = [load_and_peak(source, next(iter(feeds.by_size.values()))[0], threads) for source in sources]
     runners = [source.runner(threads=threads, shared=True) for source in sources]
     batches: list[list[dict[str, Any]]] = [[] for _ in sources]
@@ -110,6 +119,7 @@ def bench(
     size_metrics(rows)
     details = {
         "data": feeds.source,
+        "data_sha256": feeds.sha256,
         "inputs": feeds.shapes,
         "device": "cpu",
         "cpu": cpu_name(),
@@ -118,4 +128,6 @@ def bench(
         "runtimes": runtimes(sources),
     }
     warnings = [warning for source in sources for warning in source.warnings] + feeds.warnings
-    return Report("bench", rows, [], apply_gates(gates, rows), warnings, details)
+    report = Report("bench", rows, [], [], warnings, details)
+    judge(report, gates, earlier)
+    return report

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
+from quantcli.calibration.histograms import activation_histograms
 from quantcli.calibration.ranges import DEFAULT_METHOD, METHODS
 from quantcli.calibration.statistics import CalibrationStats
-from quantcli.conversion.onnx.equivalence import simplified
+from quantcli.conversion.onnx.equivalence import Data, simplified, upgraded
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.errors import InputError, UsageError
 from quantcli.models.source import ModelSource, model_sha256, open_model, source_sha256
 from quantcli.onnx.graph.model import OnnxModel, open_onnx
+from quantcli.onnx.graph.opset import QDQ_OPSET
 from quantcli.onnx.plan.plan import graph_quantization, observed_tensors
 from quantcli.reporting.report import ModelRow, Report
 from quantcli.system.files import check_target
 from quantcli.system.progress import Progress
 from quantcli.system.text import suggestion
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["DEFAULT_SAMPLES", "calibrate", "collect", "model_sha256"]
 
@@ -38,6 +48,7 @@ def calibrate(
     preprocess: str | Path | None = None,
     weights: str | Path | None = None,
     force: bool = False,
+    histograms: int = 0,
     progress: Progress | None = None,
 ) -> Report:
     """Observe a model's activations on data, and write a STATS file for `convert`.
@@ -57,6 +68,7 @@ def calibrate(
         preprocess: a file with the preprocessing of images.
         weights: a state dict for the module of a function.
         force: replace an existing output.
+        histograms: of how many of the worst tensors the report has histograms, for a page.
         progress: called with sample runs done and in all.
 
     Returns:
@@ -80,13 +92,14 @@ def calibrate(
             data, samples=samples, seq_len=seq_len, seed=seed, tokenizer=tokenizer, preprocess=preprocess
         )
         onnx, warnings = _as_onnx(source, Path(scratch), request)
-        graph = simplified(onnx)
+        opened = cache(partial(load_samples, request.at_most(DEFAULT_SAMPLES), onnx.inputs, folder=source.folder))
+        graph = _as_quantized(simplified(onnx, opened), opened)
         names, quantized = observed_tensors(graph), graph_quantization(graph)
         if quantized and not names:
             raise InputError(f"{given} is quantized already ({quantized}).", "Calibrate the model it was made from.")
         if not names:
             raise InputError(f"{given} has nothing to calibrate: no operator that static quantization covers.")
-        chosen = load_samples(request.at_most(DEFAULT_SAMPLES), onnx.inputs, folder=source.folder)
+        chosen = opened()
         stats = collect(
             graph,
             chosen,
@@ -98,7 +111,10 @@ def calibrate(
             progress=progress,
         )
     stats.save(target)
-    return _report(source, chosen, stats, target, [*warnings, *chosen.warnings])
+    report = _report(source, chosen, stats, target, [*warnings, *chosen.warnings])
+    if histograms:
+        report.details["histograms"] = activation_histograms(stats, histograms)
+    return report
 
 
 def _as_onnx(source: ModelSource, scratch: Path, request: DataRequest) -> tuple[OnnxModel, Sequence[str]]:
@@ -109,6 +125,15 @@ def _as_onnx(source: ModelSource, scratch: Path, request: DataRequest) -> tuple[
 
     exported = export_to_onnx(source.path, scratch, data=request, weights=source.weights)
     return open_onnx(exported.path), [*source.warnings, *exported.warnings]
+
+
+def _as_quantized(graph: ir.Model, data: Data) -> ir.Model:
+    """The graph in the operator set that it will be quantized in, where values have other names in its own."""
+    try:
+        return upgraded(graph, QDQ_OPSET, data)
+    except InputError:
+        # What needs no newer set is quantized all the same.
+        return graph
 
 
 def _report(

@@ -18,11 +18,12 @@ from quantcli.conversion.checkpoint.repack import decoded_view, prepare_repackin
 from quantcli.conversion.checkpoint.rows import conversion_report
 from quantcli.conversion.staging import open_staging
 from quantcli.data.request import DataRequest
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import UsageError
 from quantcli.onnx.graph.model import is_onnx
 from quantcli.planning.plan import Loader, Plan
 from quantcli.planning.recipe import Recipe, dequantizes, load_recipe
 from quantcli.planning.resolve import resolve
+from quantcli.planning.rules import Rules
 from quantcli.planning.steps import training_step
 from quantcli.planning.targets import for_target
 from quantcli.reporting.report import Report
@@ -62,6 +63,7 @@ def convert(
     force: bool = False,
     allow_larger: bool = False,
     budget: Budget | None = None,
+    histograms: int = 0,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a model and verify the result.
@@ -101,6 +103,7 @@ def convert(
         force: replace an existing output.
         allow_larger: keep an ONNX artifact that is no smaller than its model.
         budget: ceilings of size, loss or latency, which a mix of schemes is searched for; in place of ``scheme``.
+        histograms: of how many of the worst tensors of a kind the report has histograms, for a page.
         progress: called with bytes (or samples) done and in all, from any thread.
 
     Returns:
@@ -157,6 +160,7 @@ def convert(
                 dry_run=dry_run,
                 force=force,
                 allow_larger=allow_larger,
+                histograms=histograms,
                 progress=progress,
             )
     if calibration:
@@ -166,7 +170,7 @@ def convert(
         )
     one = partial(
         _convert_checkpoint, str(model), weights=weights, device=device, threads=threads, max_memory=max_memory,
-        verify=verify, progress=progress,
+        verify=verify, histograms=histograms, progress=progress,
     )  # fmt: skip
     if budget is not None and budget != Budget():
         return _within(budget, str(model), place, wishes, request, weights, one, dry_run=dry_run, force=force)
@@ -191,7 +195,7 @@ def _within(
 
     if is_pipeline(Path(model)):
         raise UsageError(f"{model} is a diffusers pipeline; a budget is for one model.", "Name one of its folders.")
-    if recipe.scheme is not None and budget.ceilings:
+    if recipe.scheme is not None:
         raise UsageError("A budget chooses the scheme.", "Leave --scheme out, or name schemes with --allow.")
     budget = budget.checked(onnx=False, data=request is not None)
     require_other_data(recipe, budget, data=request is not None)
@@ -221,6 +225,7 @@ def _convert_checkpoint(
     verify: str | None,
     dry_run: bool,
     force: bool,
+    histograms: int,
     progress: Progress | None,
 ) -> Report:
     if is_pipeline(Path(model)):
@@ -229,13 +234,14 @@ def _convert_checkpoint(
                 f"{model} is a diffusers pipeline, which is not calibrated from data.", "Leave out --data."
             )
         one = partial(
-            _convert_checkpoint, recipe=recipe, request=None, weights=weights, device=device, threads=threads,
-            max_memory=max_memory, verify=verify, force=force, progress=progress,
+            _convert_checkpoint, request=None, weights=weights, device=device, threads=threads,
+            max_memory=max_memory, verify=verify, force=force, histograms=0, progress=progress,
         )  # fmt: skip
         return convert_pipeline(
             Path(model),
             output,
-            lambda source, place, planned: one(str(source), place, dry_run=planned),
+            recipe,
+            lambda source, place, own, planned: one(str(source), place, own, dry_run=planned),
             dry_run=dry_run,
             force=force,
         )
@@ -249,15 +255,10 @@ def _convert_checkpoint(
     from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
 
     with at_most(threads), RuntimeCheck(plan, checkpoint, verify, max_memory) as check:
-        split = None if work else check.as_layers()
-        if split:
-            if request is not None:
-                raise InputError(
-                    "transformers runs these experts as single layers, and the model to calibrate has them fused.",
-                    "Leave --data out: mse, the default for int4, chooses codes without.",
-                )
-            checkpoint = split
-            plan = for_target(resolve(recipe, checkpoint.infos(), checkpoint.config))
+        held = None if work else check.as_held(Rules(recipe))
+        if held:
+            checkpoint = held
+            plan = for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=request is not None))
             check.ask(plan)
         plan = _as_loaded(plan, checkpoint, check.survey(), data=request is not None, carried=work is not None)
         if request is not None:
@@ -283,7 +284,13 @@ def _convert_checkpoint(
             except OSError as error:
                 raise explain(error, output) from error
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-    return conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
+    report = conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
+    report.models[-1].manifest = details.pop("manifest")
+    if histograms:
+        from quantcli.conversion.checkpoint.histograms import weight_histograms
+
+        report.details["histograms"] = weight_histograms(checkpoint, output, report.layers, histograms)
+    return report
 
 
 def _planned(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tuple[Checkpoint, Plan, Work | None]:

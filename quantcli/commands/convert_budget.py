@@ -72,7 +72,7 @@ def convert_within(
     except BudgetError as error:
         return _unmet(model, output, budget, error)
     if budget.pareto is not None:
-        write_pareto(budget.pareto, found.details["frontier"], None)
+        write_pareto(budget.pareto, found.details["frontier"])
     report.models[1].path = str(output)
     report.gates = gates
     report.warnings += found.warnings

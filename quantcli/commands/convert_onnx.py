@@ -33,6 +33,7 @@ def convert_graph(
     dry_run: bool,
     force: bool,
     allow_larger: bool,
+    histograms: int,
     progress: Progress | None,
 ) -> Report:
     """Convert a model to ONNX. Arguments and errors are those of `convert_onnx`.
@@ -41,8 +42,9 @@ def convert_graph(
         UsageError: also where a budget does not go with the rest.
     """
     by_recipe = partial(
-        convert_onnx, model, weights=weights, device=device, allow_larger=allow_larger, progress=progress
-    )
+        convert_onnx, model, weights=weights, device=device, allow_larger=allow_larger, histograms=histograms,
+        progress=progress,
+    )  # fmt: skip
     if budget is None or budget == Budget():
         return by_recipe(output, recipe, request, statistics, dry_run=dry_run, force=force, guard=StaticGuard())
     if recipe.scheme is not None:

@@ -13,7 +13,8 @@ from quantcli.evaluation.run import layers_compare, model_row, run_models
 from quantcli.evaluation.tasks import task_of
 from quantcli.evaluation.tasks.base import Task
 from quantcli.models.source import open_model, size_metrics
-from quantcli.reporting.gates import apply_gates, parse_gates
+from quantcli.reporting.baseline import Baseline, judge, read_baseline
+from quantcli.reporting.gates import Gate, parse_gates
 from quantcli.reporting.report import Report
 from quantcli.system.progress import Progress
 
@@ -31,6 +32,7 @@ def evaluate(
     weights: str | Path | None = None,
     by_layer: bool = False,
     require: Sequence[str] = (),
+    baseline: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Measure a reference model and compare candidates with it, on the same samples.
@@ -50,15 +52,18 @@ def evaluate(
         weights: a state dict for the modules of functions.
         by_layer: also compare every layer's output; of ONNX models every quantized tensor.
         require: gates such as ``"kl_nats <= 0.05"``.
+        baseline: an earlier report of this command, in JSON, that drops and ratios of gates are measured against in
+            place of the reference.
         progress: called with samples done and samples in all.
 
     Returns:
         The report; its ``passed`` says whether every gate holds.
 
     Raises:
-        UsageError: an unknown task or metric.
-        InputError: a model or the data is missing or unsuitable, or a package is not installed.
+        UsageError: an unknown task or metric, or one that the baseline does not have.
+        InputError: a model, the data or the baseline is missing or unsuitable, or a package is not installed.
     """
+    earlier = None if baseline is None else read_baseline(baseline, "eval", (model, *candidates))
     if task != "auto":
         task_of(task)
     state = None if weights is None else Path(weights)
@@ -67,23 +72,39 @@ def evaluate(
         raise UsageError("--by-layer compares two Hugging Face folders, or two ONNX models.", "Name such a candidate.")
     named = named_task(task, sources[0], str(data))
     if named:
-        parse_gates(require, _known_metrics(named, compared=bool(candidates)))
+        _gates(require, named, candidates, earlier)
     request = DataRequest.of(data, samples=samples, seq_len=seq_len, tokenizer=tokenizer, preprocess=preprocess)
     inputs = load_inputs(sources, request, named)
-    parse_gates(require, _known_metrics(inputs.task, compared=bool(candidates)))
+    _gates(require, inputs.task, candidates, earlier)
     scores = [inputs.task.scorer(source, sources[0]) for source in sources]
     leaks = LeakCheck([(source.path, source.manifest.calibration_fingerprint) for source in sources])
     layers = run_models(sources, inputs, scores, leaks, by_layer, progress)
     rows = [model_row(source, index, score) for index, (source, score) in enumerate(zip(sources, scores, strict=True))]
     size_metrics(rows)
-    known = _known_metrics(inputs.task, compared=bool(candidates))
-    gates = parse_gates(require, known or list(dict.fromkeys(name for row in rows for name in row.metrics)))
+    measured = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    gates = _gates(require, inputs.task, candidates, earlier, measured)
     warnings = [warning for source in sources for warning in source.warnings] + inputs.samples.warnings
     warnings += leaks.warnings()
     if not candidates and inputs.task.METRICS == ():
         warnings.append(f"{inputs.task.NAME} compares candidates with a reference, and no candidate was named.")
     details = {"task": inputs.task.NAME, "samples": len(inputs), "data": str(data)}
-    return Report("eval", rows, layers, apply_gates(gates, rows), warnings, details)
+    report = Report("eval", rows, layers, [], warnings, details | {"data_sha256": inputs.samples.sha256})
+    judge(report, gates, earlier)
+    return report
+
+
+def _gates(
+    require: Sequence[str],
+    task: Task,
+    candidates: Sequence[str | Path],
+    earlier: Baseline | None,
+    measured: list[str] | None = None,
+) -> list[Gate]:
+    """Gates on the task's metrics, or on those that a user's function gave where only it knows them."""
+    gates = parse_gates(require, _known_metrics(task, compared=bool(candidates)) or measured)
+    if earlier:
+        earlier.require(gates)
+    return gates
 
 
 def _known_metrics(task: Task, *, compared: bool) -> list[str] | None:

@@ -14,7 +14,7 @@ from quantcli.checkpoint.roles import classify, original_dtype, quantization_of
 from quantcli.core.dtypes import NUMBER_OF_DTYPE
 from quantcli.errors import InputError
 from quantcli.onnx.graph.model import is_onnx
-from quantcli.reporting.report import LayerRow, ModelRow, Report
+from quantcli.reporting.report import LayerRow, ModelRow, Report, planned_for
 from quantcli.system.user_functions import is_function
 
 
@@ -63,6 +63,7 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
         checkpoint.size_bytes,
         details=details,
     )
+    row.manifest = manifest.to_json() if manifest.quantcli else None
     report = Report("inspect", [row], warnings=list(checkpoint.warnings))
     if not schemes:
         report.layers = [
@@ -97,7 +98,7 @@ def _plan(checkpoint: Checkpoint, scheme: str, report: Report) -> dict[str, Any]
         # That one scheme does not apply is what the user wants to know, not a failure to inspect.
         report.warnings.append(f"{scheme}: {error}")
         return {"scheme": scheme, "applies": False, "reason": str(error)}
-    report.layers += rows
+    report.layers += planned_for(scheme, rows)
     report.warnings += [f"{scheme}: {warning}" for warning in plan.warnings]
     left = Counter(layer.role for layer in plan.layers if layer.scheme is None)
     return {

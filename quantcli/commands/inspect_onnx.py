@@ -11,7 +11,7 @@ from quantcli.errors import InputError
 from quantcli.onnx.graph.model import OnnxModel, open_onnx
 from quantcli.onnx.plan.plan import LayerOutcome, graph_quantization, tensor_info, weighted_nodes
 from quantcli.onnx.plan.resolve import resolve_graph
-from quantcli.reporting.report import LayerRow, ModelRow, Report
+from quantcli.reporting.report import LayerRow, ModelRow, Report, planned_for
 
 
 def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
@@ -47,6 +47,7 @@ def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
     row = ModelRow(
         str(path), "reference", "onnx", manifest.scheme or quantized, None, model.size_bytes, details=details
     )
+    row.manifest = manifest.to_json() if manifest.quantcli else None
     report = Report("inspect", [row])
     if quantized and roles:
         report.warnings.append(
@@ -79,7 +80,7 @@ def _plan(model: OnnxModel, scheme: str, report: Report) -> dict[str, Any]:
         report.warnings.append(f"{scheme}: {error}")
         return {"scheme": scheme, "applies": False, "reason": str(error)}
     outcomes = [LayerOutcome(node, node.estimated_bytes) for node in plan.nodes]
-    report.layers += layer_rows(outcomes) + left_rows(graph, plan, model.path)
+    report.layers += planned_for(scheme, layer_rows(outcomes) + left_rows(graph, plan, model.path))
     report.warnings += [f"{scheme}: {warning}" for warning in plan.warnings]
     size = model.size_bytes - plan.saved_bytes
     left = Counter(node.node.op_type for node in plan.of_mode("float"))

@@ -9,6 +9,7 @@ from quantcli.core.ports import Arrays, Port
 from quantcli.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
 #: Tokens of a sequence, and pixels of a side, where neither the user nor the model says it.
@@ -25,8 +26,10 @@ _LOOKUPS = {
     "Gather": ((1, 0),),
     "GatherBlockQuantized": ((1, 0),),
     "EmbedLayerNormalization": ((0, 2), (1, 4)),
-    "SkipLayerNormalization": (),
 }
+
+#: What floats are drawn from. Logarithms and roots have no value below zero, others none beyond one or below it.
+SPREADS = ("normal", "below one", "above one")
 
 
 def made_up_feeds(
@@ -37,11 +40,25 @@ def made_up_feeds(
     *,
     side: int = DEFAULT_SIDE,
     tables: Mapping[str, int] | None = None,
+    mixed: bool = False,
+    spread: str = "normal",
 ) -> Arrays:
     """Inputs of ``size`` samples: normal floats from a seed, ones for integers (ids, masks) and truth values.
 
     An axis that has the name of the first input's first one counts samples, wherever it stands; axes of equal names
-    are equally long. Integers that are indices of one of ``tables`` are any of it.
+    are equally long. Integers that are indices of one of ``tables`` are any of it. A
+    sequence holds two equal tensors.
+
+    Args:
+        ports: the model's inputs.
+        size: how many samples.
+        seq_len: tokens of a sequence.
+        seed: what is drawn by it.
+        side: pixels of a side.
+        tables: entries of the table that an input is looked up in, by its name.
+        mixed: zeros and ones in place of ones. All ones are what a text without padding has, and let a model do all
+            of its work; but they do not tell one branch, or one masked value, from another.
+        spread: one of `SPREADS`.
 
     Raises:
         InputError: the model does not tell how many dimensions an input has, or what its elements are.
@@ -65,9 +82,11 @@ def made_up_feeds(
         elif port.dtype.kind in "iu" and most is not None:
             found[port.name] = generator.integers(0, max(most, 1), shape).astype(port.dtype)
         elif port.dtype.kind in "iub":
-            found[port.name] = np.ones(shape, dtype=port.dtype)
+            found[port.name] = (generator.integers(0, 2, shape) if mixed else np.ones(shape)).astype(port.dtype)
         else:
-            found[port.name] = np.asarray(generator.standard_normal(shape, dtype=np.float32), dtype=port.dtype)
+            found[port.name] = _floats(generator, shape, spread).astype(port.dtype)
+        if "seq(" in port.kind:
+            found[port.name] = [found[port.name]] * 2  # type: ignore[assignment]
     derived = derived_inputs(found["input_ids"]) if "input_ids" in found else {}
     # Masks, types and positions are what a tokenizer would give for a text without padding.
     return {
@@ -76,6 +95,15 @@ def made_up_feeds(
         else value
         for name, value in found.items()
     }
+
+
+def _floats(generator: np.random.Generator, shape: Sequence[int], spread: str) -> np.ndarray:
+    import numpy as np
+
+    normal = np.asarray(generator.standard_normal(shape, dtype=np.float32))
+    if spread == "normal":
+        return normal
+    return np.abs(normal) + 1 if spread == "above one" else np.clip(np.abs(normal), 0.05, 3.0) / 4
 
 
 def counts_samples(ports: Sequence[Port]) -> str | None:

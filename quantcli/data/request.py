@@ -19,6 +19,8 @@ class DataRequest:
         preprocess: a file with the preprocessing of images.
         windows: whether text is cut into windows of equal length, rather than one sample per line or record; by
             default for a causal language model.
+        limited: whether ``samples`` is a command's own limit, and none of the user's: a model that takes more at a
+            time gets these.
     """
 
     data: str
@@ -28,6 +30,7 @@ class DataRequest:
     tokenizer: Path | None = None
     preprocess: Path | None = None
     windows: bool | None = None
+    limited: bool = False
 
     @classmethod
     def of(
@@ -46,4 +49,4 @@ class DataRequest:
 
     def at_most(self, samples: int | None) -> DataRequest:
         """The same request, of so many samples where the user names no number."""
-        return replace(self, samples=self.samples or samples)
+        return self if self.samples else replace(self, samples=samples, limited=True)

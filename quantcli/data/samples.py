@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from quantcli.core.ports import Port
 from quantcli.data.request import DataRequest
 from quantcli.data.sources import kinds_of, source_kinds
-from quantcli.data.sources.base import Sample, SampleSource, evenly
+from quantcli.data.sources.base import Labels, Sample, SampleSource, evenly
 from quantcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class Samples:
         return self._data.iterate(self._chosen)
 
     def spread(self, most: int) -> Samples:
-        """At most so many of the samples, evenly spread, as many as the model takes at a time or a multiple of that."""
+        """At most so many of the samples, evenly spread: one or more times as many as the model takes at a time."""
+        most = max(most, self.fixed_batch or 1)
         found = Samples(self.source, self._data, [self._chosen[index] for index in evenly(len(self), most)])
         found.warnings = []
         return found
@@ -62,8 +63,8 @@ class Samples:
         return found
 
     @property
-    def labels(self) -> bool:
-        """Whether samples are labelled."""
+    def labels(self) -> Labels:
+        """What samples are labelled with."""
         return self._data.labels
 
     @property
@@ -93,8 +94,15 @@ def load_samples(request: DataRequest, inputs: Sequence[Port], *, folder: Path |
 
 
 def choose_samples(request: DataRequest, source: SampleSource) -> Samples:
-    """As many samples of an open source as are asked for. Raises InputError where too many cannot be read."""
-    return Samples(request.data, source, source.choose(request.samples, request.seed))
+    """As many samples of an open source as are asked for.
+
+    Raises:
+        InputError: they are fewer than the model takes at a time, or too many cannot be read.
+    """
+    wanted = request.samples
+    if wanted is not None and request.limited:
+        wanted = max(wanted, source.fixed_batch or 1)
+    return Samples(request.data, source, source.choose(wanted, request.seed))
 
 
 def open_source(request: DataRequest, inputs: Sequence[Port], *, folder: Path | None) -> SampleSource:
@@ -117,7 +125,7 @@ def open_source(request: DataRequest, inputs: Sequence[Port], *, folder: Path | 
     return kinds.popitem()[1].open_source(request, inputs, folder)
 
 
-def batches(samples: Samples, size: int) -> Iterator[tuple[dict[str, np.ndarray], list[int | None]]]:
+def batches(samples: Samples, size: int) -> Iterator[tuple[dict[str, np.ndarray], list[int | str | None]]]:
     """Samples stacked along the batch axis, at most ``size`` of them, neighbours of equal shape only; and labels.
 
     Raises:
@@ -139,7 +147,7 @@ def _alike(left: Sample, right: Sample) -> bool:
     return all(left.inputs[name].shape == array.shape for name, array in right.inputs.items())
 
 
-def _stacked(group: list[Sample], fixed: int | None) -> tuple[dict[str, np.ndarray], list[int | None]]:
+def _stacked(group: list[Sample], fixed: int | None) -> tuple[dict[str, np.ndarray], list[int | str | None]]:
     import numpy as np
 
     if fixed and len(group) != fixed:

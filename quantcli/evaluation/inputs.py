@@ -12,6 +12,7 @@ from quantcli.data.for_models import input_ports, source_for
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, batches, choose_samples
 from quantcli.data.sources import is_text
+from quantcli.data.sources.base import Labels
 from quantcli.errors import InputError
 from quantcli.evaluation.tasks import task_of
 from quantcli.evaluation.tasks.base import Task
@@ -44,7 +45,8 @@ def load_inputs(
 ) -> Inputs:
     """Samples from DATA for the first model, and the task: the one named, or what fits model and data.
 
-    Labels mean classification, all else fidelity; for text see `named_task`.
+    Classes mean classification, what is said in sounds speech recognition, all else fidelity; for text see
+    `named_task`.
 
     Raises:
         UsageError: a number that cannot be meant.
@@ -53,14 +55,32 @@ def load_inputs(
     if task is not None:
         request = replace(request.at_most(task.DEFAULT_SAMPLES), windows=task.WINDOWS)
     source = source_for(models, request, input_ports(models, text=is_text(request.data)))
-    task = task or task_of("classification" if source.labels else "fidelity")
-    if task.NEEDS_LABELS and not source.labels:
+    task = task or task_of(_task_by_labels(source.labels))
+    _require_labels(task, source.labels, request.data)
+    return Inputs(task, choose_samples(request.at_most(task.DEFAULT_SAMPLES), source))
+
+
+def _task_by_labels(labels: Labels) -> str:
+    if not labels:
+        return "fidelity"
+    return "speech-recognition" if labels == "texts" else "classification"
+
+
+def _require_labels(task: Task, labels: Labels, data: str) -> None:
+    """Raise InputError where samples lack what a task holds outputs against."""
+    if not task.NEEDS_LABELS or labels == task.NEEDS_LABELS:
+        return
+    if task.NEEDS_LABELS == "texts":
         raise InputError(
-            f"{request.data} has no labels, which {task.NAME} needs.",
-            "Labels are the array labels of an .npz, or one subfolder of images per class; "
+            f"{data} does not say what is heard in its sounds, which {task.NAME} needs.",
+            "Give a .jsonl of audio and text, or a .txt beside each sound; --task fidelity does without.",
+        )
+    if labels == "texts" or not labels:
+        raise InputError(
+            f"{data} has no labels, which {task.NAME} needs.",
+            "Labels are the array labels of an .npz, or one subfolder of images or sounds per class; "
             "--task fidelity does without.",
         )
-    return Inputs(task, choose_samples(request.at_most(task.DEFAULT_SAMPLES), source))
 
 
 def named_task(name: str, model: ModelSource, data: str) -> Task | None:

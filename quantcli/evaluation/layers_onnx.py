@@ -54,6 +54,7 @@ def compare_graphs(reference: OnnxModel, candidate: OnnxModel, feeds: Sequence[A
     """
     pairs = list(_pairs(reference, candidate))
     measured: dict[str, Fidelity] = {}
+    computed = list(_computed(reference))
     for start in range(0, len(pairs), _CHUNK):
         chunk = pairs[start : start + _CHUNK]
         with (
@@ -71,7 +72,7 @@ def compare_graphs(reference: OnnxModel, candidate: OnnxModel, feeds: Sequence[A
     rows = [
         LayerRow(
             pair.name, pair.scheme, pair.bytes_before, pair.bytes_after, measured[pair.name].sqnr_db,
-            model=name,
+            model=name, details={"order": computed.index(pair.reference)},
         )
         for pair in pairs
         if pair.name in measured

@@ -39,14 +39,14 @@ class LayerComparison:
         before, after = _bytes_by_module(reference), _bytes_by_module(candidate)
         schemes = _schemes(candidate)
         rows = []
-        for name, fidelity in self._fidelity.items():
+        for order, (name, fidelity) in enumerate(self._fidelity.items()):
             stored = _stored_name(name, before)
             if stored is None or before[stored] == after.get(stored):
                 continue
             rows.append(
                 LayerRow(
                     stored, schemes.get(stored), before[stored], after.get(stored, 0), fidelity.sqnr_db,
-                    model=str(candidate.path),
+                    model=str(candidate.path), details={"order": order},
                 )
             )  # fmt: skip
         return sorted(rows, key=lambda row: float("inf") if row.sqnr_db is None else row.sqnr_db)

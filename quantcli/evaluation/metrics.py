@@ -45,23 +45,55 @@ class Mean:
         return stdev(self.values) / sqrt(len(self.values)) if len(self.values) > 1 else None
 
 
+@dataclass
+class Ratio:
+    """A sum over samples by another one, such as errors by words, with its standard error by the delta method."""
+
+    parts: list[tuple[float, float]] = field(default_factory=list)
+
+    def add(self, value: float, count: float) -> None:
+        """One sample: its share of the sum, and of the sum that it is divided by."""
+        self.parts.append((value, count))
+
+    @property
+    def ratio(self) -> float:
+        """The quotient of the sums; 0 where there is nothing to divide by."""
+        count = sum(count for _, count in self.parts)
+        return sum(value for value, _ in self.parts) / count if count else 0.0
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of the quotient, or None for a single sample."""
+        count = sum(count for _, count in self.parts)
+        if len(self.parts) < 2 or not count:
+            return None
+        left = (value - self.ratio * own for value, own in self.parts)
+        return sqrt(len(self.parts) / (len(self.parts) - 1) * sum(each * each for each in left)) / count
+
+
 class Perplexity:
-    """``exp`` of the mean negative log-likelihood per token; samples are sequences of one length."""
+    """``exp`` of the mean negative log-likelihood per token."""
 
     def __init__(self) -> None:
-        self._nll = Mean()
+        self._nll = Ratio()
 
-    def add(self, logits: Tensor, ids: Tensor) -> None:
-        """Logits float32 ``[length, vocabulary]`` of the sequence ``ids`` ``[length]``."""
+    def add(self, logits: Tensor, ids: Tensor, predicted: Tensor | None = None) -> None:
+        """Logits float32 ``[length, vocabulary]`` of the sequence ``ids`` ``[length]``.
+
+        ``predicted``, bool ``[length - 1]``, says which of the ids after the first count; by default all.
+        """
+        logits, targets = logits[:-1], ids[1:]
+        if predicted is not None:
+            logits, targets = logits[predicted], targets[predicted]
         total = 0.0
-        for rows, targets in zip(torch.split(logits[:-1], _ROWS), torch.split(ids[1:], _ROWS), strict=True):
-            total += torch.nn.functional.cross_entropy(rows, targets, reduction="sum").item()
-        self._nll.add(total / (len(ids) - 1))
+        for rows, wanted in zip(torch.split(logits, _ROWS), torch.split(targets, _ROWS), strict=True):
+            total += torch.nn.functional.cross_entropy(rows, wanted, reduction="sum").item()
+        self._nll.add(total, len(targets))
 
     def metrics(self) -> dict[str, float | None]:
         """Perplexity, and its standard error by the delta method."""
         # Beyond 700 nats a token, the exponential is no float any more.
-        perplexity, error = (exp(self._nll.mean) if self._nll.mean < 700 else inf), self._nll.standard_error
+        perplexity, error = (exp(self._nll.ratio) if self._nll.ratio < 700 else inf), self._nll.standard_error
         return {"perplexity": perplexity, "perplexity_se": None if error is None else perplexity * error}
 
 

@@ -14,6 +14,7 @@ from quantcli.evaluation.inputs import Inputs
 from quantcli.evaluation.layers_onnx import compare_graphs
 from quantcli.evaluation.layers_torch import LayerComparison
 from quantcli.evaluation.tasks.base import Scorer
+from quantcli.models.inputs import TOKEN_INPUTS
 from quantcli.models.runner import Runner, TorchRunner
 from quantcli.models.source import ModelSource
 from quantcli.reporting.report import LayerRow, ModelRow
@@ -101,8 +102,9 @@ def _compare_layers(
     comparison = LayerComparison()
     for feeds in few:
         fitting = ours.fitting(feeds)
-        # Every layer's output of a sample is kept, so token sequences are cut short.
-        short = {name: value[:, :LAYERWISE_LENGTH] if value.ndim == 2 else value for name, value in fitting.items()}
+        # Every layer's output of a sample is kept, so token sequences are cut short; not those with places for images.
+        textual = TOKEN_INPUTS.issuperset(fitting)
+        short = {name: value[:, :LAYERWISE_LENGTH] if textual else value for name, value in fitting.items()}
         with torch.inference_mode():
             comparison.add(ours.module, theirs.module, {key: torch.from_numpy(value) for key, value in short.items()})
     return comparison.rows(reference.checkpoint, candidate.checkpoint)

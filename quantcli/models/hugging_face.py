@@ -25,7 +25,8 @@ from quantcli.system.text import first_line
 HARMLESS_WHEN_MISSING = ("pooler", "position_ids")
 
 
-def _transformers() -> Any:
+def transformers_library() -> Any:
+    """transformers, offline and silent. Raises MissingExtraError where it is not installed."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
@@ -48,7 +49,7 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
     Raises:
         InputError: the folder is not a model that transformers can load, or weights are missing.
     """
-    transformers = _transformers()
+    transformers = transformers_library()
     config = load_json(require_folder(path) / "config.json")
     section = section_of(config)
     method = section.get("quant_method")
@@ -102,7 +103,7 @@ def _needs_decoding(section: Mapping[str, Any]) -> bool:
 
 def _with_weights(loader: Any, plain: DecodedCheckpoint, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """A model with the decoded weights of a checkpoint, and what transformers says of their names."""
-    transformers = _transformers()
+    transformers = transformers_library()
     config = transformers.AutoConfig.from_pretrained(plain.folder, local_files_only=True, trust_remote_code=False)
     vars(config).pop("quantization_config", None)
     if not issubclass(loader, transformers.PreTrainedModel):
@@ -122,7 +123,7 @@ def build_model(path: Path) -> nn.Module:
     Raises:
         InputError: transformers cannot make a model of this configuration.
     """
-    transformers = _transformers()
+    transformers = transformers_library()
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         named = getattr(transformers, (config.architectures or [""])[0], None)
@@ -148,7 +149,7 @@ def _disable_caches(config: Any) -> None:
 
 def named_class(config: Mapping[str, Any]) -> Any:
     """The class of transformers that a config.json names; None where there is none of that name."""
-    return getattr(_transformers(), (config.get("architectures") or [""])[0], None)
+    return getattr(transformers_library(), (config.get("architectures") or [""])[0], None)
 
 
 @contextlib.contextmanager
@@ -180,7 +181,7 @@ def _require(package: str, extra: str, purpose: str) -> None:
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a folder, a model's or its own. Raises InputError where there is none."""
-    transformers = _transformers()
+    transformers = transformers_library()
     if not path.is_dir():
         raise InputError(f"{path} is no folder, so it has no tokenizer.", "Name one with --tokenizer FOLDER.")
     try:
@@ -248,10 +249,29 @@ def config_inputs(config: Mapping[str, Any]) -> tuple[str, ...]:
 def decoder_start(model: nn.Module) -> int | None:
     """The token that an encoder-decoder's decoder starts from; None for a model of another kind."""
     config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
-        return None
+    return _start_of(config) if getattr(config, "is_encoder_decoder", False) else None
+
+
+def _start_of(config: Any) -> int:
     start = getattr(config, "decoder_start_token_id", None)
     return start if isinstance(start, int) else getattr(config, "bos_token_id", None) or 0
+
+
+def decoder_of(path: Path) -> tuple[int, int]:
+    """The token that the decoder of a folder's encoder-decoder starts from, and how many it reads at the most."""
+    config = load_config(path)
+    names = ("max_target_positions", "max_position_embeddings")
+    longest = next((value for name in names if isinstance(value := getattr(config, name, None), int)), 512)
+    return _start_of(config), longest
+
+
+def load_config(path: Path) -> Any:
+    """The configuration of a folder, as transformers reads it. Raises InputError where it cannot."""
+    transformers = transformers_library()
+    try:
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"transformers {transformers.__version__} cannot read {path}: {first_line(error)}") from error
 
 
 #: What configurations call the number of positions that a model knows.

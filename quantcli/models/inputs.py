@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 _DERIVED = ("attention_mask", "token_type_ids", "position_ids")
 #: What a Hugging Face model may be given beside its main input, where its class takes it: by name, whether integers.
 _BESIDE = {
-    "decoder_input_ids": True, "decoder_attention_mask": True, "attention_mask": True, "pixel_mask": True,
-    "bbox": True, "mm_token_type_ids": True, "image_grid_thw": True, "image_sizes": True,
+    "decoder_input_ids": True, "decoder_attention_mask": True, "attention_mask": True, "bbox": True,
+    "mm_token_type_ids": True, "image_grid_thw": True, "image_grid_hw": True, "image_sizes": True,
+    "image_position_ids": True, "batch_num_images": True, "num_local_patches": True, "spatial_shapes": True,
+    "aspect_ratio_ids": True, "aspect_ratio_mask": True, "cross_attention_mask": True,
+    "pixel_mask": True, "pixel_attention_mask": True, "input_features_mask": True, "padding_mask": True,
     "pixel_values": False, "input_features": False, "input_values": False,
 }  # fmt: skip
 _DECODER_IDS = "decoder_input_ids"
+#: Inputs of a text that have a row for each text, and an entry for each of its tokens.
+TOKEN_INPUTS = frozenset(("input_ids", *_DERIVED, _DECODER_IDS, "decoder_attention_mask"))
 #: What the forward of a plain module calls token ids where it does not say ``_ids``.
 _INTEGERS = ("ids", "idx", "tokens")
 
@@ -114,7 +119,8 @@ def hugging_face_ports(path: Path, *, text: bool = False) -> tuple[Port, ...]:
         taken.append(main)
         ports = [Port("input_ids", np.dtype(np.int64), ids), Port("attention_mask", np.dtype(np.int64), ids, True)]
         # Some models without token types take that input all the same and read words in it (GPT-2).
-        if config.get("type_vocab_size"):
+        # Models that see are told by it which tokens are images (PaliGemma).
+        if config.get("type_vocab_size") or "vision_config" in config:
             ports.append(Port("token_type_ids", np.dtype(np.int64), ids, True))
         ports = [port for port in ports if port.name == "input_ids" or port.name in taken]
     elif main == "pixel_values":

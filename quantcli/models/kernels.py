@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantcli.models.session import Session, onnxruntime
+from quantcli.models.session import onnxruntime, session_of
 from quantcli.onnx.graph.model import load_graph
 
 #: Operators of an optimized graph that compute on integers, or on codes they expand as they go.
@@ -69,7 +69,7 @@ def prove(path: Path, name: str | None = None) -> Proof:
     version = f"onnxruntime {onnxruntime().__version__}"
     with tempfile.TemporaryDirectory(prefix="quantcli-") as folder:
         dump = Path(folder) / "optimized.onnx"
-        Session(path, dump=dump, name=name)
+        session_of(path, dump=dump, name=name)
         graph = load_graph(dump).graph
         kernels = Counter(node.op_type for node in graph.all_nodes())
         floating: dict[str, list[str]] = {}

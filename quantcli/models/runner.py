@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+#: What a `GeneratingRunner` calls its output.
+GENERATED = "tokens"
+
+
 class Runner(Protocol):
     """A loaded model."""
 
@@ -39,10 +43,10 @@ class OnnxRunner:
     """
 
     def __init__(self, path: Path, *, threads: int | None = None, shared: bool = False) -> None:
-        from quantcli.models.session import Session
+        from quantcli.models.session import session_of
 
         self.path = path
-        self._session = Session(onnx_file(path), threads=threads, shared=shared)
+        self._session = session_of(onnx_file(path), threads=threads, shared=shared)
         self.inputs = self._session.inputs
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
@@ -80,6 +84,32 @@ class TorchRunner:
                 return named(hugging_face.run(self.module, tensors), self.name)
             args, kwargs = hugging_face.arguments(self.module, tensors)
             return named(self.module(*args, **kwargs), self.name)
+
+
+class GeneratingRunner(TorchRunner):
+    """An encoder-decoder that is run until it has said all it has to say of its input, the likeliest token each time.
+
+    Its output is ``tokens``, int64 ``[batch, tokens]``. What its decoder read in training is not looked at.
+    """
+
+    _ready = False
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """Everything that the model says. Raises InputError where the inputs do not fit."""
+        import torch
+
+        from quantcli.models import hugging_face
+
+        if not self._ready:
+            # Some libraries unpack weights as a layer first computes, and generating looks at them before.
+            super().run(feeds)
+            self._ready = True
+        asked = {name: value for name, value in feeds.items() if not name.startswith("decoder_")}
+        fitting = fit(asked, [port for port in self.inputs if not port.name.startswith("decoder_")], self.name)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fitting.items()}
+        with _running(self.name, fitting), hugging_face.quiet():
+            tokens = self.module.generate(**tensors, do_sample=False, num_beams=1)  # type: ignore[operator]
+        return {GENERATED: np.asarray(tokens)}
 
 
 class ProgramRunner:
@@ -132,6 +162,7 @@ def open_runner(
     headed: bool = False,
     decoded: bool = False,
     shared: bool = False,
+    generates: bool = False,
 ) -> Runner:
     """Load a model to be run on the CPU.
 
@@ -145,6 +176,7 @@ def open_runner(
         headed: load a Hugging Face folder as the class that its config.json names, such as a classifier.
         decoded: turn a Hugging Face folder's codes, if it is quantized, into plain weights.
         shared: leave the cores to other models between runs.
+        generates: of an encoder-decoder, run it token by token: see `GeneratingRunner`.
 
     Raises:
         InputError: the model is missing, damaged, or of a kind that cannot be run.
@@ -157,7 +189,7 @@ def open_runner(
         set_torch_threads(threads)
         if path.suffix == ".pt2":
             return ProgramRunner(path)
-        return _hugging_face(path, causal, headed, decoded)
+        return _hugging_face(path, causal, headed, decoded, generates)
     set_torch_threads(threads)
     module = load_module(str(model), weights)
     return TorchRunner(module, signature_ports(module, str(model)), str(model))
@@ -192,7 +224,7 @@ def load_module(spec: str, weights: Path | None = None) -> nn.Module:
     return module.eval()
 
 
-def _hugging_face(path: Path, causal: bool | None, headed: bool, decoded: bool) -> TorchRunner:
+def _hugging_face(path: Path, causal: bool | None, headed: bool, decoded: bool, generates: bool) -> TorchRunner:
     from quantcli.models import hugging_face
 
     causal = hugging_face.is_causal(path) if causal is None else causal
@@ -200,7 +232,8 @@ def _hugging_face(path: Path, causal: bool | None, headed: bool, decoded: bool) 
     taken = inspect.signature(module.forward).parameters
     ports = hugging_face_ports(path)
     fitting = tuple(port for port in ports if port.name in taken)
-    return TorchRunner(module, fitting, str(path), hugging_face=True)
+    says = generates and hugging_face.decoder_start(module) is not None and hasattr(module, "generate")
+    return (GeneratingRunner if says else TorchRunner)(module, fitting, str(path), hugging_face=True)
 
 
 def _program_port(node: Any) -> Port:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,7 @@ class Session:
             take cores from whatever else is measured.
         dump: file that the runtime's own optimized graph is written to.
         name: what errors call the model, where its file is not the user's own.
+        weights: constants that the model says to be elsewhere, by name; they are read where they are.
 
     Raises:
         InputError: onnxruntime cannot load the model.
@@ -73,6 +75,7 @@ class Session:
         shared: bool = False,
         dump: Path | None = None,
         name: str | None = None,
+        weights: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         ort = onnxruntime()
         options = ort.SessionOptions()
@@ -87,6 +90,13 @@ class Session:
             options.optimized_model_filepath = str(dump)
         for library in custom_operators.registered():
             options.register_custom_ops_library(str(library))
+        if weights:
+            if not optimize:
+                # Weights that are laid out anew for its kernels would be a second copy of all of them.
+                options.add_session_config_entry("session.disable_prepacking", "1")
+            # The runtime does not keep them alive.
+            self._weights = [ort.OrtValue.ortvalue_from_numpy(values) for values in weights.values()]
+            options.add_external_initializers(list(weights), self._weights)
         name = name or (str(model) if isinstance(model, Path) else "The model")
         try:
             self._session = ort.InferenceSession(
@@ -115,6 +125,32 @@ class Session:
         return dict(zip(names, values, strict=True))
 
 
+def session_of(path: Path, **options: Any) -> Session:
+    """A session of a user's file.
+
+    The runtime does not find shapes and axes that a model keeps in a file beside it: then of the same graph with its
+    small constants inside.
+
+    Args:
+        path: the file.
+        options: those of `Session`.
+
+    Raises:
+        InputError: onnxruntime cannot load the model.
+    """
+    from quantcli.onnx.graph.model import open_onnx
+    from quantcli.onnx.graph.save import in_memory
+
+    try:
+        return Session(path, **options)
+    except InputError:
+        model = open_onnx(path)
+        if len(model.files) == 1:
+            raise
+        proto, weights = in_memory(model.ir)
+        return Session(proto, weights=weights, **{"name": str(path)} | options)
+
+
 def _reason(error: Exception, model: Path | bytes, name: str) -> str:
     """What the runtime says, with the user's name of a model in place of its file's."""
     reason = first_line(error)
@@ -125,11 +161,14 @@ def _port(node: Any) -> Port:
     import ml_dtypes
     import numpy as np
 
-    if not node.type.startswith("tensor("):
+    tensor = re.search(r"tensor\((\w+)\)", node.type)
+    if tensor is None or "map(" in node.type:
         return Port(node.name, np.dtype(object), None, kind=node.type)
     names = {"float": "float32", "double": "float64", "string": "object"}
-    kind = node.type.removeprefix("tensor(").removesuffix(")")
+    kind = tensor[1]
     # numpy itself knows no number format of less than two bytes for floats, or one for integers.
     known = getattr(ml_dtypes, _NARROW.get(kind, kind), None)
     dtype = np.dtype(known if known is not None else names.get(kind, kind))
+    if tensor[0] != node.type:
+        return Port(node.name, dtype, None, kind=node.type)
     return Port(node.name, dtype, tuple(node.shape) if node.shape is not None else None)

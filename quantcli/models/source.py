@@ -152,7 +152,13 @@ class ModelSource:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def runner(
-        self, *, threads: int | None = None, causal: bool | None = None, headed: bool = False, shared: bool = False
+        self,
+        *,
+        threads: int | None = None,
+        causal: bool | None = None,
+        headed: bool = False,
+        shared: bool = False,
+        generates: bool = False,
     ) -> Runner:
         """Load the model to be run, as `quantcli.models.runner.open_runner` does; code is loaded once and kept."""
         from quantcli.models.runner import open_runner, set_torch_threads
@@ -161,7 +167,13 @@ class ModelSource:
             set_torch_threads(threads)
             return self._code
         runner = open_runner(
-            self.path, threads=threads, causal=causal, weights=self.weights, headed=headed, shared=shared
+            self.path,
+            threads=threads,
+            causal=causal,
+            weights=self.weights,
+            headed=headed,
+            shared=shared,
+            generates=generates,
         )
         if self.kind in ("function", "program"):
             self._code = runner
@@ -174,7 +186,9 @@ class ModelSource:
     def row(self, index: int, metrics: dict[str, float | None]) -> ModelRow:
         """The report's row of the model at ``index`` of the command line; the first one is the reference."""
         role = "candidate" if index else "reference"
-        return ModelRow(self.path, role, self.format, self.scheme, self.sha256(), self.size_bytes, metrics)
+        row = ModelRow(self.path, role, self.format, self.scheme, self.sha256(), self.size_bytes, metrics)
+        row.manifest = self.manifest.to_json() if self.manifest.quantcli else None
+        return row
 
 
 def _constant_nodes(model: OnnxModel) -> Iterator[ir.TensorProtocol]:

@@ -105,3 +105,18 @@ class MergedExperts:
 def use_plain_experts(model: nn.Module) -> None:
     """Let a mixture compute one expert after the other, in its class's own code."""
     model.set_experts_implementation("eager")  # type: ignore[operator]
+
+
+def use_layers_for_experts(model: nn.Module, method: str | None = None) -> None:
+    """Put layers in place of fused experts where transformers does so for a model quantized by a ``method``, or by any.
+
+    The layers are on the meta device.
+    """
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as PATCHES
+
+    for name, module in list(model.named_modules()):
+        patch = PATCHES.get(type(module).__name__)
+        if patch is not None and (method is None or method in [each.value for each in patch["quantization_methods"]]):
+            with torch.device("meta"):
+                layers = patch["module_name"](model.config.get_text_config())  # type: ignore[operator,union-attr]
+            model.set_submodule(name, layers.eval())

@@ -26,9 +26,12 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
     renamed = [loaded[name] for name in left if name in loaded] + list(plan.loader.absent)
     quantized = {loaded[name]: scheme for name, scheme in schemes.items() if name in loaded}
     unseen = not_matched(renamed, left, [*schemes, *left])
-    if len(set(schemes.values())) > 1:
-        schemes |= {name: scheme for name, scheme in quantized.items() if name not in schemes}
-    return formats.quantized_format(plan.format).config(schemes, [*left, *unseen], plan.dtype)
+    left += unseen
+    # What is quantized has to be told from what is left by its loaded name, too, and schemes from one another.
+    several = len(set(schemes.values())) > 1
+    distinct = set() if several else set(not_matched(quantized, left, [*schemes, *left]))
+    schemes |= {name: scheme for name, scheme in quantized.items() if name not in schemes and name not in distinct}
+    return formats.quantized_format(plan.format).config(schemes, left, plan.dtype)
 
 
 _LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "router", "expert")

@@ -30,7 +30,7 @@ class Rules:
         """Raise UsageError, with a hint, for a glob that means none of the ``names`` of all layers."""
         names = list(names)
         for glob in (glob for rule in self._rules for glob in rule.globs):
-            if not any(_means(glob, name) for name in names):
+            if not any(means(glob, name) for name in names):
                 raise UsageError(f"{glob!r} matches no layer.", hint(glob))
 
     def group_size(self, rule: Rule | None) -> int | None:
@@ -40,10 +40,10 @@ class Rules:
 
 def rule_matches(rule: Rule, names: Iterable[str]) -> bool:
     """Whether a rule means a layer with these names."""
-    return any(_means(glob, name) for name in names for glob in rule.globs)
+    return any(means(glob, name) for name in names for glob in rule.globs)
 
 
-def _means(glob: str, name: str) -> bool:
+def means(glob: str, name: str) -> bool:
     """Whether a glob means a tensor or node: by its own name, or its module's."""
     return fnmatchcase(name, glob) or fnmatchcase(module_of(name), glob)
 

@@ -20,18 +20,21 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 _EXPRESSION = re.compile(r"\s*([A-Za-z_]\w*)\s*(<=|>=|==|<|>)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*")
 
 
+#: End of a metric's name that stands for what was lost of it.
+DROP = "_drop"
+
+
 @dataclass(frozen=True)
 class Gate:
-    """One requirement. ``METRIC_drop`` is the reference's value minus the candidate's."""
+    """One requirement. ``METRIC_drop`` is the earlier model's value minus this one's."""
 
     text: str
     metric: str
     operator: str
     bound: float
 
-    def check(self, reference: ModelRow, model: ModelRow) -> GateRow:
-        """Apply the gate to one model; a metric without a value does not pass."""
-        value = _value(self.metric, reference, model)
+    def check(self, model: ModelRow, value: float | None) -> GateRow:
+        """Apply the gate to a value of one model; without a value it does not pass."""
         passed = value is not None and _OPERATORS[self.operator](value, self.bound)
         return GateRow(self.text, model.path, value, passed)
 
@@ -49,7 +52,7 @@ def parse_gates(texts: Iterable[str], known: Sequence[str] | None) -> list[Gate]
                 f"--require {text!r} is not METRIC OP NUMBER.", 'Write for example: --require "perplexity_drop >= -0.5"'
             )
         metric, symbol, bound = match.groups()
-        if known is not None and metric not in known and metric.removesuffix("_drop") not in known:
+        if known is not None and metric not in known and metric.removesuffix(DROP) not in known:
             listed = ", ".join(sorted(known))
             raise UsageError(
                 f"--require names the unknown metric {metric!r}.", f"Known: {listed}; each also with _drop."
@@ -61,15 +64,24 @@ def parse_gates(texts: Iterable[str], known: Sequence[str] | None) -> list[Gate]
     return gates
 
 
+def gated(count: int) -> range:
+    """Which of so many models gates are about: the candidates, or the reference where it stands alone."""
+    return range(1 if count > 1 else 0, count)
+
+
 def apply_gates(gates: Iterable[Gate], models: Sequence[ModelRow]) -> list[GateRow]:
-    """Check every gate on every candidate, or on the reference where it stands alone."""
-    reference, *candidates = models
-    return [gate.check(reference, model) for gate in gates for model in candidates or [reference]]
+    """Check every gate on every candidate against the reference, or on the reference where it stands alone."""
+    return [
+        gate.check(models[index], value_of(gate.metric, models[0], models[index]))
+        for gate in gates
+        for index in gated(len(models))
+    ]
 
 
-def _value(metric: str, reference: ModelRow, model: ModelRow) -> float | None:
-    if metric in model.metrics or not metric.endswith("_drop"):
+def value_of(metric: str, before: ModelRow, model: ModelRow) -> float | None:
+    """A metric of a model, or for ``METRIC_drop`` what ``before`` has more of it; None where there is no value."""
+    if metric in model.metrics or not metric.endswith(DROP):
         return model.metrics.get(metric)
-    name = metric.removesuffix("_drop")
-    before, after = reference.metrics.get(name), model.metrics.get(name)
-    return None if before is None or after is None else before - after
+    name = metric.removesuffix(DROP)
+    then, now = before.metrics.get(name), model.metrics.get(name)
+    return None if then is None or now is None else then - now

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 METRICS = {
     "top1": ("Top-1", "{:.2%}"),
     "top5": ("Top-5", "{:.2%}"),
+    "wer": ("Word error rate", "{:.2%}"),
+    "same_text": ("Same text", "{:.2%}"),
     "perplexity": ("Perplexity", "{:.4g}"),
     "kl_nats": ("KL (nats)", "{:.3g}"),
     "top1_agreement": ("Top-1 agreement", "{:.2%}"),
@@ -15,6 +17,14 @@ METRICS = {
     "cosine_min": ("Worst cosine", "{:.5f}"),
     "sqnr_db": ("SQNR", "{:.1f} dB"),
     "not_finite": ("Not finite", "{:,.0f}"),
+    "latency_ms_p50": ("p50 ms", "{:.3g}"),
+    "latency_ms_p90": ("p90 ms", "{:.3g}"),
+    "latency_ms_p99": ("p99 ms", "{:.3g}"),
+    "throughput_per_s": ("Per second", "{:,.1f}"),
+    "speedup": ("Speed-up", "{:.2f}"),
+    "load_ms": ("Load ms", "{:.3g}"),
+    "peak_rss_bytes": ("Peak memory, bytes", "{:,.0f}"),
+    "size_bytes": ("Size, bytes", "{:,.0f}"),
 }
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import InputError, UsageError
+from quantcli.reporting.charts.base import require_matplotlib
+from quantcli.reporting.charts.pareto import charts_of_points, points_of
 from quantcli.reporting.metric_labels import metric_label
 from quantcli.reporting.report import Table, finite
 from quantcli.reporting.tables.budget import loss_of, mix_text
@@ -33,24 +35,29 @@ def frontier_table(points: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def require_pareto(path: Path) -> None:
-    """Refuse, before a search, a name that its table or plot would take. Raises UsageError."""
+    """Refuse, before a search, what could not be written after it.
+
+    Raises:
+        UsageError: the name is the one that the table or the plot would take.
+        MissingExtraError: matplotlib is not installed.
+    """
     if path.suffix in (".md", ".svg"):
         raise UsageError(
             f"--pareto {path} names the JSON file; the table and the plot go beside it.",
             f"Name for example: --pareto {path.with_suffix('.json')}",
         )
+    require_matplotlib()
 
 
-def write_pareto(path: Path, points: Sequence[Mapping[str, Any]], plot: str | None) -> None:
-    """Write the frontier to a JSON file, and beside it as ``.md`` and, where there is one, as ``.svg``.
+def write_pareto(path: Path, points: Sequence[Mapping[str, Any]]) -> None:
+    """Write the frontier to a JSON file, and beside it as ``.md`` and, if it has two points, as ``.svg``.
 
     Raises:
         InputError: one of them cannot be written.
     """
     document = json.dumps(finite({"schema_version": 1, "frontier": list(points)}), indent=1, ensure_ascii=False)
     files = {path: document + "\n", path.with_suffix(".md"): frontier_table(points).to_markdown()}
-    if plot is not None:
-        files[path.with_suffix(".svg")] = plot
+    files |= {path.with_suffix(".svg"): chart.to_svg() for chart in charts_of_points(points_of(points))}
     try:
         for file, text in files.items():
             with whole_file(file) as unfinished:

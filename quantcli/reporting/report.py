@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,10 @@ SCHEMA_VERSION = 1
 
 @dataclass
 class ModelRow:
-    """One model of a report. ``metrics`` are finite numbers or None."""
+    """One model of a report. ``metrics`` are finite numbers or None.
+
+    ``manifest`` is what the model says of itself, for people: the JSON document does not repeat it.
+    """
 
     path: str
     role: str
@@ -25,6 +28,7 @@ class ModelRow:
     size_bytes: int | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -86,8 +90,15 @@ class Report:
 
 
 def _row(row: Any) -> dict[str, Any]:
-    fields = {key: value for key, value in vars(row).items() if key != "details"}
+    fields = {key: value for key, value in vars(row).items() if key not in ("details", "manifest")}
     return fields | getattr(row, "details", {})
+
+
+def planned_for(scheme: str, rows: Sequence[LayerRow]) -> list[LayerRow]:
+    """Rows that say which of several schemes would do this to a layer."""
+    for row in rows:
+        row.details["plan"] = scheme
+    return list(rows)
 
 
 def finite(value: Any) -> Any:
@@ -102,14 +113,29 @@ def finite(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Bars:
+    """A bar beside each row of a table, full where its share is 1; ``meaning`` is a sentence for people."""
+
+    name: str
+    shares: Sequence[float | None]
+    meaning: str
+
+
+@dataclass(frozen=True)
 class Table:
-    """A table ready to be shown: cells are text, ``right`` names the columns that hold numbers."""
+    """A table ready to be shown: cells are text, ``right`` names the columns that hold numbers.
+
+    ``names`` are the columns that hold names, and what separates their parts, the likeliest first: a narrow terminal
+    shortens them in the middle. ``bars`` are for the eye; what they show is in the cells, too.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     right: frozenset[str] = frozenset()
     note: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    bars: Bars | None = None
 
     def to_markdown(self) -> str:
         """GitHub-flavoured Markdown."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from quantcli.core.scheme import PRESETS
-from quantcli.errors import UsageError
+from quantcli.errors import MissingExtraError, UsageError
 from quantcli.system.text import suggestion
 
 #: The name of what stays as it is, among schemes.
@@ -44,7 +45,7 @@ class Budget:
     @property
     def is_asked_for(self) -> bool:
         """Whether there is anything to search for."""
-        return bool(self.ceilings) or self.pareto is not None
+        return bool(self.ceilings)
 
     @property
     def ceilings(self) -> dict[str, float]:
@@ -71,6 +72,7 @@ class Budget:
 
         Raises:
             UsageError: options that do not go together.
+            MissingExtraError: SciPy, which solves integer programs and knows distributions, is not installed.
         """
         stray = {
             "--metric": self.metric and self.max_drop is None,
@@ -78,6 +80,7 @@ class Budget:
             "--allow": self.allow and not self.is_asked_for,
             "--sensitivity": self.sensitivity and not self.is_asked_for,
             "--search-time": self.search_seconds and not self.is_asked_for,
+            "--pareto": self.pareto and not self.is_asked_for,
         }
         for option, is_stray in stray.items():
             if is_stray:
@@ -95,6 +98,8 @@ class Budget:
                 f"{' and '.join(self.ceilings)} needs data to judge the outputs on.",
                 "Name some with --data, and what decides with --eval-data.",
             )
+        if find_spec("scipy") is None:
+            raise MissingExtraError("scipy", "search", "Choosing schemes for a budget")
         return replace(self, allow=self.allow or _default_schemes(onnx=onnx, data=data))
 
 

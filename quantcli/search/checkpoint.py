@@ -22,16 +22,19 @@ from quantcli.system.text import format_bytes
 _ATTEMPTS = 6
 #: A smaller artifact is looked for while the limit is used up to no more than this share.
 _USED = 0.85
+#: By so much a planned size may be more than that of the artifact.
+_SLACK_BYTES = 2048
 #: Points of the frontier.
 _POINTS = 9
 
 
 @dataclass
 class CheckpointSearch:
-    """One search for one budget."""
+    """One search for one budget; ``is_repeated``: what an earlier one found did not keep it."""
 
     trials: CheckpointTrials
     budget: Budget
+    is_repeated: bool = False
 
     def run(self) -> Found:
         """Find a recipe that keeps the budget.
@@ -81,24 +84,23 @@ class CheckpointSearch:
         limit = self._limit()
         mixes = list(best_mixes(self.trials.groups, "cost", {"nbytes": limit}, count=self.trials.measured_count()))
         fitting = [mix for mix in mixes if self.trials.nbytes(mix) <= (self.budget.max_size or 0)]
-        measured = [(self.trials.distance(mix), mix) for mix in fitting[1:] if not self.trials.is_late()]
-        best = min([(self.trials.distance(fitting[0]), fitting[0]), *measured], key=lambda each: each[0])[1]
-        uniform = self._best_uniform(limit)
+        best = fitting[0]
+        for mix in fitting[1:]:
+            if not self.trials.is_late() and self.trials.distance(mix) < self.trials.distance(best):
+                best = mix
+        uniform = self._best_uniform()
         if uniform is None or uniform == best or self.trials.evidence is None or self.trials.is_late():
             return best
-        return min((best, uniform), key=self._loss)
+        return min((best, uniform), key=self.trials.loss)
 
-    def _best_uniform(self, limit: float) -> Mix | None:
+    def _best_uniform(self) -> Mix | None:
         """The best by estimate of the mixes that have one scheme for all layers."""
         assert self.budget.max_size is not None
-        mixes = [mix for mix in self.trials.uniforms() if total(self.trials.groups, mix, "nbytes") <= limit]
-        mixes = [mix for mix in mixes if self.trials.nbytes(mix) <= (self.budget.max_size or 0)]
+        # What is planned is a little more than what comes of it. What is too large after all is not published, and the
+        # search repeated without this allowance.
+        most = self.budget.max_size + (0 if self.is_repeated else _SLACK_BYTES)
+        mixes = [mix for mix in self.trials.uniforms() if self.trials.nbytes(mix) <= most]
         return min(mixes, key=lambda mix: total(self.trials.groups, mix, "cost"), default=None)
-
-    def _loss(self, mix: Mix) -> float:
-        """What tells two mixes of one size apart: divergence on what was held out, or the task's own metric."""
-        drops = self.trials.drops(mix)
-        return drops[KL if KL in drops else metric_of(drops, self.budget.metric)].mean
 
     def _for_outputs(self) -> Mix:
         """The smallest mix that keeps the limits on outputs, as sure as the samples allow.
@@ -189,10 +191,12 @@ class CheckpointSearch:
     def _failed(self, nearest: Mapping[str, float]) -> dict[str, Any]:
         return {"asked": self.budget.ceilings, "nearest": dict(nearest), "candidates": self._candidates()}
 
-    def _candidates(self) -> list[dict[str, Any]]:
-        """Mixes of one scheme, and those that were measured, by size."""
-        known = dict.fromkeys([*self.trials.uniforms(), *self.trials.seen])
-        return [self.trials.row(mix) for mix in sorted(known, key=self.trials.nbytes)]
+    def _candidates(self, mix: Mix | None = None) -> list[dict[str, Any]]:
+        """Mixes of one scheme, those that were judged, and the chosen one, by size."""
+        judged = [other for other in self.trials.seen if self.trials.is_compared(other)]
+        known = dict.fromkeys([*self.trials.uniforms(), *judged, *([] if mix is None else [mix])])
+        rows = [(other, self.trials.row(other)) for other in sorted(known, key=self.trials.nbytes)]
+        return [row | {"chosen": other == mix} for other, row in rows]
 
     def frontier(self) -> list[dict[str, Any]]:
         """Points from the smallest mix to the one that loses least, the best of their size by estimate."""
@@ -212,7 +216,7 @@ class CheckpointSearch:
             "measure": self.trials.store.found.measure,
             "samples": {"searched": len(evidence.searched), "held_out": len(evidence.held_out)} if evidence else None,
             "chosen": self.trials.row(mix),
-            "candidates": self._candidates(),
+            "candidates": self._candidates(mix),
             "frontier": self.frontier() if self.budget.pareto else None,
             "recipe": recipe.model_dump(mode="json", exclude_unset=True),
             "search_seconds": round(time.monotonic() - self.trials.started, 3),

@@ -15,8 +15,9 @@ from quantcli.models.runner import Runner
 from quantcli.models.source import ModelSource
 from quantcli.search.bounds import Drop, drop_of
 
-#: Samples that a search looks at, and that are held out of data that is not for evaluation alone.
-SEARCHED, HELD_OUT = 8, 12
+#: Samples that a search looks at, and that are held out of data that is not for evaluation alone. Of these, so many
+#: tell which of two mixes of text's models is better; a limit is judged on all.
+SEARCHED, HELD_OUT, COMPARED = 8, 12, 6
 KL = "kl_nats"
 #: Metrics that are better the lower they are; all others are better the higher they are.
 _LOWER_IS_BETTER = ("perplexity", KL, "wer")
@@ -97,6 +98,17 @@ def judge(source: ModelSource, reference: Runner, candidate: Runner, inputs: Inp
     if not singles:
         raise InputError(f"{inputs.samples.source} has no samples.")
     return Judged(whole[0].metrics(), whole[1].metrics(), singles)
+
+
+def alone(source: ModelSource, model: Runner, inputs: Inputs) -> Metrics:
+    """The metrics that a model has by itself. Raises InputError where it does not run."""
+    scorer = inputs.task.scorer(source, source)
+    for feeds, labels in inputs.batches():
+        outputs = model.run(feeds)
+        for position, label in enumerate(labels):
+            sample, own = (single_sample(each, position, len(labels)) for each in (feeds, outputs))
+            scorer.add(sample, label, own, None)
+    return scorer.metrics()
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.calibration.capture import capture_activations
-from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, NotCompared, OutputComparison, made_up, of_samples
+from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, OutputComparison
 from quantcli.conversion.onnx.evidence import Material
-from quantcli.conversion.onnx.source import open_source, planned_graph
+from quantcli.conversion.onnx.source import open_source
+from quantcli.conversion.onnx.trial_inputs import NoFeeds, made_up, of_samples
 from quantcli.data.request import DataRequest
 from quantcli.errors import BudgetError, InputError, UsageError
 from quantcli.models.session import Session
@@ -105,7 +106,7 @@ class GraphSubject:
             if label == FLOAT:
                 continue
             try:
-                found.append(planned_graph(self.material.source.model, uniform_recipe(base, rule)))
+                found.append(self.material.planned(uniform_recipe(base, rule), self.request))
             except InputError:
                 # The scheme applies to nothing here, or the runtime's version does not have it.
                 continue
@@ -126,7 +127,7 @@ class GraphSubject:
             return OutputComparison(model, feeds, folder, loose=True)
         reference = Session(model)
         found = made_up(reference, graph)
-        if isinstance(found, NotCompared):
+        if isinstance(found, NoFeeds):
             raise InputError(f"Nothing can be told of the outputs: {found.reason}", "Give --data.")
         return OutputComparison(reference, found, folder, made_up=True, loose=True)
 

@@ -39,18 +39,28 @@ class _Seen:
 class Probes:
     """Inputs and gradients of linear layers, by the names of their tensors."""
 
-    def __init__(self, model: SearchedModel, tensors: list[str], seed: int, tick: Callable[[float], None]) -> None:
-        """Run the model forwards and backwards once for every sample."""
+    def __init__(
+        self,
+        model: SearchedModel,
+        tensors: list[str],
+        seed: int,
+        tick: Callable[[float], None],
+        is_late: Callable[[], bool],
+    ) -> None:
+        """Run the model forwards and backwards once for every sample; for one at least, however late it is."""
         layers = {name: module for name in tensors if (module := model.linear(name)) is not None}
         floats = sum(module.in_features + module.out_features for module in layers.values())
         self._most = max(16, _KEPT_BYTES // max(1, 2 * floats * len(model.samples)))
         self._seen: dict[str, _Seen] = {name: _Seen() for name in layers}
         self._halved = 0.5 if model.measure == "kl_nats" else 1.0
         generator = torch.Generator().manual_seed(seed)
+        self._samples = 0
         for number, sample in enumerate(model.samples):
             self._probe(model, layers, sample, generator)
-            tick((number + 1) / len(model.samples))
-        self._samples = len(model.samples)
+            self._samples = number + 1
+            tick(self._samples / len(model.samples))
+            if is_late():
+                break
 
     def _probe(
         self, model: SearchedModel, layers: Mapping[str, nn.Linear], sample: Any, generator: torch.Generator

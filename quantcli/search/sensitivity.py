@@ -57,7 +57,7 @@ class Estimator:
         found = self.store.found
         probes = None
         if self.model:
-            probes = Probes(self.model, names, self.seed, lambda done: self.tick(_PROBED * done))
+            probes = Probes(self.model, names, self.seed, lambda done: self.tick(_PROBED * done), self.is_late)
         known = set(probes.seen()) if probes else set[str]()
         relative: dict[str, dict[str, float]] = {}
         for number, name in enumerate(names):

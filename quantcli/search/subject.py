@@ -38,7 +38,8 @@ class CheckpointSubject:
     def search(self, budget: Budget) -> Found:
         """Find a recipe that keeps a budget. Raises as `CheckpointSearch.run`."""
         self._budget = budget
-        return CheckpointSearch(self.trials(budget), budget).run()
+        is_repeated = self._trials is not None
+        return CheckpointSearch(self.trials(budget), budget, is_repeated).run()
 
     def trials(self, budget: Budget) -> CheckpointTrials:
         """What mixes are tried out with, however many budgets there are."""

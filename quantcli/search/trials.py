@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from quantcli.algorithms import needs_no_data
 from quantcli.blocks.model import SequentialModel
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.ports import Arrays
 from quantcli.data.request import DataRequest
+from quantcli.errors import InputError
+from quantcli.evaluation.inputs import Inputs
 from quantcli.models.runner import TorchRunner
 from quantcli.models.source import ModelSource
 from quantcli.planning.plan import Loader
@@ -26,14 +29,18 @@ from quantcli.planning.recipe import Recipe
 from quantcli.search.bounds import Drop
 from quantcli.search.budget import Budget
 from quantcli.search.choices import Group, Mix, chosen, total
-from quantcli.search.judge import Evidence, Judged, gather, judge
+from quantcli.search.judge import COMPARED, KL, Evidence, Judged, alone, gather, judge, metric_of
 from quantcli.search.module import SearchedModel
 from quantcli.search.sensitivity import Estimator, StoredValues
 from quantcli.search.sensitivity_file import SensitivityStore
 from quantcli.search.ways import Ways, labels
+from quantcli.system.hardware import free_memory_bytes
+from quantcli.system.text import format_bytes
 
-#: Mixes that are the best by estimate, and measured to be told apart: at least, at most, and products of all together.
-_LEAST_MEASURED, _MOST_MEASURED, _MEASURED_PRODUCTS = 3, 64, 10**10
+#: Mixes that are the best by estimate, and measured to be told apart: at most, and products of all together.
+_MOST_MEASURED, _MEASURED_PRODUCTS = 64, 10**10
+#: The original, a mix of its weights decoded, and the artifact beside them when it is judged.
+_FLOAT_COPIES = 3
 
 
 @dataclass
@@ -74,8 +81,17 @@ class CheckpointTrials:
 
     @cached_property
     def model(self) -> SearchedModel | None:
-        """The model in memory, where there are samples."""
-        return None if self.evidence is None else SearchedModel(self.open_module(), self.evidence.searched.samples)
+        """The model in memory, where there are samples. Raises InputError where it does not fit."""
+        if self.evidence is None:
+            return None
+        needed, free = _FLOAT_COPIES * 4 * sum(info.numel for info in self.ways.infos), free_memory_bytes()
+        if needed > free:
+            raise InputError(
+                f"A search on data holds the model in float32 and what becomes of it: {format_bytes(needed)}, and "
+                f"{format_bytes(free)} of memory are free.",
+                "Leave --data out, so that errors of weights decide, or use a machine with more memory.",
+            )
+        return SearchedModel(self.open_module(), self.evidence.searched.samples)
 
     @cached_property
     def store(self) -> SensitivityStore:
@@ -83,9 +99,16 @@ class CheckpointTrials:
         identity = {
             "model": self.checkpoint.sha256(),
             "data": self.evidence.searched.samples.sha256 if self.evidence else "none",
-            "schemes": f"{','.join(self.budget.allow)} {self.recipe.model_dump_json(exclude_unset=True)}",
+            "schemes": self._schemes(),
         }
         return SensitivityStore(self.budget.sensitivity, identity)
+
+    def _schemes(self) -> str:
+        """What decides costs beside model and data. Codes are rounded without data, whatever will choose them."""
+        wishes = self.recipe.model_dump_json(exclude_unset=True, exclude={"algorithm", "steps"})
+        named = self.recipe.algorithm
+        plain = named if named != "auto" and needs_no_data(named) else ""
+        return f"{','.join(self.budget.allow)} {plain} {wishes}"
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -130,7 +153,7 @@ class CheckpointTrials:
             return 1
         positions = sum(max(values.numel() for values in sample.values()) for sample in self.model.samples)
         products = positions * sum(info.numel for info in self.ways.infos)
-        return int(min(_MOST_MEASURED, max(_LEAST_MEASURED, _MEASURED_PRODUCTS // products)))
+        return int(min(_MOST_MEASURED, max(1, _MEASURED_PRODUCTS // products)))
 
     def distance(self, mix: Mix) -> float:
         """How far the outputs move on the samples of the search; without data, by estimate."""
@@ -163,13 +186,45 @@ class CheckpointTrials:
             kept.setdefault(name, {"bound": inf})[part] = value
         return {name: Drop(**parts) for name, parts in kept.items()}
 
+    def loss(self, mix: Mix) -> float:
+        """What tells two mixes apart on what was held out: perplexity, or else divergence, or the task's own metric.
+
+        Perplexity takes no run of the original, so that it is known at half the cost.
+        """
+        assert self.evidence is not None
+        inputs = self.evidence.held_out
+        if "perplexity" not in (inputs.task.METRICS or ()):
+            drops = self.drops(mix)
+            return drops[KL if KL in drops else metric_of(drops, self.budget.metric)].mean
+        self.seen[mix] = None
+        key = f"alone {self._held_out_key(mix)}"
+        if key not in self.store.found.measured:
+            few = Inputs(inputs.task, inputs.samples.spread(COMPARED))
+            self.store.found.measured[key] = alone(self.source, self._holding(mix), few)
+            self.store.save()
+        return float(self.store.found.measured[key]["perplexity"] or 0.0)
+
     def _judged(self, mix: Mix) -> Judged:
         """The model as this mix would leave it, beside the original, on samples that were held out."""
-        assert self.model is not None and self.evidence is not None
+        assert self.evidence is not None
+        candidate = self._holding(mix)
+        return judge(self.source, candidate.original, candidate, self.evidence.held_out)
+
+    def _holding(self, mix: Mix) -> _Holding:
+        """The model as this mix would leave it."""
+        assert self.model is not None
         is_folder = self.source.kind == "checkpoint"
         runner = TorchRunner(self.model.module, self.model.ports, self.source.path, hugging_face=is_folder)
-        values = self.stored.of_mix(self._labels(mix))
-        return judge(self.source, runner, _Holding(runner, self.model, values), self.evidence.held_out)
+        return _Holding(runner, self.model, self.stored.of_mix(self._labels(mix)))
+
+    def is_judged(self, mix: Mix) -> bool:
+        """Whether it is known what a mix loses on samples that were held out."""
+        return self.evidence is not None and self._held_out_key(mix) in self.store.found.measured
+
+    def is_compared(self, mix: Mix) -> bool:
+        """Whether it was run on samples that were held out."""
+        known = self.store.found.measured
+        return self.is_judged(mix) or (self.evidence is not None and f"alone {self._held_out_key(mix)}" in known)
 
     def row(self, mix: Mix) -> dict[str, Any]:
         """What is known of a mix."""
@@ -178,7 +233,9 @@ class CheckpointTrials:
         measured = self.store.found.measured
         if searched := measured.get(f"searched {self._key(mix)}"):
             row["searched"] = searched["distance"]
-        if self.evidence is not None and self._held_out_key(mix) in measured:
+        if compared := measured.get(f"alone {self._held_out_key(mix)}" if self.evidence else ""):
+            row["perplexity"] = compared["perplexity"]
+        if self.is_judged(mix):
             row["held_out"] = {name: drop.mean for name, drop in self.drops(mix).items()}
         return row
 
@@ -199,9 +256,9 @@ class _Holding:
     """A runner of a model that holds other weights while it runs."""
 
     def __init__(self, runner: TorchRunner, model: SearchedModel, values: Mapping[str, Tensor]) -> None:
-        self.inputs, self._runner, self._model, self._values = runner.inputs, runner, model, values
+        self.inputs, self.original, self._model, self._values = runner.inputs, runner, model, values
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         """One forward pass."""
         with self._model.holding(self._values):
-            return self._runner.run(feeds)
+            return self.original.run(feeds)

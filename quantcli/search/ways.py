@@ -30,7 +30,7 @@ GROUP_SIZES = (32, 64, 128)
 #: Files that the conversion writes itself.
 _WRITTEN = (MANIFEST, "config.json")
 #: What the manifest says of verification, and notes on layers, in bytes at the most.
-_VERIFIED_BYTES, _NOTE_BYTES = 2048, 60
+_VERIFIED_BYTES, _NOTE_BYTES = 1200, 40
 _SKIP = (("skip", True),)
 #: Roles of layers that are chosen for; routers and tied heads stay.
 _CHOSEN = tuple(role for role in LAYER_ROLES if role not in ("router", "tied head"))
@@ -103,9 +103,14 @@ class Ways:
 
     def _with_rules(self, scheme: str, rules: Sequence[Mapping[str, Any]]) -> Recipe:
         """The user's recipe, whose own rules come first, with others behind them."""
+        own = self.recipe.model_dump(exclude_unset=True).get("rules", [])
+        return self._with({"scheme": scheme, "rules": [*own, *rules]})
+
+    def _with(self, changed: Mapping[str, Any]) -> Recipe:
+        """The user's recipe with other entries; its size of groups is a choice by now."""
         own = self.recipe.model_dump(exclude_unset=True)
         own.pop("group_size", None)
-        return validate(own | {"scheme": scheme, "rules": [*own.get("rules", []), *rules]}, "the budget's recipe")
+        return validate({**own, **changed}, "the budget's recipe")
 
     @cached_property
     def groups(self) -> list[tuple[str, ...]]:
@@ -177,14 +182,32 @@ class Ways:
 
     def recipe_of(self, groups: Sequence[Group], mix: Mix) -> Recipe:
         """An ordinary recipe that stores the layers so."""
+        uniform = self._uniform_rule(groups, mix)
+        if uniform is not None:
+            return self._with({**uniform})
+        counts: dict[str, int] = {}
         rules = rules_of(groups, mix)
-        schemes = [rule["scheme"] for rule in rules if "scheme" in rule]
-        if not schemes:
-            return self.recipe.with_flags(scheme="bf16" if self._casts[0] == FLOAT else self._casts[0])
-        counts = {
-            scheme: sum(len(rule["match"]) for rule in rules if rule.get("scheme") == scheme) for scheme in schemes
+        for rule in rules:
+            if "scheme" in rule:
+                counts[rule["scheme"]] = counts.get(rule["scheme"], 0) + len(rule["match"])
+        if counts:
+            return self._with_rules(max(counts, key=lambda scheme: counts[scheme]), rules)
+        # All layers stay as they are, so that the model is cast.
+        cast = "bf16" if self._casts[0] == FLOAT else self._casts[0]
+        return self._with({"scheme": cast, "algorithm": "auto", "steps": []})
+
+    def _uniform_rule(self, groups: Sequence[Group], mix: Mix) -> Mapping[str, Any] | None:
+        """The one scheme of all layers but heads, which stay as they are without a rule; None where there are more."""
+        rules = {
+            choice.rule
+            for names, choice in zip(self.groups, chosen(groups, mix), strict=True)
+            if not (choice.rule == _SKIP and all(map(self.is_head, names)))
         }
-        return self._with_rules(max(schemes, key=lambda scheme: counts[scheme]), rules)
+        heads = any(
+            self.is_head(names[0]) and choice.rule != _SKIP
+            for names, choice in zip(self.groups, chosen(groups, mix), strict=True)
+        )
+        return None if len(rules) != 1 or heads or _SKIP in rules else dict(next(iter(rules)))
 
     def artifact_bytes(self, recipe: Recipe) -> int:
         """Bytes of all files of the artifact, at the most. Raises UsageError where a target refuses the recipe."""
@@ -218,7 +241,12 @@ def _manifest_bytes(plan: Plan) -> int:
         layers=layers,
     )
     text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
-    notes = sum(_NOTE_BYTES + len(layer.note or "") for layer in plan.layers if layer.has_codes)
+    # Experts are told how many tokens they saw.
+    notes = sum(
+        len(layer.note or "") + (_NOTE_BYTES if "expert" in layer.info.name else 0)
+        for layer in plan.layers
+        if layer.has_codes
+    )
     return len(text.encode()) + notes + _VERIFIED_BYTES
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -78,3 +79,20 @@ def whole_file(path: Path) -> Iterator[Path]:
         if not is_special:
             with suppress(OSError):  # where nothing could be written, there is nothing to clear away
                 unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def silent_stdout() -> Iterator[None]:
+    """Meanwhile what compiled libraries print goes nowhere: stdout is for data.
+
+    SciPy 1.17.1's HiGHS prints lines for its makers, whatever it is told.
+    """
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

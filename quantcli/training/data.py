@@ -51,7 +51,8 @@ class TrainingData:
                 f"{samples.source} gave {len(self._samples)} of {len(samples)} samples the second time.",
                 "A function must yield the same samples each time it is called.",
             )
-        self.labelled = all(sample.label is not None for sample in self._samples)
+        # What is said in a sound is no class to learn.
+        self.labelled = all(isinstance(sample.label, int) for sample in self._samples)
         self.fixed_batch = samples.fixed_batch
 
     def __len__(self) -> int:

@@ -73,3 +73,21 @@ def test_lists_are_in_the_order_of_their_calls(skeleton: Skeleton) -> None:
 def test_data_that_reaches_nothing(skeleton: Skeleton) -> None:
     with pytest.raises(InputError, match="None of the model's blocks is called"):
         reached_lists(skeleton, LISTS, {})
+
+
+class InTurn(Both):
+    """A block of one list after a block of the other."""
+
+    def forward(self, text: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        hidden = text
+        for eye, mouth in zip(self.eyes["layers"], self.mouth["layers"], strict=True):
+            hidden = mouth(eye(hidden) * 2)
+        return hidden
+
+
+def test_lists_whose_blocks_are_called_in_turn_are_none(tmp_path: Path) -> None:
+    module = InTurn()
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    skeleton = Skeleton(module.to("meta"), open_checkpoint(tmp_path / "model.safetensors"))
+    with pytest.raises(InputError, match=r"mouth\.layers and of eyes\.layers are called in turn"):
+        reached_lists(skeleton, LISTS, {"text": torch.ones(2, 3, 4)})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.plain_blocks import LISTS, network
-from torch import nn
+from torch import Tensor, nn
 
 from quantcli.blocks.structure import BlockList, find_blocks
 from quantcli.errors import InputError, UsageError
@@ -54,6 +54,29 @@ class Plain(nn.Module):
         self.first = nn.Sequential(Stage(), Stage())
         self.second = nn.ModuleList([Block()])
         self.head = nn.Linear(8, 2)
+
+
+class Attention(Block):
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        return hidden_states
+
+
+class StateSpace(Block):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+
+class Embedding(Block):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return input_ids
+
+
+def test_a_hybrids_blocks_of_several_classes_are_called_alike() -> None:
+    hybrid = nn.ModuleDict({"layers": nn.ModuleList([StateSpace(), Attention()])})
+    assert find_blocks(hybrid, weighted(hybrid)) == [BlockList("layers", ("layers.0", "layers.1"))]
+    other = nn.ModuleDict({"layers": nn.ModuleList([Embedding(), Attention()])})
+    with pytest.raises(InputError, match="No list of equal blocks"):
+        find_blocks(other, ["layers.1.parts.0"])
 
 
 def test_a_plain_module() -> None:

@@ -204,6 +204,30 @@ def test_bad_input(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str
     fails(3, "is not a readable ONNX model", path, "--data", data, "-o", output)
 
 
+def test_values_that_an_upgrade_makes_are_observed(tmp_path: Path) -> None:
+    """Upsample becomes Resize; conversion quantizes values of the newer graph."""
+    generator = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["h"], pads=[1] * 4), helper.make_node("Upsample", ["h", "s"], ["u"]),
+        helper.make_node("Conv", ["u", "w"], ["y"], pads=[1] * 4),
+    ]  # fmt: skip
+    weights = {"w": generator.standard_normal((16, 16, 3, 3), np.float32) / 12, "s": np.array([1, 1, 2, 2], np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16, 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(values, name) for name, values in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 9)], ir_version=4), tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=generator.standard_normal((8, 16, 4, 4), np.float32))
+    calibrate_function(tmp_path / "m.onnx", data=tmp_path / "d.npz", output=tmp_path / "s.safetensors")
+    report = convert(
+        tmp_path / "m.onnx", tmp_path / "o.onnx", scheme="int8-static", calibration=tmp_path / "s.safetensors"
+    )
+    assert report.details["verified"]["runtime"]["integer_kernels"]["QLinearConv"] == 2
+
+
 def test_what_cannot_be_calibrated(tmp_path: Path, data: Path) -> None:
     given, output = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, 9, 7]) for name in ("x", "y"))
     node = helper.make_node("Tanh", ["x"], ["y"])

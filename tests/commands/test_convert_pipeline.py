@@ -84,3 +84,72 @@ def test_a_plan_writes_nothing_and_data_calibrates_none(pipeline: Path, tmp_path
         convert(pipeline, tmp_path / "out", scheme="nf4", data=tmp_path / "x.txt")
     with pytest.raises(InputError, match="is a diffusers pipeline, whose models lie in folders of their own"):
         inspect(pipeline)
+
+
+@pytest.mark.usefixtures("no_runtime_check")
+def test_globs_name_a_component_and_the_report_says_what_became_of_each(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from quantcli.cli.app import main
+
+    skip = ["--skip", "unet.conv_in", "--skip", "vae.*", "--skip", "text_enc*.*"]
+    assert main(["convert", str(pipeline), "-o", str(tmp_path / "out"), "--scheme", "nf4", *skip, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {layer["name"]: layer["reason"] for layer in report["layers"] if "conv_in" in layer["name"]} == {
+        "unet.conv_in.weight": "skipped as asked"
+    }
+    assert report["copied"] == {
+        "vae": "an autoencoder, whose every error is seen in the image",
+        "text_encoder": "skipped as asked",
+        "scheduler": "it has no weights",
+    }
+    assert list(report["converted"]) == ["unet"]
+    for path in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "out" / path).read_bytes() == (pipeline / path).read_bytes()
+    assert main(["convert", str(pipeline), "-o", str(tmp_path / "plan"), "--scheme", "nf4", "--dry-run"]) == 0
+    table = " ".join(capsys.readouterr().out.split())
+    assert "Components" in table and "vae copied: an autoencoder" in table and "unet nf4" in table
+
+
+def test_globs_of_a_pipeline_reach_the_components_that_they_mean() -> None:
+    from quantcli.commands.convert_pipeline import recipes_for
+    from quantcli.planning.recipe import Recipe, Rule
+
+    layers = {"unet": ["conv_in.weight", "mid.to_q.weight"], "text_encoder": ["layers.0.to_q.weight"]}
+
+    def skips(*globs: str) -> dict[str, list[str] | None]:
+        found = recipes_for(Recipe(skip=list(globs)), layers, ["vae"])
+        return {name: recipe and recipe.skip for name, recipe in found.items()}
+
+    assert skips("unet.conv_in") == {"unet": ["conv_in"], "text_encoder": []}
+    assert skips("*to_q") == {"unet": ["*to_q"], "text_encoder": ["*to_q"]}
+    assert skips("conv_in") == {"unet": ["conv_in"], "text_encoder": []}
+    assert skips("vae.decoder.*", "unet.*") == {"unet": None, "text_encoder": []}
+    for glob in ("unet.none", "text_encoder.conv_in", "nothing", "other.x"):
+        with pytest.raises(UsageError, match=f"'{glob}' matches no layer. The pipeline's components are unet, .*vae"):
+            skips(glob)
+    rules = recipes_for(Recipe(rules=[Rule(match=["unet.mid.*", "*layers.0*"], skip=True)]), layers, [])
+    assert [recipe.rules[0].match for recipe in rules.values() if recipe] == [["mid.*"], ["*layers.0*"]]
+
+
+@pytest.mark.usefixtures("no_runtime_check")
+@pytest.mark.parametrize("scheme", ["bf16", "nf4"])
+def test_diffusers_loads_what_was_made_of_its_pipeline(scheme: str, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+    if scheme == "nf4" and not torch.cuda.is_available():
+        pytest.skip("diffusers loads what bitsandbytes quantized on a GPU alone")
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(64, 64), layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    convert(tmp_path / "pipeline", tmp_path / "out", scheme=scheme, skip=["unet.time_embedding.*"])
+    wanted = {"torch_dtype": torch.bfloat16} if scheme == "bf16" else {}
+    made = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out", **wanted).unet
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = unet.eval()(noise, 3).sample, made.eval()(noise.to(made.dtype), 3).sample.float()
+    assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > 0.97
+    quantized = {name for name, module in made.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert bool(quantized) == (scheme == "nf4") and not any("time_embedding" in name for name in quantized)

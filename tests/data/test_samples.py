@@ -122,6 +122,19 @@ def test_states_and_scalars_have_an_axis_of_samples_before_them(tmp_path: Path) 
         assert np.array_equal(feeds["state"], state[index])
 
 
+def test_no_fewer_samples_than_a_model_takes_at_a_time(tmp_path: Path) -> None:
+    """A limit, such as a command's default, is none of the model's."""
+    ports = (Port("x", np.dtype(np.float32), (200, 3)),)
+    np.savez(tmp_path / "d.npz", x=np.zeros((600, 3), np.float32))
+    request = DataRequest(str(tmp_path / "d.npz"))
+    limited = load_samples(request.at_most(128), ports, folder=None)
+    assert (len(limited), len(limited.spread(8))) == (200, 200)
+    assert len(load_samples(request.at_most(450), ports, folder=None)) == 400
+    np.savez(tmp_path / "d.npz", x=np.zeros((150, 3), np.float32))
+    with pytest.raises(InputError, match="has 150 samples, and the model takes 200 at a time"):
+        load_samples(request.at_most(128), ports, folder=None)
+
+
 def test_a_model_with_a_fixed_batch_gets_batches_of_that_size(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((10, 2, 3), np.float32))
     samples = load(tmp_path / "x.npy", (Port("image", FLOAT, (4, 2, 3)),))

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from support.graphs import model, node
 
+from quantcli import convert
 from quantcli.cli.app import main
 from quantcli.models import custom_operators
 from quantcli.models.session import Session
@@ -115,13 +116,19 @@ def test_operators_of_unknown_domains_stay_as_they_are(
     proto = model(nodes, {"x": ["n", 64]}, {"y": None}, {"k": held, "w": held[::-1].copy()}, opset=opset)
     proto.opset_import.append(onnx.helper.make_opsetid("foreign", 1))
     onnx.save(proto, tmp_path / "m.onnx")
-    from quantcli.conversion.onnx.source import planned_graph
     from quantcli.onnx.graph.model import open_onnx
+    from quantcli.onnx.graph.opset import upgrade
+    from quantcli.onnx.graph.prepare import prepare
     from quantcli.onnx.plan.evidence import Evidence
+    from quantcli.onnx.plan.judge import needed_opset
+    from quantcli.onnx.plan.resolve import resolve_graph
     from quantcli.onnx.rewrite.transform import transform
     from quantcli.planning.recipe import validate
 
-    graph, plan = planned_graph(open_onnx(tmp_path / "m.onnx"), validate({"scheme": scheme}, "test"))
+    opened, recipe = open_onnx(tmp_path / "m.onnx"), validate({"scheme": scheme}, "test")
+    graph = prepare(opened)
+    graph = upgrade(graph, needed_opset(resolve_graph(recipe, graph, opened.path)))
+    plan = resolve_graph(recipe, graph, opened.path)
     transform(graph, plan, Evidence())
     (mine,) = [each for each in graph.graph if each.domain == "foreign"]
     assert np.array_equal(mine.inputs[1].const_value.numpy(), held)
@@ -136,3 +143,5 @@ def test_a_model_with_an_operator_that_no_library_has(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="--custom-ops"):
         Session(tmp_path / "m.onnx")
+    with pytest.raises(InputError, match=r"m.onnx cannot be loaded by onnxruntime .*--custom-ops"):
+        convert(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme="int8", dry_run=True)

@@ -218,6 +218,18 @@ def test_a_plan_heeds_what_the_loader_does() -> None:
         resolve(Recipe(scheme="int4"), tensors[1:2], None, loader=loader)
 
 
+def test_a_pattern_for_what_is_left_means_nothing_quantized_by_its_loaded_name() -> None:
+    # Of two layers with one name in the class, the small one is left.
+    tensors = infos({f"layers.{n}.attention.g.weight": (rows, 64) for n, rows in ((0, 64), (1, 4))})
+    loader = Loader("Net", modules={f"layers.{n}.attention.g": f"model.layers.{n}.attn.g" for n in (0, 1)})
+    plan = resolve(Recipe(scheme="nf4"), tensors, None, loader=loader)
+    section = quantization_config(plan)
+    assert section is not None
+    skipped = section["llm_int8_skip_modules"]
+    assert any(re.match(pattern, "model.layers.1.attn.g") for pattern in skipped)
+    assert not any(re.match(pattern, "model.layers.0.attn.g") for pattern in skipped)
+
+
 @pytest.mark.parametrize(
     "recipe",
     [

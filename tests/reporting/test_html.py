@@ -20,12 +20,12 @@ from support.tiny_onnx import classifier, weights
 
 from quantcli.cli.app import main
 from quantcli.errors import MissingExtraError
+from quantcli.reporting.charts.training import training_figure, training_svg
 from quantcli.reporting.ci import write_markdown
 from quantcli.reporting.html import page, write_html
 from quantcli.reporting.report import GateRow, LayerRow, ModelRow, Report, Table
 from quantcli.reporting.tables.common import gate_table
 from quantcli.reporting.tables.convert import convert_tables, training_table
-from quantcli.reporting.training_plot import training_figure, training_svg
 from quantcli.version import __version__
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -106,12 +106,12 @@ def test_text_is_escaped_everywhere() -> None:
     bad = "<script>alert('&\"')</script>"
     report = Report(bad, [ModelRow(bad, "candidate")], gates=[GateRow(bad, bad, 1.0, passed=False)], warnings=[bad])
     table = Table(bad, ("Layer", bad), [(bad, bad)], frozenset({bad}), bad)
-    text = page([table, gate_table(report)], report, None)
+    text = page([table, gate_table(report)], report)
     checker = Checker(text)
     self_contained(checker)
     shown = "".join(text for tag, text in checker.text if tag != "style")
-    # Title and heading; gate and warning above; title, head, cells, note; the gate's row.
-    assert shown.count(bad) == 2 + 3 + 5 + 2
+    # Title and heading; gate and warning above; title, caption, head, cells, note; the gate's row.
+    assert shown.count(bad) == 2 + 3 + 6 + 2
     assert any(attributes.get("aria-label") == bad for _, attributes in checker.tags)
 
 
@@ -120,7 +120,7 @@ def test_a_page_holds_tables_with_numbers_to_the_right() -> None:
         Table("Facts", ("", "Value"), [("Size", "1 GB")]),
         Table("T", ("Layer", "Size"), [("fc", "12 kB")], frozenset({"Size"}), "a note"),
     ]
-    checker = Checker(page(tables, Report("inspect"), None))
+    checker = Checker(page(tables, Report("inspect")))
     self_contained(checker)
     assert checker.cells("th") == ["Layer", "Size"]  # a list of facts has no head
     assert checker.cells("td") == ["Size", "1 GB", "fc", "12 kB"]
@@ -128,7 +128,8 @@ def test_a_page_holds_tables_with_numbers_to_the_right() -> None:
     assert classes == [None, None, None, "number", None, "number"]
     assert sum(attributes.get("class") == "wide" for _, attributes in checker.tags) == 2
     assert "a note" in checker.cells("p")
-    assert any(f"quantcli {__version__}" in text for text in checker.cells("p"))
+    assert any(f"quantcli {__version__}" in text for text in checker.cells("footer"))
+    assert checker.cells("caption") == ["Facts", "T"]
     assert checker.cells("title") == checker.cells("h1") == ["quantcli inspect"]
     assert not any("⚠" in text or "✓" in text or "✗" in text for _, text in checker.text)
 
@@ -136,7 +137,7 @@ def test_a_page_holds_tables_with_numbers_to_the_right() -> None:
 def test_gates_and_warnings_are_told_in_words() -> None:
     report = Report("eval", [ModelRow("m", "candidate")], warnings=["Few samples."])
     report.gates = [GateRow("top1 >= 0.9", "m", 0.95, passed=True), GateRow("kl_nats <= 0.1", "m", 0.3, passed=False)]
-    checker = Checker(page([gate_table(report)], report, None))
+    checker = Checker(page([gate_table(report)], report))
     assert "✗ 1 of 2 gates FAILED:" in checker.cells("p")
     assert checker.cells("li") == ["kl_nats <= 0.1: m", "Few samples."]
     assert {"✓ passed", "✗ FAILED"} <= set(checker.cells("td"))
@@ -144,7 +145,7 @@ def test_gates_and_warnings_are_told_in_words() -> None:
         "number", "passed", "number", "failed",
     ]  # fmt: skip
     report.gates.pop()
-    assert "✓ All gates passed: 1" in Checker(page([gate_table(report)], report, None)).cells("p")
+    assert "✓ All gates passed: 1" in Checker(page([gate_table(report)], report)).cells("p")
 
 
 def test_the_curve_stands_in_the_page_and_beside_it(tmp_path: Path) -> None:
@@ -168,13 +169,13 @@ def test_the_curve_stands_in_the_page_and_beside_it(tmp_path: Path) -> None:
     used = set(re.findall(r"var\((--[a-z-]+)\)", styles))
     assert len(used) == 8
     for name in used:
-        assert text.count(f"{name}: #") == 2
+        assert text.count(f"{name}: #") == 3  # in light, in dark, and on paper
 
 
 def test_pages_and_plots_are_the_same_bytes_in_every_process() -> None:
     code = """if True:
         import json, sys
-        from quantcli.reporting.training_plot import training_svg
+        from quantcli.reporting.charts.training import training_svg
         print(training_svg(json.load(sys.stdin)), end="")"""
     curve = training()
     wanted = training_svg(curve)
@@ -251,7 +252,7 @@ def test_plots_leave_the_settings_of_others_alone() -> None:
     code = """if True:
         import json, sys
         import matplotlib
-        from quantcli.reporting.training_plot import training_svg
+        from quantcli.reporting.charts.training import training_svg
         def settings():  # to ask for the backend is to choose one
             return {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != 'backend'}
         before = settings()
@@ -339,7 +340,7 @@ def test_inspect_and_convert_write_pages(checkpoint: Path, tmp_path: Path, capsy
     out = ["-o", str(tmp_path / "out"), "--scheme", "int8", "--json", "--html", str(second)]
     assert main(["convert", str(checkpoint), *out]) == 0
     for path, name, cell in (
-        (first, "inspect", "layers.0.<b>.weight"),
+        (first, "inspect", "layers.{0-2}.<b>.weight x 3"),
         (second, "convert", "layers.{0-2}.<b>.weight x 3"),
     ):
         checker = Checker(path.read_text(encoding="utf-8"))

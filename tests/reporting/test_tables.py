@@ -11,7 +11,7 @@ from quantcli.reporting.metric_labels import decibel_text, metric_label, metric_
 from quantcli.reporting.report import GateRow, LayerRow, ModelRow, Report, Table
 from quantcli.reporting.tables.bench import bench_tables
 from quantcli.reporting.tables.calibrate import calibrate_tables
-from quantcli.reporting.tables.common import collapse, gate_table, scheme_text, short_names
+from quantcli.reporting.tables.common import collapse, error_bars, gate_table, scheme_text, short_names
 from quantcli.reporting.tables.convert import convert_tables
 from quantcli.reporting.tables.evaluate import eval_tables
 from quantcli.reporting.tables.inspect import inspect_tables
@@ -106,8 +106,51 @@ def test_calibrate_shows_the_hardest_tensors_first_and_those_without_error_last(
     assert [row[0] for row in worst.rows] == ["t1", "t2", "t0"]
     assert worst.rows[0] == ("t1", "-1", "2", "-0.5", "-", "1.0 dB")
     assert worst.rows[-1][-1] == "-"
-    many = calibrate_tables(calibrated(30))[1]
+    report = calibrated(30)
+    for index, tensor in enumerate(report.details["tensors"]):
+        tensor["name"] = chr(ord("a") + index % 26) * (1 + index // 26)
+    many = calibrate_tables(report)[1]
     assert (many.title, len(many.rows)) == ("Hardest to quantize", 10)
+
+
+def test_calibrate_shows_alike_tensors_by_the_worst_of_them() -> None:
+    worst = calibrate_tables(calibrated(30))[1]
+    assert worst.rows == [("t{0-29} x 30", "-1", "2", "-0.5", "-", "1.0 dB")]
+    assert "Of alike tensors the worst is shown." in (worst.note or "")
+
+
+def test_eval_shows_alike_layers_in_one_row_and_which_is_worst() -> None:
+    report = evaluated()
+    report.layers = [
+        LayerRow(f"m.layers.{i}.fc", "int4", 400, 100, db, model="out/c.onnx")
+        for i, db in ((7, 2.5), (3, 10.0), (0, None))
+    ]
+    report.layers.append(LayerRow("head", "int8", 400, 200, 40.0, model="out/c.onnx"))
+    _, table = eval_tables(report)
+    assert table.columns[-2:] == ("SQNR", "Worst")
+    assert table.rows == [
+        ("m.layers.{0-7}.fc x 3", "int4", "1.2 kB", "300 B", "2.5 dB", "7"),
+        ("head", "int8", "400 B", "200 B", "40.0 dB", ""),
+    ]
+    assert table.bars is not None
+    assert table.bars.shares == [pytest.approx(0.95), pytest.approx(0.2)]
+
+
+def test_inspect_shows_alike_tensors_in_one_row_and_each_scheme_by_itself() -> None:
+    report = inspected()
+    report.layers = [
+        LayerRow(f"a.{i}.weight", "int4" if plan == "int4" else None, 400, 100,
+                 details={"shape": [10, 10], "role": "linear", "plan": plan})
+        for plan in ("int4", "fp16") for i in range(3)
+    ]  # fmt: skip
+    *_, first, second = inspect_tables(report, layers=True)
+    assert (first.title, second.title) == ("Tensors with int4", "Tensors with fp16")
+    assert first.rows == [("a.{0-2}.weight x 3", "[10, 10]", "int4", "1.2 kB", "300 B")]
+    assert second.rows == [("a.{0-2}.weight x 3", "[10, 10]", "linear", "1.2 kB", "300 B")]
+
+
+def test_bars_have_one_scale_for_all_tables() -> None:
+    assert error_bars([-3.0, 0.0, 25.0, 80.0, None]).shares == [1.0, 1.0, 0.5, 0.0, None]
 
 
 def converted(**details: Any) -> Report:
@@ -280,14 +323,15 @@ def test_alike_layers_share_a_row() -> None:
     rows = [LayerRow(f"m.layers.{i}.fc.weight", "int4", 1, 1) for i in (0, 1, 2)] + [
         LayerRow("head.weight", "int4", 1, 1)
     ]
-    names = [(name, len(members)) for name, members in collapse(rows, key=lambda row: row.scheme or "")]
+    names = [(group.name, len(group.rows)) for group in collapse(rows, key=lambda row: row.scheme or "")]
     assert names == [("m.layers.{0-2}.fc.weight x 3", 3), ("head.weight", 1)]
 
 
 def test_many_rows_that_differ_in_any_number_share_one() -> None:
     def names(count: int) -> list[str]:
         rows = [LayerRow(f"conv2d_{i}.w_0", "int8", 1, 1) for i in range(10, 10 + count)]
-        return [name for name, _ in collapse([*rows, LayerRow("fc1.w", None, 1, 1)], key=lambda row: row.scheme or "")]
+        groups = collapse([*rows, LayerRow("fc1.w", None, 1, 1)], key=lambda row: row.scheme or "")
+        return [group.name for group in groups]
 
     assert names(30) == ["conv2d_{10-39}.w_0 x 30", "fc1.w"]
     assert len(names(8)) == 9

@@ -199,7 +199,7 @@ def test_too_few_samples_are_an_answer(model: Path, data: Path, tmp_path: Path) 
     labelled = tmp_path / "few.npz"
     ids = np.load(data)["input_ids"][:3]
     np.savez(labelled, input_ids=ids)
-    budget = Budget(max_drop=0.01, metric="top1_agreement", eval_data=str(labelled))
+    budget = Budget(max_drop=0.01, metric="argmax_agreement", eval_data=str(labelled))
     report = within(model, tmp_path / "out", data, budget)
     assert not report.passed
     assert "samples are too few" in report.warnings[0] or "cannot be met" in report.warnings[0]
@@ -243,3 +243,25 @@ def test_a_uniform_scheme_that_is_better_wins(model: Path, data: Path, monkeypat
     mix = CheckpointSearch(tried, tried.budget)._for_size()
     names = {group.choices[number].label for group, number in zip(tried.groups, mix, strict=True)}
     assert names <= {"int4 group 32", "bf16"}
+
+
+def test_the_frontier_goes_from_the_smallest_to_the_best(model: Path, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pareto.json"
+    within(model, tmp_path / "out", data, Budget(max_size=62_000, pareto=file), dry_run=True)
+    points = json.loads(file.read_text())["frontier"]
+    sizes = [point["size_bytes"] for point in points]
+    losses = [point["held_out"]["kl_nats"] for point in points]
+    assert sizes == sorted(sizes) and len(points) > 4
+    assert losses[0] == max(losses) and losses[-1] == min(losses)
+    assert "Size against loss" in file.with_suffix(".md").read_text()
+    assert "<svg" in file.with_suffix(".svg").read_text()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantcli.search.trials.free_memory_bytes", lambda: 100_000)
+    with pytest.raises(InputError, match="holds the model in float32"):
+        within(model, tmp_path / "out", data, Budget(max_size=62_000))
+    assert not list(tmp_path.iterdir())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from itertools import product
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 
 from quantcli.search.choices import Choice, Group, chosen, rules_of, total
 from quantcli.search.solver import best_mix, best_mixes
+from quantcli.system.files import silent_stdout
 
 
 def group(name: str, *choices: tuple[int, float]) -> Group:
@@ -57,3 +61,21 @@ def test_rules_name_layers_that_are_stored_alike() -> None:
         {"match": ["b"], "scheme": "1"},
     ]
     assert [choice.label for choice in chosen(groups, (0, 1, 0))] == ["0", "1", "0"]
+
+
+def test_what_the_solver_prints_never_reaches_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    with silent_stdout():
+        os.write(1, b"for its makers\n")
+    os.write(1, b"data\n")
+    assert capfd.readouterr().out == "data\n"
+
+
+def test_many_groups_are_chosen_for_in_seconds() -> None:
+    random = Random(0)
+    rows = [[(random.randint(1, 10**6), random.random()) for _ in range(5)] for _ in range(600)]
+    groups = [group(f"layer{n}", *row) for n, row in enumerate(rows)]
+    limit = sum(min(size for size, _ in row) for row in rows) * 1.5
+    started = time.process_time()
+    found = best_mix(groups, "cost", {"nbytes": limit})
+    assert found is not None and total(groups, found, "nbytes") <= limit
+    assert time.process_time() - started < 20

@@ -73,6 +73,28 @@ _OVERRIDES: tuple[dict[str, Any], ...] = (
     # Heads of 128: of positions in three axes, whose shares are fixed.
     {"hidden_size": 4 * HIDDEN, "head_dim": None, "objects": True},
 )
+#: Settings that an architecture does not run without, where it has them, beside what the rules give.
+_NEEDED: tuple[dict[str, Any], ...] = (
+    # Of two layers one attends, where others are the rule.
+    {"layers_block_type": ["mamba", "attention"], "attn_layer_indices": [1]},
+    {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
+    {"layer_types": ["mamba", "attention"]},
+    {"layer_types": ["full_attention", "full_attention"]},
+    {"head_dim": 32},
+    {"num_heads": 8},
+    {"num_key_value_heads": 4},
+    {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": HIDDEN // 2,
+    },
+    {"mamba_d_ssm": 2 * HIDDEN},
+    {"hidden_size_per_layer_input": 0},
+    {"default_language": "en_XX"},
+    {"is_decoder": True, "axial_pos_embds": False},
+    {"is_encoder_decoder": False},
+)
 #: Settings that are numbers of tokens, and have to lie within the vocabulary.
 _SPECIAL = re.compile(r"\w*(token_id|token_index|_tok_id|token_ids|_start_id|_end_id|_id)")
 _KEPT = re.compile(r"layer_norm\w*|use_\w+|num_labels|num_channels|in_channels|output_\w+|return_\w+|tie_\w+")
@@ -152,7 +174,7 @@ def _said(error: Exception) -> str:
 def _configs(config_class: type) -> Iterator[Any]:
     """Smaller configurations, the likeliest first."""
     for lists in ("derived", "cut"):
-        for overrides in _OVERRIDES:
+        for overrides in _OVERRIDES + (_NEEDED if lists == "derived" else ()):
             try:
                 yield _shrunk(config_class, lists, overrides)
             except Exception:
@@ -189,7 +211,7 @@ def _shrunk(config_class: type, lists: str, overrides: Mapping[str, Any], defaul
     for key, value in overrides.items():
         if key in wanted and value is None:
             wanted.pop(key)
-        elif key in wanted:
+        elif key in wanted or (key in values and overrides in _NEEDED):
             wanted[key] = value
     for key, value in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
         known = values.get(key)
@@ -274,20 +296,21 @@ def _find(config: Any, *names: str) -> Any:
     return None
 
 
-def _ids() -> Any:
+def _ids(config: Any) -> Any:
     import torch
 
-    return torch.randint(5, VOCAB // 2, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0))
+    words = min(_find(config, "vocab_size") or VOCAB, VOCAB)
+    return torch.randint(5, words // 2, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
 def _text(config: Any) -> dict[str, Any]:
     import torch
 
-    return {"input_ids": _ids(), "attention_mask": torch.ones(SAMPLES, TOKENS, dtype=torch.int64)}
+    return {"input_ids": _ids(config), "attention_mask": torch.ones(SAMPLES, TOKENS, dtype=torch.int64)}
 
 
 def _text_to_text(config: Any) -> dict[str, Any]:
-    return _text(config) | {"decoder_input_ids": _ids().flip(0)}
+    return _text(config) | {"decoder_input_ids": _ids(config).flip(0)}
 
 
 def _noise(*shape: int) -> Any:
@@ -309,7 +332,7 @@ def _sound(config: Any) -> dict[str, Any]:
 def _features(config: Any) -> dict[str, Any]:
     bins = _find(config, "num_mel_bins", "feature_size", "input_feat_per_channel") or 80
     frames = 2 * (_find(config, "max_source_positions") or 64)
-    return {"input_features": _noise(SAMPLES, bins, frames), "decoder_input_ids": _ids()}
+    return {"input_features": _noise(SAMPLES, bins, frames), "decoder_input_ids": _ids(config)}
 
 
 def _save_data(inputs: Mapping[str, Any], file: Path) -> None:

@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from quantcli.conversion.checkpoint.loader_rows import rearranged
 from quantcli.conversion.checkpoint.made_up_inputs import candidates
+from quantcli.models.stored_parameters import use_layers_for_experts
 from quantcli.system.text import first_line
 
 
@@ -23,22 +25,10 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         model = build(request["folder"], request["dtype"])
-        _patch(model, request["format"])
+        use_layers_for_experts(model, request["format"])
     except Exception as error:
         return {"error": first_line(error)}
     return _Survey(model, request).answer()
-
-
-def _patch(model: Any, method: str) -> None:
-    """Put layers in place of fused experts where transformers does so for this quantization."""
-    import torch
-    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as PATCHES
-
-    for name, module in list(model.named_modules()):
-        patch = PATCHES.get(type(module).__name__)
-        if patch is not None and method in [each.value for each in patch["quantization_methods"]]:
-            with torch.device("meta"):
-                model.set_submodule(name, patch["module_name"](model.config.get_text_config()).eval())
 
 
 def build(folder: str, dtype: str) -> Any:
@@ -64,6 +54,10 @@ class _Survey:
         self.coded: dict[str, dict[str, Any]] = request["coded"]
         self.modules = dict(model.named_modules())
         self.loaded, self.joined, self.unknown = self._names()
+        self._owners: dict[int, list[str]] = {}
+        for path, module in self.modules.items():
+            for parameter in module._parameters.values():
+                self._owners.setdefault(id(parameter), []).append(path)
         self.leave: dict[str, str] = {}
         self.unpacked: list[str] = []
         self.weights_only: list[str] = []
@@ -90,6 +84,7 @@ class _Survey:
             "weights_only": self.weights_only,
             "wide": self._wide(),
             "split": self._split(),
+            "rearranged": rearranged(self.model, self.request["tensors"]),
             "loaded": {name: loaded for name, loaded in self.loaded.items() if name in self.coded},
             "joined": {name: place for name, place in self.joined.items() if name in self.coded},
         }
@@ -127,7 +122,8 @@ class _Survey:
             return None
         if self.request["format"] == "bitsandbytes":
             return layer if type(layer) is nn.Linear or type(layer).__name__ == "Conv1D" else None
-        return layer if isinstance(layer, nn.Linear) else None
+        # compressed-tensors computes a plain product in place of the layer's own code.
+        return layer if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward else None
 
     def _leave_what_is_not_one_layer(self) -> None:
         for name, how in self.coded.items():
@@ -139,10 +135,18 @@ class _Survey:
                     self.weights_only.append(name)
                 elif not expert or self.request["format"] != "compressed-tensors":
                     self.leave[name] = "transformers joins it with other weights or splits it as it loads"
+            elif other := self._tied(name):
+                self.leave[name] = f"{self.name} ties it to {other}, which would have no values"
             elif self._linear(name) is None:
                 module = self.modules.get(self.loaded[name].rpartition(".")[0])
                 kind = type(module).__name__
                 self.leave[name] = f"{kind} of transformers, which {self.request['format']} does not replace"
+
+    def _tied(self, tensor: str) -> str | None:
+        """Another module that has the very parameter that a tensor is loaded as; a module with two names is one."""
+        path, _, leaf = self.loaded[tensor].rpartition(".")
+        owners = self._owners.get(id(getattr(self.modules[path], leaf, None)), [])
+        return next((name for name in owners if self.modules[name] is not self.modules[path]), None)
 
     def _split(self) -> dict[str, list[dict[str, Any]]]:
         """Fused experts of the file that the library holds as layers, and which part of them each layer is."""

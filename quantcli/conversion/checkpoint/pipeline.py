@@ -118,10 +118,11 @@ class Conversion:
         verified = self._verify(staging.out / (self.layout.single_file or ""))
         nothing = {"checked": False, "reason": "a bare file has no runtime of its own"}
         verified["runtime"] = self._check.result(staging.out) if self._check else nothing
-        self.layout.write_manifest(staging.out, self._manifest(verified))
+        manifest = self._manifest(verified)
+        self.layout.write_manifest(staging.out, manifest)
         history = self.work.history if self.work else None
         trained = {"training": history.to_json()} if history else {}
-        return {"verified": verified, "threads": self.workers, **trained}
+        return {"verified": verified, "threads": self.workers, "manifest": manifest.to_json(), **trained}
 
     def _require_finite(self, output: Output) -> None:
         """Raise InputError where a weight holds what is no number: on data, outputs would not tell whose it is."""

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import signal
 import tempfile
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.hugging_face import load_json
 from quantcli.checkpoint.quantized import section_of
+from quantcli.checkpoint.rearranged import RearrangedCheckpoint
 from quantcli.checkpoint.split_experts import SplitExperts
 from quantcli.conversion.checkpoint.layout import Layout
 from quantcli.core.dtypes import TORCH_NAMES
 from quantcli.errors import InputError
 from quantcli.planning.plan import Loader, Plan
+from quantcli.planning.rules import Rules
 from quantcli.system.child import ChildFailedError, Service
 from quantcli.system.hardware import free_memory_bytes
 from quantcli.system.parallel import usable_cores
@@ -70,13 +73,23 @@ class RuntimeCheck:
         if self._service:
             self._service.stop()
 
-    def as_layers(self) -> Checkpoint | None:
-        """The checkpoint with its experts one by one, where it fuses them and the library runs codes only so."""
-        split = self._result().get("split")
-        if not split:
-            return None
-        self._checkpoint = SplitExperts(self._checkpoint, split)
-        return self._checkpoint
+    def as_held(self, rules: Rules) -> Checkpoint | None:
+        """The checkpoint as the library holds it, where that is otherwise; None where it is as stored.
+
+        Its experts are one by one where it fuses them and the library runs codes only so, and what the library joins or
+        splits by rows is joined or split, unless ``rules`` name it.
+        """
+        answer = self._result()
+        if made := _free(answer.get("rearranged", {}), self._checkpoint, rules):
+            self._checkpoint = RearrangedCheckpoint(self._checkpoint, made)
+            name, how = next(iter(made.items()))
+            self._checkpoint.warnings += (
+                f"{len(made)} tensors are stored as transformers holds them, such as {name} made of rows of "
+                f"{how['sources'][0]}; what runs the file's own names wants --target vllm.",
+            )
+        if split := answer.get("split"):
+            self._checkpoint = SplitExperts(self._checkpoint, split)
+        return self._checkpoint if made or split else None
 
     def ask(self, plan: Plan) -> None:
         """Ask again, of another plan."""
@@ -204,6 +217,18 @@ class RuntimeCheck:
         if self._verify is None and needed > limit:
             return f"loaded, it takes {format_bytes(needed)}, and half of the free memory is {format_bytes(limit)}"
         return None
+
+
+def _free(made: Mapping[str, Mapping[str, Any]], checkpoint: Checkpoint, rules: Rules) -> dict[str, Mapping[str, Any]]:
+    """Those tensors that may be stored as the library holds them: made of others of one dtype, which no rule names."""
+    stored = {info.name: info for info in checkpoint.infos()}
+    free = {}
+    for name, how in made.items():
+        sources = [stored[source] for source in how["sources"]]
+        named = any(rules.first(source.name) for source in sources)
+        if not named and len({source.dtype for source in sources}) == 1 and not any(each.shares for each in sources):
+            free[name] = how
+    return free
 
 
 def _needs_values(plan: Plan) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantcli.conversion.onnx.comparison import OutputComparison
+from quantcli.conversion.onnx.equivalence import Data
 from quantcli.conversion.onnx.source import planned_graph
 from quantcli.onnx.graph.model import OnnxModel
 from quantcli.onnx.graph.save import save_graph
@@ -32,6 +33,7 @@ class Advice:
 def advise(
     recipe: Recipe,
     original: OnnxModel,
+    data: Data,
     evidence: Evidence,
     comparison: OutputComparison,
     kept_db: float | None,
@@ -42,6 +44,7 @@ def advise(
     Args:
         recipe: what was carried out.
         original: the model it was carried out on.
+        data: of the user.
         evidence: what it was carried out by.
         comparison: of the model's outputs, once the recipe's artifact was compared.
         kept_db: signal to noise of that artifact's outputs; None: they are equal.
@@ -52,7 +55,7 @@ def advise(
         return Advice()
     if scheme != "int8-static" or kept_db is None or kept_db >= GOOD_OUTPUT_SQNR_DB:
         return Advice(scheme)
-    graph, plan = planned_graph(original, recipe.with_flags(scheme="int8-dynamic"))
+    graph, plan = planned_graph(original, recipe.with_flags(scheme="int8-dynamic"), data)
     if evidence.hessians is not None:
         plan = without_inputs(plan, evidence.hessians)
     transform(graph, plan, evidence)

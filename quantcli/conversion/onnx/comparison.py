@@ -3,120 +3,71 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from quantcli.core.ports import Arrays, dtype_family
-from quantcli.data.made_up import made_up_feeds, table_sizes
-from quantcli.data.samples import Samples, batches
+from quantcli.conversion.onnx.trial_inputs import Feeds, has_numbers, tensors_of
+from quantcli.core.ports import dtype_family
 from quantcli.errors import InputError
-from quantcli.models.session import Session
+from quantcli.models.session import Session, session_of
 
 if TYPE_CHECKING:
     import numpy as np
-    import onnx_ir as ir
 
 #: Samples that the artifact and its source both run at the end.
 COMPARED_SAMPLES = 8
 
+#: Of infinite outputs, the part that must be infinite in the artifact, too.
+_INFINITE_ALIKE = 0.5
+
 #: An artifact this much slower than its model is worth a word.
 _SLOW = 0.8
-
-#: Lengths of sequences and sides of images that are tried, in turn, where the model leaves them open.
-_SIZES = ((16, 64), (128, 224), (8, 8), (4, 4), (2, 2), (3, 3), (1, 1), (32, 32), (64, 128))
-
-#: Samples of a made-up feed; the second one only where the model takes it.
-_BATCHES = (1, 2)
 
 REPORT_IT = "Nothing was written. Leave layers out with --skip, or choose another scheme; and please report it."
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same inputs: signal to noise of all float outputs together, and of each; how long they took.
+    """Two models on the same inputs.
 
-    ``made_up`` says that the inputs were. ``speed``: the reference's median time over the candidate's. A hint only,
-    since nothing was warmed up or repeated; None for a single sample.
+    - ``sqnr_db``: signal to noise of all float outputs together; None where they are equal, or there are none.
+    - ``equal``: of the values of all other outputs, the part that is the same; None where there are none.
+    - ``speed``: the reference's median time over the candidate's. A hint only, since nothing was warmed up or
+      repeated; None for a single sample.
+    - ``outputs``: signal to noise of each float output.
+    - ``not_finite``: outputs for which the reference returned no finite number.
+    - ``made_up``: whether the inputs were.
     """
 
     samples: int
     sqnr_db: float | None
+    equal: float | None = None
     speed: float | None = None
     outputs: Mapping[str, float | None] = field(default_factory=dict)
+    not_finite: Sequence[str] = ()
     made_up: bool = False
 
     @property
     def warnings(self) -> list[str]:
-        """A word where the candidate is slow."""
-        if self.speed is None or self.speed >= _SLOW or self.made_up:
-            return []
-        return [
-            f"On these samples the artifact ran {self.speed:.2g} times as fast as the model; quantcli bench "
-            "measures that properly."
+        """A word where the candidate is slow, and where there was nothing to compare."""
+        found = [
+            f"The output {name} was not compared: the model returns no finite number in it for these inputs."
+            for name in self.not_finite
         ]
+        if self.speed is not None and self.speed < _SLOW and not self.made_up:
+            found.append(
+                f"On these samples the artifact ran {self.speed:.2g} times as fast as the model; quantcli bench "
+                "measures that properly."
+            )
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """For a manifest. How long it took goes into the report alone: an artifact holds no times."""
-        return {"samples": self.samples, "sqnr_db": self.sqnr_db}
-
-
-@dataclass(frozen=True)
-class NotCompared:
-    """Why outputs were not compared: the model itself does not run on what can be made up."""
-
-    reason: str
-
-    @property
-    def warnings(self) -> list[str]:
-        """What the user can do."""
-        return [
-            f"The artifact's outputs were not compared with the model's: {self.reason} Give --data to compare them."
-        ]
-
-
-#: Feeds with the number of samples in each, anew for each pass.
-Feeds = Callable[[], Iterable[tuple[Mapping[str, "np.ndarray"], int]]]
-
-
-def of_samples(samples: Samples, most: int) -> Feeds:
-    """The first samples, as many at a time as the model takes."""
-
-    def feeds() -> Iterator[tuple[Mapping[str, np.ndarray], int]]:
-        done = 0
-        for arrays, labels in batches(samples, 1):
-            yield arrays, len(labels)
-            done += len(labels)
-            if done >= most:
-                return
-
-    return feeds
-
-
-def made_up(reference: Session, graph: ir.Model) -> Feeds | NotCompared:
-    """Feeds that a model runs on, at a second number of samples where it takes that, or why there are none."""
-    tables, reason = table_sizes(graph), "it has no inputs that can be made up."
-    for length, side in _SIZES:
-        found: list[tuple[Arrays, int]] = []
-        for size in _BATCHES:
-            try:
-                feeds = made_up_feeds(reference.inputs, size, length, size, side=side, tables=tables)
-                reference.run(feeds)
-            except InputError as error:
-                reason = f"on made-up inputs, {error.message[0].lower()}{error.message[1:]}"
-                break
-            found.append((feeds, size))
-            if not _grows(found[0][0], feeds) and size > 1:
-                found.pop()
-        if found:
-            return lambda: found
-    return NotCompared(reason)
-
-
-def _grows(one: Arrays, other: Arrays) -> bool:
-    return any(one[name].shape != other[name].shape for name in one)
+        found: dict[str, Any] = {"samples": self.samples, "sqnr_db": self.sqnr_db}
+        return found if self.equal is None else found | {"equal": round(self.equal, 6)}
 
 
 class OutputComparison:
@@ -137,7 +88,6 @@ class OutputComparison:
     ) -> None:
         self.reference, self.feeds, self.folder, self.made_up, self.loose = reference, feeds, folder, made_up, loose
         self._kept: list[list[str]] = []
-        self._kinds: list[list[str]] = []
 
     def against(self, candidate: Path, name: str | None = None, *, literal: bool = False) -> Comparison:
         """Run a candidate; the first one in turn with the reference, so that ``speed`` is known of that one alone.
@@ -146,21 +96,17 @@ class OutputComparison:
         put in the place of its operators.
 
         Raises:
-            InputError: a model does not run, the candidate's outputs are others than the reference's, or they are not
-                finite where the reference's are.
+            InputError: a model does not run, the reference returns nothing that could be compared, the candidate's
+                outputs are others than the reference's, or they are not finite where the reference's are.
         """
-        import numpy as np
-
-        from quantcli.core.numerics import decibels
-
         session = Session(candidate, optimize=not literal, name=name)
         reference = None
         if not self._kept:
-            reference = self.reference if isinstance(self.reference, Session) else Session(self.reference)
+            reference = self.reference if isinstance(self.reference, Session) else session_of(self.reference)
             _require_ports(reference, session)
-        powers: dict[str, tuple[float, float]] = {}
+        losses: dict[str, _Loss] = {}
         times: list[tuple[float, float]] = []
-        samples = 0
+        samples, compared = 0, reference is None
         for number, (feeds, count) in enumerate(self.feeds()):
             samples += count
             if reference is None:
@@ -170,53 +116,40 @@ class OutputComparison:
                 got, theirs = _candidate(session, feeds)
                 expected = self._keep(outputs)
                 times.append((ours, theirs))
-            same = _require_shapes(self._kinds[number], got, loose=self.loose)
-            for key, values in expected.items():
-                if key not in same:
-                    continue
-                wide, other = values.astype(np.float64), got[key].astype(np.float64)
-                finite = np.isfinite(wide)
-                if not np.isfinite(other[finite]).all():
-                    raise InputError(
-                        f"The output {key} of the artifact is not finite where the original's is.", REPORT_IT
-                    )
-                signal, noise = powers.get(key, (0.0, 0.0))
-                with np.errstate(over="ignore"):
-                    signal += float(np.square(wide[finite]).sum())
-                    noise += float(np.square(wide[finite] - other[finite]).sum())
-                powers[key] = signal, noise
-        # The first run of a session also prepares its memory.
-        later = times[1:]
-        speed = median(ours for ours, _ in later) / median(theirs for _, theirs in later) if later else None
-        total = (sum(signal for signal, _ in powers.values()), sum(noise for _, noise in powers.values()))
-        each = {key: _db(*power) for key, power in powers.items()}
-        return Comparison(samples, decibels(*total), speed, each, self.made_up)
+                compared = compared or has_numbers(outputs)
+            found = _tensors(got)
+            for key in _same_kinds(expected, found, loose=self.loose):
+                losses.setdefault(key, _Loss()).add(key, expected[key], found[key])
+        if not compared:
+            raise InputError(
+                f"The model returns no finite number for {samples} samples: nothing shows what its artifact computes.",
+                "Give --data for which it returns numbers.",
+            )
+        return _summary(samples, losses, times, made_up=self.made_up)
 
     def repeats(self) -> bool:
         """Whether the reference returns the same when it is run again; random numbers are others in each run."""
         import numpy as np
 
-        session = self.reference if isinstance(self.reference, Session) else Session(self.reference)
+        session = self.reference if isinstance(self.reference, Session) else session_of(self.reference)
         feeds, _ = next(iter(self.feeds()))
-        again = session.run(feeds)
-        return all(np.allclose(values, again[key], equal_nan=True) for key, values in self._load(0).items())
+        again, before = _tensors(session.run(feeds)), self._load(0)
+        return again.keys() == before.keys() and all(
+            values.shape == again[key].shape
+            and (np.allclose(values, again[key], equal_nan=True) if _is_float(values) else (values == again[key]).all())
+            for key, values in before.items()
+        )
 
-    def _keep(self, outputs: dict[str, Any]) -> dict[str, Any]:
-        """Set the floating-point outputs of the next sample aside, and return them."""
+    def _keep(self, outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Set the outputs of the next sample aside, and return them."""
         import numpy as np
 
-        self._kinds.append([_kind(value) for value in outputs.values()])
-        floats = {
-            name: values
-            for name, values in outputs.items()
-            if isinstance(values, np.ndarray) and dtype_family(values.dtype) == "float"
-        }
-        stored = (values if values.dtype.isbuiltin else values.astype(np.float32) for values in floats.values())
-        np.savez(self._file(len(self._kept)), *stored)
-        self._kept.append(list(floats))
-        return floats
+        tensors = _tensors(outputs)
+        np.savez(self._file(len(self._kept)), *tensors.values())
+        self._kept.append(list(tensors))
+        return tensors
 
-    def _load(self, number: int) -> dict[str, Any]:
+    def _load(self, number: int) -> dict[str, np.ndarray]:
         import numpy as np
 
         with np.load(self._file(number)) as arrays:
@@ -226,18 +159,99 @@ class OutputComparison:
         return self.folder / f"expected_{number}.npz"
 
 
-def _db(signal: float, noise: float) -> float | None:
-    """Signal to noise; None: the same, minus infinity: noise where there is no signal."""
+class _Loss:
+    """What an output lost, over all samples."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = 0.0
+        self.finite = self.same = self.values = 0
+        self.is_float = False
+
+    def add(self, name: str, expected: np.ndarray, got: np.ndarray) -> None:
+        """Count another sample.
+
+        Raises:
+            InputError: what was found is not finite where the reference is, or mostly finite where that is infinite.
+        """
+        import numpy as np
+
+        self.values += expected.size
+        self.is_float = _is_float(expected)
+        if not self.is_float:
+            self.same += int((expected == got).sum())
+            return
+        wide, other = expected.astype(np.float64), got.astype(np.float64)
+        finite, infinite = np.isfinite(wide), np.isinf(wide)
+        if not np.isfinite(other[finite]).all():
+            raise InputError(f"The output {name} of the artifact is not finite where the original's is.", REPORT_IT)
+        # A large number may overflow in one and just not in the other.
+        if infinite.any() and np.mean(wide[infinite] == other[infinite]) < _INFINITE_ALIKE:
+            raise InputError(f"The output {name} of the artifact is finite where the original's is not.", REPORT_IT)
+        self.finite += int(finite.sum())
+        with np.errstate(over="ignore"):
+            self.signal += float(np.square(wide[finite]).sum())
+            self.noise += float(np.square(wide[finite] - other[finite]).sum())
+
+    @property
+    def db(self) -> float | None:
+        """Signal to noise; None: the same, minus infinity: noise where there is no signal."""
+        from quantcli.core.numerics import decibels
+
+        return float("-inf") if self.noise > 0 and not self.signal > 0 else decibels(self.signal, self.noise)
+
+
+def _summary(
+    samples: int, losses: Mapping[str, _Loss], times: Sequence[tuple[float, float]], *, made_up: bool
+) -> Comparison:
     from quantcli.core.numerics import decibels
 
-    return float("-inf") if noise > 0 and not signal > 0 else decibels(signal, noise)
+    floats = {key: loss for key, loss in losses.items() if loss.is_float}
+    others = [loss for loss in losses.values() if not loss.is_float and loss.values]
+    # The first run of a session also prepares its memory.
+    later = times[1:]
+    return Comparison(
+        samples,
+        decibels(sum(loss.signal for loss in floats.values()), sum(loss.noise for loss in floats.values())),
+        sum(loss.same for loss in others) / sum(loss.values for loss in others) if others else None,
+        median(ours for ours, _ in later) / median(theirs for _, theirs in later) if later else None,
+        {key: loss.db for key, loss in floats.items()},
+        [key for key, loss in floats.items() if loss.values and not loss.finite],
+        made_up,
+    )
+
+
+def _tensors(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Outputs as tensors that numpy can keep in a file; those within a sequence or map have a number in their name."""
+    import numpy as np
+
+    found = {}
+    for name, value in outputs.items():
+        for number, tensor in enumerate(tensors_of(value)):
+            key = name if isinstance(value, np.ndarray) else f"{name}[{number}]"
+            found[key] = _plain(tensor)
+    return found
+
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    if values.dtype.kind == "c":
+        return np.stack([values.real, values.imag], -1)
+    if values.dtype == object:
+        return values.astype(str)
+    # numpy's files know no types but its own.
+    return values.astype(np.float32) if values.dtype.kind == "V" else values
+
+
+def _is_float(values: np.ndarray) -> bool:
+    return dtype_family(values.dtype) == "float"
 
 
 def _require_ports(reference: Session, candidate: Session) -> None:
     """Raise InputError where inputs or outputs have other names, another order or other types."""
     for what in ("inputs", "outputs"):
         before, after = (
-            [f"{port.name} ({getattr(port, 'kind', '') or port.dtype})" for port in getattr(session, what)]
+            [f"{port.name} ({port.kind or port.dtype})" for port in getattr(session, what)]
             for session in (reference, candidate)
         )
         if before != after:
@@ -248,30 +262,33 @@ def _require_ports(reference: Session, candidate: Session) -> None:
             )
 
 
-def _require_shapes(kinds: list[str], got: Mapping[str, Any], *, loose: bool) -> set[str]:
+def _same_kinds(expected: Mapping[str, np.ndarray], got: Mapping[str, np.ndarray], *, loose: bool) -> list[str]:
     """Names of outputs of the same type and shape as the reference's.
 
     Raises:
         InputError: one is of another type, or has another shape and ``loose`` does not allow for it.
     """
-    same = set()
-    for wanted, (name, value) in zip(kinds, got.items(), strict=True):
-        found = _kind(value)
+    same = []
+    for key in dict.fromkeys((*expected, *got)):
+        wanted, found = (_kind(each[key]) if key in each else "nothing" for each in (expected, got))
         if wanted == found:
-            same.add(name)
-        elif not loose or wanted.split()[0] != found.split()[0] or wanted.count(" x ") != found.count(" x "):
+            same.append(key)
+        elif not loose or not _may_follow_values(expected.get(key), got.get(key)):
             raise InputError(
-                f"The output {name} of the artifact would be {found}, and the model's is {wanted}.", REPORT_IT
+                f"The output {key} of the artifact would be {found}, and the model's is {wanted}.", REPORT_IT
             )
     return same
 
 
-def _kind(value: Any) -> str:
+def _may_follow_values(expected: np.ndarray | None, got: np.ndarray | None) -> bool:
+    """Whether two outputs differ in lengths alone; a sequence may have another length, too."""
+    return expected is None or got is None or (expected.dtype == got.dtype and expected.ndim == got.ndim)
+
+
+def _kind(value: np.ndarray) -> str:
     """What an output is, for comparison and messages."""
-    shape = getattr(value, "shape", None)
-    if shape is None:
-        return type(value).__name__
-    return f"{value.dtype} {' x '.join(map(str, shape)) or 'scalar'}"
+    name = "string" if value.dtype.kind == "U" else str(value.dtype)
+    return f"{name} {' x '.join(map(str, value.shape)) or 'scalar'}"
 
 
 def _candidate(session: Session, feeds: Mapping[str, Any]) -> tuple[dict[str, Any], float]:

@@ -1,35 +1,35 @@
 """Graphs made simpler, or brought to a newer operator set, and seen in onnxruntime to compute what they did.
 
-Both the graph before and the one after run on made-up inputs. A simplification that changes a result is left out;
-an upgrade that does is not taken.
+Both the graph before and the one after run on made-up inputs; where it takes none of these, on samples of the data. A
+simplification that changes a result is left out; an upgrade that does is not taken.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantcli.conversion.onnx.trial_inputs import NoFeeds, made_up, of_samples
 from quantcli.core.numerics import decibels
-from quantcli.core.ports import Arrays, Port, dtype_family
+from quantcli.core.ports import dtype_family
 from quantcli.errors import InputError
-from quantcli.models.session import Session
-from quantcli.onnx.graph.model import OnnxModel, constants
+from quantcli.models.session import Session, session_of
+from quantcli.onnx.graph.model import OnnxModel
 from quantcli.onnx.graph.opset import default_opset, restamp, upgrade
 from quantcli.onnx.graph.prepare import STEPS, prepare
-from quantcli.onnx.graph.save import save_graph
+from quantcli.onnx.graph.save import in_memory
+from quantcli.onnx.graph.values import array
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-#: Simplifications of larger models are not run on their own: the artifact is compared in the end in any case.
-_LARGEST_BYTES = 1 << 29
+    from quantcli.data.samples import Samples
 
-#: Sizes tried, in turn, for dimensions that are free. More than one comes first: over a single row much is the same.
-_SIZES = (2, 1, 3, 4, 8, 16, 32, 64, 224)
+#: Samples of the data that graphs are compared on, where they run on nothing that is made up.
+_SAMPLES = 2
 
 #: Signal to noise below which two results are not the same but for rounding: of float32 and wider, and of the rest.
 _LEAST_DB = {True: 40.0, False: 20.0}
@@ -37,18 +37,23 @@ _LEAST_DB = {True: 40.0, False: 20.0}
 #: Of integers, the part that may differ: a rounding may tip a comparison.
 _TIPPED = 0.02
 
+#: The samples of the user's data, which are opened where they are needed; None where there are none.
+Data = Callable[[], "Samples | None"]
 
-def simplified(model: OnnxModel, *, fold: bool = True) -> ir.Model:
+
+def no_data() -> None:
+    """Where the user gave none."""
+
+
+def simplified(model: OnnxModel, data: Data = no_data, *, fold: bool = True) -> ir.Model:
     """A model's graph as `prepare` makes it, without the steps that change what it computes.
 
     Raises:
-        InputError: the graph is inconsistent.
+        InputError: the graph is inconsistent, or the runtime does not load it.
     """
     graph = prepare(model, fold=fold)
-    if sum(tensor.nbytes for tensor in constants(graph)) > _LARGEST_BYTES:
-        return graph
-    reference = _Reference.of(model.path, model.inputs)
-    if reference is None or reference.is_met_by(graph):
+    reference = _Reference.of(model.path, model.ir, data)
+    if isinstance(reference, NoFeeds) or reference.is_met_by(graph):
         return graph
     plain = prepare(model, fold=fold, without=STEPS)
     if not reference.is_met_by(plain):
@@ -61,90 +66,87 @@ def simplified(model: OnnxModel, *, fold: bool = True) -> ir.Model:
     return plain
 
 
-def upgraded(graph: ir.Model, opset: int) -> ir.Model:
+def upgraded(graph: ir.Model, opset: int, data: Data = no_data) -> ir.Model:
     """A graph in a newer operator set, proven to compute the same.
 
     Raises:
-        InputError: there is no way that keeps what it computes.
+        InputError: there is no way that keeps what it computes, or nothing to see it by.
     """
     old = default_opset(graph)
     if old >= opset or old == 0:
         return upgrade(graph, opset)
+    reference = _Reference.of(None, graph, data)
+    if isinstance(reference, NoFeeds):
+        raise InputError(
+            f"The model's operator set {old} is not upgraded to {opset}, since nothing would show that it still "
+            f"computes the same: {reference.reason}",
+            "Give --data with inputs that it runs on, or export the model with a newer operator set.",
+        )
     problem = InputError(
         f"The model's operator set {old} cannot be upgraded to {opset}: it would compute something else.",
         "Export the model with a newer operator set.",
     )
-    with tempfile.TemporaryDirectory(prefix="quantcli-") as folder:
-        path = Path(folder) / "before.onnx"
-        save_graph(graph.clone(), path)
-        reference = _Reference.of(path, OnnxModel(path, graph).inputs)
     for way in (upgrade, restamp):
         try:
             candidate = way(graph, opset)
         except InputError as error:
             problem = error
             continue
-        if candidate is not None and (reference is None or reference.is_met_by(candidate)):
+        if candidate is not None and reference.is_met_by(candidate):
             return candidate
     raise problem
 
 
-class _Reference:
-    """What a graph returns for some made-up inputs."""
+def _session(graph: ir.Model) -> Session:
+    """A graph as it is written; its large weights stay where they are."""
+    proto, weights = in_memory(graph)
+    return Session(proto, optimize=False, weights=weights)
 
-    def __init__(self, runs: Sequence[tuple[Arrays, Mapping[str, Any], Mapping[str, Any]]]) -> None:
+
+class _Reference:
+    """What a graph returns for some inputs, and for the first of them once more: random numbers are others then."""
+
+    def __init__(self, runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], again: Mapping[str, Any]) -> None:
         self.runs = runs
+        first = runs[0][1]
+        self.repeats = {name for name in first if _alike(first[name], again[name])}
 
     @staticmethod
-    def of(path: Path, ports: Sequence[Port]) -> _Reference | None:
-        """Run a model twice; None where it does not run on anything that is made up."""
+    def of(path: Path | None, graph: ir.Model, data: Data) -> _Reference | NoFeeds:
+        """Run a model, from its file where there is one; or say why that cannot be.
+
+        Raises:
+            InputError: a constant is damaged, the runtime does not load the file, or it does not run on the data.
+        """
         try:
-            session = Session(path, optimize=False)
-        except InputError:
-            return None
-        for feeds in made_up_feeds(ports):
-            try:
-                return _Reference([(feeds, session.run(feeds), session.run(feeds))])
-            except InputError:
-                continue
-        return None
+            session = _session(graph) if path is None else session_of(path, optimize=False)
+        except InputError as error:
+            if path is not None:
+                for value in (value for each in graph.graphs() for value in each.initializers.values()):
+                    array(value)
+                # Nothing that is made of it would run, unless the runtime's own rewriting removes what it lacks.
+                session_of(path)
+            return NoFeeds(error.message)
+        feeds = made_up(session, graph, mixed=True)
+        if isinstance(feeds, NoFeeds):
+            samples = data()
+            if samples is None:
+                return feeds
+            feeds = of_samples(samples, _SAMPLES)
+        runs = [(arrays, session.run(arrays)) for arrays, _ in feeds()]
+        return _Reference(runs, session.run(runs[0][0]))
 
     def is_met_by(self, graph: ir.Model) -> bool:
         """Whether another graph returns the same, but for rounding and for what is drawn anew in every run."""
-        with tempfile.TemporaryDirectory(prefix="quantcli-") as folder:
-            path = Path(folder) / "after.onnx"
-            save_graph(graph.clone(), path)
-            try:
-                session = Session(path, optimize=False)
-                got = [session.run(feeds) for feeds, _, _ in self.runs]
-            except InputError:
-                return False
+        try:
+            session = _session(graph)
+            got = [session.run(feeds) for feeds, _ in self.runs]
+        except InputError:
+            return False
         return all(
-            list(one) == list(other)
-            and all(_alike(one[name], other[name], exact=_alike(one[name], again[name])) for name in one)
-            for (_, one, again), other in zip(self.runs, got, strict=True)
+            list(one) == list(other) and all(_alike(one[name], other[name], exact=name in self.repeats) for name in one)
+            for (_, one), other in zip(self.runs, got, strict=True)
         )
-
-
-def made_up_feeds(ports: Sequence[Port], seed: int = 0) -> Iterator[Arrays]:
-    """Inputs of the right types and shapes, with one size after the other where a dimension is free."""
-    if any(port.shape is None or port.kind for port in ports):
-        return
-    for size in _SIZES:
-        rng = np.random.default_rng(seed)
-        yield {port.name: _made_up(port, size, rng) for port in ports}
-
-
-def _made_up(port: Port, size: int, rng: np.random.Generator) -> np.ndarray:
-    shape = [dim if isinstance(dim, int) else size for dim in port.shape or ()]
-    if port.dtype == np.bool_:
-        return rng.integers(0, 2, shape).astype(bool)
-    family = dtype_family(port.dtype)
-    if family == "float":
-        return rng.standard_normal(shape).astype(port.dtype)
-    if family == "integer":
-        return rng.integers(0, 2, shape).astype(port.dtype)
-    return np.full(shape, "a", dtype=object) if port.dtype == object else rng.standard_normal(shape).astype(port.dtype)
 
 
 def _alike(one: Any, other: Any, *, exact: bool = True) -> bool:

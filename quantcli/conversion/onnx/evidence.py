@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
 from quantcli.calibration.hessians import collect_hessians
 from quantcli.calibration.statistics import CalibrationStats
-from quantcli.conversion.onnx.source import Source
+from quantcli.conversion.onnx.source import Source, planned_graph
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.models.source import source_sha256
@@ -19,6 +20,7 @@ from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.judge import without_inputs, without_outliers
 from quantcli.onnx.plan.placement import place
 from quantcli.onnx.plan.plan import GraphPlan, require_work
+from quantcli.planning.recipe import Recipe
 from quantcli.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -66,6 +68,15 @@ class Material:
             folder = self.source.subject.folder
             self._samples[request.samples] = load_samples(request, self.source.model.inputs, folder=folder)
         return self._samples[request.samples]
+
+    def loader(self, data: DataRequest | None, *, trains: bool = False) -> Callable[[], Samples | None]:
+        """What loads the samples when they are first needed."""
+        return partial(self.samples, data, trains=trains)
+
+    def planned(self, recipe: Recipe, data: DataRequest | None, *, trains: bool = False) -> tuple[ir.Model, GraphPlan]:
+        """The graph that a recipe works on, and what becomes of it. Raises as `planned_graph`."""
+        loader = self.loader(data, trains=trains)
+        return planned_graph(self.source.model, recipe, loader, self.source.codes)
 
     def statistics(
         self, graph: ir.Model, plan: GraphPlan, samples: Samples | None, seed: int, progress: Progress | None

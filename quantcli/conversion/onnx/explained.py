@@ -66,28 +66,35 @@ class Honest:
 
     def require(
         self, outcomes: Sequence[LayerOutcome], comparison: OutputComparison, found: Comparison, artifact: Path
-    ) -> None:
-        """Raise InputError where an artifact's outputs lost far more than its decoded form's.
+    ) -> list[str]:
+        """Judge what an artifact's outputs lost; what cannot be judged is said.
 
         Args:
             outcomes: what became of the layers.
             comparison: of outputs.
             found: of those of the artifact.
             artifact: where it is written.
+
+        Raises:
+            InputError: an output lost far more than that of the decoded form.
         """
         self.outcomes = [outcome for outcome in outcomes if outcome.plan.form]
         doubtful = {
             name: db for name, db in found.outputs.items() if db is not None and db < self._expected_db - _FIRST_LOOK_DB
         }
-        if not doubtful or self._jumps(_JUMPS) or not comparison.repeats():
-            return
+        if not doubtful:
+            return []
+        if self._jumps(_JUMPS):
+            return [_unjudged(doubtful, "operators follow that make a large error of a small one.")]
+        if not comparison.repeats():
+            return [_unjudged(doubtful, "the model returns something else each time it runs.")]
         folder = comparison.folder
         try:
             saved = _saved(self._decoded(), folder / "decoded.onnx")
             decoded = comparison.against(saved, "The model in decoded form", literal=True)
-        except InputError:
+        except InputError as error:
             # It overflows, or is none that the runtime takes: then nothing can be told from it.
-            return
+            return [_unjudged(doubtful, f"its decoded form does not run. {error.message}")]
         wrong = _far_below(doubtful, decoded)
         if wrong and any(outcome.plan.form == "nbits" for outcome in self.outcomes):
             # The n-bit kernels round their inputs on their own, unless they are told not to.
@@ -102,6 +109,7 @@ class Honest:
                 f"weights would leave {figure}.",
                 REPORT_IT,
             )
+        return []
 
     @property
     def shapes_depend_on_values(self) -> bool:
@@ -192,6 +200,14 @@ def _in_floats(artifact: Path) -> ir.Model:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     return model
+
+
+def _unjudged(doubtful: Mapping[str, float], reason: str) -> str:
+    worst = min(doubtful, key=lambda name: doubtful[name])
+    return (
+        f"The output {worst} keeps {doubtful[worst]:.1f} dB of the model's, and whether that is the error of its "
+        f"weights was not judged: {reason}"
+    )
 
 
 def _saved(model: ir.Model, path: Path) -> Path:

@@ -11,28 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.calibration.collect import DEFAULT_SAMPLES
+from quantcli.calibration.histograms import activation_histograms
+from quantcli.calibration.statistics import CalibrationStats
 from quantcli.checkpoint.hugging_face import companions
 from quantcli.conversion.onnx.advice import Advice, advise
-from quantcli.conversion.onnx.comparison import (
-    COMPARED_SAMPLES,
-    Comparison,
-    NotCompared,
-    OutputComparison,
-    made_up,
-    of_samples,
-)
+from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, Comparison, OutputComparison
 from quantcli.conversion.onnx.evidence import Gathered, Material, gather
 from quantcli.conversion.onnx.explained import Honest
 from quantcli.conversion.onnx.guard import Attempt, Guard, Protection
+from quantcli.conversion.onnx.histograms import weight_histograms
 from quantcli.conversion.onnx.result import Result
-from quantcli.conversion.onnx.source import Source, open_source, planned_graph
+from quantcli.conversion.onnx.source import Source, open_source
+from quantcli.conversion.onnx.trial_inputs import NoFeeds, made_up, of_samples
 from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.models.kernels import prove
-from quantcli.models.session import Session
+from quantcli.models.session import session_of
 from quantcli.onnx.graph.model import OnnxModel, constants, onnx_file
 from quantcli.onnx.graph.save import add_metadata, read_back, save_graph
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
@@ -75,6 +72,7 @@ class _Job:
     dry_run: bool
     force: bool
     allow_larger: bool
+    histograms: int
     progress: Progress | None
     material: Material | None = None
     guard: Guard | None = None
@@ -102,6 +100,7 @@ def convert_onnx(
     dry_run: bool = False,
     force: bool = False,
     allow_larger: bool = False,
+    histograms: int = 0,
     progress: Progress | None = None,
     material: Material | None = None,
     guard: Guard | None = None,
@@ -119,8 +118,8 @@ def convert_onnx(
     """
     started = time.monotonic()
     job = _Job(
-        str(model), output, recipe, data, statistics, weights, device, dry_run, force, allow_larger, progress,
-        material, guard,
+        str(model), output, recipe, data, statistics, weights, device, dry_run, force, allow_larger, histograms,
+        progress, material, guard,
     )  # fmt: skip
     _check_request(job)
     with open_staging(output) as staging:
@@ -151,20 +150,19 @@ def _convert(job: _Job, staging: Staging) -> Report:
     material = job.material or Material(
         open_source(job.model, job.weights, job.recipe, job.data, staging.root / "export"), job.statistics
     )
-    source = material.source
-    graph, plan = planned_graph(source.model, job.recipe, source.codes)
+    graph, plan = material.planned(job.recipe, job.data, trains=job.trains)
     _require_data(job, plan)
     if job.dry_run:
-        return _estimate(job, source, plan)
+        return _estimate(job, material.source, plan)
     built = _build(job, staging, material, graph, plan)
     protection = job.guard.protect(built.attempt) if job.guard and built.attempt else None
     if protection is not None:
         built.remove()
         job = replace(job, recipe=protection.recipe)
-        built = _build(job, staging, material, *planned_graph(source.model, job.recipe, source.codes))
+        built = _build(job, staging, material, *material.planned(job.recipe, job.data))
     if job.guard and built.attempt and not job.force:
         job.guard.require_speed(built.attempt)
-    return _finish(job, staging, source, built, protection)
+    return _finish(job, staging, material, built, protection)
 
 
 @dataclass(frozen=True)
@@ -180,8 +178,10 @@ class _Built:
     outcomes: Sequence[LayerOutcome]
     history: History | None
     verified: dict[str, Any]
-    outputs: OutputComparison | NotCompared
-    told: Comparison | NotCompared
+    outputs: OutputComparison
+    compared: Comparison
+    doubts: Sequence[str]
+    honest: Honest
     attempt: Attempt | None
     weights_before: int
 
@@ -214,69 +214,74 @@ def _build(job: _Job, staging: Staging, material: Material, graph: ir.Model, pla
     files = _save(graph, target, job.output)
     verified = {**read_back(graph, target), "runtime": prove(target, str(job.output)).to_json()}
     outputs = _outputs(source, honest, calibrating, staging.root)
-    told: Comparison | NotCompared
+    compared = outputs.against(target, str(job.output))
+    doubts = [] if job.trains else honest.require(outcomes, outputs, compared, target)
     attempt = None
-    if isinstance(outputs, NotCompared):
-        told = outputs
-    else:
-        told = outputs.against(target, str(job.output))
+    if calibrating is not None:
+        verified["compared"] = compared.to_json()
         if not job.trains:
-            honest.require(outcomes, outputs, told, target)
-        if calibrating is not None:
-            verified["compared"] = told.to_json()
-            if not job.trains:
-                attempt = Attempt(job.recipe, source.model.path, honest.graph, gathered.evidence, outputs, told, target)
-    return _Built(files, samples, gathered, outcomes, history, verified, outputs, told, attempt, weights_before)
+            evidence = gathered.evidence
+            attempt = Attempt(job.recipe, source.model.path, honest.graph, evidence, outputs, compared, target)
+    return _Built(
+        files, samples, gathered, outcomes, history, verified, outputs, compared, doubts, honest, attempt,
+        weights_before,
+    )  # fmt: skip
 
 
-def _finish(job: _Job, staging: Staging, source: Source, built: _Built, protection: Protection | None) -> Report:
+def _finish(job: _Job, staging: Staging, material: Material, built: _Built, protection: Protection | None) -> Report:
     """Write the manifest, and report what an artifact became. Raises InputError where it is no smaller."""
-    gathered, compared = built.gathered, None
-    done, advice = gathered.plan.carried_out(built.outcomes), Advice()
-    if "compared" in built.verified:
-        assert isinstance(built.told, Comparison) and isinstance(built.outputs, OutputComparison)
-        compared = built.told
-        advice = advise(job.recipe, source.model, gathered.evidence, built.outputs, compared.sqnr_db, staging.root)
-    result = Result(source, job.output, done, built.outcomes, built.verified, compared)
-    manifest, target = result.manifest(gathered.fingerprint), built.files[0]
-    add_metadata(target, MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
+    source, gathered, compared, advice = material.source, built.gathered, built.compared, Advice()
+    done, on_data = gathered.plan.carried_out(built.outcomes), "compared" in built.verified
+    if on_data:
+        data, kept = material.loader(job.data, trains=job.trains), compared.sqnr_db
+        advice = advise(job.recipe, source.model, data, gathered.evidence, built.outputs, kept, staging.root)
+    result = Result(source, job.output, done, built.outcomes, built.verified, compared if on_data else None)
+    manifest = result.manifest(gathered.fingerprint)
+    add_metadata(built.files[0], MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
     size = sum(file.stat().st_size for file in built.files)
     if not job.allow_larger:
         _require_smaller(size, source.model.size_bytes, built.weights_before)
     _copy_companions(source, job, staging.out)
 
-    stages = (source, built.samples, gathered, built.history, done, protection, built.told, advice)
-    warnings = [warning for stage in stages if stage is not None for warning in stage.warnings]
-    details = {"verified": built.verified, "recommended": advice.scheme, "outputs": _told(built.told)}
-    if built.history is not None:
-        details["training"] = built.history.to_json()
+    stages = (source, built.samples, gathered, built.history, done, protection, compared, advice)
+    warnings = [*built.doubts, *(warning for stage in stages if stage is not None for warning in stage.warnings)]
+    outputs_told = {"compared": True, "made_up": compared.made_up} | compared.to_json()
+    details: dict[str, Any] = {"verified": built.verified, "recommended": advice.scheme, "outputs": outputs_told}
     if protection is not None:
         details["protected"] = dict(protection.details)
-    return result.report(size, warnings, details)
+    if built.history is not None:
+        details["training"] = built.history.to_json()
+    details |= _histograms(job, built.honest, built.outcomes, gathered)
+    return result.report(size, warnings, details, manifest)
 
 
-def _outputs(source: Source, honest: Honest, samples: Samples | None, folder: Path) -> OutputComparison | NotCompared:
-    """What outputs are compared on: the data, or made-up inputs."""
+def _histograms(job: _Job, honest: Honest, outcomes: Sequence[LayerOutcome], gathered: Gathered) -> dict[str, Any]:
+    """What a page shows of the worst weights and activations, where one is asked for."""
+    if not job.histograms:
+        return {}
+    found, statistics = weight_histograms(honest.graph, outcomes, job.histograms), gathered.evidence.statistics
+    if isinstance(statistics, CalibrationStats):
+        found += activation_histograms(statistics, job.histograms)
+    return {"histograms": found}
+
+
+def _outputs(source: Source, honest: Honest, samples: Samples | None, folder: Path) -> OutputComparison:
+    """What outputs are compared on: the data, or made-up inputs.
+
+    Raises:
+        InputError: there is no data, and the model runs on nothing that is made up.
+    """
     model, loose = source.model.path, honest.shapes_depend_on_values
     if samples is not None:
         return OutputComparison(model, of_samples(samples, COMPARED_SAMPLES), folder, loose=loose)
-    try:
-        reference = Session(model)
-    except InputError as error:
-        return NotCompared(error.message)
+    reference = session_of(model, name=source.subject.path)
     feeds = made_up(reference, honest.graph)
-    return (
-        feeds
-        if isinstance(feeds, NotCompared)
-        else OutputComparison(reference, feeds, folder, made_up=True, loose=loose)
-    )
-
-
-def _told(compared: Comparison | NotCompared) -> dict[str, Any]:
-    """What the report says of outputs."""
-    if isinstance(compared, NotCompared):
-        return {"compared": False, "reason": compared.reason}
-    return {"compared": True, "made_up": compared.made_up} | compared.to_json()
+    if isinstance(feeds, NoFeeds):
+        raise InputError(
+            f"Nothing shows what the artifact of {source.subject.path} computes: {feeds.reason}",
+            "Give --data with inputs that the model runs on. Nothing was written.",
+        )
+    return OutputComparison(reference, feeds, folder, made_up=True, loose=loose)
 
 
 def _check_request(job: _Job) -> None:

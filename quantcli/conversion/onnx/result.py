@@ -45,7 +45,9 @@ class Result:
             verified=dict(self.verified),
         )
 
-    def report(self, size: int, warnings: Sequence[str], details: dict[str, Any]) -> Report:
+    def report(
+        self, size: int, warnings: Sequence[str], details: dict[str, Any], manifest: Manifest | None = None
+    ) -> Report:
         """The report of a conversion whose artifact has this size."""
         original, plan = self.source.model, self.plan
         rows = layer_rows(self.outcomes) + left_rows(original.ir, plan, original.path)
@@ -60,4 +62,5 @@ class Result:
                 str(self.output), "candidate", "onnx", plan.scheme, None, size, metrics, {"algorithm": plan.algorithm}
             ),
         ]
+        models[-1].manifest = manifest.to_json() if manifest else None
         return Report("convert", models, rows, [], list(dict.fromkeys(warnings)), details)

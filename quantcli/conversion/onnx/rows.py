@@ -20,7 +20,7 @@ def layer_rows(outcomes: Sequence[LayerOutcome]) -> list[LayerRow]:
     """One row per weight of a plan; where nodes that share one differ, one for each form, its bytes counted once."""
     rows = []
     labels: dict[str, set[str | None]] = {}
-    for outcome in outcomes:
+    for order, outcome in enumerate(outcomes):
         node = outcome.plan
         label = full_label(node.label, node.scheme)
         listed = labels.setdefault(node.name, set())
@@ -29,7 +29,7 @@ def layer_rows(outcomes: Sequence[LayerOutcome]) -> list[LayerRow]:
         before = 0 if listed else node.info.nbytes
         after = 0 if listed and label is None else outcome.bytes_after
         listed.add(label)
-        details = {"shape": list(node.info.shape), "role": node.role, "node": node.node.name}
+        details = {"shape": list(node.info.shape), "role": node.role, "node": node.node.name, "order": order}
         if node.note:
             details["note"] = node.note
         rows.append(LayerRow(node.name, label, before, after, outcome.sqnr_db, node.reason, details=details))

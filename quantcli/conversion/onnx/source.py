@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import decoded_checkpoint
 from quantcli.checkpoint.quantized import is_quantized, open_quantized
-from quantcli.conversion.onnx.equivalence import simplified, upgraded
+from quantcli.conversion.onnx.equivalence import Data, no_data, simplified, upgraded
 from quantcli.conversion.onnx.repack import CheckpointCodes
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError
@@ -60,14 +60,18 @@ def open_source(model: str, weights: Path | None, recipe: Recipe, data: DataRequ
     return Source(subject, open_onnx(exported.path), codes, origin, tuple(exported.warnings))
 
 
-def planned_graph(model: OnnxModel, recipe: Recipe, codes: CheckpointCodes | None = None) -> tuple[ir.Model, GraphPlan]:
+def planned_graph(
+    model: OnnxModel, recipe: Recipe, data: Data = no_data, codes: CheckpointCodes | None = None
+) -> tuple[ir.Model, GraphPlan]:
     """The graph to work on, in the operator set that its plan needs, and what becomes of it.
+
+    ``data`` is what the graph is run on where it takes no made-up inputs.
 
     Raises:
         InputError: nothing can be quantized, or the runtime's version or the operator set stands against it.
         UsageError: the recipe does not suit the graph.
     """
-    graph = simplified(model, fold=codes is None)
+    graph = simplified(model, data, fold=codes is None)
     make_plan = codes.plan if codes else partial(resolve_graph, recipe)
     plan = make_plan(graph, model.path)
     opset, (_, version) = max(needed_opset(plan), OLDEST_OPSET), recipe.runtime
@@ -76,7 +80,7 @@ def planned_graph(model: OnnxModel, recipe: Recipe, codes: CheckpointCodes | Non
     if opset <= default_opset(graph):
         return graph, plan
     try:
-        newer = upgraded(graph, opset)
+        newer = upgraded(graph, opset, data)
     except InputError as error:
         return graph, _without_newer(plan, default_opset(graph), error, model.path)
     # A plan speaks of a graph's own nodes.
@@ -98,7 +102,7 @@ def _without_newer(plan: GraphPlan, opset: int, error: InputError, file: Path) -
     if not any(node.form for node in nodes):
         raise InputError(
             f"{file}: {plan.scheme} takes a newer operator set. {error}",
-            "Export the model with a newer operator set, or use --scheme fp16, which any set has.",
+            f"{error.hint or 'Export the model with a newer operator set.'} --scheme fp16 goes with any set.",
         ) from error
     return replace(plan, nodes=nodes, warnings=(*plan.warnings, f"{error} Layers that need it stay as they are."))
 

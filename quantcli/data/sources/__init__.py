@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 SOURCES = {
     "arrays": "quantcli.data.sources.arrays",
     "images": "quantcli.data.sources.images",
+    "sounds": "quantcli.data.sources.sounds",
     "texts": "quantcli.data.sources.texts",
+    "illustrated texts": "quantcli.data.sources.illustrated_texts",
     "functions": "quantcli.data.sources.functions",
 }
 

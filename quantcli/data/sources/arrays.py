@@ -10,7 +10,7 @@ from quantcli.core.ports import Port
 from quantcli.data.array_files import ARRAY_SUFFIXES, ArrayFile
 from quantcli.data.fitting import converted, labels_of, layouts, mismatch
 from quantcli.data.request import DataRequest
-from quantcli.data.sources.base import Sample, evenly, fixed_batch_of, hash_samples
+from quantcli.data.sources.base import Labels, Sample, evenly, fixed_batch_of, hash_samples
 from quantcli.errors import InputError
 
 DESCRIPTION, IS_TEXT = f"a {' or '.join(ARRAY_SUFFIXES)} file, a folder of those", False
@@ -56,7 +56,8 @@ class ArraySource:
             missing = files[labelled.index(False)]
             raise InputError(f"{missing} has no labels, and others in {given} do.")
         # Files that are fed as they are cannot be stacked with others.
-        self.labels, self.fixed_batch = labelled[0], 1 if 1 in batches else batches.pop()
+        self.labels: Labels = "classes" if labelled[0] else ""
+        self.fixed_batch = 1 if 1 in batches else batches.pop()
 
     def _open(self, path: Path) -> _Opened:
         return _Opened(ArrayFile(path, self._ports), self._ports, single=self._single)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from quantcli.core.ports import Port
 from quantcli.data.fitting import Layout
@@ -20,12 +20,19 @@ if TYPE_CHECKING:
     from quantcli.data.request import DataRequest
 
 
+#: What samples are labelled with: nothing, the numbers of classes, or what is said in a sound.
+Labels = Literal["", "classes", "texts"]
+
+#: Of the files chosen, the share that may be unreadable, and how many of them are named.
+MAX_UNREADABLE, _NAMED = 0.01, 3
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One sample: an array for each input, with a batch axis of 1, and its class where that is known."""
+    """One sample: an array for each input, with a batch axis of 1, and its class or its text where that is known."""
 
     inputs: dict[str, np.ndarray]
-    label: int | None = None
+    label: int | str | None = None
 
 
 class SourceKind(Protocol):
@@ -47,7 +54,7 @@ class SampleSource(Protocol):
     """Samples that can be chosen from. ``fixed_batch``: the only number of samples that fits the model, or None."""
 
     fixed_batch: int | None
-    labels: bool
+    labels: Labels
     warnings: list[str]
 
     def choose(self, wanted: int | None, seed: int) -> Sequence[int]:
@@ -70,6 +77,22 @@ def hash_samples(samples: Iterable[Sample]) -> str:
             digest.update(array.tobytes())
         digest.update(f"{sample.label}\n".encode())
     return digest.hexdigest()
+
+
+def readable(problems: Mapping[str, str], chosen: int, what: str) -> list[str]:
+    """What is to be said of files that cannot be read, and why, by name; nothing where all can.
+
+    Raises:
+        InputError: they are more than `MAX_UNREADABLE` of those that were ``chosen``.
+    """
+    if not problems:
+        return []
+    first = [f"{name} ({problem})" for name, problem in list(problems.items())[:_NAMED]]
+    more = f", and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+    message = f"{len(problems)} of {chosen} {what} cannot be read: {'; '.join(first)}{more}."
+    if len(problems) > MAX_UNREADABLE * chosen:
+        raise InputError(message, "Remove or repair them.")
+    return [f"{message} They were left out."]
 
 
 def evenly(available: int, wanted: int | None) -> Sequence[int]:

@@ -11,7 +11,7 @@ from quantcli.core.ports import Port
 from quantcli.data.array_files import LABELS
 from quantcli.data.fitting import Layout, converted, labels_of, layouts, mismatch
 from quantcli.data.request import DataRequest
-from quantcli.data.sources.base import Sample, batch_sizes, hash_samples
+from quantcli.data.sources.base import Labels, Sample, batch_sizes, hash_samples
 from quantcli.errors import InputError
 from quantcli.system.user_functions import is_function, load_function
 
@@ -41,7 +41,8 @@ class FunctionSource:
         self._spec, self._ports = spec, ports
         self._function = load_function(spec)
         self.warnings = []
-        self.fixed_batch, self.labels = None, False
+        self.fixed_batch = None
+        self.labels: Labels = ""
         self._forms: dict[str, Layout] | None = None
         seen = list[bool]()
 
@@ -54,7 +55,7 @@ class FunctionSource:
             raise InputError(f"{spec} yields no samples.")
         if len(set(seen)) > 1:
             raise InputError(f"{spec} yields labels for some samples only.")
-        self.count, self.labels = len(seen), seen[0]
+        self.count, self.labels = len(seen), "classes" if seen[0] else ""
 
     def choose(self, wanted: int | None, seed: int) -> Sequence[int]:
         """The first ones: there is no way to the others but through these."""

@@ -16,17 +16,12 @@ from quantcli.core.ports import Port
 from quantcli.data.fitting import layouts
 from quantcli.data.image_preprocessing import IMAGE_SUFFIXES, Preprocess, load_preprocess, open_image
 from quantcli.data.request import DataRequest
-from quantcli.data.sources.base import Sample, evenly, fixed_batch_of
+from quantcli.data.sources.base import Labels, Sample, evenly, fixed_batch_of, readable
 from quantcli.errors import InputError
 from quantcli.system.parallel import usable_cores
 
 if TYPE_CHECKING:
     import numpy as np
-
-#: Of the images chosen, the share that may be unreadable.
-MAX_UNREADABLE = 0.01
-_NAMED = 3
-
 
 DESCRIPTION, IS_TEXT = "a folder of images", False
 
@@ -69,7 +64,8 @@ class ImageSource:
                 "Give arrays, or a function that yields them.",
             )
         self._files = [(file, number) for number, group in enumerate(groups) for file in group]
-        self._port, self._preprocess, self.labels = ports[0], preprocess, labels
+        self._port, self._preprocess = ports[0], preprocess
+        self.labels: Labels = "classes" if labels else ""
         self.warnings: list[str] = []
         self._given = given
         self.fixed_batch: int | None = None
@@ -89,13 +85,8 @@ class ImageSource:
         with ThreadPoolExecutor(usable_cores()) as pool:
             found = dict(zip(chosen, pool.map(self._check, chosen), strict=True))
         bad = {index: error for index, (_, error) in found.items() if error}
-        if bad:
-            first = [f"{self._files[index][0]} ({error})" for index, error in list(bad.items())[:_NAMED]]
-            more = f", and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-            message = f"{len(bad)} of {len(chosen)} images cannot be read: {'; '.join(first)}{more}."
-            if len(bad) > MAX_UNREADABLE * len(chosen):
-                raise InputError(message, "Remove or repair them.")
-            self.warnings.append(f"{message} They were left out.")
+        problems = {str(self._files[index][0]): error for index, error in bad.items()}
+        self.warnings += readable(problems, len(chosen), "images")
         self._hashes = {index: digest for index, (digest, _) in found.items()}
         good = [index for index in chosen if index not in bad]
         array = self._array(good[0])

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from quantcli.core.ports import Port
 from quantcli.data.chats import ChatWriter
 from quantcli.data.fitting import converted, layouts
+from quantcli.data.media_records import medium_of
 from quantcli.data.request import DataRequest
-from quantcli.data.sources.base import Sample, evenly, fixed_batch_of, hash_samples
+from quantcli.data.sources.base import Labels, Sample, evenly, fixed_batch_of, hash_samples
 from quantcli.data.text_files import TEXT_SUFFIXES, load_labelled_texts, token_windows
 from quantcli.errors import InputError, UsageError
 from quantcli.system.user_functions import is_function
@@ -28,7 +29,8 @@ DESCRIPTION, IS_TEXT = f"a {', '.join(TEXT_SUFFIXES)} file", True
 
 def accepts(data: str) -> bool:
     """Whether DATA is named as a text file."""
-    return Path(data).suffix in TEXT_SUFFIXES and not Path(data).is_dir() and not is_function(data)
+    named = Path(data).suffix in TEXT_SUFFIXES and not Path(data).is_dir() and not is_function(data)
+    return named and medium_of(data) is None
 
 
 def open_source(request: DataRequest, ports: Sequence[Port], folder: Path | None) -> TextSource:
@@ -73,7 +75,7 @@ class TextSource:
         texts, self._labels = load_labelled_texts(path, lines=not causal, chat=chats.text)
         self.warnings += chats.warnings
         self._labels = None if causal else self._labels
-        self.labels = self._labels is not None
+        self.labels: Labels = "" if self._labels is None else "classes"
         self._windows: np.ndarray | None = None
         if causal:
             count = request.samples or sum(map(len, texts))

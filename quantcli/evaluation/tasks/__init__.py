@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TASKS = {
     "classification": "quantcli.evaluation.tasks.classification",
+    "speech-recognition": "quantcli.evaluation.tasks.speech_recognition",
     "language-modeling": "quantcli.evaluation.tasks.language_modeling",
     "embedding": "quantcli.evaluation.tasks.embedding",
     "fidelity": "quantcli.evaluation.tasks.fidelity",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantcli.core.ports import Arrays
+from quantcli.data.sources.base import Labels
 from quantcli.evaluation.metrics import Mean
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ class Task(Protocol):
     CANDIDATE_METRICS: Sequence[str]
     #: Samples where the user names no number; None for all.
     DEFAULT_SAMPLES: int | None
-    #: How `quantcli.models.runner.open_runner` loads a Hugging Face folder: ``causal``, ``headed``.
+    #: How `quantcli.models.runner.open_runner` loads a Hugging Face folder: ``causal``, ``headed``,
+    #: ``generates``.
     LOADING: Mapping[str, bool]
     #: Whether text is cut into windows of equal length, rather than one sample per line or record.
     WINDOWS: bool
-    #: Whether every sample must have a label.
-    NEEDS_LABELS: bool
+    #: What every sample must be labelled with, if anything.
+    NEEDS_LABELS: Labels
 
     def scorer(self, model: ModelSource, reference: ModelSource) -> Scorer:
         """What scores one model; the reference scores itself."""

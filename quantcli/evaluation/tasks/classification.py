@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from quantcli.core.ports import Arrays
+from quantcli.data.sources.base import Labels
 from quantcli.errors import InputError
 from quantcli.evaluation.metrics import Mean
 from quantcli.evaluation.tasks.base import Metrics, with_error
@@ -18,7 +19,8 @@ METRICS = ("top1", "top1_se", "top5", "top5_se")
 CANDIDATE_METRICS = ("argmax_agreement", "argmax_agreement_se")
 DEFAULT_SAMPLES: int | None = None
 LOADING: dict[str, bool] = {"causal": False, "headed": True}
-WINDOWS, NEEDS_LABELS = True, True
+WINDOWS = True
+NEEDS_LABELS: Labels = "classes"
 
 
 def scorer(model: ModelSource, reference: ModelSource) -> Classification:

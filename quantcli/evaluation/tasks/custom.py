@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from quantcli.core.ports import Arrays
+from quantcli.data.sources.base import Labels
 from quantcli.errors import InputError
 from quantcli.evaluation.tasks.base import Metrics
 from quantcli.models.outputs import floats
@@ -21,7 +22,8 @@ class CustomTask:
     CANDIDATE_METRICS: Sequence[str] = ()
     DEFAULT_SAMPLES: int | None = None
     LOADING: Mapping[str, bool] = {"headed": True}
-    WINDOWS, NEEDS_LABELS = True, False
+    WINDOWS = True
+    NEEDS_LABELS: Labels = ""
 
     def __init__(self, spec: str) -> None:
         self.NAME = spec

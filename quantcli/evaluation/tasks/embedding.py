@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantcli.core.ports import Arrays
+from quantcli.data.sources.base import Labels
 from quantcli.errors import InputError
 from quantcli.evaluation.metrics import Mean, cosine
 from quantcli.evaluation.tasks.base import Metrics, with_error
@@ -20,7 +21,8 @@ METRICS = ()
 CANDIDATE_METRICS = ("cosine", "cosine_se", "cosine_min")
 DEFAULT_SAMPLES: int | None = 256
 LOADING: dict[str, bool] = {"causal": False}
-WINDOWS, NEEDS_LABELS = False, False
+WINDOWS = False
+NEEDS_LABELS: Labels = ""
 
 
 def scorer(model: ModelSource, reference: ModelSource) -> Embedding:

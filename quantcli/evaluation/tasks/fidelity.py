@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantcli.core.ports import Arrays
+from quantcli.data.sources.base import Labels
 from quantcli.evaluation import metrics
 from quantcli.evaluation.tasks.base import Metrics
 from quantcli.models.outputs import is_classes, is_distribution, paired
@@ -23,7 +24,8 @@ CANDIDATE_METRICS = (
 )  # fmt: skip
 DEFAULT_SAMPLES: int | None = 64
 LOADING: dict[str, bool] = {}
-WINDOWS, NEEDS_LABELS = True, False
+WINDOWS = True
+NEEDS_LABELS: Labels = ""
 
 
 def scorer(model: ModelSource, reference: ModelSource) -> Fidelity:

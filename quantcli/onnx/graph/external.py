@@ -68,6 +68,14 @@ def take_in(model: ir.Model, limit: int | None = None) -> None:
             put(ir.LazyTensor(read, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name))
 
 
+def elsewhere(tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+    """Stands for a constant that is kept outside of a model for a while: its dtype and shape, without values."""
+    import onnx_ir as ir
+
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.ExternalTensor("elsewhere", 0, tensor.nbytes, tensor.dtype, shape=shape, name=tensor.name or "")
+
+
 def _itself(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantcli.errors import InputError
-from quantcli.onnx.graph.external import SMALL_BYTES
+from quantcli.onnx.graph.external import SMALL_BYTES, elsewhere
 from quantcli.onnx.graph.values import input_of, integer, is_standard, rank
 from quantcli.system.text import first_line
 
@@ -18,6 +18,11 @@ NARROW_OPSET = 21
 #: The operator set that quantization with one scale per channel needs.
 QDQ_OPSET = 13
 
+#: The newest operator set whose QuantizeLinear and DequantizeLinear onnxruntime has kernels for.
+NEWEST_QDQ_OPSET = 27
+
+#: The domain of onnxruntime's own operators.
+_MICROSOFT = "com.microsoft"
 
 #: Below operator set 13 these flatten what follows their axis, which is 1 where none is given.
 _FLATTENING = ("Softmax", "LogSoftmax", "Hardmax")
@@ -101,6 +106,20 @@ def _said_alike(node: ir.Node, old: int, new: int) -> bool:
     return not other.deprecated and names[0] == names[1] and one.attributes.keys() == other.attributes.keys()
 
 
+def spell_for_runtime(model: ir.Model) -> None:
+    """Write QuantizeLinear and DequantizeLinear as onnxruntime's own where it has none of the model's operator set.
+
+    They are the same but for their domain, and the runtime makes integer kernels of both kinds. A model of so new a
+    set runs all the same where the runtime has its other operators.
+    """
+    if default_opset(model) <= NEWEST_QDQ_OPSET:
+        return
+    for node in model.graph.all_nodes():
+        if is_standard(node, "QuantizeLinear", "DequantizeLinear"):
+            node.domain = _MICROSOFT
+            model.opset_imports.setdefault(_MICROSOFT, 1)
+
+
 def _spell_out_flattening(model: ir.Model) -> None:
     """Write operators that flatten as the newer ones between a Flatten and a Reshape, where the converter cannot."""
     import onnx_ir as ir
@@ -133,16 +152,12 @@ def _spell_out_flattening(model: ir.Model) -> None:
 
 def _set_aside(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     """Take the weights out of a graph, leaving their shapes: converting needs no more, and stops at 2 GB."""
-    import onnx_ir as ir
-
     weights = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is not None and tensor.nbytes > SMALL_BYTES:
             weights[name] = tensor
-            value.const_value = ir.ExternalTensor(
-                "elsewhere", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
-            )
+            value.const_value = elsewhere(tensor)
     return weights
 
 

@@ -7,25 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import VerificationError
-from quantcli.onnx.graph.external import take_in
+from quantcli.onnx.graph.external import elsewhere, take_in
 from quantcli.onnx.graph.model import constants, open_onnx
-from quantcli.onnx.graph.opset import needed_ir_version
+from quantcli.onnx.graph.opset import needed_ir_version, spell_for_runtime
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
 #: A protobuf message ends at 2 GB; weights above this go into a file beside it.
 SINGLE_FILE_LIMIT_BYTES = 1_500_000_000
 
+#: Weights above this stay where they are when a model is run without being written.
+_LARGE_BYTES = 1 << 20
+
 
 def save_graph(model: ir.Model, path: Path) -> list[Path]:
     """Write a model, and ``NAME.data`` beside it where its weights are too many for one file.
 
-    Tensors are written one by one; equal models give equal bytes. Returns the files.
+    Tensors are written one by one; equal models give equal bytes. Operators are spelled as onnxruntime knows them.
+    Returns the files.
     """
     import onnx_ir as ir
 
-    model.ir_version = max(model.ir_version or 0, needed_ir_version(model.opset_imports.get("", 1)))
+    _for_runtime(model)
     large = sum(tensor.nbytes for tensor in constants(model)) > SINGLE_FILE_LIMIT_BYTES
     data = f"{path.name}.data" if large else None
     if not large:
@@ -33,6 +38,29 @@ def save_graph(model: ir.Model, path: Path) -> list[Path]:
         take_in(model)
     ir.save(model, path, external_data=data, max_workers=1)
     return [path, path.with_name(data)] if data else [path]
+
+
+def in_memory(model: ir.Model) -> tuple[bytes, dict[str, np.ndarray]]:
+    """A model's bytes without its large weights, and these, for `Session`: nothing is written or copied."""
+    import onnx_ir as ir
+
+    lean = model.clone()
+    _for_runtime(lean)
+    take_in(lean)
+    weights = {}
+    for name, value in lean.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _LARGE_BYTES or tensor.dtype.numpy().kind not in "fiub":
+            continue
+        weights[name] = tensor.numpy()
+        value.const_value = elsewhere(tensor)
+    return ir.to_proto(lean).SerializeToString(), weights
+
+
+def _for_runtime(model: ir.Model) -> None:
+    """Say what operators and constants need, in place."""
+    spell_for_runtime(model)
+    model.ir_version = max(model.ir_version or 0, needed_ir_version(model.opset_imports.get("", 1)))
 
 
 def add_metadata(path: Path, key: str, value: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from quantcli.reporting.report import ModelRow, Report, Table
-from quantcli.reporting.tables.common import gate_table, scheme_text, short_names
+from quantcli.reporting.tables.baseline import baseline_tables
+from quantcli.reporting.tables.common import MODEL_NAMES, gate_table, scheme_text, short_names
 from quantcli.system.text import format_bytes
 
 _RIGHT = frozenset({"Batch", "p50 ms", "p90 ms", "p99 ms", "Per second", "Size", "Ratio", "Load", "Peak memory"})
@@ -11,7 +12,7 @@ _RIGHT = frozenset({"Batch", "p50 ms", "p90 ms", "p99 ms", "Per second", "Size",
 
 def bench_tables(report: Report) -> list[Table]:
     """Latency of every model and batch size; what models take and run on; gates."""
-    tables = [_latency(report), _resources(report)]
+    tables = [_latency(report), _resources(report), *baseline_tables(report)]
     return [*tables, gate_table(report)] if report.gates else tables
 
 
@@ -42,7 +43,7 @@ def _latency(report: Report) -> Table:
         "speed-up with its interval of 95%"
     )
     columns = ("Model", "Scheme", "Batch", "p50 ms", "p90 ms", "p99 ms", "Per second", "Speed-up")
-    return Table(f"Latency{folder}", columns, rows, _RIGHT, note)
+    return Table(f"Latency{folder}", columns, rows, _RIGHT, note, MODEL_NAMES)
 
 
 def _resources(report: Report) -> Table:
@@ -66,6 +67,7 @@ def _resources(report: Report) -> Table:
         "Load time and peak memory in a process of its own, of which "
         f"{format_bytes(max(model.details['baseline_rss_bytes'] for model in report.models))} at the most were there "
         "before the model.",
+        MODEL_NAMES,
     )
 
 

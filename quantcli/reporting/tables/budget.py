@@ -24,9 +24,10 @@ def budget_tables(report: Report) -> list[Table]:
 
 def _candidates(budget: Mapping[str, Any]) -> Table:
     rows: Sequence[Mapping[str, Any]] = budget["candidates"]
-    chosen = budget.get("chosen", {})
     loss = loss_of(rows)
-    columns = ("Layers", "Size", "Estimate", *([f"Loss: {metric_label(loss)}"] if loss else []), "")
+    own = any("perplexity" in row for row in rows)
+    columns = ("Layers", "Size", "Estimate", *([f"Loss: {metric_label(loss)}"] if loss else []))
+    columns += (*(["Perplexity"] if own else []), "")
     return Table(
         "Mixes of schemes",
         columns,
@@ -36,12 +37,14 @@ def _candidates(budget: Mapping[str, Any]) -> Table:
                 format_bytes(row["size_bytes"]),
                 f"{row['estimate']:.3g}",
                 *([_number(row.get("held_out", {}).get(loss))] if loss else []),
-                "chosen" if row["layers"] == chosen.get("layers") and row["size_bytes"] == chosen["size_bytes"] else "",
+                *([_number(row.get("perplexity"))] if own else []),
+                "chosen" if row.get("chosen") else "",
             )
             for row in rows
         ],
         frozenset({"Size", *columns[2:-1]}),
-        "Estimate: of the loss, before anything was run." + (" Loss: on samples that were held out." if loss else ""),
+        "Estimate: of the loss, before anything was run."
+        + (" Loss and perplexity: on samples that were held out." if loss or own else ""),
     )
 
 
@@ -50,7 +53,7 @@ def _ceilings(report: Report, budget: Mapping[str, Any]) -> Table:
         (gate.require, "-" if gate.value is None else _figure(gate.require, gate.value), "yes" if gate.passed else "NO")
         for gate in report.gates
     ]
-    note = budget.get("unmet")
+    note = " ".join(budget[key] for key in ("unmet", "hint") if budget.get(key)) or None
     return Table("Budget", ("Asked for", "Has", "Kept"), rows, frozenset({"Has"}), note)
 
 

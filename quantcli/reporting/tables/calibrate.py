@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantcli.reporting.metric_labels import decibel_text
-from quantcli.reporting.report import Report, Table
+from quantcli.reporting.report import LayerRow, Report, Table
+from quantcli.reporting.tables.common import LAYER_NAMES, collapse, error_bars
 from quantcli.system.text import format_bytes
 
-#: Tensors that the table of `calibrate` shows.
+#: Tensors, or groups of alike ones, that the table of `calibrate` shows.
 _SHOWN = 10
 
 
@@ -24,23 +26,28 @@ def calibrate_tables(report: Report) -> list[Table]:
         ("Method", details["method"]),
         ("Model", f"{(report.models[0].sha256 or '')[:16]}..., {format_bytes(report.models[0].size_bytes or 0)}"),
     ]
-    worst = sorted(tensors, key=lambda tensor: (tensor["sqnr_db"] is None, tensor["sqnr_db"]))[:_SHOWN]
-    rows = [
-        (
-            tensor["name"],
-            *(_number(tensor[key]) for key in ("min", "max", "low", "high")),
-            decibel_text(tensor["sqnr_db"]),
-        )
-        for tensor in worst
-    ]
+    rows = [LayerRow(tensor["name"], None, 0, 0, tensor["sqnr_db"], details=dict(tensor)) for tensor in tensors]
+    rows.sort(key=lambda row: math.inf if row.sqnr_db is None else row.sqnr_db)
+    groups = collapse(rows, key=lambda row: None)
+    shown = groups[:_SHOWN]
+    cells = [
+        (group.name, *(_number(group.rows[0].details[key]) for key in ("min", "max", "low", "high")),
+         decibel_text(group.rows[0].sqnr_db))
+        for group in shown
+    ]  # fmt: skip
+    note = "SQNR: expected signal to quantization noise of the tensor in 8 bits, with one scale, from Low to High."
+    if len(groups) < len(tensors):
+        note += " Of alike tensors the worst is shown."
     return [
         Table(f"{report.models[0].path} -> {details['output']}", ("", "Value"), facts),
         Table(
-            "Hardest to quantize" if len(tensors) > _SHOWN else "Tensors, hardest to quantize first",
+            "Hardest to quantize" if len(groups) > _SHOWN else "Tensors, hardest to quantize first",
             ("Tensor", "Smallest", "Largest", "Low", "High", "SQNR"),
-            rows,
+            cells,
             frozenset({"Smallest", "Largest", "Low", "High", "SQNR"}),
-            "SQNR: expected signal to quantization noise of the tensor in 8 bits, with one scale, from Low to High.",
+            note,
+            LAYER_NAMES,
+            error_bars(group.rows[0].sqnr_db for group in shown),
         ),
     ]
 

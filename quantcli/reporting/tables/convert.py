@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from quantcli.reporting.metric_labels import METRICS, decibel_text, metric_label, metric_text
 from quantcli.reporting.report import LayerRow, ModelRow, Report, Table
 from quantcli.reporting.tables.budget import budget_tables
-from quantcli.reporting.tables.common import SIZES, collapse, counted_text, is_shown, ratio_text, total_sizes
+from quantcli.reporting.tables.common import (
+    LAYER_NAMES,
+    SIZES,
+    collapse,
+    counted_text,
+    error_bars,
+    is_shown,
+    ratio_text,
+    total_sizes,
+)
 from quantcli.system.text import format_bytes, format_seconds
 
 #: What `training_table` calls the models of `Report.details["training"]`.
@@ -23,15 +32,19 @@ def convert_tables(report: Report) -> list[Table]:
     source, artifact = report.models
     done = [row for row in report.layers if row.scheme]
     left = [row for row in report.layers if not row.scheme]
+    groups = collapse(done, key=lambda row: row.scheme or "")
+    errors = [group.worst_sqnr_db for group in groups]
     layers = Table(
         f"{source.path} -> {artifact.path}",
         ("Layer", "Scheme", "Before", "After", "SQNR"),
         [
-            (name, row[0].scheme or "", *total_sizes(row), _worst(row))
-            for name, row in collapse(done, key=lambda row: row.scheme or "")
+            (group.name, group.rows[0].scheme or "", *total_sizes(group.rows), decibel_text(error))
+            for group, error in zip(groups, errors, strict=True)
         ],
         SIZES,
         "SQNR: signal to quantization noise of the weights; of alike layers the worst." if done else None,
+        LAYER_NAMES,
+        error_bars(errors) if any(error is not None for error in errors) else None,
     )
     reasons: dict[str, list[LayerRow]] = {}
     for row in left:
@@ -45,8 +58,20 @@ def convert_tables(report: Report) -> list[Table]:
     runtime = report.details.get("verified", {}).get("runtime", {})
     proof = [_kernel_table(runtime)] if runtime.get("integer_kernels") or runtime.get("float_kernels") else []
     training = training_table(report)
-    shown = [layers, *([kept] if left else []), *proof, *([training] if training else [])]
+    parts = [_components_table(report)] if "converted" in report.details else []
+    shown = [layers, *([kept] if left else []), *parts, *proof, *([training] if training else [])]
     return [*shown, *budget, _totals(report, source, artifact)]
+
+
+def _components_table(report: Report) -> Table:
+    """What became of each component of a pipeline."""
+    converted: Mapping[str, Mapping[str, Any]] = report.details["converted"]
+    rows = [
+        (name, str(made["scheme"]), format_bytes(made["bytes_before"]), format_bytes(made["bytes_after"]))
+        for name, made in converted.items()
+    ]
+    rows += [(name, f"copied: {reason}", "", "") for name, reason in report.details["copied"].items()]
+    return Table("Components", ("Component", "Became", "Before", "After"), rows, SIZES)
 
 
 def training_table(report: Report) -> Table | None:
@@ -95,23 +120,26 @@ def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
         rows.append(("Verified", f"{verified['tensors']} tensors reopened and decoded, all codes equal"))
         rows.append(("Runtime", _runtime_text(verified["runtime"])))
         if "compared" in verified:
-            compared = verified["compared"]
-            outputs = (
-                f"{decibel_text(compared['sqnr_db'])} on {counted_text(compared['samples'], 'sample')} of the data"
-            )
-            rows.append(("Outputs", outputs))
+            rows.append(("Outputs", _outputs_text(verified["compared"], "sample of the data", "samples of the data")))
         elif report.details.get("outputs", {}).get("compared"):
-            found = report.details["outputs"]
-            made_up = counted_text(found["samples"], "made-up sample")
-            rows.append(
-                ("Outputs", f"of the model's names, types and shapes; {decibel_text(found['sqnr_db'])} on {made_up}")
-            )
+            text = _outputs_text(report.details["outputs"], "made-up sample", "made-up samples")
+            rows.append(("Outputs", f"of the model's names, types and shapes; {text}"))
         speed = artifact.metrics.get("speed")
         if speed is not None:
             rows.append(("Speed", f"about {speed:.2g} times the model's, on these samples"))
     return Table(
         "Total" if "seconds" in report.details else "Total (dry run: nothing was written)", ("", "Value"), rows
     )
+
+
+def _outputs_text(compared: Mapping[str, Any], one: str, many: str) -> str:
+    """How an artifact's outputs compare with the model's."""
+    parts = [] if compared["sqnr_db"] is None else [decibel_text(compared["sqnr_db"])]
+    equal = compared.get("equal")
+    if equal is not None:
+        parts.append(f"{100 * equal:.1f}% of those that are no floats equal")
+    samples = compared["samples"]
+    return f"{', '.join(parts) or 'equal'} on {samples} {one if samples == 1 else many}"
 
 
 def _runtime_text(runtime: Mapping[str, Any]) -> str:
@@ -143,7 +171,3 @@ def _kernel_table(runtime: Mapping[str, Any]) -> Table:
     note = f"Beside them, {left} {'remains' if runtime['conversions_left'] == 1 else 'remain'}."
     return Table(f"Kernels, as {runtime['runtime']} optimized the graph", ("Kernel", "Integer", "Float"), rows,
                  frozenset({"Integer", "Float"}), note if runtime["conversions_left"] else None)  # fmt: skip
-
-
-def _worst(rows: Iterable[LayerRow]) -> str:
-    return decibel_text(min((row.sqnr_db for row in rows if row.sqnr_db is not None), default=None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantcli.reporting.report import LayerRow, Report, Table
-from quantcli.reporting.tables.common import SIZES, counted_text, ratio_text, total_sizes
+from quantcli.reporting.tables.common import LAYER_NAMES, SIZES, collapse, counted_text, ratio_text, total_sizes
 from quantcli.system.text import format_bytes
 
 
@@ -48,13 +48,21 @@ def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
         if rows:
             tables.append(Table("What convert would write", columns, rows, SIZES, note))
     if layers:
-        tables.append(_layer_table(report.layers))
+        # Of several schemes each decides on every tensor.
+        for scheme in dict.fromkeys(row.details.get("plan") for row in report.layers):
+            part = [row for row in report.layers if row.details.get("plan") == scheme]
+            tables.append(_layer_table(part, "Tensors" if scheme is None else f"Tensors with {scheme}"))
     return tables
 
 
-def _layer_table(layers: Sequence[LayerRow]) -> Table:
+def _layer_table(layers: Sequence[LayerRow], title: str) -> Table:
+    groups = collapse(layers, key=lambda row: (str(row.details["shape"]), _decision(row)))
     rows = [
-        (row.name, str(row.details["shape"]), row.scheme or row.reason or row.details["role"], *total_sizes([row]))
-        for row in layers
+        (group.name, str(group.rows[0].details["shape"]), _decision(group.rows[0]), *total_sizes(group.rows))
+        for group in groups
     ]
-    return Table("Tensors", ("Name", "Shape", "Decision", "Before", "After"), rows, SIZES)
+    return Table(title, ("Name", "Shape", "Decision", "Before", "After"), rows, SIZES, names=LAYER_NAMES)
+
+
+def _decision(row: LayerRow) -> str:
+    return str(row.scheme or row.reason or row.details["role"])

@@ -10,8 +10,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support import tiny_architectures
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.quantized import open_quantized
 from quantcli.commands.convert import convert
 from quantcli.conversion.checkpoint import loader_run
 from quantcli.conversion.checkpoint.loader_survey import survey
@@ -95,6 +98,55 @@ def test_a_layer_whose_weight_is_read_but_which_is_not_called_is_found_by_use(tm
     left = surveyed(folder, "nf4")[1]["leave"]
     assert list(left) == ["backbone.layers.0.mixer.dt_proj.weight"]
     assert "reads its weight without calling" in next(iter(left.values()))
+
+
+def test_a_linear_layer_with_code_of_its_own_is_left(tmp_path: Path) -> None:
+    tiny_architectures.build("causal:deepseek_v4", tmp_path / "grouped")
+    left = surveyed(tmp_path / "grouped", "int8")[1]["leave"]
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in left} >= {"wo_a"}
+    assert any("DeepseekV4GroupedLinear" in reason for reason in left.values())
+
+
+def test_a_weight_that_another_module_reads_is_left(tmp_path: Path) -> None:
+    tiny_architectures.build("masked:neomme", tmp_path / "tied")
+    left = surveyed(tmp_path / "tied", "int8")[1]["leave"]
+    assert "ties it to unembedding_projection" in left["model.embed_tokens.embedding_projection.weight"]
+
+
+def test_weights_that_are_joined_or_split_by_rows_are_stored_as_they_are_loaded(tmp_path: Path) -> None:
+    tiny_architectures.build("masked:nomic_bert", tmp_path / "split")
+    stored = load_file(tmp_path / "split" / "model.safetensors")
+    made = surveyed(tmp_path / "split", "int8")[1]["rearranged"]
+    q, k = (f"nomic_bert.layers.0.self_attn.{part}_proj.weight" for part in "qk")
+    assert made[k] == {"sources": ["nomic_bert.encoder.layers.0.attn.Wqkv.weight"], "runs": [(0, 128, 1, 128)]}
+
+    report = convert(tmp_path / "split", tmp_path / "int8", scheme="int8")
+    assert any("stored as transformers holds them" in warning for warning in report.warnings)
+    assert report.details["verified"]["runtime"]["ran"]["by_forward"] == 15
+    written = DecodedCheckpoint(open_quantized(open_checkpoint(tmp_path / "int8")))
+    whole = stored["nomic_bert.encoder.layers.0.attn.Wqkv.weight"]
+    for number, name in enumerate((q, k)):
+        assert (written.load(name) - whole[128 * number : 128 * (number + 1)]).abs().max() < 0.02
+
+    left = convert(tmp_path / "split", tmp_path / "skip", scheme="int8", skip=["*Wqkv"], dry_run=True)
+    assert not any("stored as transformers" in warning for warning in left.warnings)
+
+
+def test_convolutions_that_are_joined_do_not_keep_the_rest_from_loading(tmp_path: Path) -> None:
+    tiny_architectures.build("causal:bailing_hybrid", tmp_path / "joined")
+    for options in ({"scheme": "int4"}, {"scheme": "int4", "algorithm": "gptq", "data": tmp_path / "data.npz"}):
+        report = convert(tmp_path / "joined", tmp_path / "out", force=True, **options)  # type: ignore[arg-type]
+        assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 8
+    # g_proj of one layer is quantized and of another not, and both are renamed.
+    report = convert(tmp_path / "joined", tmp_path / "nf4", scheme="nf4")
+    assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 8
+
+
+def test_fused_experts_that_run_as_layers_are_calibrated_as_such(tmp_path: Path) -> None:
+    tiny_architectures.build("causal:llama4", tmp_path / "fused")
+    options = {"scheme": "int4", "algorithm": "gptq", "data": tmp_path / "data.npz"}
+    report = convert(tmp_path / "fused", tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert any(".experts.3." in row.name and row.algorithm == "gptq" for row in report.layers)
 
 
 def test_experts_that_are_joined_keep_their_inputs(tmp_path: Path) -> None:

@@ -115,17 +115,103 @@ def test_honest_losses_are_kept(tmp_path: Path) -> None:
     assert report.details["outputs"]["sqnr_db"] < 5
 
 
-def test_a_model_that_runs_on_nothing_that_is_made_up(tmp_path: Path) -> None:
-    nodes = [
-        helper.make_node("Reshape", ["x", "shape"], ["r"]),
-        helper.make_node("MatMul", ["r", "w"], ["y"]),
-    ]
-    weights = {"w": weight(64, 96), "shape": np.array([5, 64])}
-    model = save(tmp_path / "m.onnx", nodes, weights, {"x": (TensorProto.FLOAT, ["n", "k"])})
+def reshaping(path: Path, opset: int = 17) -> Path:
+    """A model that takes no shapes but those that its own Reshape happens to fit."""
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"])]
+    weights = {"w": weight(64, 96), "shape": np.array([7, 64])}
+    return save(path, nodes, weights, {"x": (TensorProto.FLOAT, ["n", "k"])}, opset)
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "int8", "int8-dynamic"])
+def test_a_model_that_runs_on_nothing_that_is_made_up(tmp_path: Path, scheme: str) -> None:
+    model = reshaping(tmp_path / "m.onnx")
+    refused(
+        model, "Nothing shows what the artifact of .*m.onnx computes: on made-up inputs, .*Give --data", scheme=scheme
+    )
+    np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((14, 32)).astype(np.float32))
+    with pytest.raises(InputError, match="could not run the model"):
+        convert(model, tmp_path / "out.onnx", scheme=scheme, data=tmp_path / "d.npz")
+    fitting = tmp_path / "fitting"
+    fitting.mkdir()
+    np.savez(fitting / "d.npz", x=RANDOM.standard_normal((1, 448)).astype(np.float32))
+    report = convert(model, tmp_path / "out.onnx", scheme=scheme, data=fitting)
+    assert (report.details["outputs"]["compared"], report.details["outputs"]["made_up"]) == (True, False)
+    assert report.details["outputs"]["sqnr_db"] > 30
+
+
+def test_an_upgrade_is_proven_on_the_data_where_nothing_made_up_runs(tmp_path: Path) -> None:
+    model = reshaping(tmp_path / "m.onnx", opset=11)
+    refused(model, "operator set 11 is not upgraded to 13, since nothing would show", scheme="int8-dynamic")
+    np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((3, 448)).astype(np.float32))
+    report = convert(model, tmp_path / "out.onnx", scheme="int8-dynamic", data=tmp_path / "d.npz")
+    assert report.details["outputs"]["sqnr_db"] > 30
+    assert report.details["verified"]["runtime"]["integer_kernels"]
+
+
+@pytest.mark.parametrize("operator", ["Log", "Acosh", "Atanh", "Sqrt"])
+def test_made_up_inputs_are_ones_for_which_there_are_numbers(tmp_path: Path, operator: str) -> None:
+    nodes = [helper.make_node(operator, ["x"], ["l"]), helper.make_node("MatMul", ["l", "w"], ["y"])]
+    model = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 96)}, {"x": (TensorProto.FLOAT, ["n", 64])})
     report = convert(model, tmp_path / "out.onnx", scheme="int8")
-    assert report.details["outputs"]["compared"] is False
-    assert "on made-up inputs" in report.details["outputs"]["reason"]
-    assert "were not compared" in report.warnings[0]
+    assert 30 < report.details["outputs"]["sqnr_db"] < 70
+
+
+def test_a_model_that_returns_no_number(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Exp", ["x"], ["e"]), helper.make_node("Neg", ["e"], ["n"]),
+        helper.make_node("Log", ["n"], ["l"]),
+        helper.make_node("MatMul", ["l", "w"], ["y"]),
+    ]  # fmt: skip
+    model = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 96)}, {"x": (TensorProto.FLOAT, ["n", 64])})
+    refused(model, "returns no finite number for made-up inputs", scheme="int8")
+    np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((3, 64)).astype(np.float32))
+    refused(model, "returns no finite number for 3 samples", scheme="int8", data=tmp_path / "d.npz")
+
+
+def test_integers_strings_and_maps_are_compared(tmp_path: Path) -> None:
+    comparing = comparison.OutputComparison
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("ArgMax", ["h"], ["y"], axis=1)]
+    values = weight(64, 96)
+    one, other = (
+        save(tmp_path / f"{name}.onnx", nodes, {"w": w}, {"x": (TensorProto.FLOAT, ["n", 64])})
+        for name, w in (("one", values), ("other", np.ascontiguousarray(values[:, ::-1])))
+    )
+    for path in (one, other):
+        proto = onnx.load(path)
+        proto.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+        onnx.save(proto, path)
+    x = {"x": RANDOM.standard_normal((20, 64)).astype(np.float32)}
+    same, differing = (comparing(one, lambda: [(x, 20)], tmp_path).against(path) for path in (one, other))
+    assert (same.equal, same.sqnr_db, same.outputs) == (1.0, None, {})
+    assert differing.equal is not None and differing.equal < 0.2
+    assert differing.to_json() == {"samples": 20, "sqnr_db": None, "equal": differing.equal}
+
+
+def test_what_is_infinite_stays_infinite(tmp_path: Path) -> None:
+    paths = []
+    for name, masked in (("one", -np.inf), ("other", 0.0)):
+        nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Add", ["h", "mask"], ["y"])]
+        mask = np.where(np.arange(96) % 2, masked, 0).astype(np.float32)
+        paths.append(
+            save(tmp_path / f"{name}.onnx", nodes, {"w": np.ones((64, 96), np.float32), "mask": mask},
+                 {"x": (TensorProto.FLOAT, ["n", 64])})
+        )  # fmt: skip
+    x = {"x": RANDOM.standard_normal((2, 64)).astype(np.float32)}
+    with pytest.raises(InputError, match="output y of the artifact is finite where the original's is not"):
+        comparison.OutputComparison(paths[0], lambda: [(x, 2)], tmp_path).against(paths[1])
+
+
+def test_a_loss_that_cannot_be_judged_is_told(tmp_path: Path) -> None:
+    values = weight(64, 96)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Mul", ["h", "much"], ["m"]),
+        helper.make_node("Mod", ["m", "one"], ["y"], fmod=1),
+    ]  # fmt: skip
+    weights = {"w": values, "much": np.float32(1000), "one": np.float32(1)}
+    model = save(tmp_path / "m.onnx", nodes, weights, {"x": (TensorProto.FLOAT, ["n", 64])})
+    report = convert(model, tmp_path / "out.onnx", scheme="int8")
+    assert report.details["outputs"]["sqnr_db"] < 5
+    assert any("was not judged: operators follow that make a large error of a small one" in w for w in report.warnings)
 
 
 def test_another_order_of_outputs(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from quantcli.models.session import Session
 from quantcli.onnx.graph import prepare as steps
 from quantcli.onnx.graph.model import open_onnx
 from quantcli.onnx.graph.prepare import STEPS
+from quantcli.onnx.graph.save import in_memory, save_graph
 
 
 def saved(proto: onnx.ModelProto, tmp_path: Path) -> Path:
@@ -150,3 +151,64 @@ def test_a_graph_of_other_domains_alone_has_no_old_operator_set(tmp_path: Path) 
     graph = upgraded(simplified(opened), 13)
     assert graph.opset_imports[""] == 13
     np.testing.assert_array_equal(run(graph, {"x": normal(3, 1)})["y"], run(proto, {"x": normal(3, 1)})["y"])
+
+
+def test_large_weights_are_run_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large a model is, its simplification is compared: neither copied nor written."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]), node("Softmax", ["a"], ["p"], axis=-1), node("MatMul", ["p", "v"], ["y"]),
+    ]  # fmt: skip
+    weights = {"w": normal(8, 600), "v": normal(600, 600, seed=1)}
+    proto = model(nodes, {"x": ["n", 8]}, {"y": None}, weights)
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    lean, outside = in_memory(open_onnx(path).ir)
+    assert (len(lean) < 100_000, list(outside)) == (True, ["v"])
+    x = {"x": normal(4, 8)}
+    got = Session(lean, optimize=False, weights=outside).run(x)["y"]
+    np.testing.assert_allclose(got, Session(path, optimize=False).run(x)["y"], atol=1e-5)
+
+    def wrong(graph: ir.Model) -> None:
+        for each in graph.graph:
+            if each.op_type == "Softmax":
+                each.attributes.add(ir.AttrInt64("axis", 0))
+
+    functions = dict(zip(STEPS, steps._functions(), strict=True)) | {"turn weights": wrong}
+    monkeypatch.setattr(steps, "_functions", lambda: tuple(functions.values()))
+    save_graph(simplified(open_onnx(path)), tmp_path / "after.onnx")
+    np.testing.assert_allclose(Session(tmp_path / "after.onnx").run(x)["y"], got, atol=1e-5)
+
+
+def test_a_branch_that_all_ones_do_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks are ones and, beside them, zeros and ones: a step that forgets what zeros do is seen."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]), node("Where", ["m", "a", "other"], ["p"]), node("MatMul", ["p", "v"], ["y"]),
+    ]  # fmt: skip
+    weights = {"w": normal(8, 96), "v": normal(96, 96, seed=1), "other": np.float32(7)}
+    proto = model(nodes, {"x": ["n", 8], "m": ["n", 96]}, {"y": None}, weights)
+    proto.graph.input[1].type.tensor_type.elem_type = onnx.TensorProto.BOOL
+
+    def wrong(graph: ir.Model) -> None:
+        for each in graph.graph:
+            if each.op_type == "Where":
+                each.replace_input_with(2, each.inputs[1])
+
+    functions = dict(zip(STEPS, steps._functions(), strict=True)) | {"turn weights": wrong}
+    monkeypatch.setattr(steps, "_functions", lambda: tuple(functions.values()))
+    graph = simplified(open_onnx(saved(proto, tmp_path)))
+    same_function(proto, {"x": normal(4, 8), "m": normal(4, 96) > 0}, graph)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "optional"])
+def test_sequences_and_optionals_are_made_up(tmp_path: Path, kind: str) -> None:
+    if kind == "sequence":
+        nodes = [node("ConcatFromSequence", ["x"], ["h"], axis=0)]
+        taken = helper.make_tensor_sequence_value_info("x", onnx.TensorProto.FLOAT, None)
+    else:
+        tensor = helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, ["n", 16])
+        nodes = [node("OptionalGetElement", ["x"], ["h"])]
+        taken = helper.make_value_info("x", helper.make_optional_type_proto(tensor))
+    proto = model([*nodes, node("MatMul", ["h", "w"], ["y"])], {}, {"y": None}, {"w": normal(16, 96)}, opset=18)
+    proto.graph.input.append(taken)
+    report = convert(saved(proto, tmp_path), output=tmp_path / "q.onnx", scheme="int8")
+    assert report.details["outputs"]["sqnr_db"] > 30

@@ -13,7 +13,9 @@ from onnx.external_data_helper import set_external_data
 from onnx_ir import ExternalTensor
 from support.graphs import model, node, normal, run
 
+import quantcli
 from quantcli.errors import InputError
+from quantcli.models.kernels import prove
 from quantcli.models.session import Session
 from quantcli.onnx.graph.external import external_files
 from quantcli.onnx.graph.model import open_onnx
@@ -110,3 +112,19 @@ def test_a_constants_file_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.bin").unlink()
     with pytest.raises(InputError, match=r"m\.onnx keeps its weights in c\.bin, which is missing"):
         open_onnx(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "int8", "int8-dynamic", "int8-static"])
+def test_shapes_that_the_runtime_does_not_look_for_in_a_file(tmp_path: Path, scheme: str) -> None:
+    """onnxruntime does not load such a model; the same graph with its shapes inside is run in its place."""
+    path, out, data = tmp_path / "m.onnx", tmp_path / "o.onnx", tmp_path / "d.npz"
+    keep_beside(path, lambda name: "all.bin")
+    np.savez(data, **X)
+    with pytest.raises(InputError, match="Cannot parse data from external tensors"):
+        Session(path)
+    given = {"data": data} if scheme == "int8-static" else {}
+    report = quantcli.convert(path, out, scheme=scheme, **given)
+    assert report.details["outputs"]["sqnr_db"] > 25
+    found = quantcli.evaluate(path, [out], data=data).models[1].metrics["sqnr_db"]
+    assert found > 25
+    assert prove(path).to_json()["float_kernels"]

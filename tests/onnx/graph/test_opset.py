@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import onnx
 import pytest
 from onnx import defs, helper
+from support.graphs import model, node, normal
 
+from quantcli import convert
+from quantcli.errors import InputError
+from quantcli.models.session import Session
 from quantcli.onnx.graph.model import OLDEST_OPSET
-from quantcli.onnx.graph.opset import needed_ir_version
+from quantcli.onnx.graph.opset import NEWEST_QDQ_OPSET, needed_ir_version
 
 
 @pytest.mark.parametrize("opset", range(OLDEST_OPSET, defs.onnx_opset_version() + 1))
@@ -15,3 +23,29 @@ def test_no_graph_asks_for_more_than_the_release_of_its_operator_set(opset: int)
     released = max(4, helper.find_min_ir_version_for([helper.make_opsetid("", opset)]))
     assert released - 1 <= needed_ir_version(opset) <= released
     assert needed_ir_version(opset) <= needed_ir_version(opset + 1)
+
+
+def quantizing(opset: int) -> onnx.ModelProto:
+    nodes = [node("QuantizeLinear", ["x", "s"], ["q"]), node("DequantizeLinear", ["q", "s"], ["y"])]
+    return model(nodes, {"x": [4]}, {"y": [4]}, {"s": np.float32(0.1)}, opset=opset, ir_version=12)
+
+
+def test_the_runtime_has_quantizing_operators_up_to_a_set() -> None:
+    Session(quantizing(NEWEST_QDQ_OPSET).SerializeToString())
+    with pytest.raises(InputError, match="QuantizeLinear"):
+        Session(quantizing(NEWEST_QDQ_OPSET + 1).SerializeToString())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8-dynamic", "int8-static"])
+def test_a_model_of_a_newer_set_than_the_runtimes_own_quantizing_operators(tmp_path: Path, scheme: str) -> None:
+    nodes = [node("Conv", ["x", "w"], ["h"], pads=[1] * 4), node("Relu", ["h"], ["r"]), node("Conv", ["r", "v"], ["y"])]
+    weights = {"w": normal(16, 8, 3, 3) / 8, "v": normal(32, 16, 3, 3, seed=1) / 8}
+    proto = model(nodes, {"x": ["n", 8, 6, 6]}, {"y": None}, weights, opset=NEWEST_QDQ_OPSET + 1, ir_version=12)
+    onnx.save(proto, tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=normal(8, 8, 6, 6))
+    report = convert(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme=scheme, data=tmp_path / "d.npz")
+    runtime = report.details["verified"]["runtime"]
+    assert runtime["integer_kernels"].get("QLinearConv", 0) == (2 if scheme == "int8-static" else 0)
+    x = {"x": normal(8, 8, 6, 6)}
+    expected, got = (Session(tmp_path / name).run(x)["y"] for name in ("m.onnx", "o.onnx"))
+    assert np.square(expected - got).sum() / np.square(expected).sum() < (0.03 if scheme == "int4" else 2e-3)

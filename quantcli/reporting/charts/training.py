@@ -1,66 +1,43 @@
-"""The curve of training as a picture. The only importer of matplotlib, whose own state it leaves alone."""
+"""The curve of training as a picture."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import MissingExtraError
+from quantcli.reporting.charts.base import COLOURS, Chart, legend_above, new_figure, svg
 from quantcli.reporting.metric_labels import is_fraction, metric_label, metric_text
+from quantcli.reporting.report import Report, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Colours by what they show. Each is one of its own, so that a page can put others in their place.
-COLOURS = {
-    "paper": "#ffffff",
-    "ink": "#1f2329",
-    "faint": "#dbe0e5",
-    "best": "#7d8590",
-    "training": "#8fb4e6",
-    "held-out": "#0b57a4",
-    "original": "#2a7f3f",
-    "ptq": "#b8560f",
-}
 #: What a point of the curve holds beside metrics.
 _NO_METRICS = frozenset({"step", "epoch", "loss", "held_out_loss", "learning_rate"})
 #: Curves of no more points than this show each of them.
 _FEW = 40
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "quantcli",  # else ids differ from run to run
-    "svg.fonttype": "path",
-    "text.parse_math": False,  # names of metrics are not formulas
-    "font.size": 10.0,
-    "text.color": COLOURS["ink"],
-    "axes.labelcolor": COLOURS["ink"],
-    "axes.edgecolor": COLOURS["ink"],
-    "axes.facecolor": "none",
-    "figure.facecolor": COLOURS["paper"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": COLOURS["faint"],
-    "grid.linewidth": 0.6,
-    "xtick.color": COLOURS["ink"],
-    "ytick.color": COLOURS["ink"],
-    "legend.frameon": False,
-    "legend.fontsize": 9.0,
-    "legend.columnspacing": 1.6,
-    "legend.handlelength": 2.4,
-    "legend.borderaxespad": 0.2,
-}
+_PURPOSE = "--html with a training curve"
 
 
-def require_matplotlib() -> None:
-    """Raise MissingExtraError where matplotlib is not installed."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "report", "--html with a training curve") from error
-    del mpl
+def charts(report: Report) -> list[Chart]:
+    """The curve of a training, where there was one that has points."""
+    training = report.details.get("training")
+    if training is None or not has_curve(training):
+        return []
+    alt = "Loss and quality over the steps of training."
+    columns = ("Step", "Loss", "Held-out loss")
+    names = ("step", "loss", "held_out_loss")
+    rows = [tuple(_cell(point.get(name)) for name in names) for point in training["curve"]]
+    points = Table("Training curve", columns, rows, frozenset(columns))
+    return [Chart("training", "Training curve", alt, points, partial(training_figure, training))]
+
+
+def has_curve(training: Mapping[str, Any]) -> bool:
+    """Whether anything was measured while training."""
+    return any(_points(training["curve"], name)[0] for name in ("loss", "held_out_loss"))
 
 
 def training_svg(training: Mapping[str, Any]) -> str | None:
@@ -69,29 +46,17 @@ def training_svg(training: Mapping[str, Any]) -> str | None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    if not any(_points(training["curve"], name)[0] for name in ("loss", "held_out_loss")):
-        return None
-    require_matplotlib()
-    import matplotlib as mpl
-
-    with mpl.rc_context():
-        mpl.rcdefaults()  # a matplotlibrc of the user's is for the user's plots
-        mpl.rcParams.update(_STYLE)
-        stream = io.StringIO()
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        training_figure(training).savefig(stream, format="svg", metadata=metadata)
-    return stream.getvalue()
+    return svg(partial(training_figure, training), _PURPOSE) if has_curve(training) else None
 
 
 def training_figure(training: Mapping[str, Any]) -> Figure:
     """Loss over steps, and under it the first metric that was measured while training."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     curve: Sequence[Mapping[str, Any]] = training["curve"]
     models: Mapping[str, Mapping[str, float | None]] = training["models"]
     metric = _metric(curve)
-    figure = Figure(figsize=(8, 6 if metric else 3.6), layout="constrained")
+    figure = new_figure(6 if metric else 3.6)
     rows: list[Axes] = figure.subplots(2 if metric else 1, sharex=True, squeeze=False)[:, 0].tolist()
     best = training["best_step"]
     _draw(rows[0], curve, "loss", "training", "training loss")
@@ -107,8 +72,7 @@ def training_figure(training: Mapping[str, Any]) -> Figure:
         axes.set_ylabel("Loss" if name == "loss" else metric_label(name))
         _scale(axes, name)
         axes.margins(x=0.02, y=0.08)
-        # Above the axes: inside them it would lie on lines.
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+        legend_above(axes)
     rows[-1].set_xlabel("Step")
     low, high = rows[-1].get_xlim()
     if high - low < 2:  # there are no fractions of steps to be seen
@@ -128,6 +92,10 @@ def _points(curve: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float],
     """Steps and values where there is a finite value."""
     points = [(point["step"], point[name]) for point in curve if _finite(point.get(name))]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def _cell(value: float | None) -> str:
+    return f"{value:.4g}" if value is not None and math.isfinite(value) else "-"
 
 
 def _finite(value: float | None) -> bool:
