@@ -10,19 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from quantcli.errors import InputError
-from quantcli.planning.recipe import Recipe
+from quantcli.planning.recipe import Recipe, validate
 from quantcli.search.budget import Budget
 from quantcli.search.choices import Found, Mix
 from quantcli.search.judge import KL, metric_of
 from quantcli.search.onnx_measured import Measurements, limits_of
-from quantcli.search.onnx_mixes import Limits, Mixes
+from quantcli.search.onnx_mixes import LEVELS, Limits, Mixes
 from quantcli.search.onnx_sensitivity import layer_costs
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.search.onnx_trials import key_of
@@ -122,11 +122,11 @@ class OnnxSearch:
 
     def _uniforms(self) -> Iterator[Recipe]:
         """One scheme for all layers, as if it had been asked for by itself."""
-        own = self.subject.recipe
-        for rule in ways_to_store(own, self.budget.allow).values():
-            wish = dict(rule)
-            if "scheme" in wish:
-                yield own.with_flags(**wish)
+        own = self.subject.recipe.model_dump(exclude_unset=True)
+        own.pop("group_size", None)
+        for rule in ways_to_store(self.subject.recipe, self.budget.allow).values():
+            if "scheme" in dict(rule):
+                yield validate(own | dict(rule), "the search")
 
     def _converted_uniforms(self) -> list[Recipe]:
         """Those that can be converted, the smallest first."""
@@ -143,9 +143,9 @@ class OnnxSearch:
 
     def _for_outputs(self) -> Recipe:
         """The smallest mix that keeps the limits on outputs, as sure as the samples allow."""
-        levels = self.mixes.levels({})
-        safest = self._recipe(levels[-1])
-        accepted = self._smallest_kept(levels)
+        least = self.mixes.at(LEVELS - 1, {})
+        assert least is not None
+        safest, accepted = self._recipe(least), self._smallest_kept({})
         if accepted is None and self._keeps_outputs(safest):
             accepted = safest
         accepted = self._smaller_uniform(accepted)
@@ -155,13 +155,16 @@ class OnnxSearch:
             raise too_large(self.budget, self.measured.size(accepted), self._candidates())
         return self._fast_enough(accepted)
 
-    def _smallest_kept(self, levels: Sequence[Mix]) -> Recipe | None:
-        """The first of some mixes of less and less noise that keeps the limits on outputs, found by halves."""
+    def _smallest_kept(self, limits: Limits) -> Recipe | None:
+        """The smallest mix within limits that keeps those on outputs: how much noise they allow is found by halves."""
         accepted: Recipe | None = None
-        low, high = 0, len(levels) - 1
+        low, high = 0, LEVELS - 1
         while low <= high and not self._is_late():
             middle = (low + high) // 2
-            recipe = self._recipe(levels[middle])
+            mix = self.mixes.at(middle, limits)
+            if mix is None:
+                break
+            recipe = self._recipe(mix)
             if self._keeps_outputs(recipe):
                 accepted, high = recipe, middle - 1
             else:
@@ -263,7 +266,7 @@ class OnnxSearch:
         """The recipe that is looked for among those of so much work, or None."""
         limits: Limits = {"milliseconds": work}
         if self.budget.judges_outputs:
-            found = self._smallest_kept(self.mixes.levels({**limits, **self._room()}))
+            found = self._smallest_kept({**limits, **self._room()})
         else:
             found = self._least_noise({**limits, **self._room()})
         return found if found is not None and self._fits(found) else None
@@ -285,7 +288,7 @@ class OnnxSearch:
 
     def frontier(self) -> list[dict[str, Any]]:
         """Points from the smallest mix to the one that loses least, measured, with their latency."""
-        levels = self.mixes.levels({})
+        levels = self.mixes.levels()
         step = max(1, (len(levels) - 1) // (_POINTS - 1))
         found = []
         for mix in dict.fromkeys([*levels[::step], levels[-1]]):

@@ -82,12 +82,19 @@ class Measurements:
         Raises:
             UsageError: the data gives no such metric.
         """
-        if self.subject.verdicts is None:
+        if self.subject.verdicts is None or budget.max_drop is None:
             return []
-        judged = self.subject.verdicts.of_itself()
-        limits = limits_of(budget, judged.drops())
-        counted = _counted(judged, metric_name(budget, judged.drops())) if budget.max_drop is not None else False
-        return [each for each in limits if each[0] == "--max-drop" and counted]
+        known = self.store.found.measured.setdefault("the model itself", {})
+        if not known:
+            judged = self.subject.verdicts.of_itself()
+            drops = judged.drops()
+            known |= _flat({name: drop for name, drop in drops.items() if _counts_answers(judged, name)})
+            known |= {f"{name} known": 1.0 for name in drops}
+            self.store.save()
+        counted = _restored(known)
+        names = {name.removesuffix(" known") for name in known if name.endswith(" known")}
+        metric = metric_name(budget, dict.fromkeys(sorted(names)))
+        return [("--max-drop", budget.max_drop, counted[metric])] if metric in counted else []
 
     def row(self, recipe: Recipe) -> dict[str, Any]:
         """What is known of a recipe, for the report."""
@@ -115,7 +122,7 @@ def limits_of(budget: Budget, drops: Mapping[str, Drop]) -> list[Limited]:
     return found
 
 
-def metric_name(budget: Budget, drops: Mapping[str, Drop]) -> str:
+def metric_name(budget: Budget, drops: Mapping[str, Drop | None]) -> str:
     """The metric that a drop is of; of a function of the user's own the number it returns, or the first of several."""
     metric = budget.metric
     if metric is not None and is_function(metric):
@@ -124,7 +131,7 @@ def metric_name(budget: Budget, drops: Mapping[str, Drop]) -> str:
     return metric_of(drops, metric)
 
 
-def _counted(judged: Judged, metric: str) -> bool:
+def _counts_answers(judged: Judged, metric: str) -> bool:
     """Whether a metric says of each sample that it is right, or wrong."""
     values = {before.get(metric) for before, _ in judged.singles}
     return metric == "argmax_agreement" or values <= {0.0, 1.0}

@@ -17,7 +17,9 @@ from quantcli.search.solver import Column, best_mix, best_mixes
 Limits = Mapping[Column, float]
 
 #: Steps in which the noise that is allowed is tried: a grid, so that another budget meets mixes measured before.
-_STEP_DB, _LEAST_DB, _MOST_DB = 1.5, -30.0, 75.0
+_STEP_DB, _LEAST_DB = 1.5, -30.0
+#: So many of them: the last one allows hardly any noise.
+LEVELS = 71
 #: A mix may be so much larger than the smallest one where that saves work.
 _AS_SMALL = 1.02
 
@@ -73,18 +75,19 @@ class Mixes:
         assert mix is not None
         return mix
 
-    def levels(self, limits: Limits) -> list[Mix]:
+    def at(self, level: int, limits: Limits) -> Mix | None:
+        """The smallest mix within limits and one level of noise, from 0 to `LEVELS` - 1, the least noise last.
+
+        Where none has so little noise it is the one that has least; None: none is within the limits.
+        """
+        noise = 10 ** (-(_LEAST_DB + level * _STEP_DB) / 10)
+        mix = self.smallest({**limits, "cost": noise})
+        return best_mix(self.groups, "cost", limits, without=self.nothing) if mix is None else mix
+
+    def levels(self) -> list[Mix]:
         """Mixes for less and less noise, from the smallest of all to the one that loses least, each once."""
-        mixes: dict[Mix, None] = {}
-        level = _LEAST_DB
-        while level <= _MOST_DB:
-            mix = self.smallest({**limits, "cost": 10 ** (-level / 10)})
-            level += _STEP_DB
-            if mix is None:
-                break
-            mixes[mix] = None
-        least = best_mix(self.groups, "cost", limits, without=self.nothing)
-        return list(mixes) if least is None or least in mixes else [*mixes, least]
+        mixes = dict.fromkeys(self.at(level, {}) for level in range(LEVELS))
+        return [mix for mix in mixes if mix is not None]
 
     def least_noise(self, limits: Limits, count: int) -> Iterator[Mix]:
         """The mixes of the least noise within limits, the best first."""
