@@ -135,7 +135,7 @@ def convert(
         )
     )
     if goes_to_onnx(model, place, wishes.format):
-        from quantcli.conversion.onnx.pipeline import convert_onnx
+        from quantcli.commands.convert_onnx import convert_graph
 
         if device != "cpu":
             from quantcli.system.devices import check_device
@@ -148,12 +148,13 @@ def convert(
         if max_memory is not None:
             raise UsageError("--max-memory does not apply to ONNX, whose graph is worked on as a whole.")
         with at_most(threads):
-            return convert_onnx(
+            return convert_graph(
                 model,
                 place,
                 wishes,
                 request,
                 _path(calibration),
+                budget=budget,
                 weights=_path(weights),
                 device=device,
                 dry_run=dry_run,
