@@ -52,7 +52,8 @@ Data = Annotated[
     _model(
         "--data",
         metavar="DATA",
-        text="Text (.txt, .jsonl, .parquet), arrays (.npz, .npy), an image folder, or package.module:function.",
+        text="Text (.txt, .jsonl, .parquet), arrays (.npz, .npy), a folder of images or sounds, a .jsonl that names "
+        "such files, or package.module:function.",
     ),
 ]
 Samples = Annotated[Optional[int], _model("--samples", metavar="N", min=1, text="Samples at the most.")]

@@ -135,7 +135,7 @@ def convert(
         )
     )
     if goes_to_onnx(model, place, wishes.format):
-        from quantcli.conversion.onnx.pipeline import convert_onnx
+        from quantcli.commands.convert_onnx import convert_graph
 
         if device != "cpu":
             from quantcli.system.devices import check_device
@@ -148,12 +148,13 @@ def convert(
         if max_memory is not None:
             raise UsageError("--max-memory does not apply to ONNX, whose graph is worked on as a whole.")
         with at_most(threads):
-            return convert_onnx(
+            return convert_graph(
                 model,
                 place,
                 wishes,
                 request,
                 _path(calibration),
+                budget=budget,
                 weights=_path(weights),
                 device=device,
                 dry_run=dry_run,
@@ -268,9 +269,9 @@ def _convert_checkpoint(
             )
             plan = work.plan
         layout = plan_layout(plan, checkpoint, output)
-        check.rehearse(plan, layout)
+        planned = check.rehearse(plan, layout)
         if dry_run:
-            return conversion_report(checkpoint, output, plan, layout, {}, None, {"dry_run": True})
+            return conversion_report(checkpoint, output, plan, layout, {}, None, {"dry_run": True, "runtime": planned})
         workers = worker_count(plan, checkpoint, threads, max_memory)
         conversion = Conversion(checkpoint, plan, layout, workers, work, progress, check)
         with open_staging(output) as staging:

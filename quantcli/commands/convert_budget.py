@@ -119,7 +119,7 @@ def _stricter(budget: Budget, last: Budget, planned: int, size: int, losses: Los
     changed: dict[str, Any] = {}
     if budget.max_size is not None and last.max_size is not None and size > budget.max_size:
         changed["max_size"] = budget.max_size - max(size - planned, 0)
-    for option, name in (("--max-kl", "max_kl"), ("--max-drop", "max_drop")):
+    for option, name in (("--max-kl", "max_kl"), ("--max-drop", "max_drop"), ("--max-latency-p50", "max_latency_p50")):
         limit = getattr(budget, name)
         if limit is not None and option in losses and losses[option][1] > limit:
             changed[name] = getattr(last, name) * 0.9 * limit / losses[option][1]
@@ -150,7 +150,9 @@ def _gates(budget: Budget, output: Path, size: int, losses: Losses) -> list[Gate
     gates = []
     if budget.max_size is not None:
         gates.append(GateRow(f"max_size<={budget.max_size}", str(output), size, size <= budget.max_size))
-    for option, limit in (("--max-kl", budget.max_kl), ("--max-drop", budget.max_drop)):
+    limits = budget.ceilings
+    for option in ("--max-kl", "--max-drop", "--max-latency-p50"):
+        limit = limits.get(option)
         if limit is not None and option in losses:
             name = option.strip("-").replace("-", "_")
             bound = losses[option][1]

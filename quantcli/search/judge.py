@@ -57,7 +57,7 @@ class Judged:
         return Drop(mean, bound, logs.samples, base * logs.deviation)
 
 
-def metric_of(drops: Mapping[str, Drop], metric: str | None) -> str:
+def metric_of(drops: Mapping[str, Drop | None], metric: str | None) -> str:
     """What ``--max-drop`` is about: the metric named, or the one that the data is for. Raises UsageError."""
     name = metric or next((each for each in _JUDGED_BY if each in drops), None)
     if name is None or name not in drops:

@@ -19,6 +19,26 @@ _KIND, _VERSION = "quantcli_sensitivity", 1
 _MOST_BYTES = 256 << 20
 
 
+class WayFigures(BaseModel):
+    """A way to store a layer of a graph: bytes, time by that of the float kernel, noise by signal of the weight."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    nbytes: int
+    factor: float
+    error: float
+
+
+class LayerFigures(BaseModel):
+    """A layer of a graph: bytes, multiplications in one run, and ways to store it by their labels."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    nbytes: int
+    work: float
+    ways: dict[str, WayFigures]
+
+
 class Sensitivity(BaseModel):
     """Costs of layers, and measurements, for one model on some data.
 
@@ -27,6 +47,7 @@ class Sensitivity(BaseModel):
     - ``costs``: of each layer, by the label of each way to store it.
     - ``factors``: by kind of layer, measured cost over estimated.
     - ``measured``: figures of whole models, by what was stored how.
+    - ``graph``: layers of a graph, in its order, and ``rest`` the bytes of what is beside them.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,6 +58,8 @@ class Sensitivity(BaseModel):
     costs: dict[str, dict[str, float]] = {}
     factors: dict[str, float] = {}
     measured: dict[str, dict[str, float | None]] = {}
+    graph: dict[str, LayerFigures] = {}
+    rest: int = 0
 
 
 class SensitivityStore:

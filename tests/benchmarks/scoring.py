@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 
@@ -109,6 +110,7 @@ def recognized(probabilities: np.ndarray, characters: Sequence[str]) -> str:
     return "".join(characters[index] for index in best[changed & (best != 0)])
 
 
+@cache
 def recognizer_characters(model: Path) -> list[str]:
     """What the recognizer's classes stand for, as its metadata says: a blank first, a space last."""
     listed = session(model).get_modelmeta().custom_metadata_map["character"].splitlines()

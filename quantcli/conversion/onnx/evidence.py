@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
 from quantcli.calibration.hessians import collect_hessians
 from quantcli.calibration.statistics import CalibrationStats
-from quantcli.conversion.onnx.source import Source
+from quantcli.conversion.onnx.source import Source, planned_graph
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.models.source import source_sha256
+from quantcli.onnx.graph.opset import default_opset
 from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.judge import without_inputs, without_outliers
 from quantcli.onnx.plan.placement import place
 from quantcli.onnx.plan.plan import GraphPlan, require_work
+from quantcli.planning.recipe import Recipe
 from quantcli.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -36,25 +39,76 @@ class Gathered:
     warnings: tuple[str, ...]
 
 
-def load(source: Source, data: DataRequest | None, *, trains: bool) -> Samples | None:
-    """The samples that the user gave, if any; a training takes all of them.
+@dataclass
+class Material:
+    """What several conversions of one model on the same data share: it is opened, and observed, once.
 
-    Raises:
-        InputError: they are missing, damaged or do not suit the model.
+    Attributes:
+        source: the model.
+        stats: statistics of an earlier `calibrate`, or None.
     """
-    if data is None:
-        return None
-    from quantcli.data.samples import load_samples
 
-    request = data.at_most(None if trains else DEFAULT_SAMPLES)
-    return load_samples(request, source.model.inputs, folder=source.subject.folder)
+    source: Source
+    stats: Path | None = None
+    _samples: dict[int | None, Samples] = field(default_factory=dict, repr=False)
+    _collected: dict[tuple[object, ...], CalibrationStats] = field(default_factory=dict, repr=False)
+
+    def samples(self, data: DataRequest | None, *, trains: bool = False) -> Samples | None:
+        """The samples that the user gave, if any; a training takes all of them.
+
+        Raises:
+            InputError: they are missing, damaged or do not suit the model.
+        """
+        if data is None:
+            return None
+        from quantcli.data.samples import load_samples
+
+        request = data.at_most(None if trains else DEFAULT_SAMPLES)
+        if request.samples not in self._samples:
+            folder = self.source.subject.folder
+            self._samples[request.samples] = load_samples(request, self.source.model.inputs, folder=folder)
+        return self._samples[request.samples]
+
+    def loader(self, data: DataRequest | None, *, trains: bool = False) -> Callable[[], Samples | None]:
+        """What loads the samples when they are first needed."""
+        return partial(self.samples, data, trains=trains)
+
+    def planned(self, recipe: Recipe, data: DataRequest | None, *, trains: bool = False) -> tuple[ir.Model, GraphPlan]:
+        """The graph that a recipe works on, and what becomes of it. Raises as `planned_graph`."""
+        loader = self.loader(data, trains=trains)
+        return planned_graph(self.source.model, recipe, loader, self.source.codes)
+
+    def statistics(
+        self, graph: ir.Model, plan: GraphPlan, samples: Samples | None, seed: int, progress: Progress | None
+    ) -> CalibrationStats | None:
+        """What a plan needs to know of activations; None where that is nothing.
+
+        Raises:
+            InputError: statistics are another model's, or the graph cannot be run.
+        """
+        # Static layers need ranges; the biases of other convolutions profit from the means of what they read.
+        static = plan.of_mode("static")
+        read = [node.data for node in plan.of_mode("weights") if node.node.op_type == "Conv"]
+        if not static and not (read and (samples or self.stats)):
+            return None
+        sha256 = source_sha256(self.source.subject)
+        if self.stats is not None:
+            statistics = CalibrationStats.load(self.stats)
+            statistics.require_model(sha256)
+            return statistics
+        assert samples is not None
+        observed = None if static else tuple(dict.fromkeys(name for name in read if name))
+        # The runtime fuses around what it returns, so that other wishes may give other last bits.
+        key = default_opset(graph), observed, len(samples), seed
+        if key not in self._collected:
+            self._collected[key] = collect(graph, samples, observed, model_sha256=sha256, seed=seed, progress=progress)
+        return self._collected[key]
 
 
 def gather(
-    source: Source,
+    material: Material,
     graph: ir.Model,
     plan: GraphPlan,
-    stats: Path | None,
     samples: Samples | None,
     seed: int,
     folder: Path,
@@ -63,12 +117,12 @@ def gather(
     """Take the statistics and Hessians that a plan needs; layers that they speak against are planned otherwise.
 
     ``graph`` is the one that the plan was made for, and is left as it is. Statistics are taken from ``samples`` unless
-    ``stats`` holds those of an earlier `calibrate`; Hessians are kept in ``folder``.
+    the material holds those of an earlier `calibrate`; Hessians are kept in ``folder``.
 
     Raises:
         InputError: statistics are another model's, the graph cannot be run, or nothing is left to be quantized.
     """
-    statistics = _statistics(source, graph, plan, stats, samples, seed, progress)
+    source, statistics = material.source, material.statistics(graph, plan, samples, seed, progress)
     if statistics is not None:
         plan = without_outliers(plan, statistics)
         require_work(plan, source.model.path)
@@ -84,27 +138,3 @@ def gather(
     if hessians is not None and samples is not None and seen is None:
         seen = fingerprint(sample.inputs for sample in samples)
     return Gathered(plan, Evidence(statistics, hessians, source.codes), seen, tuple(warnings))
-
-
-def _statistics(
-    source: Source,
-    graph: ir.Model,
-    plan: GraphPlan,
-    stats: Path | None,
-    samples: Samples | None,
-    seed: int,
-    progress: Progress | None,
-) -> CalibrationStats | None:
-    # Static layers need ranges; the biases of other convolutions profit from the means of what they read.
-    static = plan.of_mode("static")
-    read = [node.data for node in plan.of_mode("weights") if node.node.op_type == "Conv"]
-    if not static and not (read and (samples or stats)):
-        return None
-    sha256 = source_sha256(source.subject)
-    if stats is not None:
-        statistics = CalibrationStats.load(stats)
-        statistics.require_model(sha256)
-        return statistics
-    assert samples is not None
-    observed = None if static else list(dict.fromkeys(name for name in read if name))
-    return collect(graph, samples, observed, model_sha256=sha256, seed=seed, progress=progress)

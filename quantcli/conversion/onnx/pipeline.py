@@ -6,8 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +15,13 @@ from quantcli.calibration.histograms import activation_histograms
 from quantcli.calibration.statistics import CalibrationStats
 from quantcli.checkpoint.hugging_face import companions
 from quantcli.conversion.onnx.advice import Advice, advise
-from quantcli.conversion.onnx.comparison import (
-    COMPARED_SAMPLES,
-    OutputComparison,
-)
-from quantcli.conversion.onnx.evidence import Gathered, gather, load
+from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, Comparison, OutputComparison
+from quantcli.conversion.onnx.evidence import Gathered, Material, gather
 from quantcli.conversion.onnx.explained import Honest
+from quantcli.conversion.onnx.guard import Attempt, Guard, Protection
 from quantcli.conversion.onnx.histograms import weight_histograms
 from quantcli.conversion.onnx.result import Result
-from quantcli.conversion.onnx.source import Source, open_source, planned_graph
+from quantcli.conversion.onnx.source import Source, open_source
 from quantcli.conversion.onnx.trial_inputs import NoFeeds, made_up, of_samples
 from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY
@@ -77,6 +74,8 @@ class _Job:
     allow_larger: bool
     histograms: int
     progress: Progress | None
+    material: Material | None = None
+    guard: Guard | None = None
 
     @property
     def trains(self) -> bool:
@@ -103,8 +102,13 @@ def convert_onnx(
     allow_larger: bool = False,
     histograms: int = 0,
     progress: Progress | None = None,
+    material: Material | None = None,
+    guard: Guard | None = None,
 ) -> Report:
     """Quantize a model into an ONNX file, or into a folder with ``model.onnx``, and prove what it became.
+
+    ``material`` is the model as it was opened for other conversions on the same data; ``guard`` looks after artifacts
+    with fixed ranges.
 
     Raises:
         UsageError: the wishes do not go together.
@@ -115,7 +119,7 @@ def convert_onnx(
     started = time.monotonic()
     job = _Job(
         str(model), output, recipe, data, statistics, weights, device, dry_run, force, allow_larger, histograms,
-        progress,
+        progress, material, guard,
     )  # fmt: skip
     _check_request(job)
     with open_staging(output) as staging:
@@ -143,52 +147,111 @@ def convert_onnx(
 
 def _convert(job: _Job, staging: Staging) -> Report:
     """The stages of a conversion, inside the staging folder."""
-    source = open_source(job.model, job.weights, job.recipe, job.data, staging.root / "export")
-    data = cache(partial(load, source, job.data, trains=job.trains))
-    graph, plan = planned_graph(source.model, job.recipe, data, source.codes)
+    material = job.material or Material(
+        open_source(job.model, job.weights, job.recipe, job.data, staging.root / "export"), job.statistics
+    )
+    graph, plan = material.planned(job.recipe, job.data, trains=job.trains)
     _require_data(job, plan)
     if job.dry_run:
-        return _estimate(job, source, plan)
+        return _estimate(job, material.source, plan)
+    built = _build(job, staging, material, graph, plan)
+    protection = job.guard.protect(built.attempt) if job.guard and built.attempt else None
+    if protection is not None:
+        built.remove()
+        job = replace(job, recipe=protection.recipe)
+        built = _build(job, staging, material, *material.planned(job.recipe, job.data))
+    if job.guard and built.attempt and not job.force:
+        job.guard.require_speed(built.attempt)
+    return _finish(job, staging, material, built, protection)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """An artifact that was written, proven and compared, and what it was made by.
+
+    ``attempt`` is set where its outputs were compared on data, and it was not trained.
+    """
+
+    files: Sequence[Path]
+    samples: Samples | None
+    gathered: Gathered
+    outcomes: Sequence[LayerOutcome]
+    history: History | None
+    verified: dict[str, Any]
+    outputs: OutputComparison
+    compared: Comparison
+    doubts: Sequence[str]
+    honest: Honest
+    attempt: Attempt | None
+    weights_before: int
+
+    def remove(self) -> None:
+        """Delete the files."""
+        for file in self.files:
+            file.unlink()
+
+
+def _build(job: _Job, staging: Staging, material: Material, graph: ir.Model, plan: GraphPlan) -> _Built:
+    """Carry out a plan: calibrate, rewrite, write, reopen, run."""
     require_finite(plan)
-    samples = data()
+    source, samples = material.source, material.samples(job.data, trains=job.trains)
     calibrating = samples.spread(DEFAULT_SAMPLES) if samples is not None and job.trains else samples
     folder, seed = staging.root / "hessians", job.data.seed if job.data else 0
-    gathered = gather(source, graph, plan, job.statistics, calibrating, seed, folder, job.progress)
+    gathered = gather(material, graph, plan, calibrating, seed, folder, job.progress)
     weights_before = sum(tensor.nbytes for tensor in constants(graph))
     unquantized = graph.clone() if job.trains else None
     honest = Honest(graph, gathered.plan, gathered.evidence)
     with torch_threads():
         outcomes = transform(graph, gathered.plan, gathered.evidence)
-    history, data_fingerprint = None, gathered.fingerprint
+    history = None
     if unquantized is not None and samples is not None:
         outcomes, history = _train(job, staging, source.model, unquantized, graph, samples, outcomes)
-        data_fingerprint = fingerprint(sample.inputs for sample in samples)
+        gathered = replace(gathered, fingerprint=fingerprint(sample.inputs for sample in samples))
     store_in_four_bits(graph)
     shorten_names(graph, own_names(honest.graph))
-    done = gathered.plan.carried_out(outcomes)
 
     target = staging.out / (job.single_file or _FILE_IN_FOLDER)
     files = _save(graph, target, job.output)
     verified = {**read_back(graph, target), "runtime": prove(target, str(job.output)).to_json()}
     outputs = _outputs(source, honest, calibrating, staging.root)
-    compared, advice = outputs.against(target, str(job.output)), Advice()
+    compared = outputs.against(target, str(job.output))
     doubts = [] if job.trains else honest.require(outcomes, outputs, compared, target)
+    attempt = None
     if calibrating is not None:
         verified["compared"] = compared.to_json()
-        advice = advise(job.recipe, source.model, data, gathered.evidence, outputs, compared.sqnr_db, staging.root)
-    result = Result(source, job.output, done, outcomes, verified, None if calibrating is None else compared)
-    manifest = result.manifest(data_fingerprint)
-    add_metadata(target, MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
-    size = sum(file.stat().st_size for file in files)
+        if not job.trains:
+            evidence = gathered.evidence
+            attempt = Attempt(job.recipe, source.model.path, honest.graph, evidence, outputs, compared, target)
+    return _Built(
+        files, samples, gathered, outcomes, history, verified, outputs, compared, doubts, honest, attempt,
+        weights_before,
+    )  # fmt: skip
+
+
+def _finish(job: _Job, staging: Staging, material: Material, built: _Built, protection: Protection | None) -> Report:
+    """Write the manifest, and report what an artifact became. Raises InputError where it is no smaller."""
+    source, gathered, compared, advice = material.source, built.gathered, built.compared, Advice()
+    done, on_data = gathered.plan.carried_out(built.outcomes), "compared" in built.verified
+    if on_data:
+        data, kept = material.loader(job.data, trains=job.trains), compared.sqnr_db
+        advice = advise(job.recipe, source.model, data, gathered.evidence, built.outputs, kept, staging.root)
+    result = Result(source, job.output, done, built.outcomes, built.verified, compared if on_data else None)
+    manifest = result.manifest(gathered.fingerprint)
+    add_metadata(built.files[0], MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
+    size = sum(file.stat().st_size for file in built.files)
     if not job.allow_larger:
-        _require_smaller(size, source.model.size_bytes, weights_before)
+        _require_smaller(size, source.model.size_bytes, built.weights_before)
     _copy_companions(source, job, staging.out)
 
-    stages = (source, samples, gathered, history, done, compared, advice)
-    warnings = [*doubts, *(warning for stage in stages if stage is not None for warning in stage.warnings)]
+    stages = (source, built.samples, gathered, built.history, done, protection, compared, advice)
+    warnings = [*built.doubts, *(warning for stage in stages if stage is not None for warning in stage.warnings)]
     outputs_told = {"compared": True, "made_up": compared.made_up} | compared.to_json()
-    details: dict[str, Any] = {"verified": verified, "recommended": advice.scheme, "outputs": outputs_told}
-    details |= ({"training": history.to_json()} if history else {}) | _histograms(job, honest, outcomes, gathered)
+    details: dict[str, Any] = {"verified": built.verified, "recommended": advice.scheme, "outputs": outputs_told}
+    if protection is not None:
+        details["protected"] = dict(protection.details)
+    if built.history is not None:
+        details["training"] = built.history.to_json()
+    details |= _histograms(job, built.honest, built.outcomes, gathered)
     return result.report(size, warnings, details, manifest)
 
 
@@ -214,10 +277,7 @@ def _outputs(source: Source, honest: Honest, samples: Samples | None, folder: Pa
     reference = session_of(model, name=source.subject.path)
     feeds = made_up(reference, honest.graph)
     if isinstance(feeds, NoFeeds):
-        raise InputError(
-            f"Nothing shows what the artifact of {source.subject.path} computes: {feeds.reason}",
-            "Give --data with inputs that the model runs on. Nothing was written.",
-        )
+        raise feeds.refusal()
     return OutputComparison(reference, feeds, folder, made_up=True, loose=loose)
 
 

@@ -1,0 +1,366 @@
+"""A budget on an ONNX graph: what becomes of which layer, found by estimates, held to measurements, judged apart.
+
+What a layer costs is the noise that it alone leaves on the outputs; noise adds up, as far as errors are independent.
+How much noise a limit on outputs allows is found by trying: mixes are converted as they would be published, and judged.
+Of mixes that are as small but for a few hundredths, the one with the least work is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from quantcli.errors import InputError
+from quantcli.planning.recipe import Recipe, validate
+from quantcli.search.budget import Budget
+from quantcli.search.choices import Found, Mix
+from quantcli.search.judge import KL, metric_of
+from quantcli.search.onnx_measured import Measurements, limits_of
+from quantcli.search.onnx_mixes import LEVELS, Limits, Mixes
+from quantcli.search.onnx_sensitivity import layer_costs
+from quantcli.search.onnx_subject import GraphSubject
+from quantcli.search.onnx_trials import key_of
+from quantcli.search.onnx_unmet import loses_too_much, too_few_samples, too_large, too_slow
+from quantcli.search.onnx_ways import Ways, ways_to_store
+from quantcli.search.sensitivity_file import SensitivityStore
+from quantcli.search.solver import Column
+
+#: Mixes that are the best by estimate, and measured to be told apart.
+_MEASURED = 8
+#: Of a graph of so few layers, all neighbours of the best mix are measured, too.
+_FEW_LAYERS = 12
+#: Attempts to fit a ceiling that an estimate of bytes or time just missed.
+_ATTEMPTS = 6
+#: Points of the frontier.
+_POINTS = 9
+
+
+@dataclass
+class OnnxSearch:
+    """One search for a mix that keeps a budget."""
+
+    subject: GraphSubject
+    budget: Budget
+    store: SensitivityStore
+    measured: Measurements
+    tick: Callable[[float], None] = lambda _: None
+    started: float = field(default_factory=time.monotonic)
+    _mix_of: dict[str, Mix] = field(default_factory=dict)
+
+    def run(self) -> Found:
+        """Find a recipe that keeps the budget.
+
+        Raises:
+            BudgetError: there is none, or too few samples show that there is one.
+            UsageError: the data gives no such metric.
+            InputError: the data does not suit the model.
+        """
+        if self.budget.judges_outputs:
+            self._require_samples()
+            recipe = self._for_outputs()
+        else:
+            recipe = self._for_room()
+        return Found(recipe, self._details(recipe), self._warnings())
+
+    @cached_property
+    def ways(self) -> Ways:
+        """What each layer can become, as it is known from before or seen now."""
+        known, own = self.store.found, self.subject.recipe
+        if not known.graph:
+            ways = self.subject.ways
+            known.graph, known.rest = dict(ways.layers), ways.rest
+            self.store.save()
+        return Ways(own, ways_to_store(own, self.budget.allow), known.graph, known.rest)
+
+    @cached_property
+    def mixes(self) -> Mixes:
+        """What is chosen of, with estimated costs."""
+        costs = layer_costs(lambda: self.subject.runs, self.ways, self.store, self._is_late, self.tick)
+        return Mixes(self.ways, self.ways.groups(costs))
+
+    def _recipe(self, mix: Mix) -> Recipe:
+        recipe = self.mixes.recipe_of(mix)
+        self._mix_of[key_of(recipe)] = mix
+        return recipe
+
+    def _is_late(self) -> bool:
+        """Whether the time for the search is over."""
+        limit = self.budget.search_seconds
+        return limit is not None and time.monotonic() - self.started > limit
+
+    # Ceilings.
+
+    def _require_samples(self) -> None:
+        """Raise BudgetError where even a model that loses nothing would not be seen to keep a limit."""
+        for limited in self.measured.best_case(self.budget):
+            if limited[2].bound > limited[1]:
+                raise too_few_samples(self.budget, limited, [])
+
+    def _fits(self, recipe: Recipe) -> bool:
+        return self.budget.max_size is None or self.measured.size(recipe) <= self.budget.max_size
+
+    def _keeps_outputs(self, recipe: Recipe) -> bool:
+        return all(drop.bound <= limit for _, limit, drop in self.measured.limits(self.budget, recipe))
+
+    def _keeps(self, recipe: Recipe) -> bool:
+        """Whether a recipe keeps the ceilings on bytes and on outputs."""
+        return self._fits(recipe) and (not self.budget.judges_outputs or self._keeps_outputs(recipe))
+
+    def _room(self) -> dict[Column, float]:
+        """What layers may take where bytes are limited, by estimate."""
+        if self.budget.max_size is None:
+            return {}
+        return {"nbytes": float(self.budget.max_size - self.ways.rest)}
+
+    # One scheme for all layers.
+
+    def _uniforms(self) -> Iterator[Recipe]:
+        """One scheme for all layers, as if it had been asked for by itself."""
+        own = self.subject.recipe.model_dump(exclude_unset=True)
+        own.pop("group_size", None)
+        for rule in ways_to_store(self.subject.recipe, self.budget.allow).values():
+            if "scheme" in dict(rule):
+                yield validate(own | dict(rule), "the search")
+
+    def _converted_uniforms(self) -> list[Recipe]:
+        """Those that can be converted, the smallest first."""
+        found: list[tuple[int, int, Recipe]] = []
+        for recipe in self._uniforms():
+            try:
+                found.append((self.measured.size(recipe), len(found), recipe))
+            except InputError:
+                # The scheme applies to nothing here, or what it makes is refused.
+                continue
+        return [recipe for _, _, recipe in sorted(found, key=lambda each: each[:2])]
+
+    # A limit on outputs: the smallest that keeps it.
+
+    def _for_outputs(self) -> Recipe:
+        """The smallest mix that keeps the limits on outputs, as sure as the samples allow."""
+        least = self.mixes.at(LEVELS - 1, {})
+        assert least is not None
+        safest, accepted = self._recipe(least), self._smallest_kept({})
+        if accepted is None and self._keeps_outputs(safest):
+            accepted = safest
+        accepted = self._smaller_uniform(accepted)
+        if accepted is None:
+            raise loses_too_much(self.budget, self.measured.limits(self.budget, safest), self._candidates())
+        if not self._fits(accepted):
+            raise too_large(self.budget, self.measured.size(accepted), self._candidates())
+        return self._fast_enough(accepted)
+
+    def _smallest_kept(self, limits: Limits) -> Recipe | None:
+        """The smallest mix within limits that keeps those on outputs: how much noise they allow is found by halves."""
+        accepted: Recipe | None = None
+        low, high = 0, LEVELS - 1
+        while low <= high and not self._is_late():
+            middle = (low + high) // 2
+            mix = self.mixes.at(middle, limits)
+            if mix is None:
+                break
+            recipe = self._recipe(mix)
+            if self._keeps_outputs(recipe):
+                accepted, high = recipe, middle - 1
+            else:
+                low = middle + 1
+        return accepted
+
+    def _smaller_uniform(self, accepted: Recipe | None) -> Recipe | None:
+        """One scheme for all layers, where that keeps the limits and is smaller than what was found."""
+        for recipe in self._converted_uniforms():
+            if accepted is not None and (self.measured.size(recipe) >= self.measured.size(accepted) or self._is_late()):
+                break
+            if self._keeps_outputs(recipe):
+                return recipe
+        return accepted
+
+    # A limit on bytes or time: the one that loses least.
+
+    def _for_room(self) -> Recipe:
+        """The mix of the least loss under a ceiling on bytes, time, or both."""
+        recipe = self._fast_enough(self._least_loss({}))
+        if self.subject.evidence is None:
+            return recipe
+        for uniform in self._converted_uniforms():
+            if not self._is_late() and self._fits(uniform) and self._loss(uniform) < self._loss(recipe):
+                recipe = uniform if self._is_fast(uniform) else recipe
+        return recipe
+
+    def _loss(self, recipe: Recipe) -> float:
+        drops = self.measured.drops(recipe)
+        return drops[KL if KL in drops else metric_of(drops, None)].mean
+
+    def _least_loss(self, limits: Limits) -> Recipe:
+        """The mix of the least noise within limits whose artifact keeps the ceiling on bytes.
+
+        Raises:
+            BudgetError: there is none.
+        """
+        room = self._room()
+        for _ in range(_ATTEMPTS):
+            recipe = self._least_noise({**limits, **room})
+            if recipe is None:
+                break
+            if self._fits(recipe):
+                return recipe
+            room["nbytes"] -= self.measured.size(recipe) - (self.budget.max_size or 0)
+        recipes = [self._recipe(self.mixes.least_bytes()), *self._converted_uniforms()]
+        least = min(recipes, key=self.measured.size)
+        if self._fits(least):
+            return least
+        raise too_large(self.budget, self.measured.size(least), self._candidates())
+
+    def _least_noise(self, limits: Limits) -> Recipe | None:
+        """Of the best mixes by estimate, and their neighbours, the one whose outputs move least."""
+        mixes = list(self.mixes.least_noise(limits, _MEASURED))
+        if not mixes:
+            return None
+        best = min(mixes, key=self._noise)
+        while len(self.mixes.groups) <= _FEW_LAYERS and not self._is_late():
+            near = min(self.mixes.neighbours(best, limits), key=self._noise, default=best)
+            if self._noise(near) >= self._noise(best):
+                break
+            best = near
+        return self._recipe(best)
+
+    def _noise(self, mix: Mix) -> float:
+        """How far the outputs move on the samples of the search; by estimate once the time is over."""
+        return self.mixes.cost(mix) if self._is_late() else self.measured.noise(self.mixes.recipe_of(mix))
+
+    # A limit on time.
+
+    def _is_fast(self, recipe: Recipe) -> bool:
+        most = self.budget.max_latency_p50
+        return most is None or self.measured.latency(recipe) <= most
+
+    def _fast_enough(self, recipe: Recipe) -> Recipe:
+        """A recipe that also keeps the ceiling on latency, as measured. Raises BudgetError where none is found."""
+        most = self.budget.max_latency_p50
+        if most is None or self._is_fast(recipe):
+            return recipe
+        fastest, latency = recipe, self.measured.latency
+        mix = self._mix_of.get(key_of(recipe))
+        work = self.ways.work if mix is None else min(self.ways.work, self.mixes.work(mix))
+        # Where not even the mix with the least work is fast enough, none is.
+        reachable = latency(self._recipe(self.mixes.least_work())) <= most
+        for _ in range(_ATTEMPTS if reachable else 0):
+            work *= 0.97 * most / max(most, latency(fastest))
+            found = self._within_work(work)
+            if found is None or self._is_late():
+                break
+            fastest = min(fastest, found, key=latency)
+            if self._is_fast(fastest):
+                return fastest
+        fastest = min([fastest, *filter(self._keeps, self._converted_uniforms())], key=latency)
+        if self._is_fast(fastest):
+            return fastest
+        raise too_slow(self.budget, latency(fastest), self._candidates())
+
+    def _within_work(self, work: float) -> Recipe | None:
+        """The recipe that is looked for among those of so much work, or None."""
+        limits: Limits = {"milliseconds": work}
+        if self.budget.judges_outputs:
+            found = self._smallest_kept({**limits, **self._room()})
+        else:
+            found = self._least_noise({**limits, **self._room()})
+        return found if found is not None and self._fits(found) else None
+
+    # What is said in the end.
+
+    def _row(self, recipe: Recipe) -> dict[str, Any]:
+        mix = self._mix_of.get(key_of(recipe))
+        if mix is not None:
+            told = {"layers": self.mixes.labels(mix), "estimate": self.mixes.cost(mix)}
+        else:
+            label = f"{recipe.scheme} group {recipe.group_size}" if recipe.group_size else str(recipe.scheme)
+            told = {"layers": {label: len(self.ways.layers)}, "estimate": self.measured.noise(recipe)}
+        return self.measured.row(recipe) | told
+
+    def _candidates(self) -> list[dict[str, Any]]:
+        """All recipes whose artifacts were measured, by size."""
+        return sorted(map(self._row, self.measured.tried.values()), key=lambda row: row["size_bytes"])
+
+    def frontier(self) -> list[dict[str, Any]]:
+        """Points from the smallest mix to the one that loses least, measured, with their latency."""
+        levels = self.mixes.levels()
+        step = max(1, (len(levels) - 1) // (_POINTS - 1))
+        found = []
+        for mix in dict.fromkeys([*levels[::step], levels[-1]]):
+            if self._is_late():
+                break
+            recipe = self._recipe(mix)
+            self.measured.drops(recipe)
+            self.measured.latency(recipe)
+            found.append(self._row(recipe))
+        return found
+
+    def _details(self, recipe: Recipe) -> dict[str, Any]:
+        evidence = self.subject.evidence
+        return {
+            "asked": self.budget.ceilings,
+            "measure": "noise by signal of the outputs",
+            "samples": {"searched": len(evidence.searched), "held_out": len(evidence.held_out)} if evidence else None,
+            "chosen": self._row(recipe),
+            "candidates": self._candidates(),
+            "frontier": self.frontier() if self.budget.pareto else None,
+            "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+            "search_seconds": round(time.monotonic() - self.started, 3),
+        }
+
+    def _warnings(self) -> tuple[str, ...]:
+        if self.subject.evidence is not None:
+            return ()
+        return ("There is no --data, so layers were chosen by how far made-up inputs move the outputs.",)
+
+
+@dataclass
+class GraphSearches:
+    """Searches on one graph, which learn from each other, and the judge of what is published."""
+
+    subject: GraphSubject
+    tick: Callable[[float], None] = lambda _: None
+    _measured: Measurements | None = None
+    _budget: Budget = field(default_factory=Budget)
+
+    def search(self, budget: Budget) -> Found:
+        """Find the mix of schemes that keeps a budget.
+
+        Raises:
+            BudgetError: nothing found keeps it; the message names the nearest that can be kept.
+            UsageError: the data gives no such metric, or the model is quantized already.
+            InputError: the model or the data is missing or unsuitable.
+        """
+        self._budget = budget
+        self._measured = self._measured or Measurements(self.subject, self._store(budget))
+        return OnnxSearch(self.subject, budget, self._measured.store, self._measured, self.tick).run()
+
+    def losses(self, artifact: Path) -> Mapping[str, tuple[float, float]]:
+        """What an artifact loses, or takes, by the option that limits it: mean and bound."""
+        budget, verdicts = self._budget, self.subject.verdicts
+        found: dict[str, tuple[float, float]] = {}
+        if budget.judges_outputs and verdicts is not None:
+            limits = limits_of(budget, verdicts.of(artifact).drops())
+            found = {option: (drop.mean, drop.bound) for option, _, drop in limits}
+        if budget.max_latency_p50 is not None:
+            found["--max-latency-p50"] = (self.subject.stopwatch.p50_ms(artifact),) * 2
+        return found
+
+    def _store(self, budget: Budget) -> SensitivityStore:
+        evidence, data = self.subject.evidence, self.subject.material.samples(self.subject.request)
+        seen = [each.sha256 for each in (data, evidence and evidence.searched.samples) if each]
+        identity = {
+            "model": self.subject.material.source.model.sha256() or "",
+            "data": _digest([*seen, evidence.held_out.samples.sha256 if evidence else ""]),
+            "schemes": _digest([list(budget.allow), self.subject.recipe.model_dump_json(exclude_unset=True)]),
+        }
+        return SensitivityStore(budget.sensitivity, identity)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

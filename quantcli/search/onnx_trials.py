@@ -1,0 +1,158 @@
+"""Artifacts that a search converts, to be measured as they would be published."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantcli.benchmarking.timing import Timing, time_interleaved
+from quantcli.conversion.onnx.evidence import Material
+from quantcli.conversion.onnx.pipeline import convert_onnx
+from quantcli.core.ports import Arrays, Port
+from quantcli.data.request import DataRequest
+from quantcli.evaluation.inputs import Inputs
+from quantcli.models.runner import OnnxRunner
+from quantcli.models.source import ModelSource
+from quantcli.onnx.graph.model import onnx_file
+from quantcli.planning.recipe import Recipe
+from quantcli.search.judge import Judged, judge
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An artifact as it would be published.
+
+    ``nbytes`` are of all of its files; ``sha256`` tells its ONNX file from others.
+    """
+
+    recipe: Recipe
+    path: Path
+    nbytes: int
+    sha256: str
+
+
+@dataclass
+class Trials:
+    """Converts one model by many recipes, into a folder of its own each.
+
+    Attributes:
+        model: as the user named it.
+        output: where the result will be; its name alone is used.
+        request: the data that conversions calibrate on.
+        material: the model opened.
+        weights: the state dict of a function's module.
+        folder: where artifacts go.
+    """
+
+    model: str
+    output: Path
+    request: DataRequest | None
+    material: Material
+    weights: Path | None
+    folder: Path
+    _made: dict[str, Trial] = field(default_factory=dict)
+
+    def of(self, recipe: Recipe) -> Trial:
+        """The artifact of a recipe. Raises InputError where it cannot be converted so."""
+        key = key_of(recipe)
+        if key not in self._made:
+            place = self.folder / key
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            target = place / self.output.name
+            convert_onnx(
+                self.model, target, recipe, self.request, self.material.stats, weights=self.weights,
+                material=self.material, allow_larger=True,
+            )  # fmt: skip
+            nbytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+            self._made[key] = Trial(recipe, target, nbytes, _sha256(onnx_file(target)))
+        return self._made[key]
+
+
+def key_of(recipe: Recipe) -> str:
+    """A recipe as a short text."""
+    return hashlib.sha256(recipe.model_dump_json(exclude_unset=True).encode()).hexdigest()[:16]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Remembered:
+    """A model whose outputs are computed once: each pass over the same samples returns what the first did."""
+
+    def __init__(self, runner: OnnxRunner) -> None:
+        self.inputs: tuple[Port, ...] = runner.inputs
+        self._runner, self._outputs = runner, list[Arrays]()
+
+    def again(self) -> Pass:
+        """Another pass, from the first sample on."""
+        return Pass(self)
+
+    def at(self, number: int, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """The outputs of a sample, in order."""
+        if number == len(self._outputs):
+            self._outputs.append(self._runner.run(feeds))
+        return self._outputs[number]
+
+
+class Pass:
+    """One pass over the samples of a `Remembered`."""
+
+    def __init__(self, remembered: Remembered) -> None:
+        self.inputs, self._remembered, self._next = remembered.inputs, remembered, 0
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """The outputs of the next sample."""
+        self._next += 1
+        return self._remembered.at(self._next - 1, feeds)
+
+
+class Verdicts:
+    """Judges artifacts beside the model, on samples that were held out."""
+
+    def __init__(self, source: ModelSource, model: Path, held_out: Inputs) -> None:
+        self.source, self.model, self.held_out = source, model, held_out
+        self._known: Remembered | None = None
+
+    def of(self, path: Path) -> Judged:
+        """What an artifact loses. Raises InputError where it does not run."""
+        return judge(self.source, self._reference(), OnnxRunner(onnx_file(path)), self.held_out)
+
+    def of_itself(self) -> Judged:
+        """What the model would lose if it were a candidate: nothing, but with the bounds that the samples allow."""
+        return judge(self.source, self._reference(), self._reference(), self.held_out)
+
+    def _reference(self) -> Pass:
+        self._known = self._known or Remembered(OnnxRunner(self.model))
+        return self._known.again()
+
+
+class Stopwatch:
+    """Times artifacts in rounds that they take in turns with the model."""
+
+    def __init__(self, model: Path, feeds: Mapping[str, np.ndarray]) -> None:
+        self.model, self.feeds = model, feeds
+
+    def of(self, artifact: Path) -> tuple[Timing, Timing]:
+        """The model's times, and the artifact's."""
+        runners = [OnnxRunner(path, shared=True) for path in (self.model, onnx_file(artifact))]
+        reference, candidate = time_interleaved([partial(_timed, runner, self.feeds) for runner in runners])
+        return reference, candidate
+
+    def p50_ms(self, artifact: Path) -> float:
+        """The time that half of an artifact's runs stay below, in ms."""
+        return self.of(artifact)[1].percentile_ms(50)
+
+
+def _timed(runner: OnnxRunner, feeds: Mapping[str, np.ndarray], number: int) -> None:
+    runner.run(feeds)

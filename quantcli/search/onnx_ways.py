@@ -1,0 +1,190 @@
+"""What can become of each layer of a graph, in how many bytes and with how much work."""
+
+from __future__ import annotations
+
+import glob
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from quantcli.core.scheme import PRESETS
+from quantcli.errors import BudgetError, InputError
+from quantcli.onnx.graph.operands import channel_axis
+from quantcli.onnx.graph.values import constant, is_standard
+from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
+from quantcli.planning.recipe import Recipe, validate
+from quantcli.planning.rules import Rules
+from quantcli.search.budget import FLOAT
+from quantcli.search.choices import Choice, Group, Mix, chosen, rules_of
+from quantcli.search.onnx_runs import GraphRuns, Rule, noise_of
+from quantcli.search.sensitivity_file import LayerFigures, WayFigures
+
+#: Sizes of groups that are tried, finest first, where the user names none.
+_GROUP_SIZES = (32, 64, 128)
+
+#: The time that a form takes by that of the float kernel, about: what decides between mixes that are alike in all
+#: else must be the same on every machine. Measured on AVX-512 with onnxruntime 1.32, see the facts in
+#: `quantcli.onnx.rewrite`.
+_WORK = {"static": 0.5, "dynamic": 0.5, "recurrent": 0.6, "nbits": 0.9, "cast": 1.05}
+
+#: A convolution whose weight is restored at every run.
+_WORK_OF_RESTORED = 1.5
+
+
+def ways_to_store(recipe: Recipe, allow: Sequence[str]) -> dict[str, Rule]:
+    """What a recipe's rule says for each way to store a layer, by what people call it, as the user ordered them."""
+    ways: dict[str, Rule] = {}
+    for name in allow:
+        if name == FLOAT:
+            ways[FLOAT] = (("skip", True),)
+        elif PRESETS[name].weights.granularity.kind == "group":
+            for size in (recipe.group_size,) if recipe.group_size else _GROUP_SIZES:
+                ways[f"{name} group {size}"] = (("scheme", name), ("group_size", size))
+        else:
+            ways[name] = (("scheme", name),)
+    return ways
+
+
+def uniform_recipe(recipe: Recipe, rule: Rule) -> Recipe:
+    """A recipe with one way to store for all layers that its own rules do not mean."""
+    own = recipe.model_dump(exclude_unset=True)
+    own.pop("group_size", None)
+    scheme = {"scheme": wish} if (wish := dict(rule).get("scheme")) else {}
+    return validate(own | scheme | {"rules": [*own.get("rules", []), {"match": "*", **dict(rule)}]}, "the search")
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The layers that a search decides on, and what each can become.
+
+    Attributes:
+        recipe: the user's, whose own rules and skips hold before all others.
+        rules: what a recipe says for each way, by its label.
+        layers: in the graph's order; nodes that read one weight are one layer. Only ways that differ are listed.
+        rest: bytes of the artifact beside the layers, about.
+    """
+
+    recipe: Recipe
+    rules: Mapping[str, Rule]
+    layers: Mapping[str, LayerFigures]
+    rest: int
+
+    @property
+    def work(self) -> float:
+        """Multiplications of one run."""
+        return sum(layer.work for layer in self.layers.values())
+
+    def groups(self, costs: Mapping[str, Mapping[str, float]]) -> list[Group]:
+        """What the solver chooses of; ``costs`` are by layer and label."""
+        found = []
+        for name, layer in self.layers.items():
+            choices = tuple(
+                Choice(label, self.rules[label], way.nbytes, costs[name][label], layer.work * way.factor)
+                for label, way in layer.ways.items()
+            )
+            found.append(Group((name,), choices))
+        return found
+
+    def recipe_of(self, groups: Sequence[Group], mix: Mix) -> Recipe:
+        """An ordinary recipe for a mix. Raises InputError where it would leave everything as it is."""
+        taken = chosen(groups, mix)
+        weights: dict[Rule, int] = defaultdict(int)
+        for group, choice in zip(groups, taken, strict=True):
+            weights[choice.rule] += sum(self.layers[name].nbytes for name in group.layers)
+        quantizing = {rule: nbytes for rule, nbytes in weights.items() if "skip" not in dict(rule)}
+        if not quantizing:
+            raise InputError("No layer is to be quantized.")
+        # The scheme of most bytes is that of the recipe; the first one where two have as many.
+        main = max(quantizing, key=lambda rule: quantizing[rule])
+        rules = [rule | {"match": [glob.escape(name) for name in rule["match"]]} for rule in rules_of(groups, mix)]
+        own = self.recipe.model_dump(exclude_unset=True)
+        own.pop("group_size", None)
+        return validate(own | dict(main) | {"rules": [*own.get("rules", []), *rules]}, "the search")
+
+
+def _multiplications(plan: NodePlan, sizes: Mapping[str, int]) -> float:
+    """Of a node in one run; those of operators without products count for nothing."""
+    if is_standard(plan.node, "Gather"):
+        return 0.0
+    outputs = sizes.get(plan.node.outputs[0].name or "", 0) / 4
+    tensor = constant(plan.weight)
+    if tensor is None or not is_standard(plan.node, "Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return float(plan.info.numel)
+    shape = tensor.shape.numpy()
+    if is_standard(plan.node, "ConvTranspose"):
+        return outputs * prod(shape[2:]) * shape[0]
+    if is_standard(plan.node, "MatMul") and plan.weight is plan.node.inputs[0]:
+        return outputs * shape[-1]
+    axis = channel_axis(plan.node) if plan.weight is plan.node.inputs[1] else len(shape) - 1
+    return outputs * plan.info.numel / max(1, shape[axis])
+
+
+def _work_factor(plan: NodePlan) -> float:
+    """The time of a layer by that of its float kernel, about."""
+    if plan.form == "nbits" and is_standard(plan.node, "Conv", "ConvTranspose"):
+        return _WORK_OF_RESTORED
+    return _WORK.get(plan.form or "", 1.0)
+
+
+def open_ways(runs: GraphRuns, recipe: Recipe, allow: Sequence[str], sizes: Mapping[str, int]) -> Ways:
+    """See what each layer of a graph can become, by carrying out each way for all of them.
+
+    Args:
+        runs: of the graph.
+        recipe: the user's; layers that its own rules mean are not decided on.
+        allow: the schemes to choose from.
+        sizes: bytes of float32 values in one run, by their names.
+
+    Raises:
+        BudgetError: no scheme applies to anything.
+    """
+    rules, whole, floats = ways_to_store(recipe, allow), Rules(recipe), runs.float_bytes()
+    layers: dict[str, LayerFigures] = {}
+    seen: dict[str, set[object]] = defaultdict(set)
+    for label, rule in rules.items():
+        if label == FLOAT:
+            continue
+        try:
+            outcomes, file = runs.carried_out(uniform_recipe(Recipe(), rule))
+        except InputError:
+            # The scheme applies to nothing here.
+            continue
+        free = [each for each in outcomes if whole.first(each.plan.name, each.plan.node.name or "") is None]
+        overhead = _overhead(outcomes, file.stat().st_size - floats)
+        for name, same in _by_weight(free).items():
+            plans, first = [each.plan for each in same], same[0]
+            work = sum(_multiplications(plan, sizes) for plan in plans)
+            layer = layers.setdefault(name, LayerFigures(nbytes=first.plan.info.nbytes, work=work, ways={}))
+            form = tuple((plan.form, plan.scheme) for plan in plans)
+            if first.plan.form and form not in seen[name]:
+                seen[name].add(form)
+                layer.ways[label] = WayFigures(
+                    nbytes=first.bytes_after + overhead,
+                    factor=_work_factor(first.plan),
+                    error=noise_of([first.sqnr_db]),
+                )
+    layers = {name: layer for name, layer in layers.items() if layer.ways}
+    if not layers:
+        raise BudgetError(
+            f"None of {', '.join(rules)} applies to a layer of {runs.model}.", "Name others with --allow."
+        )
+    for layer in layers.values() if FLOAT in rules else ():
+        layer.ways[FLOAT] = WayFigures(nbytes=layer.nbytes, factor=1.0, error=0.0)
+    return Ways(recipe, rules, layers, floats - sum(layer.nbytes for layer in layers.values()))
+
+
+def _by_weight(outcomes: Iterable[LayerOutcome]) -> dict[str, list[LayerOutcome]]:
+    found: dict[str, list[LayerOutcome]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.plan.name, []).append(outcome)
+    return found
+
+
+def _overhead(outcomes: Sequence[LayerOutcome], grown: int) -> int:
+    """Bytes of a quantized layer beside its codes and scales: nodes, names, what quantizes its input.
+
+    ``grown`` is by how much the whole file did.
+    """
+    layers = [same[0] for same in _by_weight(outcomes).values() if same[0].plan.form]
+    return round((grown - sum(each.bytes_after - each.plan.info.nbytes for each in layers)) / max(1, len(layers)))

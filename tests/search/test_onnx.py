@@ -1,0 +1,120 @@
+"""Budgets on graphs: what is found keeps them, nothing better is found by trying all, and little is done twice."""
+
+from __future__ import annotations
+
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+from support.fragile_nets import convolutions, products, samples, saved
+
+import quantcli
+from quantcli.cli.app import main
+from quantcli.search.budget import Budget
+from quantcli.search.choices import total
+from quantcli.search.onnx import GraphSearches, OnnxSearch
+from quantcli.search.onnx_measured import Measurements
+from quantcli.search.onnx_subject import GraphSubject
+from quantcli.search.sensitivity_file import SensitivityStore
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A network with a fragile layer, samples to calibrate on, and others to judge by."""
+    folder, proto = tmp_path_factory.mktemp("net"), convolutions(6, fragile=2, outlier=300.0)
+    data, held_out = samples(proto, folder / "data.npz", 16), samples(proto, folder / "held_out.npz", 320, seed=1)
+    return saved(proto, folder / "net.onnx"), data, held_out
+
+
+def subject(model: Path, folder: Path, budget: Budget, data: Path | None = None) -> GraphSubject:
+    from quantcli.data.request import DataRequest
+    from quantcli.planning.recipe import Recipe
+
+    recipe = Recipe(group_size=16)
+    request = None if data is None else DataRequest(str(data))
+    folder.mkdir(exist_ok=True)
+    return GraphSubject(
+        str(model), folder / "out.onnx", recipe, request, None, None, budget.allow, budget.eval_data, None, folder
+    )
+
+
+def test_a_limit_on_the_loss_is_kept_and_the_recipe_gives_the_same_bytes(net, tmp_path: Path) -> None:
+    model, data, held_out = net
+    output = tmp_path / "out.onnx"
+    budget = Budget(max_drop=0.01, eval_data=str(held_out), allow=("float", "int8-static"))
+    report = quantcli.convert(model, output, data=data, budget=budget)
+    assert report.passed
+    schemes = {row.name: row.scheme for row in report.layers if row.name.endswith("weight")}
+    assert "int8-static" in schemes.values()
+    chosen = report.details["budget"]["chosen"]
+    assert chosen["held_out_bound"]["argmax_agreement"] <= 0.01
+    again = tmp_path / "again.onnx"
+    quantcli.convert(model, again, data=data, recipe=tmp_path / "out.onnx.recipe.yaml")
+    assert again.read_bytes() == output.read_bytes()
+
+
+def test_a_fragile_layer_stays_as_it_is(net, tmp_path: Path) -> None:
+    model, data, held_out = net
+    budget = Budget(max_size=30_000, eval_data=str(held_out), allow=("float", "int8-static"))
+    report = quantcli.convert(model, tmp_path / "out.onnx", data=data, budget=budget)
+    schemes = {row.name: row.scheme for row in report.layers if row.name.startswith("conv") and "weight" in row.name}
+    # What reads the outliers is ruined, whatever becomes of the layer that makes them.
+    assert schemes["conv3.weight"] is None
+    assert "int8-static" in schemes.values()
+    assert (tmp_path / "out.onnx").stat().st_size <= 30_000
+    assert report.details["budget"]["chosen"]["held_out"]["argmax_agreement"] < 0.01
+
+
+def test_what_cannot_be_met_names_what_can(net, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _, _ = net
+    command = ["convert", str(model), "-o", str(tmp_path / "out.onnx"), "--max-size"]
+    assert main([*command, "5kB"]) == 1
+    assert not (tmp_path / "out.onnx").exists()
+    told = capsys.readouterr()
+    nearest = (told.out + told.err).split("--max-size ")[-1].split()[0].rstrip(".")
+    assert main([*command, nearest]) == 0
+    assert (tmp_path / "out.onnx").stat().st_size <= int(nearest)
+
+
+def test_too_few_samples_are_an_answer(net, tmp_path: Path) -> None:
+    model, data, _ = net
+    report = quantcli.convert(model, tmp_path / "out.onnx", data=data, budget=Budget(max_drop=0.01))
+    assert not report.passed
+    assert not (tmp_path / "out.onnx").exists()
+    assert "8 samples are too few" in report.warnings[0]
+    assert "About 300 samples would do" in report.warnings[0]
+
+
+def test_a_second_budget_takes_a_tenth_of_the_time(net, tmp_path: Path) -> None:
+    model, data, held_out = net
+    file, taken = tmp_path / "sensitivity.json", []
+    for number, limit in enumerate((0.01, 0.015)):
+        budget = Budget(
+            max_drop=limit, eval_data=str(held_out), sensitivity=file, allow=("float", "int8-static", "int8-dynamic")
+        )
+        started = time.monotonic()
+        GraphSearches(subject(model, tmp_path / str(number), budget, data)).search(budget)
+        taken.append(time.monotonic() - started)
+    assert taken[1] <= taken[0] / 10
+
+
+def test_nothing_better_is_found_by_trying_all(tmp_path: Path) -> None:
+    model = saved(products(4, fragile=1, outlier=30.0), tmp_path / "products.onnx")
+    budget = Budget(max_size=1, allow=("float", "int8-dynamic", "int4"))
+    one = subject(model, tmp_path, budget)
+    store = SensitivityStore(None, {})
+    search = OnnxSearch(one, budget, store, Measurements(one, store))
+    groups = search.mixes.groups
+    every = list(product(*(range(len(group.choices)) for group in groups)))[:-1]
+    assert 80 <= len(every) <= 1000
+    noise = {
+        mix: search.measured.noise(search.mixes.recipe_of(mix)) for mix in every if mix not in search.mixes.nothing
+    }
+    sizes = {mix: total(groups, mix, "nbytes") for mix in noise}
+    for share in (0.2, 0.5, 0.8):
+        limit = min(sizes.values()) + share * (max(sizes.values()) - min(sizes.values()))
+        found = search._least_noise({"nbytes": limit})
+        assert found is not None
+        best = min(value for mix, value in noise.items() if sizes[mix] <= limit)
+        assert search.measured.noise(found) == best
