@@ -45,6 +45,10 @@ class InputError(QuantcliError):
     exit_code = 3
 
 
+class NotProvenError(InputError):
+    """An artifact is written, and what was to prove that it works gave no answer: it is kept aside, to be continued."""
+
+
 class MissingExtraError(InputError):
     """A package that this work needs is not installed."""
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from quantcli.conversion.checkpoint.proof import Skipped
+
 if TYPE_CHECKING:
     from support.quantized_models import Artifacts
 
@@ -81,5 +83,5 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_runtime_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the child process in which transformers loads the artifact: it takes seconds."""
     monkeypatch.setattr(
-        "quantcli.conversion.checkpoint.transformers_check._reason_to_skip", lambda *_: "left out by a test"
+        "quantcli.conversion.checkpoint.transformers_check._reason_to_skip", lambda *_: Skipped("left out by a test")
     )

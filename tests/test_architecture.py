@@ -171,7 +171,7 @@ def test_commands_do_not_call_each_other(module: str) -> None:
         (
             "transformers",
             {"models/hugging_face.py", "models/stored_parameters.py"}
-            | {f"conversion/checkpoint/{name}.py" for name in ("transformers_check", "loader_rows", "loader_survey")},
+            | {f"conversion/checkpoint/{name}.py" for name in ("loader_load", "loader_rows", "loader_survey")},
         ),
         ("psutil", {"system/hardware.py"}),
         ("subprocess", {"system/child.py"}),

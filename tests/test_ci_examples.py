@@ -25,13 +25,14 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 
 def filled(folder: Path) -> Path:
-    """A working directory with what the examples expect."""
+    """A working directory with what the examples expect: a model that tells its classes well apart."""
     rng = np.random.default_rng(0)
     weight, bias = rng.standard_normal((64, 96)).astype(np.float32), np.zeros(96, np.float32)
     classifier(folder / "model.onnx", weight, bias)
     for name in ("calibration", "test"):
-        inputs = rng.standard_normal((200, 64)).astype(np.float32)
-        np.savez(folder / f"{name}.npz", x=inputs, labels=(inputs @ weight).argmax(1))
+        labels = rng.integers(0, 96, 200)
+        inputs = weight.T[labels] + 0.1 * rng.standard_normal((200, 64)).astype(np.float32)
+        np.savez(folder / f"{name}.npz", x=inputs.astype(np.float32), labels=labels)
     shutil.copy(CI / "Makefile", folder)
     tools = folder / "bin"
     tools.mkdir()

@@ -30,9 +30,9 @@ def reached_lists(
     counts as reached.
 
     Raises:
-        InputError: no list is reached, or two are called in turn, so that neither is a chain.
+        InputError: no list is reached, two are called in turn, so that neither is a chain, or a block is called again.
     """
-    if len(lists) == 1:
+    if len(lists) == 1 and len(lists[0].blocks) > 1:
         return list(lists), []
     calls: list[int] = []
     returned: dict[int, Any] = {}
@@ -55,6 +55,13 @@ def reached_lists(
         raise InputError(
             f"The blocks of {first} and of {second} are called in turn, and blocks are quantized from data only where "
             "each is given what the one before it returned.",
+            hint="Use an algorithm without data, such as mse.",
+        )
+    again = [lists[number].path for number in order if calls.count(number) > len(lists[number].blocks)]
+    if again:
+        raise InputError(
+            f"The blocks of {again[0]} are called more than once, as where layers share their weights, and what is "
+            "quantized from data is called once.",
             hint="Use an algorithm without data, such as mse.",
         )
     if not order:

@@ -52,7 +52,8 @@ Data = Annotated[
     _model(
         "--data",
         metavar="DATA",
-        text="Text (.txt, .jsonl, .parquet), arrays (.npz, .npy), an image folder, or package.module:function.",
+        text="Text (.txt, .jsonl, .parquet), arrays (.npz, .npy), a folder of images or sounds, a .jsonl that names "
+        "such files, or package.module:function.",
     ),
 ]
 Samples = Annotated[Optional[int], _model("--samples", metavar="N", min=1, text="Samples at the most.")]
@@ -214,7 +215,7 @@ AsJson = Annotated[bool, _reports("--json", text="Print one JSON document instea
 Markdown = Annotated[Optional[Path], _reports("--markdown", metavar="FILE", text="Also write the report as Markdown.")]
 Html = Annotated[
     Optional[Path],
-    _reports("--html", metavar="FILE", text="Also write the report as one HTML page, with the curve of training."),
+    _reports("--html", metavar="FILE", text="Also write the report as one HTML page, with plots."),
 ]
 Junit = Annotated[Optional[Path], _reports("--junit", metavar="FILE", text="Also write the gates as JUnit XML.")]
 Quiet = Annotated[bool, _reports("--quiet", "-q", text="No progress, hints or warnings on stderr.")]

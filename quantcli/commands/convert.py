@@ -200,8 +200,8 @@ def _within(
     budget = budget.checked(onnx=False, data=request is not None)
     require_other_data(recipe, budget, data=request is not None)
     source, function = _weights_of(model, weights)
-    subject = CheckpointSubject(open_checkpoint(source), function, recipe, request, output)
     given = request if uses_data(recipe) else None
+    subject = CheckpointSubject(open_checkpoint(source), function, recipe, request, output, given is not None)
 
     def convert_by(found: Recipe, place: Path, planned: bool) -> Report:
         data = None if dequantizes(found) else given
@@ -269,9 +269,9 @@ def _convert_checkpoint(
             )
             plan = work.plan
         layout = plan_layout(plan, checkpoint, output)
-        check.rehearse(plan, layout)
+        planned = check.rehearse(plan, layout)
         if dry_run:
-            return conversion_report(checkpoint, output, plan, layout, {}, None, {"dry_run": True})
+            return conversion_report(checkpoint, output, plan, layout, {}, None, {"dry_run": True, "runtime": planned})
         workers = worker_count(plan, checkpoint, threads, max_memory)
         conversion = Conversion(checkpoint, plan, layout, workers, work, progress, check)
         with open_staging(output) as staging:

@@ -102,7 +102,7 @@ def _published(
                 found.details["artifact_bytes"] = size
                 return found, report, gates
             shutil.rmtree(place)
-            stricter = _stricter(budget, stricter, size, losses)
+            stricter = _stricter(budget, stricter, found.details["chosen"]["size_bytes"], size, losses)
     except OSError as error:
         raise explain(error, output) from error
     finally:
@@ -114,11 +114,11 @@ def _published(
     )
 
 
-def _stricter(budget: Budget, last: Budget, size: int, losses: Losses) -> Budget:
-    """A budget whose limits are lower by as much as the artifact missed those that were asked for."""
+def _stricter(budget: Budget, last: Budget, planned: int, size: int, losses: Losses) -> Budget:
+    """A budget whose limits are lower by as much as the artifact missed what was planned, or asked for."""
     changed: dict[str, Any] = {}
     if budget.max_size is not None and last.max_size is not None and size > budget.max_size:
-        changed["max_size"] = last.max_size - (size - budget.max_size)
+        changed["max_size"] = budget.max_size - max(size - planned, 0)
     for option, name in (("--max-kl", "max_kl"), ("--max-drop", "max_drop"), ("--max-latency-p50", "max_latency_p50")):
         limit = getattr(budget, name)
         if limit is not None and option in losses and losses[option][1] > limit:

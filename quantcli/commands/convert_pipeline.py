@@ -140,8 +140,7 @@ def _joined(folder: Path, output: Path, reports: dict[str, Report], copied: Mapp
     after = sum(report.models[1].size_bytes or 0 for report in reports.values())
     worst = [report.models[1].metrics.get("sqnr_db_min") for report in reports.values()]
     metrics = {"size_ratio": after / before, "sqnr_db_min": min((db for db in worst if db is not None), default=None)}
-    first = next(iter(reports.values()))
-    made = first.models[1]
+    made = next(iter(reports.values())).models[1]
     kinds = " and ".join(dict.fromkeys(str(report.models[1].format) for report in reports.values()))
     rows = [
         ModelRow(str(folder), "reference", size_bytes=before),
@@ -154,7 +153,7 @@ def _joined(folder: Path, output: Path, reports: dict[str, Report], copied: Mapp
             layers.append(layer)
     warnings = [f"{name}: {warning}" for name, report in reports.items() for warning in report.warnings]
     details: dict[str, Any] = {"components": {name: report.details for name, report in reports.items()}}
-    details |= first.details | {"copied": dict(copied), "converted": _sizes(reports)}
+    details |= _totals(details["components"]) | {"copied": dict(copied), "converted": _sizes(reports)}
     return Report("convert", rows, layers, [], warnings, details)
 
 
@@ -164,4 +163,26 @@ def _sizes(reports: Mapping[str, Report]) -> dict[str, dict[str, Any]]:
     return {
         name: {"scheme": after.scheme, "bytes_before": before.size_bytes, "bytes_after": after.size_bytes}
         for name, (before, after) in models.items()
+    }
+
+
+def _totals(components: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Details of the whole pipeline, in the keys of one model's."""
+    each = list(components.values())
+    runtimes = {name: one.get("runtime") or one["verified"]["runtime"] for name, one in components.items()}
+    shares = {runtime["run"] for runtime in runtimes.values()}
+    runtime = {
+        "checked": all(runtime["checked"] for runtime in runtimes.values()),
+        "run": shares.pop() if len(shares) == 1 else "part",
+        "foreseen": all(runtime["foreseen"] for runtime in runtimes.values()),
+        "summary": "; ".join(f"{name}: {runtime['summary']}" for name, runtime in runtimes.items()),
+    }
+    if "dry_run" in each[0]:
+        return {"dry_run": True, "runtime": runtime}
+    tensors = sum(one["verified"]["tensors"] for one in each)
+    return {
+        "verified": each[0]["verified"] | {"tensors": tensors, "runtime": runtime},
+        "threads": each[0]["threads"],
+        "seconds": round(sum(one["seconds"] for one in each), 3),
+        "peak_rss_bytes": max(one["peak_rss_bytes"] for one in each),
     }

@@ -42,8 +42,8 @@ def evaluate(
             ``package.module:function``, a function that returns a torch module.
         candidates: models of any kind to compare with it.
         data: a ``.txt``, ``.jsonl`` or ``.parquet`` text, ``.npz`` or ``.npy`` arrays or a folder of them, an
-            image folder, or ``package.module:function``.
-        task: ``classification``, ``language-modeling``, ``embedding``, ``fidelity``, a user's
+            image or sound folder, a ``.jsonl`` that names such files, or ``package.module:function``.
+        task: ``classification``, ``speech-recognition``, ``language-modeling``, ``embedding``, ``fidelity``, a user's
             ``package.module:function`` (see `evaluation.tasks.custom`), or ``auto`` to tell from model and data.
         samples: how many samples at the most; they are spread evenly over the data.
         seq_len: tokens per sequence.

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import InputError, NotProvenError, UsageError
 from quantcli.system.files import explain
 
 _LOCK = "lock"
@@ -134,7 +134,9 @@ def partial_folder(target: Path) -> Path:
 
 @contextmanager
 def open_staging(target: Path) -> Iterator[Staging]:
-    """A locked staging folder. An error removes it; an interruption keeps it, to be continued.
+    """A locked staging folder. An error removes it; an interruption, or a proof without an answer, leaves it.
+
+    What is left is continued by the next run.
 
     Raises:
         InputError: the place cannot be written, the disk is full, or another process builds this output.
@@ -146,7 +148,7 @@ def open_staging(target: Path) -> Iterator[Staging]:
         with lock:
             try:
                 yield staging
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, NotProvenError):
                 staging.close()
                 raise
             except UsageError:

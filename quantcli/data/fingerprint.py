@@ -74,6 +74,11 @@ def fingerprint(samples: Iterable[Mapping[str, ArrayLike] | ArrayLike]) -> dict[
     return sketch.to_json()
 
 
+def content(array: np.ndarray) -> bytes:
+    """The bytes of an array's values; those of text are not where its objects lie."""
+    return (array.astype(str) if array.dtype.kind == "O" else array).tobytes()
+
+
 def hashes(sample: Mapping[str, ArrayLike] | ArrayLike) -> tuple[str, np.ndarray]:
     """The kind of a sample and its distinct hashes, uint64."""
     import numpy as np
@@ -117,8 +122,7 @@ def _array_hash(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     import numpy as np
 
     parts = sorted(
-        hashlib.blake2b(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).digest()
-        for array in arrays.values()
+        hashlib.blake2b(f"{array.dtype} {array.shape} ".encode() + content(array)).digest() for array in arrays.values()
     )
     digest = hashlib.blake2b(b"".join(parts), digest_size=8).digest()
     return np.frombuffer(digest, "<u8").astype(np.uint64)

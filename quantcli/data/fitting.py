@@ -106,11 +106,13 @@ def _agree(wanted: Sequence[int | str | None], shape: Sequence[int]) -> bool:
 
 
 def converts(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
-    """Whether values of one dtype mean the same in the other: floats as floats, integers as integers."""
+    """Whether values of one dtype mean the same in the other: floats as floats, integers as integers, text as text."""
 
     def kind(dtype: np.dtype[Any]) -> str:
         return "f" if dtype.name == _BFLOAT16 else dtype.kind.replace("u", "i")
 
+    if want.kind == "O":
+        return have.kind in "OSU"
     return have == want or (kind(have) == kind(want) and kind(have) in "fi")
 
 
@@ -120,6 +122,8 @@ def converted(array: np.ndarray, port: Port, where: str) -> np.ndarray:
 
     if array.dtype == port.dtype:
         return np.array(array, order="C")
+    if port.dtype.kind == "O":
+        return (np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array).astype(object)
     with np.errstate(over="ignore"):
         found = np.array(array, port.dtype, order="C")
     if port.dtype.kind in "iu":

@@ -28,6 +28,10 @@ _LOOKUPS = {
     "EmbedLayerNormalization": ((0, 2), (1, 4)),
 }
 
+#: What integers and truth values are. All ones are what a text without padding has, and let a model do all of its
+#: work; where a one means padding, zeros do. Neither tells one branch, or one masked value, from another: mixed do.
+FILLS = ("ones", "zeros", "mixed")
+
 #: What floats are drawn from. Logarithms and roots have no value below zero, others none beyond one or below it.
 SPREADS = ("normal", "below one", "above one")
 
@@ -40,7 +44,7 @@ def made_up_feeds(
     *,
     side: int = DEFAULT_SIDE,
     tables: Mapping[str, int] | None = None,
-    mixed: bool = False,
+    fill: str = "ones",
     spread: str = "normal",
 ) -> Arrays:
     """Inputs of ``size`` samples: normal floats from a seed, ones for integers (ids, masks) and truth values.
@@ -56,8 +60,7 @@ def made_up_feeds(
         seed: what is drawn by it.
         side: pixels of a side.
         tables: entries of the table that an input is looked up in, by its name.
-        mixed: zeros and ones in place of ones. All ones are what a text without padding has, and let a model do all
-            of its work; but they do not tell one branch, or one masked value, from another.
+        fill: one of `FILLS`, for integers that are no indices, and truth values.
         spread: one of `SPREADS`.
 
     Raises:
@@ -82,7 +85,8 @@ def made_up_feeds(
         elif port.dtype.kind in "iu" and most is not None:
             found[port.name] = generator.integers(0, max(most, 1), shape).astype(port.dtype)
         elif port.dtype.kind in "iub":
-            found[port.name] = (generator.integers(0, 2, shape) if mixed else np.ones(shape)).astype(port.dtype)
+            filled = generator.integers(0, 2, shape) if fill == "mixed" else np.full(shape, fill == "ones")
+            found[port.name] = filled.astype(port.dtype)
         else:
             found[port.name] = _floats(generator, shape, spread).astype(port.dtype)
         if "seq(" in port.kind:

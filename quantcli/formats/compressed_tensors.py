@@ -32,6 +32,16 @@ ROLES = {
     "experts": "compressed-tensors cannot carry fused 3-D expert weights",
 }
 
+#: A group of no layers. transformers takes all experts of a model for packed, unless the group whose pattern names
+#: experts is of 8-bit floats: of those it leaves weights that have no scale as they are.
+_EXPERTS_LEFT = {
+    "targets": ["re:none of the experts$"],
+    "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False},
+    "input_activations": None,
+    "output_activations": None,
+    "format": "float-quantized",
+}
+
 #: Parts of a ``quantization_config`` that change what codes mean, or that quantize more than weights and inputs.
 _NOT_READ = ("transform_config", "sparsity_config", "kv_cache_scheme")
 
@@ -291,6 +301,11 @@ def _layout_name(scheme: Scheme) -> str:
 
 def _regexes(names: Iterable[str], everything: Iterable[str]) -> list[str]:
     return [f"re:{pattern}$" for pattern in module_patterns(names, everything)]
+
+
+def with_experts_left(section: dict[str, Any]) -> dict[str, Any]:
+    """A ``quantization_config`` of a model none of whose experts, which the file holds one by one, is quantized."""
+    return section | {"config_groups": {"experts_left": _EXPERTS_LEFT} | section["config_groups"]}
 
 
 def config(schemes: Mapping[str, Scheme], left: Iterable[str], dtype: str) -> dict[str, Any]:

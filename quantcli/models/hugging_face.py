@@ -131,20 +131,20 @@ def build_model(path: Path) -> nn.Module:
             model = named._from_config(config, dtype=torch.float32)
         else:
             model = transformers.AutoModel.from_config(config, dtype=torch.float32)
-        _disable_caches(model.config)
+        disable_caches(model.config)
         return model  # type: ignore[no-any-return]
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         reason = first_line(error)
         raise InputError(f"transformers {transformers.__version__} cannot build {path}: {reason}") from error
 
 
-def _disable_caches(config: Any) -> None:
+def disable_caches(config: Any) -> None:
     """Turn off key-value caches of a configuration and of all that are nested in it, where each part looks."""
     if hasattr(config, "use_cache"):
         config.use_cache = False
     for name in getattr(config, "sub_configs", None) or {}:
         if (nested := getattr(config, name, None)) is not None:
-            _disable_caches(nested)
+            disable_caches(nested)
 
 
 def named_class(config: Mapping[str, Any]) -> Any:

@@ -54,7 +54,7 @@ def _loaded(loader: Any, folder: Path, what: str, purpose: str) -> Any:
         reason = " ".join(str(error).split()[:20])
         raise InputError(
             f"The {what} of {folder} needs a library that is not installed: {reason}.",
-            "pip install torchvision" if "torchvision" in str(error).lower() else None,
+            "pip install torchvision" if "torchvision" in str(error).lower() else 'pip install "quantcli[data]"',
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} has no usable {what}: {first_line(error)}") from error

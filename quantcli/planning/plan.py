@@ -31,7 +31,12 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
     several = len(set(schemes.values())) > 1
     distinct = set() if several else set(not_matched(quantized, left, [*schemes, *left]))
     schemes |= {name: scheme for name, scheme in quantized.items() if name not in schemes and name not in distinct}
-    return formats.quantized_format(plan.format).config(schemes, left, plan.dtype)
+    section = formats.quantized_format(plan.format).config(schemes, left, plan.dtype)
+    experts = [layer for layer in plan.layers if layer.role == "expert"]
+    if experts and not any(layer.has_codes for layer in experts) and plan.recipe.runtime[0] in (None, "transformers"):
+        with_experts_left = getattr(formats.output_format(plan.format), "with_experts_left", None)
+        return with_experts_left(section) if with_experts_left else section
+    return section
 
 
 _LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "router", "expert")
@@ -47,6 +52,7 @@ class Loader:
     - ``unpacked``: weights whose codes it takes only under the weight's own name.
     - ``weights_only``: weights that it runs only with inputs as they are.
     - ``wide``: tensors that it keeps in float32 whatever the model's dtype is.
+    - ``runs_narrow``: whether its class runs in the dtype that float32 is cast to by default.
     """
 
     name: str = ""
@@ -56,6 +62,7 @@ class Loader:
     unpacked: frozenset[str] = frozenset()
     weights_only: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
+    runs_narrow: bool = True
 
 
 @dataclass(frozen=True)

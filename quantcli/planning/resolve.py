@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from math import gcd
 from typing import Any
 
 from quantcli import algorithms, formats
@@ -129,7 +131,7 @@ class _Resolver:
         if wish == "auto":
             # A cast takes every tensor itself; what it leaves was to be skipped.
             wide = self.majority in ("F32", "F64")
-            return "BF16" if wide and not self.scheme.weights.is_cast else None
+            return "BF16" if wide and self.loader.runs_narrow and not self.scheme.weights.is_cast else None
         return None if wish == "keep" else DTYPE_OF_NUMBER[wish]
 
     def plan(self) -> Plan:
@@ -247,21 +249,18 @@ class _Resolver:
         kind, default = scheme.weights.granularity.kind, scheme.weights.granularity.size
         if default is not None:
             size = wanted or default
-            if columns % size:
+            together = self._columns_of_experts if role == "expert" and not wanted else columns
+            if columns % size or (together % size and self._fitting(scheme, together)):
                 if wanted or (spelled_out and kind == "group"):
                     self.bad_groups.setdefault(size, []).append(module_of(info.name))
                     return self._leave(info, role, "group size does not divide")
-                fitting = [
-                    n
-                    for n in FALLBACK_GROUP_SIZES
-                    if columns % n == 0 and self.format.supports(scheme.with_group_size(n)) is None
-                ]
+                fitting = self._fitting(scheme, together) or self._fitting(scheme, columns)
                 if not fitting:
                     return self._leave(
                         info, role, f"no {kind} size of {', '.join(map(str, FALLBACK_GROUP_SIZES))} divides {columns}"
                     )
                 size = fitting[0]
-                note = f"{kind} {size}: {default} does not divide {columns}"
+                note = f"{kind} {size}: {default} does not divide {columns if columns % default else 'all experts'}"
             scheme = scheme.with_group_size(size)
         elif wanted and not self.recipe.rules:
             raise no_groups(label, scheme)
@@ -287,6 +286,16 @@ class _Resolver:
         algorithm = self._algorithm(scheme, rule.algorithm if rule else None)
         return replace(plan, scheme=scheme, algorithm=algorithm, note=note, by_rows=form.STORAGE.by_rows)
 
+    def _fitting(self, scheme: Scheme, columns: int) -> list[int]:
+        """Sizes of groups that divide so many columns, the largest first."""
+        sizes = (size for size in FALLBACK_GROUP_SIZES if columns % size == 0)
+        return [size for size in sizes if self.format.supports(scheme.with_group_size(size)) is None]
+
+    @cached_property
+    def _columns_of_experts(self) -> int:
+        """What divides the columns of all experts that are stored one by one: runtimes unpack them with one size."""
+        return gcd(*(info.columns for info in self.infos if self.roles[info.name] == "expert"))
+
     def _algorithm(self, scheme: Scheme, wish: str | None) -> str:
         """What chooses a layer's codes."""
         if wish in (None, "auto"):
@@ -310,6 +319,8 @@ class _Resolver:
                 f"{unpacked} layers are stored with unpacked codes, since {self.loader.name} reads their weights; vLLM "
                 "and SGLang want packed ones (--target vllm)."
             )
+        if self.recipe.rest == "auto" and not self.loader.runs_narrow:
+            warnings.append(f"What is not quantized keeps its dtype: {self.loader.name} does not run in bfloat16.")
         left = Counter(self.loader.leave.get(layer.info.name) for layer in layers if layer.role in LAYER_ROLES)
         warnings += [f"{count} weights are left: {reason}." for reason, count in left.most_common(4) if reason]
         sizes = Counter(layer.note for layer in layers if layer.note)

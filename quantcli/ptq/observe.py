@@ -59,7 +59,7 @@ def observe(
                     # One of the two is given more than the other (DeBERTa: positions, too): it counts for itself.
                     apart.add(error.name)
                     gathering = _Gathering(frozenset(needs), linears, apart)
-            if not gathering.needs and len(gathering.tokens) == len(linears):
+            if not gathering.needs and gathering.every_layer_saw_a_token:
                 break  # all that was asked for is whether every layer sees a token
     return gathering.results(linears)
 
@@ -138,6 +138,11 @@ class _Gathering:
         elif self.latest[owner]() is not inputs:
             raise _NotSharedError(owner, name)
 
+    @property
+    def every_layer_saw_a_token(self) -> bool:
+        """Whether there is something to say of every layer."""
+        return len(self.tokens) == len(self.linears) and all(sums.tokens for sums in self.sums.values())
+
     def require_shared(self) -> None:
         """Raise where one of two layers that share their input was given more."""
         for name, owner in self.owners.items():
@@ -160,10 +165,12 @@ class _Sums:
         self.sample, self.keys, self.share = torch.empty(0), torch.empty(0), 1.0
 
     def add(self, inputs: Tensor) -> None:
-        """Take in ``[..., columns]``."""
+        """Take in ``[..., columns]``; rows of zeros say nothing, as of tokens that a router sends elsewhere."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if not self.updates:
             self._allocate(rows)
+        told = rows.any(1)
+        rows = rows if bool(told.all()) else rows[told]
         for chunk in torch.split(rows, _CHUNK_TOKENS):
             if "gram" in self.needs:
                 add_hessian(self.gram, chunk)

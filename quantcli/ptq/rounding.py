@@ -47,7 +47,7 @@ def round_block(
     dtype = torch_dtype(plan.scale_dtype)
     weights = {name: _weight(block, name) for name in layers}
     by_algorithm: dict[str, dict[str, LayerPlan]] = {}
-    notes = _tokens_of_experts(stats)
+    notes = _tokens_of_experts({name: stats[name] for name, layer in layers.items() if layer.role == "expert"})
     for name, layer in layers.items():
         # An expert, say, that no token was sent to.
         unseen = not needs_no_data(layer.algorithm) and not stats[name].tokens

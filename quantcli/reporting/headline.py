@@ -12,6 +12,9 @@ from quantcli.system.text import format_bytes
 #: A name, a figure, and what is to be said of it.
 Fact = tuple[str, str, str]
 
+#: How much of an artifact transformers ran.
+_RUN = {"all": "by transformers", "part": "in part", "none": "not run"}
+
 
 def headline(report: Report) -> list[Fact]:
     """The figures that tell most of a report."""
@@ -56,6 +59,8 @@ def _convert(report: Report) -> Iterator[Fact]:
         yield "Proven", kernels, f"in the graph as {runtime['runtime']} optimizes it"
     elif "verified" in report.details:
         yield "Verified", counted_text(report.details["verified"]["tensors"], "tensor"), "decoded, all codes equal"
+        if "run" in runtime:
+            yield "Run", _RUN[runtime["run"]], runtime.get("reason", "layer by layer, as the codes say")
     if report.details.get("dry_run"):
         yield "Dry run", "nothing written", ""
 

@@ -25,13 +25,18 @@ from quantcli.search.trials import CheckpointTrials
 
 @dataclass
 class CheckpointSubject:
-    """What is converted. ``function`` is ``package.module:function`` where that makes the checkpoint's module."""
+    """What is converted.
+
+    ``function`` is ``package.module:function`` where that makes the checkpoint's module; ``calibrated``: codes will be
+    fitted to the data of the request.
+    """
 
     checkpoint: Checkpoint
     function: str | None
     recipe: Recipe
     request: DataRequest | None
     output: Path
+    calibrated: bool = False
     _trials: CheckpointTrials | None = None
     _budget: Budget = field(default_factory=Budget)
 
@@ -46,7 +51,7 @@ class CheckpointSubject:
         if self._trials is None:
             self._trials = CheckpointTrials(
                 self.source, self.checkpoint, self.recipe, budget, self.request, self._loader(budget), self.output,
-                self._open_module, seed=self.request.seed if self.request else 0,
+                self._open_module, self.calibrated, seed=self.request.seed if self.request else 0,
             )  # fmt: skip
         return self._trials
 

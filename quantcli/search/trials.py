@@ -58,6 +58,7 @@ class CheckpointTrials:
     loader: Loader
     output: Path
     open_module: Callable[[], SequentialModel]
+    calibrated: bool = False
     tick: Callable[[float], None] = lambda _: None
     seed: int = 0
     seen: dict[Mix, None] = field(default_factory=dict)
@@ -72,7 +73,7 @@ class CheckpointTrials:
     @cached_property
     def ways(self) -> Ways:
         """What can be chosen."""
-        return Ways(self.checkpoint, self.recipe, self.budget.allow, self.loader, self.output)
+        return Ways(self.checkpoint, self.recipe, self.budget.allow, self.loader, self.output, self.calibrated)
 
     @cached_property
     def evidence(self) -> Evidence | None:

@@ -31,6 +31,8 @@ GROUP_SIZES = (32, 64, 128)
 _WRITTEN = (MANIFEST, "config.json")
 #: What the manifest says of verification, and notes on layers, in bytes at the most.
 _VERIFIED_BYTES, _NOTE_BYTES = 1200, 40
+#: What it says of calibration data, with hashes of its n-grams.
+_SKETCH_BYTES = 512 * 8 * 4 // 3 + 1000
 _SKIP = (("skip", True),)
 #: Roles of layers that are chosen for; routers and tied heads stay.
 _CHOSEN = tuple(role for role in LAYER_ROLES if role not in ("router", "tied head"))
@@ -49,7 +51,8 @@ class Way:
 class Ways:
     """What can be chosen for a checkpoint.
 
-    ``output`` is where the artifact goes, whose name decides whether it is a folder; ``allow`` are schemes.
+    ``output`` is where the artifact goes, whose name decides whether it is a folder; ``allow`` are schemes;
+    ``calibrated``: codes are fitted to data, of which the manifest holds a sketch.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +60,7 @@ class Ways:
     allow: Sequence[str]
     loader: Loader
     output: Path
+    calibrated: bool = False
     plans: dict[tuple[str, str], LayerPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -220,10 +224,17 @@ class Ways:
         copied = sum((folder / path).stat().st_size for path in beside if path.as_posix() not in _WRITTEN)
         config = json.dumps(layout.config(plan, self.checkpoint.config), indent=2, ensure_ascii=False)
         index = len(layout.shards) > 1 and sum(len(name) + 60 for name in layout.specs) + 200
-        return layout.nbytes + copied + len(config.encode()) + 1 + index + _manifest_bytes(plan)
+        return (
+            layout.nbytes
+            + copied
+            + len(config.encode())
+            + 1
+            + index
+            + _manifest_bytes(plan, calibrated=self.calibrated)
+        )
 
 
-def _manifest_bytes(plan: Plan) -> int:
+def _manifest_bytes(plan: Plan, *, calibrated: bool) -> int:
     """What the manifest will take, at the most."""
     layers = {
         layer.info.name: ManifestLayer(scheme=str(layer.scheme), algorithm=layer.algorithm, sqnr_db=-999.9999)
@@ -247,7 +258,7 @@ def _manifest_bytes(plan: Plan) -> int:
         for layer in plan.layers
         if layer.has_codes
     )
-    return len(text.encode()) + notes + _VERIFIED_BYTES
+    return len(text.encode()) + notes + _VERIFIED_BYTES + calibrated * _SKETCH_BYTES
 
 
 def _nbytes(layout: Layout, name: str) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,8 @@ from typing import Any
 
 #: The child imports what this process would, and nothing from the current folder.
 _CODE = "import sys; sys.path[:] = {path!r}; from quantcli.system.child import main; main(*sys.argv[1:])"
+#: SIGKILL, which not every system names.
+_KILL = 9
 _QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 
 
@@ -25,6 +29,31 @@ class ChildFailedError(Exception):
     def __init__(self, status: int | None, last_line: str) -> None:
         super().__init__(f"status {status}: {last_line}")
         self.status, self.last_line = status, last_line
+
+    @property
+    def of_memory(self) -> bool:
+        """Whether it took more memory than there is: by its own words, or killed, as systems do then."""
+        return self.status == -_KILL or (self.status is not None and is_out_of_memory(self.last_line))
+
+    @property
+    def end(self) -> str:
+        """How it ended, in words."""
+        if self.status is None or self.status >= 0:
+            return self.last_line
+        if self.status == -_KILL:
+            return "it was killed, as systems do where memory is short"
+        return f"it crashed ({signal.Signals(-self.status).name})"
+
+
+def is_out_of_memory(message: str) -> bool:
+    """Whether an error of Python, torch or safetensors says that memory was not to be had."""
+    return bool(re.search(r"MemoryError|[Cc]an(no|')t allocate memory|not enough memory|bad_alloc", message))
+
+
+def raise_if_out_of_memory(error: BaseException) -> None:
+    """Raise MemoryError in place of an error that means it, which libraries raise as many others."""
+    if isinstance(error, MemoryError) or is_out_of_memory(str(error)):
+        raise MemoryError(str(error).partition("\n")[0]) from error
 
 
 class Child:

@@ -91,3 +91,21 @@ def test_lists_whose_blocks_are_called_in_turn_are_none(tmp_path: Path) -> None:
     skeleton = Skeleton(module.to("meta"), open_checkpoint(tmp_path / "model.safetensors"))
     with pytest.raises(InputError, match=r"mouth\.layers and of eyes\.layers are called in turn"):
         reached_lists(skeleton, LISTS, {"text": torch.ones(2, 3, 4)})
+
+
+class Shared(nn.Module):
+    """One block for two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block()])
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.layers[0](self.layers[0](text))
+
+
+def test_a_block_that_is_called_again_is_told_before_work(tmp_path: Path) -> None:
+    save_file(Shared().state_dict(), tmp_path / "model.safetensors")
+    skeleton = Skeleton(Shared().to("meta"), open_checkpoint(tmp_path / "model.safetensors"))
+    with pytest.raises(InputError, match="blocks of layers are called more than once"):
+        reached_lists(skeleton, [BlockList("layers", ("layers.0",))], {"text": torch.ones(2, 3, 4)})

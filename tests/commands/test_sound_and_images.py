@@ -80,7 +80,7 @@ def test_an_encoder_decoder_says_what_it_hears(tmp_path: Path, sounds: Path) -> 
     assert report.models[0].metrics["wer"] == pytest.approx(jiwer.wer(said, heard))
 
 
-@pytest.mark.usefixtures("no_runtime_check")
+@pytest.mark.slow  # transformers is asked which layers it can run as codes, in a process of its own
 def test_a_model_of_letters_is_calibrated_and_judged_on_sounds(
     tmp_path: Path, sounds: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,7 +105,7 @@ def test_a_missing_package_of_word_errors_is_named(
         evaluate(folder, data=sounds)
 
 
-@pytest.mark.usefixtures("no_runtime_check")
+@pytest.mark.slow  # transformers is asked which layers it can run as codes, in a process of its own
 @pytest.mark.parametrize("name", ["llava", "idefics3", "paligemma"])
 def test_a_model_that_sees_is_calibrated_and_judged_on_images_with_text(
     name: str, tmp_path: Path, captions: Path

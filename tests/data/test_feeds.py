@@ -142,3 +142,31 @@ def test_what_fits_in_no_way_is_listed(tmp_path: Path) -> None:
     data = folder(tmp_path / "d", {"p0": array(3, 5), "p1": array(6, 5)})
     with pytest.raises(InputError, match="p0: float32 3 x 4 is expected, got float32 3 x 5"):
         sample_shapes(data, ports((3, 4), (6, 5)))
+
+
+def test_text_is_fed_to_inputs_of_strings(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("Identity", ["words"], ["same"]),
+    ]  # fmt: skip
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16]),
+         helper.make_tensor_value_info("words", TensorProto.STRING, ["n", 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None),
+         helper.make_tensor_value_info("same", TensorProto.STRING, None)],
+        [numpy_helper.from_array(array(16, 96), "w")],
+    )  # fmt: skip
+    model, data = tmp_path / "m.onnx", tmp_path / "d.npz"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), model)
+    words = np.array([["a", "bcd"], ["é", ""]])
+    hashes = set()
+    for stored in (words, np.char.encode(words, "utf-8")):
+        np.savez(data, x=array(2, 16), words=stored)
+        samples = load_samples(DataRequest(str(data)), Session(model).inputs, folder=None)
+        assert [sample.inputs["words"].tolist() for sample in samples] == [[["a", "bcd"]], [["é", ""]]]
+        hashes |= {samples.sha256}
+    assert len(hashes) == 1
+    report = quantcli.convert(model, tmp_path / "o.onnx", scheme="int8-static", data=data)
+    assert report.details["outputs"]["equal"] == 1.0
+    assert quantcli.evaluate(model, [tmp_path / "o.onnx"], data=data).models[1].metrics["sqnr_db"] > 20

@@ -205,3 +205,19 @@ def test_where_nothing_is_asked_for_one_call_tells_that_every_layer_sees_tokens(
     stats = observe(block, given, linears, ())
     assert len(list(given)) == 4 - runs
     assert [bool(stats[name].tokens) for name in linears] == [name != "never" for name in linears]
+
+
+def test_tokens_that_are_all_zeros_do_not_count() -> None:
+    """Llama 4 gives every expert all tokens, those times zero that the router sends elsewhere."""
+    block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    hidden = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    hidden[:, 2:] = 0
+    needs = {"gram", "absmax", "mean_abs", "sample"}
+    seen = observe(block, [Call(hidden), Call(torch.zeros(1, 3, 4))], ["0"], needs)["0"]
+    routed = observe(block, [Call(hidden[:, :2])], ["0"], needs)["0"]
+    assert seen.tokens == routed.tokens == 2
+    for name in needs:
+        torch.testing.assert_close(getattr(seen, name), getattr(routed, name))
+    assert observe(block, [Call(torch.zeros(1, 3, 4))], ["0"], needs)["0"].tokens == 0
+    # Where nothing else is asked for, a later call may bring the first token.
+    assert observe(block, [Call(torch.zeros(1, 3, 4)), Call(hidden)], ["0"], set())["0"].tokens == 2

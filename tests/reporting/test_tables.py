@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from quantcli.reporting.headline import headline
 from quantcli.reporting.metric_labels import decibel_text, metric_label, metric_text
 from quantcli.reporting.report import GateRow, LayerRow, ModelRow, Report, Table
 from quantcli.reporting.tables.bench import bench_tables
@@ -198,16 +199,14 @@ def test_convert_shows_what_was_verified() -> None:
     assert shown["Speed"] == "about 2.5 times the model's, on these samples"
 
 
-@pytest.mark.parametrize(
-    ("runtime", "text"),
-    [
-        ({"checked": True, "transformers": "5.23", "class": "Llama"}, "transformers 5.23 finds every weight of Llama"),
-        ({"checked": False, "reason": "no config.json"}, "not checked: no config.json"),
-    ],
-)
-def test_convert_says_what_the_runtime_said(runtime: dict[str, Any], text: str) -> None:
-    report = converted(seconds=1.0, peak_rss_bytes=1, verified={"tensors": 1, "runtime": runtime})
-    assert facts(convert_tables(report)[-1])["Runtime"] == text
+@pytest.mark.parametrize("details", ["verified", "planned"])
+def test_convert_says_in_a_sentence_what_transformers_ran(details: str) -> None:
+    runtime = {"checked": False, "run": "none", "reason": "too large", "summary": "not run: too large"}
+    report = converted(dry_run=True, runtime=runtime)
+    if details == "verified":
+        report = converted(seconds=1.0, peak_rss_bytes=1, verified={"tensors": 1, "runtime": runtime})
+        assert ("Run", "not run", "too large") in headline(report)
+    assert facts(convert_tables(report)[-1])["Runtime"] == "not run: too large"
 
 
 def evaluated() -> Report:

@@ -265,3 +265,11 @@ def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(
     with pytest.raises(InputError, match="holds the model in float32"):
         within(model, tmp_path / "out", data, Budget(max_size=62_000))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_planned_holds_for_a_calibrated_artifact(model: Path, data: Path, tmp_path: Path) -> None:
+    report = convert(model, tmp_path / "out", data=data, budget=Budget(max_size=66_000), verify="codes")
+    planned = report.details["budget"]["chosen"]["size_bytes"]
+    assert report.models[1].details["algorithm"] == "gptq"
+    # A manifest holds numbers of unknown length.
+    assert total_bytes(tmp_path / "out") <= planned <= total_bytes(tmp_path / "out") + 3_000

@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Any
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.quantized import QuantizedCheckpoint, open_quantized
+from quantcli.conversion.checkpoint.loader_load import Blocks, load
 from quantcli.conversion.checkpoint.made_up_inputs import candidates
-from quantcli.conversion.checkpoint.transformers_check import load
+from quantcli.conversion.checkpoint.writer import ranges
 from quantcli.core.scheme import INPUT_SCALE
+from quantcli.models.hugging_face import disable_caches
+from quantcli.system.child import raise_if_out_of_memory
 from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-#: Rows of a layer's inputs that are compared.
-_ROWS = 64
+#: Rows of a layer's inputs that are compared, and rows of random signs that tell how large rounding errors may be.
+_ROWS, _SIGNS = 8, 4
+#: Values of a weight that are decoded at a time: as float32 they fill a cache.
+_DECODED = 1 << 18
 #: What rounding to a compute dtype may change, in units of its own rounding error: weights, products and sums.
 _ROUNDINGS = 4
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -31,44 +37,51 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 def prove(request: dict[str, Any]) -> dict[str, Any]:
     """Load, run, compare.
 
-    ``request``: ``artifact``, ``original``, ``threads``, and by the file's name the tensor that the library makes of a
-    quantized weight (``loaded``), or that it becomes a part of (``joined``).
+    ``request``: ``artifact``, ``original``, ``threads``, ``keep`` (see `loader_load.load`; empty for the whole model),
+    and by the file's name the tensor that the library makes of a quantized weight (``loaded``), or that it becomes a
+    part of (``joined``).
+
+    Raises:
+        MemoryError: the model does not fit.
     """
     import torch
 
     torch.set_num_threads(max(1, request["threads"]))
-    model, answer = load(request["artifact"], request["original"], None)
+    original, keep = request["original"], request["keep"]
+    model, answer = load(request["artifact"], original, None, keep=keep)
     if model is None or answer.get("problems"):
         return answer
+    disable_caches(model.config)
     quantized = open_quantized(open_checkpoint(Path(request["artifact"])))
     comparison = _Comparison(model.eval(), quantized, request["loaded"], request["joined"])
+    del model
     with torch.no_grad():
         comparison.run()
-        if comparison.error and (reason := _why_it_should_run(comparison, request["original"])):
-            broken = f" in {comparison.broken}" if comparison.broken else ""
-            comparison.problems.insert(0, f"it does not run{broken} ({comparison.error}), {reason}")
-        elif not comparison.problems:
+        if not comparison.problems:
             comparison.call_others()
             comparison.compare_joined()
-    reached, called, joined = comparison.counts
-    ran: dict[str, Any] = {"by_forward": reached, "by_themselves": called, "joined": joined}
-    if comparison.error:
-        ran["forward"] = f"no forward pass with made-up inputs, of the original either: {comparison.error}"
-    return answer | {"ran": ran, "problems": comparison.problems}
+        ran, problems, error = comparison.counts(), comparison.problems, comparison.error
+        if error:
+            broken, dtype = comparison.broken, comparison.model.dtype
+            # The original takes the place of the artifact in memory.
+            del comparison
+            gc.collect()
+            reason = _why_it_should_run(dtype, original, keep)
+            if reason:
+                problems.insert(0, f"it does not run{f' in {broken}' if broken else ''} ({error}), {reason}")
+            ran["forward"] = f"no forward pass with made-up inputs, of the original either: {error}"
+    return answer | {"ran": ran, "problems": problems}
 
 
-def _why_it_should_run(comparison: _Comparison, original: str) -> str | None:
+def _why_it_should_run(dtype: torch.dtype, original: str, keep: Blocks) -> str | None:
     """What of the original runs on inputs that the artifact does not run on; None where nothing does."""
-    dtype = comparison.model.dtype
-    comparison.model = None
-    gc.collect()
-    model, _ = load(original, original, None)
+    model, _ = load(original, original, None, keep=keep)
     if model is None or not _runs(model):
         return None
     if model.dtype != dtype:
         del model
         gc.collect()
-        model, _ = load(original, original, None, dtype)
+        model, _ = load(original, original, None, dtype, keep)
     runs = model is not None and _runs(model)
     return _AS_ORIGINAL if runs else _WIDE.format(str(dtype).removeprefix("torch."))
 
@@ -78,10 +91,12 @@ _WIDE = "and neither does the original in {}: --rest keep leaves what is not qua
 
 
 def _runs(model: Any) -> bool:
+    disable_caches(model.config)
     for inputs in candidates(model):
         try:
             model(**inputs)
-        except Exception:
+        except Exception as error:
+            raise_if_out_of_memory(error)
             continue
         return True
     return False
@@ -107,10 +122,9 @@ class _Comparison:
         self._seen: set[str] = set()
         self._reached = self._called = self._sliced = 0
 
-    @property
-    def counts(self) -> tuple[int, int, int]:
+    def counts(self) -> dict[str, Any]:
         """Layers compared: reached by the forward pass, called by themselves, and joined with others."""
-        return self._reached, self._called, self._sliced
+        return {"by_forward": self._reached, "by_themselves": self._called, "joined": self._sliced}
 
     def run(self) -> None:
         """One forward pass on the first inputs that the model takes, with every quantized layer compared."""
@@ -126,6 +140,7 @@ class _Comparison:
             try:
                 self.model(**inputs)
             except Exception as error:
+                raise_if_out_of_memory(error)
                 self.error = self.error or f"{type(error).__name__}: {first_line(error)}"
                 self.broken = self.broken or next(iter(reversed(begun)), None)
                 continue
@@ -158,6 +173,7 @@ class _Comparison:
             try:
                 self._compare(name, given, module(given))
             except Exception as error:
+                raise_if_out_of_memory(error)
                 self.problems.append(f"{name} does not run: {type(error).__name__}: {first_line(error)}")
             self._called += 1
 
@@ -189,13 +205,25 @@ class _Comparison:
         values = self.values.read_rows(info, 0, info.rows)
         return values.T if self.quantized.weights[name].transposed else values
 
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        """Inputs ``[rows, columns]`` times the decoded weight, of which only a few rows at a time are held."""
+        import torch
+
+        info, transposed = self.infos[name], self.quantized.weights[name].transposed
+        parts = []
+        for start, stop in ranges(info.rows, info.columns, _DECODED, 1):
+            values = self.values.read_rows(info, start, stop)
+            parts.append(x[:, start:stop] @ values if transposed else x @ values.T)
+        return torch.stack(parts).sum(0) if transposed else torch.cat(parts, 1)
+
     def _compare(self, name: str, given: Tensor, output: Tensor) -> None:
         """Hold one layer's output against the product of its input and the decoded weight."""
         import torch
 
-        weight, scheme = self._decoded(name), self.quantized.weights[name].scheme
-        x = given.detach().reshape(-1, given.shape[-1])[:_ROWS].float()
-        y = output.detach().reshape(-1, output.shape[-1])[:_ROWS].float()
+        scheme = self.quantized.weights[name].scheme
+        x, y = (each.detach().reshape(-1, each.shape[-1]) for each in (given, output))
+        step = max(1, len(x) // _ROWS)
+        x, y = x[::step][:_ROWS].float(), y[::step][:_ROWS].float()
         bias = getattr(self.layers[name], "bias", None)
         steps = torch.zeros(len(x), 1)
         if scheme.inputs is not None and scheme.inputs.dynamic:
@@ -204,17 +232,26 @@ class _Comparison:
             scale = self.quantized.checkpoint.load(f"{name.removesuffix('weight')}{INPUT_SCALE}").float().reshape(())
             steps = steps + scale
             x = x.clamp(-128 * scale, 127 * scale)
-        expected = x @ weight.T
+        # Rounding errors are random: they add up like the squares of the products do, which is what random signs give.
+        signs = torch.randint(2, (_SIGNS, x.shape[1]), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+        rows = torch.cat([x, signs * x.square().mean(0).sqrt(), signs])
+        multiplied = self._product(name, rows)
+        expected, products, sums = multiplied[: len(x)], multiplied[len(x) : -_SIGNS], multiplied[-_SIGNS:]
         if bias is not None:
             expected = expected + bias.detach().float()
-        # Rounding errors are random: they add up like the squares of the products do.
-        size = (x.square() @ weight.square().T).sqrt() + expected.abs()
         epsilon = max(torch.finfo(output.dtype).eps, torch.finfo(given.dtype).eps, 1e-5)
-        allowed = _ROUNDINGS * epsilon * size + steps * weight.square().sum(1).sqrt()
-        error = float((y - expected).square().mean().sqrt())
-        limit = float(allowed.square().mean().sqrt())
+        if scheme.weights.dtype == "nf4":
+            # On processors that have it, bitsandbytes multiplies in bfloat16, whatever the inputs are.
+            epsilon = max(epsilon, torch.finfo(torch.bfloat16).eps)
+        error, size = float(_rms(y - expected)), float(_rms(expected))
+        limit = _ROUNDINGS * epsilon * (float(_rms(products)) + size) + float(_rms(steps) * _rms(sums))
         if not error <= limit and bool(torch.isfinite(expected).all()):
             self.problems.append(
-                f"{name} computes something else than its codes say (error {error:.3g} of "
-                f"{float(expected.square().mean().sqrt()):.3g}, {limit:.3g} allowed)"
+                f"{name} computes something else than its codes say (error {error:.3g} of {size:.3g}, {limit:.3g} "
+                "allowed)"
             )
+
+
+def _rms(values: Tensor) -> Tensor:
+    """Root of the mean square."""
+    return values.square().mean().sqrt()

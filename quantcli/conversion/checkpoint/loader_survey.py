@@ -83,11 +83,31 @@ class _Survey:
             "unpacked": self.unpacked,
             "weights_only": self.weights_only,
             "wide": self._wide(),
+            "runs_narrow": self._runs_narrow(),
             "split": self._split(),
             "rearranged": rearranged(self.model, self.request["tensors"]),
             "loaded": {name: loaded for name, loaded in self.loaded.items() if name in self.coded},
             "joined": {name: place for name, place in self.joined.items() if name in self.coded},
+            **self._blocks(),
         }
+
+    def _blocks(self) -> dict[str, Any]:
+        """Lists of blocks that are in no other list, with the keys in each, and where in them tensors are."""
+        from torch import nn
+
+        lists: dict[str, list[str]] = {}
+        for name, module in self.modules.items():
+            inner = any(name.startswith(f"{outer}.") for outer in lists)
+            if isinstance(module, nn.ModuleList) and len(module) > 1 and not inner:
+                lists[name] = list(module._modules)
+        places = {}
+        for name, loaded in {**self.joined, **self.loaded}.items():
+            for path in lists:
+                if loaded.startswith(f"{path}."):
+                    key, _, leaf = loaded[len(path) + 1 :].partition(".")
+                    places[name] = (path, key, leaf)
+        filled = {path for path, _, _ in places.values()}
+        return {"lists": {path: keys for path, keys in lists.items() if path in filled}, "places": places}
 
     def _names(self) -> tuple[dict[str, str], dict[str, str], list[str]]:
         """By the file's name, the loaded one; likewise of what becomes a part of another; what has no use."""
@@ -189,6 +209,14 @@ class _Survey:
             if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and f"{name}.weight" not in filled
         ]
 
+    def _runs_narrow(self) -> bool:
+        """Whether the class runs in the result's dtype, as far as the meta device tells, or not in float32 either."""
+        if self.request["dtype"] == "float32" or not _mixes_dtypes(self.model):
+            return True
+        wide = build(self.request["folder"], "float32")
+        use_layers_for_experts(wide, self.request["format"])
+        return _mixes_dtypes(wide)
+
     def _wide(self) -> list[str]:
         """Tensors that the class keeps in float32 whatever the dtype of the rest."""
         import torch
@@ -280,6 +308,35 @@ class _Survey:
         for name in read:
             if name not in called:
                 self.leave[name] = f"{self.name} of transformers reads its weight without calling the layer"
+
+
+def _mixes_dtypes(model: Any) -> bool:
+    """Whether a forward pass fails on the meta device because of dtypes."""
+    import torch
+    from torch import nn
+
+    def compare(norm: Any, given: Any) -> None:
+        # The one operation whose dtypes the processor's kernel looks at, and the meta device's does not.
+        if norm.weight is not None and given[0].dtype == torch.float32 != norm.weight.dtype:
+            raise TypeError("a float32 input and a weight of another dtype")
+
+    norms = (module for module in model.modules() if isinstance(module, nn.LayerNorm))
+    hooks = [norm.register_forward_pre_hook(compare) for norm in norms]
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            for inputs in candidates(model, "meta"):
+                try:
+                    model(**inputs)
+                except Exception as error:
+                    # What fails for another reason, such as values that this device has none of, tells nothing.
+                    if re.search(r"dtype|scalar type", str(error)):
+                        return True
+                    continue
+                return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return False
 
 
 class _watched:

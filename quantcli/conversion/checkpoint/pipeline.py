@@ -71,7 +71,7 @@ class Conversion:
         workers: int,
         work: Work | None,
         progress: Progress | None,
-        check: RuntimeCheck | None = None,
+        check: RuntimeCheck,
     ) -> None:
         self._check = check
         self.checkpoint, self.plan, self.layout = checkpoint, plan, layout
@@ -116,8 +116,7 @@ class Conversion:
         for destination in output.destinations.values():
             destination.file.close()
         verified = self._verify(staging.out / (self.layout.single_file or ""))
-        nothing = {"checked": False, "reason": "a bare file has no runtime of its own"}
-        verified["runtime"] = self._check.result(staging.out) if self._check else nothing
+        verified["runtime"] = self._check.result(staging.out)
         manifest = self._manifest(verified)
         self.layout.write_manifest(staging.out, manifest)
         history = self.work.history if self.work else None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.conversion.checkpoint.layout import Layout, plan_layout
+from quantcli.conversion.checkpoint.proof import warning
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.resolve import resolve
@@ -50,6 +51,9 @@ def conversion_report(
     notes = Counter(result.rounding.note for result in results.values() if result.rounding.note)
     odd = [f"{count} layer{'s' * (count > 1)}: {note}." for note, count in notes.most_common(3)]
     warnings = [*checkpoint.warnings, *plan.warnings, *odd, *details.get("training", {}).get("warnings", [])]
+    runtime = details["runtime"] if "runtime" in details else details["verified"]["runtime"]
+    unproven = warning(runtime)
+    warnings += [unproven] if unproven else []
     return Report("convert", [source, artifact], rows, [], warnings, details)
 
 

@@ -1,38 +1,39 @@
 """transformers, asked what it makes of an artifact: before work, of its plan, and after it, of the artifact itself.
 
 It is asked in a process apart, on the meta device first, where neither time nor memory depends on the model's size.
-`loader_survey.py` learns how the library names and uses layers; `load_names` lets it load headers without values;
-`loader_run.py` loads the artifact, runs it and compares its layers with our own decoding.
+`loader_survey.py` learns how the library names and uses layers; `loader_load.py` lets it load headers without values;
+`loader_run.py` loads the artifact, runs it and compares its layers with our own decoding. `proof.py` says what of that
+was done.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import signal
 import tempfile
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
-from quantcli.checkpoint.hugging_face import load_json
-from quantcli.checkpoint.quantized import section_of
+from quantcli.checkpoint.hugging_face import is_diffusers
 from quantcli.checkpoint.rearranged import RearrangedCheckpoint
 from quantcli.checkpoint.split_experts import SplitExperts
 from quantcli.conversion.checkpoint.layout import Layout
+from quantcli.conversion.checkpoint.loader_memory import Blocks
+from quantcli.conversion.checkpoint.proof import Scope, Skipped, choose_scope, described
 from quantcli.core.dtypes import TORCH_NAMES
-from quantcli.errors import InputError
+from quantcli.errors import InputError, NotProvenError
 from quantcli.planning.plan import Loader, Plan
 from quantcli.planning.rules import Rules
+from quantcli.planning.targets.transformers import mixtures
 from quantcli.system.child import ChildFailedError, Service
-from quantcli.system.hardware import free_memory_bytes
 from quantcli.system.parallel import usable_cores
-from quantcli.system.text import first_line, format_bytes
 
 TIMEOUT_SECONDS = 900
+#: Bytes a second of an artifact that is run, at the least.
+_SLOWEST = 5 << 20
 #: Packages that transformers needs to load a format.
 _NEEDS = {
     "compressed-tensors": "compressed_tensors",
@@ -40,7 +41,8 @@ _NEEDS = {
     "gptq": "gptqmodel",
     "awq": "gptqmodel",
 }
-_KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+#: The C library of Linux keeps what is freed, for the next layer: else the system clears every page of it anew.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 _HERE = "quantcli.conversion.checkpoint"
 
 
@@ -48,21 +50,20 @@ class RuntimeCheck:
     """transformers under way in a process of its own, from before the work until after it.
 
     ``verify``: ``run``, ``codes`` (names and shapes only), or None: run it where it fits into half of the memory that
-    is free, and into ``limit``.
+    is free, and into ``limit``; where it does not, a few of its blocks.
     """
 
     def __init__(self, plan: Plan, checkpoint: Checkpoint, verify: str | None = None, limit: int | None = None) -> None:
-        bare = "a bare file has no runtime of its own"
-        self._skipped = _reason_to_skip(plan, checkpoint) if checkpoint.folder else bare
+        self._skipped = _reason_to_skip(plan, checkpoint)
         self._checkpoint, self._verify, self._limit = checkpoint, verify, limit
         self._answers: dict[str, Any] = {}
         self._rehearsed: dict[str, Any] = {}
-        self._not_run: str | None = None
+        self._scope = Scope()
         self._other = "int8" if plan.format == "bitsandbytes" else "nf4"
         # Where the child imports what it needs, this process goes on.
-        self._service = None if self._skipped else Service({"OMP_NUM_THREADS": str(usable_cores())})
+        self._service = None if self._skipped else _service()
         if self._service:
-            self._service.start(f"{_HERE}.loader_survey:survey", self._survey_request(plan))
+            self._start("loader_survey:survey", self._survey_request(plan))
 
     def __enter__(self) -> RuntimeCheck:
         """Nothing more: it has begun."""
@@ -79,7 +80,7 @@ class RuntimeCheck:
         Its experts are one by one where it fuses them and the library runs codes only so, and what the library joins or
         splits by rows is joined or split, unless ``rules`` name it.
         """
-        answer = self._result()
+        answer = self._result("its names were asked for")
         if made := _free(answer.get("rearranged", {}), self._checkpoint, rules):
             self._checkpoint = RearrangedCheckpoint(self._checkpoint, made)
             name, how = next(iter(made.items()))
@@ -96,12 +97,16 @@ class RuntimeCheck:
         self._start("loader_survey:survey", self._survey_request(plan))
 
     def survey(self) -> Loader:
-        """What the library makes of names and layers; nothing where it is not asked, or has no such model."""
-        answer = self._result()
+        """What the library makes of names and layers; nothing where it is not asked, or has no such model.
+
+        Raises:
+            InputError: it ends without an answer.
+        """
+        answer = self._result("its names were asked for")
         if not answer:
             return Loader()
         if "error" in answer:
-            self._skip(f"transformers does not make the original: {answer['error']}")
+            self._skipped = Skipped(f"transformers does not make the original: {answer['error']}", foreseen=False)
             return Loader()
         self._answers = answer
         return Loader(
@@ -112,68 +117,94 @@ class RuntimeCheck:
             frozenset(answer["unpacked"]),
             frozenset(answer["weights_only"]),
             frozenset(answer["wide"]),
+            answer["runs_narrow"],
         )
 
-    def rehearse(self, plan: Plan, layout: Layout) -> None:
+    def rehearse(self, plan: Plan, layout: Layout) -> dict[str, Any]:
         """Let the library load an artifact of the plan's names and shapes, without values.
 
+        Returns:
+            What will be run of it, in the keys of `result`.
+
         Raises:
-            InputError: it would miss or misread weights.
+            InputError: it would miss or misread weights, or ends without an answer.
         """
-        self._not_run = self._reason_not_to_run(plan, layout)
-        if self._skipped or _needs_values(plan):
-            return
-        with tempfile.TemporaryDirectory(prefix="quantcli-") as place:
-            # Files full of holes: headers, and room that takes no space.
-            for destination in layout.create_files(Path(place)).values():
-                destination.file.close()
-            config = layout.config(plan, self._checkpoint.config)
-            (Path(place) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            self._start("transformers_check:load_names", {"artifact": place, "original": str(self._checkpoint.folder)})
-            self._rehearsed = self._result()
-        self._refuse(self._rehearsed.pop("problems", []))
+        if not self._skipped:
+            blocks = Blocks(plan, layout, self._answers["lists"], self._answers["places"])
+            self._scope = choose_scope(blocks, self._verify, self._limit)
+            self._refuse([refusal.reason for refusal in mixtures(plan)])
+        if not self._skipped and not _needs_values(plan):
+            with tempfile.TemporaryDirectory(prefix="quantcli-") as place:
+                # Files full of holes: headers, and room that takes no space.
+                for destination in layout.create_files(Path(place)).values():
+                    destination.file.close()
+                config = layout.config(plan, self._checkpoint.config)
+                (Path(place) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+                self._start("loader_load:load_names", {"artifact": place, "original": str(self._checkpoint.folder)})
+                self._rehearsed = self._result("names and shapes were loaded")
+            self._refuse(self._rehearsed.pop("problems", []))
+        return described(self._rehearsed, self._scope, self._skipped, planned=True)
 
     def result(self, artifact: Path) -> dict[str, Any]:
-        """What the library says of the artifact that was written, for the manifest.
+        """What the library says of the artifact that was written, for the manifest; see `described`.
 
         Raises:
-            InputError: it would miss or misread weights, or compute something else than their codes say.
+            InputError: it would miss or misread weights, compute something else than their codes say, or ends without
+                an answer.
         """
-        if not self._skipped and self._not_run is None:
-            request = {"artifact": str(artifact), "original": str(self._checkpoint.folder), "threads": usable_cores()}
-            request |= {"loaded": self._answers.get("loaded", {}), "joined": self._answers.get("joined", {})}
-            self._start("loader_run:prove", request)
-            answer = self._result(running=True)
-            self._refuse(answer.pop("problems", []))
-            self._rehearsed |= answer
-        if self._skipped or not self._rehearsed:
-            return {"checked": False, "reason": self._skipped or self._not_run}
-        return self._rehearsed | ({"not_run": self._not_run} if self._not_run else {})
+        while self._scope.run and not self._skipped:
+            try:
+                self._prove(artifact)
+                break
+            except ChildFailedError as error:
+                smaller = self._scope.smaller if error.of_memory else None
+                if smaller is None:
+                    raise _not_proven(error) from error
+                self._scope = smaller
+                self._begin_anew()
+        return described(self._rehearsed, self._scope, self._skipped)
+
+    def _begin_anew(self) -> None:
+        assert self._service is not None
+        self._service.stop()
+        self._service = _service()
+
+    def _prove(self, artifact: Path) -> None:
+        request = {"artifact": str(artifact), "original": str(self._checkpoint.folder), "threads": usable_cores()}
+        request |= {"loaded": self._answers.get("loaded", {}), "joined": self._answers.get("joined", {})}
+        self._start("loader_run:prove", request | {"keep": self._scope.keep})
+        assert self._service is not None
+        answer = self._checked(self._service.result(_seconds(artifact)))
+        self._refuse(answer.pop("problems", []))
+        self._rehearsed |= answer
 
     def _start(self, function: str, request: dict[str, Any]) -> None:
         assert self._service is not None
         self._service.start(f"{_HERE}.{function}", request)
 
-    def _result(self, *, running: bool = False) -> dict[str, Any]:
-        """The answer to the last request; empty where there is none, and then nothing more is asked."""
+    def _result(self, doing: str) -> dict[str, Any]:
+        """The answer to the last request; empty where the library is not asked, and then nothing more is.
+
+        Raises:
+            InputError: it ends without one.
+        """
         if self._skipped or self._service is None:
             return {}
         try:
             answer = self._service.result(TIMEOUT_SECONDS)
         except ChildFailedError as error:
-            if running and error.status is not None and error.status < 0 and error.status != -signal.SIGKILL:
-                name = signal.Signals(-error.status).name
-                self._refuse([f"it crashes as a forward pass is computed ({name})"])
-            took = f"transformers took over {TIMEOUT_SECONDS} s"
-            self._skip(took if error.status is None else f"the check ended with status {error.status}")
-            return {}
+            reason = f"transformers gave no answer as {doing}: {error.end}"
+            if self._verify == "codes":
+                self._skipped = Skipped(reason, foreseen=False)
+                return {}
+            raise InputError(f"{reason}.", "--verify codes goes on without its word.") from error
+        return self._checked(answer)
+
+    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
         if not answer.get("checked", True):
-            self._skip(str(answer["reason"]))
+            self._skipped = Skipped(str(answer["reason"]), foreseen=False)
             return {}
         return answer
-
-    def _skip(self, reason: str) -> None:
-        self._skipped, self._rehearsed = reason, {}
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
@@ -202,21 +233,22 @@ class RuntimeCheck:
             "dtype": TORCH_NAMES[plan.dtype],
         }
 
-    def _reason_not_to_run(self, plan: Plan, layout: Layout) -> str | None:
-        """Why the artifact is not run, or None; empty where no layer has codes, and nothing is to be proven by that."""
-        if not any(layer.has_codes for layer in plan.layers):
-            return ""
-        if self._verify == "codes":
-            return "--verify codes"
-        # Codes are unpacked as the first input comes, and a layer is decoded in float32 beside that.
-        size = {"F32": 4, "F64": 8}.get(plan.dtype, 2)
-        values = sum(layer.info.numel for layer in plan.layers) * size
-        needed = layout.nbytes + (0 if plan.format == "bitsandbytes" else values)
-        needed += 12 * max((prod(layer.matrix_shape) for layer in plan.layers if layer.has_codes), default=0)
-        limit = min(free_memory_bytes() // 2, self._limit or needed)
-        if self._verify is None and needed > limit:
-            return f"loaded, it takes {format_bytes(needed)}, and half of the free memory is {format_bytes(limit)}"
-        return None
+
+def _service() -> Service:
+    return Service({"OMP_NUM_THREADS": str(usable_cores()), **_KEEP_MEMORY})
+
+
+def _not_proven(error: ChildFailedError) -> NotProvenError:
+    way = "--verify codes compares codes, names and shapes alone, and goes on with what is written already."
+    if error.of_memory:
+        way = f"Free memory and run the same command again, which goes on where it stopped; or {way}"
+    return NotProvenError(f"transformers gave no answer as it loaded and ran the artifact: {error.end}.", way)
+
+
+def _seconds(artifact: Path) -> float:
+    """Time that a run may take."""
+    size = sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
+    return TIMEOUT_SECONDS + size / _SLOWEST
 
 
 def _free(made: Mapping[str, Mapping[str, Any]], checkpoint: Checkpoint, rules: Rules) -> dict[str, Mapping[str, Any]]:
@@ -239,64 +271,20 @@ def _needs_values(plan: Plan) -> bool:
     )
 
 
-def _reason_to_skip(plan: Plan, checkpoint: Checkpoint) -> str | None:
+def _reason_to_skip(plan: Plan, checkpoint: Checkpoint) -> Skipped | None:
+    if checkpoint.folder is None:
+        return Skipped("a bare file has no runtime of its own")
     if not any(layer.has_codes for layer in plan.layers) and not isinstance(checkpoint, DecodedCheckpoint):
-        return "names and shapes are those of the original"
+        return Skipped("names and shapes are those of the original, and no layer has codes")
     if plan.recipe.runtime[0] not in (None, "transformers"):
-        return f"the target is {plan.recipe.target}"
-    if "model_type" not in (checkpoint.config or {}):
-        return "config.json names no model type"
+        return Skipped(f"the target is {plan.recipe.target}, which is not run here")
+    if checkpoint.config is None:
+        return Skipped("a folder without config.json has no runtime of its own")
+    if is_diffusers(checkpoint.config):
+        return Skipped("it is a model of diffusers, which is not run here", foreseen=False)
+    if "model_type" not in checkpoint.config:
+        return Skipped("config.json names no model type", foreseen=False)
     for package in filter(None, ("transformers", _NEEDS.get(plan.format))):
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed"
+            return Skipped(f"{package} is not installed", foreseen=False)
     return None
-
-
-def load_names(request: dict[str, str]) -> dict[str, Any]:
-    """In the child: load headers on the meta device, and where that is not clean those of the original too."""
-    _, answer = load(request["artifact"], request["original"], "meta")
-    return answer
-
-
-def load(artifact: str, original: str, device: str | None, dtype: Any = None) -> tuple[Any, dict[str, Any]]:
-    """In the child: the loaded artifact, and what transformers found wrong with it that is right in the original."""
-    import transformers
-
-    answer: dict[str, Any] = {"checked": True, "transformers": transformers.__version__}
-    problems: list[str] = []
-    model, after = None, None
-    try:
-        model, after = _loading_info(artifact, device, dtype)
-        answer["class"] = type(model).__name__
-    except Exception as error:
-        problems = [first_line(error)]
-    if after is None or any(after[kind] for kind in _KINDS):
-        try:
-            _, before = _loading_info(original, "meta")
-        except Exception as error:
-            if problems and section_of(load_json(Path(original) / "config.json")):
-                # The original is quantized in a way that this installation does not load: that excuses nothing.
-                return None, answer | {"problems": problems}
-            reason = f"transformers {transformers.__version__} does not load the original: {first_line(error)}"
-            return None, {"checked": False, "reason": reason}
-        for kind in _KINDS:
-            new = sorted(after[kind] - before[kind]) if after else []
-            problems += [f"{kind.replace('_', ' ')}: {', '.join(new[:3])}"] if new else []
-    return model, answer | {"problems": problems}
-
-
-def _loading_info(folder: str, device: str | None, dtype: Any = None) -> tuple[Any, dict[str, Any]]:
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    loader = named or transformers.AutoModel
-    options = {"device_map": device} if device else {}
-    options |= {"dtype": dtype} if dtype else {}
-    model, info = loader.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
-    return model, {kind: {_name(entry) for entry in info.get(kind, ())} for kind in _KINDS}
-
-
-def _name(entry: Any) -> str:
-    """A key, or the name in front of two shapes that do not fit."""
-    return entry if isinstance(entry, str) else str(entry[0])

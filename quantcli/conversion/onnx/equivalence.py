@@ -49,11 +49,13 @@ def simplified(model: OnnxModel, data: Data = no_data, *, fold: bool = True) -> 
     """A model's graph as `prepare` makes it, without the steps that change what it computes.
 
     Raises:
-        InputError: the graph is inconsistent, or the runtime does not load it.
+        InputError: the graph is inconsistent, the runtime does not load it, or there is nothing to run it on.
     """
     graph = prepare(model, fold=fold)
     reference = _Reference.of(model.path, model.ir, data)
-    if isinstance(reference, NoFeeds) or reference.is_met_by(graph):
+    if isinstance(reference, NoFeeds):
+        raise reference.refusal()
+    if reference.is_met_by(graph):
         return graph
     plain = prepare(model, fold=fold, without=STEPS)
     if not reference.is_met_by(plain):
@@ -121,12 +123,12 @@ class _Reference:
         try:
             session = _session(graph) if path is None else session_of(path, optimize=False)
         except InputError as error:
-            if path is not None:
-                for value in (value for each in graph.graphs() for value in each.initializers.values()):
-                    array(value)
-                # Nothing that is made of it would run, unless the runtime's own rewriting removes what it lacks.
-                session_of(path)
-            return NoFeeds(error.message)
+            if path is None:
+                return NoFeeds(error.message)
+            for value in (value for each in graph.graphs() for value in each.initializers.values()):
+                array(value)
+            # The runtime's own rewriting may remove what it lacks.
+            session = session_of(path)
         feeds = made_up(session, graph, mixed=True)
         if isinstance(feeds, NoFeeds):
             samples = data()

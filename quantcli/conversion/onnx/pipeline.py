@@ -277,10 +277,7 @@ def _outputs(source: Source, honest: Honest, samples: Samples | None, folder: Pa
     reference = session_of(model, name=source.subject.path)
     feeds = made_up(reference, honest.graph)
     if isinstance(feeds, NoFeeds):
-        raise InputError(
-            f"Nothing shows what the artifact of {source.subject.path} computes: {feeds.reason}",
-            "Give --data with inputs that the model runs on. Nothing was written.",
-        )
+        raise feeds.refusal()
     return OutputComparison(reference, feeds, folder, made_up=True, loose=loose)
 
 

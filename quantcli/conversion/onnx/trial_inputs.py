@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from quantcli.core.ports import Arrays, Port, dtype_family
-from quantcli.data.made_up import SPREADS, made_up_feeds, table_sizes
+from quantcli.data.made_up import FILLS, SPREADS, made_up_feeds, table_sizes
 from quantcli.data.samples import Samples, batches
 from quantcli.errors import InputError
 from quantcli.models.session import Session
@@ -35,6 +37,13 @@ class NoFeeds:
 
     reason: str
 
+    def refusal(self) -> InputError:
+        """What a conversion ends with that nothing could prove."""
+        return InputError(
+            f"Nothing would show what the artifact computes: {self.reason}",
+            "Give --data with inputs that the model runs on.",
+        )
+
 
 def of_samples(samples: Samples, most: int) -> Feeds:
     """The first samples, as many at a time as the model takes."""
@@ -59,16 +68,17 @@ def made_up(reference: Session, graph: ir.Model, *, mixed: bool = False) -> Feed
         mixed: whether zeros and ones at random are to follow integers and truth values that are all ones.
     """
     reasons = []
-    for maker in _makers(reference.inputs, table_sizes(graph)):
-        for spread in SPREADS:
+    for maker in _makers(_ports(reference, graph), table_sizes(graph)):
+        for fill, spread in product(FILLS[:2] if _has_integers(maker.ports) else FILLS[:1], SPREADS):
+            make = partial(maker.feeds, spread=spread)
             try:
-                first = maker.feeds(spread)
+                first = make(fill=fill)
                 outputs = reference.run(first)
             except InputError as error:
                 reasons.append(f"on made-up inputs, {error.message[0].lower()}{error.message[1:]}")
                 break
             if has_numbers(outputs):
-                return _with_others(reference, maker, spread, first, mixed=mixed)
+                return _with_others(reference, maker, make, fill, first, mixed=mixed)
         else:
             return NoFeeds("it returns no finite number for made-up inputs.")
     return NoFeeds(reasons[0])
@@ -111,12 +121,18 @@ class _Maker:
     length: int
     side: int
 
-    def feeds(self, spread: str, more: int = 0, *, mixed: bool = False) -> Arrays:
+    def feeds(self, *, spread: str, fill: str, more: int = 0) -> Arrays:
         """Inputs of so many samples more."""
         samples = self.samples + more
         return made_up_feeds(
-            self.ports, samples, self.length, samples, side=self.side, tables=self.tables, mixed=mixed, spread=spread
+            self.ports, samples, self.length, samples, side=self.side, tables=self.tables, fill=fill, spread=spread
         )
+
+
+def _ports(reference: Session, graph: ir.Model) -> list[Port]:
+    """A model's inputs; the runtime tells one of any number of dimensions no otherwise than a scalar."""
+    unknown = {value.name for value in graph.graph.inputs if value.shape is None}
+    return [replace(port, shape=None) if port.name in unknown else port for port in reference.inputs]
 
 
 def _makers(ports: Sequence[Port], tables: Mapping[str, int]) -> Iterator[_Maker]:
@@ -126,24 +142,31 @@ def _makers(ports: Sequence[Port], tables: Mapping[str, int]) -> Iterator[_Maker
         known = [port if port.shape is not None else replace(port, shape=(None,) * rank) for port in ports]
         for samples, length, side in _SIZES:
             maker = _Maker(known, tables, samples, length, side)
-            shapes = _shapes(maker.feeds(SPREADS[0]))
+            shapes = _shapes(maker.feeds(spread=SPREADS[0], fill=FILLS[0]))
             if shapes not in seen:
                 seen.append(shapes)
                 yield maker
 
 
-def _with_others(reference: Session, maker: _Maker, spread: str, first: Arrays, *, mixed: bool) -> Feeds:
+def _with_others(
+    reference: Session, maker: _Maker, make: Callable[..., Arrays], fill: str, first: Arrays, *, mixed: bool
+) -> Feeds:
     """Feeds that a model runs on, and others that are made likewise as far as it runs on them."""
     found = [(first, maker.samples)]
-    more = maker.feeds(spread, 1)
+    more = make(fill=fill, more=1)
     if _shapes(more) != _shapes(first) and _runs(reference, more):
         found.append((more, maker.samples + 1))
-    if mixed and any(port.dtype.kind in "iub" for port in maker.ports):
+    if mixed and _has_integers(maker.ports):
         samples = found[-1][1]
-        unlike = maker.feeds(spread, samples - maker.samples, mixed=True)
+        unlike = make(fill="mixed", more=samples - maker.samples)
         if _runs(reference, unlike):
             found.append((unlike, samples))
     return lambda: found
+
+
+def _has_integers(ports: Sequence[Port]) -> bool:
+    """Whether any input is of integers or truth values."""
+    return any(port.dtype.kind in "iub" for port in ports)
 
 
 def _shapes(feeds: Arrays) -> list[list[tuple[int, ...]]]:

@@ -94,7 +94,8 @@ class _Opened:
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise InputError(f"{where} has different numbers of samples: {listed}.", "The first axis counts samples.")
-        self.count = next(iter(counts.values()))
+        # What a model without inputs is fed is nothing, once.
+        self.count = next(iter(counts.values()), 1)
         self.labels = None
         if file.labels is not None:
             self.labels = labels_of(file.labels.reshape(-1) if self.count == 1 else file.labels, self.count, where)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from quantcli.core.ports import Port
+from quantcli.data.fingerprint import content
 from quantcli.data.fitting import Layout
 from quantcli.data.text_files import spread
 from quantcli.errors import InputError
@@ -74,7 +75,7 @@ def hash_samples(samples: Iterable[Sample]) -> str:
         for name in sorted(sample.inputs):
             array = sample.inputs[name]
             digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-            digest.update(array.tobytes())
+            digest.update(content(array))
         digest.update(f"{sample.label}\n".encode())
     return digest.hexdigest()
 

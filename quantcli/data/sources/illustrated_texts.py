@@ -109,7 +109,7 @@ class IllustratedTexts:
         """The text with the processor's own word for an image: by its chat template, else plainly."""
         if getattr(self._processor, "chat_template", None):
             turns = [turn | {"content": _parts(turn["content"])} for turn in record.turns]
-            return processors_text(self._processor, turns, record.where)
+            return _written(self._processor, turns, record.where)
         text = "\n".join(turn["content"] for turn in record.turns)
         return text.replace(MARK, str(getattr(self._processor, "image_token", "<image>")))
 
@@ -128,7 +128,7 @@ class IllustratedTexts:
         return {name: value[:, : self._longest] if name in tokens else value for name, value in made.items()}
 
 
-def processors_text(processor: Any, turns: Sequence[dict[str, Any]], where: str) -> str:
+def _written(processor: Any, turns: Sequence[dict[str, Any]], where: str) -> str:
     """A chat as its processor's template writes it. Raises InputError."""
     from jinja2.exceptions import TemplateError
 

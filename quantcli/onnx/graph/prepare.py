@@ -17,6 +17,7 @@ from quantcli.onnx.graph.fold import fold_affine
 from quantcli.onnx.graph.model import OnnxModel
 from quantcli.onnx.graph.operands import is_matrix_transpose
 from quantcli.onnx.graph.products import plain_products
+from quantcli.onnx.graph.regroup import regroup_constants
 from quantcli.onnx.graph.simplify import drop_identities, fold_constants, infer_shapes, lift_constants
 from quantcli.onnx.graph.values import (
     add_initializer,
@@ -41,8 +42,8 @@ _STUMBLES = (ValueError, RuntimeError, KeyError, TypeError, IndexError, Attribut
 #: The steps by which a graph is simplified, in turn; each keeps its function, and all can do without each other.
 STEPS = (
     "inline functions", "lift constants", "drop identities", "look through casts", "fold constants",
-    "lift folded constants", "infer shapes", "write products plainly", "join products with biases", "turn weights",
-    "fold affine nodes", "pool in place of means",
+    "lift folded constants", "infer shapes", "regroup constants", "write products plainly", "join products with biases",
+    "turn weights", "fold affine nodes", "pool in place of means",
 )  # fmt: skip
 
 
@@ -86,7 +87,8 @@ def _functions() -> tuple[Callable[[ir.Model], object], ...]:
 
     return (
         common.InlinePass(), lift_constants, drop_identities, look_through_casts, fold_constants, lift_constants,
-        infer_shapes, plain_products, _products_with_bias, _turn_weights, fold_affine, _pool_instead_of_mean,
+        infer_shapes, regroup_constants, plain_products, _products_with_bias, _turn_weights, fold_affine,
+        _pool_instead_of_mean,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ _FOLDED_ELEMENTS = 1 << 24
 
 #: A folded constant may have this many elements more than those that go with it. Beyond, the file would grow: masks
 #: that are made of a Range, or a row that is tiled, take nothing until they are made at load.
-_GROWTH_ELEMENTS = 1 << 10
+GROWTH_ELEMENTS = 1 << 10
 
 #: Folded by an evaluator that has no such types, or that would fix what is drawn anew in every run.
 _NOT_FOLDED = (
@@ -95,7 +95,7 @@ def fold_constants(model: ir.Model) -> None:
         model,
         onnx_shape_inference=False,
         input_size_limit=_FOLDED_ELEMENTS,
-        output_size_limit=_GROWTH_ELEMENTS,
+        output_size_limit=GROWTH_ELEMENTS,
         should_fold=_may_fold,
     )
 
@@ -111,7 +111,7 @@ def _widens(node: ir.Node) -> bool:
     if not is_standard(node, "Cast", "CastLike", "Where"):
         return False
     tensor = constant(node.inputs[0])
-    return tensor is not None and tensor.size > _GROWTH_ELEMENTS and tensor.dtype.name in _NARROW
+    return tensor is not None and tensor.size > GROWTH_ELEMENTS and tensor.dtype.name in _NARROW
 
 
 def infer_shapes(model: ir.Model) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantcli.planning.plan import Plan, quantization_config
+from quantcli.planning.plan import LayerPlan, Plan, quantization_config
 from quantcli.planning.targets.base import (
     FUSED_EXPERTS,
     Refusal,
@@ -36,9 +36,10 @@ def unknown_format(plan: Plan, target: Target) -> Refusal | None:
 
 
 def unquantized_experts(plan: Plan, target: Target) -> Refusal | None:
-    """Single experts that stay unquantized, since they are fused into one parameter."""
+    """Single experts that stay unquantized among others that do not, since they are fused into one parameter."""
     fuses = plan.format == "compressed-tensors" and not target.is_before(FUSED_EXPERTS)
-    return experts_taken_for_quantized(experts_left(plan) if fuses else [], plan, target)
+    mixed = fuses and any(layer.has_codes for layer in single_experts(plan))
+    return experts_taken_for_quantized(experts_left(plan) if mixed else [], plan, target)
 
 
 def quantized_inputs_of_experts(plan: Plan, target: Target) -> Refusal | None:
@@ -61,22 +62,31 @@ def zero_points(plan: Plan, target: Target) -> Refusal | None:
     )
 
 
-def one_width_of_experts(plan: Plan, target: Target) -> Refusal | None:
+def one_scheme_of_experts(plan: Plan, target: Target) -> Refusal | None:
     """Experts are unpacked by transformers with one scheme for the whole model, and wrongly without a word.
 
-    It takes the scheme whose patterns hold the word ``experts``, be they shared ones; groups it tells from shapes.
+    It takes the scheme whose patterns hold the word ``experts``, be they shared ones. A row that is one group, or has
+    one scale, it unpacks with groups of any size.
     """
     if plan.format != "compressed-tensors" or target.is_before(FUSED_EXPERTS):
         return None
     named = [layer for layer in plan.layers if "experts" in layer.info.name and scheme_of(layer)]
-    widths = {scheme.weights.dtype for layer in named if (scheme := scheme_of(layer))}
-    if len(widths) < 2 or not any(layer.role == "expert" for layer in named):
+    widths = sorted({scheme.weights.dtype for layer in named if (scheme := scheme_of(layer))})
+    groups = sorted({size for layer in named if (size := _group_size(layer))})
+    if max(len(widths), len(groups)) < 2 or not any(layer.role == "expert" for layer in named):
         return None
+    kinds = widths if len(widths) > 1 else [f"groups of {size}" for size in groups]
     return Refusal(
-        f"experts of {' and '.join(sorted(widths))}: {told_apart(named)}; transformers unpacks all experts of a model "
-        "alike",
-        "Give all experts of the model one dtype, shared experts as well.",
+        f"experts of {' and '.join(kinds)}: {told_apart(named)}; transformers unpacks all experts of a model alike",
+        "Give all experts of the model one scheme and group size, shared experts as well.",
     )
+
+
+def _group_size(layer: LayerPlan) -> int | None:
+    """Columns that share a scale, where a row has several such groups."""
+    scheme = scheme_of(layer)
+    size = scheme.weights.granularity.size if scheme else None
+    return size if size and size < layer.matrix_shape[1] else None
 
 
 def one_scheme_for_gptq(plan: Plan, target: Target) -> Refusal | None:
@@ -90,12 +100,19 @@ def one_scheme_for_gptq(plan: Plan, target: Target) -> Refusal | None:
     )
 
 
+def mixtures(plan: Plan) -> list[Refusal]:
+    """What the installed transformers would not load of a mixture of experts, which it unpacks as it loads them."""
+    target = Target("transformers", None, CHECKED["transformers"])
+    rules = (unquantized_experts, one_scheme_of_experts)
+    return [refusal for rule in rules if (refusal := rule(plan, target))]
+
+
 RULES = (
     unknown_format,
     unquantized_experts,
     quantized_inputs_of_experts,
     zero_points,
-    one_width_of_experts,
+    one_scheme_of_experts,
     one_scheme_for_gptq,
     heads_of_embeddings,
 )

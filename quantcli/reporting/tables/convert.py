@@ -127,6 +127,8 @@ def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
         speed = artifact.metrics.get("speed")
         if speed is not None:
             rows.append(("Speed", f"about {speed:.2g} times the model's, on these samples"))
+    elif "runtime" in report.details:
+        rows.append(("Runtime", report.details["runtime"]["summary"]))
     return Table(
         "Total" if "seconds" in report.details else "Total (dry run: nothing was written)", ("", "Value"), rows
     )
@@ -147,20 +149,7 @@ def _runtime_text(runtime: Mapping[str, Any]) -> str:
     if "integer_kernels" in runtime:
         kernels = counted_text(sum(runtime["integer_kernels"].values()), "integer kernel")
         return f"{runtime['runtime']} loads it, with {kernels}"
-    if runtime["checked"] and "ran" in runtime:
-        ran = runtime["ran"]
-        parts = [(ran["by_forward"], ""), (ran["by_themselves"], "called by themselves"), (ran["joined"], "joined")]
-        odd = ", ".join(f"{count} {how}" for count, how in parts if count and how)
-        layers = counted_text(sum(count for count, _ in parts), "quantized layer")
-        text = f"transformers {runtime['transformers']} runs {layers} of {runtime['class']} as the codes say"
-        text += f" ({odd})" if odd else ""
-        return f"{text}; {ran['forward']}" if "forward" in ran else text
-    if runtime["checked"] and "not_run" in runtime:
-        names = f"transformers {runtime['transformers']} finds every weight of {runtime['class']}"
-        return f"{names}; not run: {runtime['not_run']}"
-    if runtime["checked"]:
-        return f"transformers {runtime['transformers']} finds every weight of {runtime['class']}"
-    return f"not checked: {runtime['reason']}"
+    return str(runtime["summary"])
 
 
 def _kernel_table(runtime: Mapping[str, Any]) -> Table:

@@ -107,6 +107,21 @@ def test_a_linear_layer_with_code_of_its_own_is_left(tmp_path: Path) -> None:
     assert any("DeepseekV4GroupedLinear" in reason for reason in left.values())
 
 
+def test_a_class_that_does_not_run_in_bfloat16_keeps_its_dtype(tmp_path: Path) -> None:
+    tiny_architectures.build("causal:xlnet", tmp_path / "wide")
+    assert not surveyed(tmp_path / "wide", "int8")[1]["runs_narrow"]
+    report = convert(tmp_path / "wide", tmp_path / "nf4", scheme="nf4")
+    assert any("keeps its dtype: XLNetLMHeadModel does not run in bfloat16" in warning for warning in report.warnings)
+    assert load_file(tmp_path / "nf4" / "model.safetensors")["transformer.word_embedding.weight"].dtype == torch.float32
+    assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 0
+
+
+def test_what_is_read_but_not_called_is_found_behind_a_mask(tmp_path: Path) -> None:
+    tiny_architectures.build("masked:mobilebert", tmp_path / "read")
+    left = surveyed(tmp_path / "read", "nf4")[1]["leave"]
+    assert "reads its weight without calling" in left["cls.predictions.dense.weight"]
+
+
 def test_a_weight_that_another_module_reads_is_left(tmp_path: Path) -> None:
     tiny_architectures.build("masked:neomme", tmp_path / "tied")
     left = surveyed(tmp_path / "tied", "int8")[1]["leave"]
@@ -145,8 +160,9 @@ def test_convolutions_that_are_joined_do_not_keep_the_rest_from_loading(tmp_path
 def test_fused_experts_that_run_as_layers_are_calibrated_as_such(tmp_path: Path) -> None:
     tiny_architectures.build("causal:llama4", tmp_path / "fused")
     options = {"scheme": "int4", "algorithm": "gptq", "data": tmp_path / "data.npz"}
-    report = convert(tmp_path / "fused", tmp_path / "out", **options)  # type: ignore[arg-type]
-    assert any(".experts.3." in row.name and row.algorithm == "gptq" for row in report.layers)
+    convert(tmp_path / "fused", tmp_path / "out", **options)  # type: ignore[arg-type]
+    layers = open_checkpoint(tmp_path / "out").manifest.layers
+    assert layers["model.layers.1.feed_forward.experts.3.down_proj.weight"].algorithm == "gptq"
 
 
 def test_experts_that_are_joined_keep_their_inputs(tmp_path: Path) -> None:
@@ -168,7 +184,7 @@ def proven(llama: Path, scheme: str, tmp_path: Path, **loaded: str) -> dict[str,
     artifact = tmp_path / scheme
     convert(llama, artifact, scheme=scheme)
     _, answer = surveyed(llama, scheme)
-    request = {"artifact": str(artifact), "original": str(llama), "threads": 1}
+    request = {"artifact": str(artifact), "original": str(llama), "threads": 1, "keep": {}}
     return loader_run.prove(request | {"loaded": answer["loaded"] | loaded, "joined": answer["joined"]})
 
 
@@ -223,7 +239,36 @@ def test_an_artifact_of_renamed_and_absent_modules_is_run(tmp_path: Path) -> Non
         runtime = convert(folder, tmp_path / scheme, scheme=scheme).details["verified"]["runtime"]
         assert runtime["ran"]["by_forward"] == 4
     told = convert(folder, tmp_path / "codes", scheme="int8", verify="codes").details["verified"]["runtime"]
-    assert told["not_run"] == "--verify codes"
+    assert told["reason"] == "--verify codes"
+
+
+def mixture(tmp_path: Path) -> Path:
+    sizes = WIDE | {"hidden_size": 128, "num_hidden_layers": 2}
+    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)
+    return saved(transformers.MixtralForCausalLM(config), tmp_path / "mixtral")
+
+
+def test_a_mixture_runs_with_its_experts_left(tmp_path: Path) -> None:
+    report = convert(mixture(tmp_path), tmp_path / "out", scheme="int4", group_size=32, skip=["*experts*"])
+    assert report.details["verified"]["runtime"]["ran"] == {"by_forward": 8, "by_themselves": 0, "joined": 0}
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"match": "*.0.block_sparse_moe.experts*", "skip": True}, "experts that stay unquantized"),
+        ({"match": "*experts*w1*", "scheme": "int4", "group_size": 64}, "experts of groups of 32 and groups of 64"),
+        ({"match": "*.0.block_sparse_moe.experts*", "scheme": "int8"}, "experts of int4 and int8"),
+    ],
+)
+def test_experts_that_are_unpacked_wrongly_are_refused_before_the_work(
+    tmp_path: Path, rule: dict[str, Any], said: str
+) -> None:
+    folder = mixture(tmp_path)
+    recipe = Recipe(scheme="int4", group_size=32, rules=[rule])
+    with pytest.raises(InputError, match=said) as caught:
+        convert(folder, tmp_path / "out", recipe=recipe, dry_run=True)
+    assert "--skip" in str(caught.value.hint)
 
 
 def test_a_service_answers_again_and_says_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from quantcli import convert
 from quantcli.conversion.onnx import comparison, explained
+from quantcli.conversion.onnx.equivalence import upgraded
 from quantcli.data.made_up import made_up_feeds, table_sizes
 from quantcli.errors import InputError
 from quantcli.models.session import Session
@@ -125,9 +126,8 @@ def reshaping(path: Path, opset: int = 17) -> Path:
 @pytest.mark.parametrize("scheme", ["fp16", "int8", "int8-dynamic"])
 def test_a_model_that_runs_on_nothing_that_is_made_up(tmp_path: Path, scheme: str) -> None:
     model = reshaping(tmp_path / "m.onnx")
-    refused(
-        model, "Nothing shows what the artifact of .*m.onnx computes: on made-up inputs, .*Give --data", scheme=scheme
-    )
+    refused(model, "Nothing would show what the artifact computes: on made-up inputs, .*Give --data", scheme=scheme)
+    refused(model, "Nothing would show what the artifact computes", scheme=scheme, dry_run=True)
     np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((14, 32)).astype(np.float32))
     with pytest.raises(InputError, match="could not run the model"):
         convert(model, tmp_path / "out.onnx", scheme=scheme, data=tmp_path / "d.npz")
@@ -141,7 +141,9 @@ def test_a_model_that_runs_on_nothing_that_is_made_up(tmp_path: Path, scheme: st
 
 def test_an_upgrade_is_proven_on_the_data_where_nothing_made_up_runs(tmp_path: Path) -> None:
     model = reshaping(tmp_path / "m.onnx", opset=11)
-    refused(model, "operator set 11 is not upgraded to 13, since nothing would show", scheme="int8-dynamic")
+    refused(model, "Nothing would show what the artifact computes", scheme="int8-dynamic")
+    with pytest.raises(InputError, match="operator set 11 is not upgraded to 13, since nothing would show"):
+        upgraded(open_onnx(model).ir, 13)
     np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((3, 448)).astype(np.float32))
     report = convert(model, tmp_path / "out.onnx", scheme="int8-dynamic", data=tmp_path / "d.npz")
     assert report.details["outputs"]["sqnr_db"] > 30
@@ -154,6 +156,29 @@ def test_made_up_inputs_are_ones_for_which_there_are_numbers(tmp_path: Path, ope
     model = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 96)}, {"x": (TensorProto.FLOAT, ["n", 64])})
     report = convert(model, tmp_path / "out.onnx", scheme="int8")
     assert 30 < report.details["outputs"]["sqnr_db"] < 70
+
+
+def test_masks_whose_ones_mean_padding(tmp_path: Path) -> None:
+    """All of it masked, a softmax is NaN: the model has numbers for zeros."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Where", ["mask", "low", "h"], ["m"]),
+        helper.make_node("Softmax", ["m"], ["y"]),
+    ]  # fmt: skip
+    inputs = {"x": (TensorProto.FLOAT, ["n", 64]), "mask": (TensorProto.BOOL, ["n", 96])}
+    model = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 96), "low": np.float32(-np.inf)}, inputs)
+    report = convert(model, tmp_path / "out.onnx", scheme="int8")
+    assert report.details["outputs"]["sqnr_db"] > 25
+
+
+def test_a_model_without_inputs(tmp_path: Path) -> None:
+    nodes = [helper.make_node("RandomNormal", [], ["r"], shape=[4, 64]), helper.make_node("Cos", ["r"], ["c"]),
+             helper.make_node("MatMul", ["c", "w"], ["h"]), helper.make_node("Shape", ["h"], ["s"]),
+             helper.make_node("ConstantOfShape", ["s"], ["y"])]  # fmt: skip
+    model = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 96)}, {})
+    np.savez(tmp_path / "d.npz")
+    for data in (None, tmp_path / "d.npz"):
+        report = convert(model, tmp_path / "out.onnx", scheme="int8", data=data, force=True)
+        assert report.details["outputs"]["compared"] is True
 
 
 def test_a_model_that_returns_no_number(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from support.static_graphs import Converted
 from quantcli.commands.calibrate import calibrate
 from quantcli.commands.convert import convert
 from quantcli.commands.inspect_onnx import inspect_onnx
+from quantcli.errors import InputError
 from quantcli.models.session import Session
 
 MICROSOFT = "com.microsoft"
@@ -223,3 +224,12 @@ def test_what_stays_is_named_with_the_true_reason(tmp_path: Path) -> None:
     reasons = {row.name: row.reason for row in report.layers}
     assert reasons["table"] == "no weight of a product or lookup that is known: Mul reads it"
     assert reasons["b"] == "bias, norm or constant: tiny, and sensitive"
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "int8"])
+def test_weights_in_double_precision_are_named_as_such(tmp_path: Path, scheme: str) -> None:
+    weights = {"w": normal(64, 96).astype(np.float64)}
+    proto = model([node("MatMul", ["x", "w"], ["y"])], X, {"y": None}, weights, dtype=onnx.TensorProto.DOUBLE)
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(InputError, match=r"applies to nothing in .*m.onnx: its weights are float64"):
+        convert(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme=scheme)

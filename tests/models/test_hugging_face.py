@@ -1,0 +1,57 @@
+"""Models of transformers: caches off wherever they are set, tables that are computed, codes that are read as values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from quantcli.blocks.skeleton import open_skeleton
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.decoded import DecodedCheckpoint
+from quantcli.checkpoint.quantized import open_quantized
+from quantcli.commands.convert import convert
+from quantcli.models.hugging_face import disable_caches, load_model
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def test_caches_are_off_in_nested_configurations() -> None:
+    text = transformers.LlamaConfig(**SIZES, intermediate_size=64)
+    config = transformers.LlavaConfig(text_config=text, vision_config=transformers.CLIPVisionConfig())
+    assert config.text_config.use_cache
+    disable_caches(config)
+    assert not config.text_config.use_cache
+
+
+@pytest.mark.usefixtures("no_runtime_check")
+def test_nf4_is_evaluated_as_its_codes_say(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, intermediate_size=64))
+    model.save_pretrained(tmp_path / "llama")
+    convert(tmp_path / "llama", tmp_path / "nf4", scheme="nf4")
+    values = DecodedCheckpoint(open_quantized(open_checkpoint(tmp_path / "nf4")))
+    loaded = load_model(tmp_path / "nf4", causal=True)
+    infos = {info.name: info for info in values.infos()}
+    for name, parameter in loaded.named_parameters():
+        assert type(loaded.get_submodule(name.rpartition(".")[0])).__module__.partition(".")[0] != "bitsandbytes"
+        assert torch.equal(parameter, values.read_rows(infos[name], 0, infos[name].rows).float())
+
+
+def test_tables_that_are_computed_need_no_values_in_the_file(tmp_path: Path) -> None:
+    halves = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+    config = transformers.MarianConfig(
+        vocab_size=64, d_model=16, max_position_embeddings=8, pad_token_id=0, decoder_start_token_id=0,
+        **{f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in halves.items()},
+    )  # fmt: skip
+    model = transformers.MarianMTModel(config)
+    model.save_pretrained(tmp_path / "marian")
+    file = tmp_path / "marian" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: each for name, each in weights.items() if "embed_positions" not in name}, file, {"format": "pt"})
+    table = open_skeleton(open_checkpoint(tmp_path / "marian")).load("model.encoder.embed_positions").weight
+    assert torch.equal(table, model.model.encoder.embed_positions.weight)
+    assert len(table.unique()) > 8
