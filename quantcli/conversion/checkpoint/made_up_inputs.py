@@ -12,7 +12,7 @@ _BATCH, _TOKENS, _SOUND = 2, 16, 4000
 def candidates(model: Any, device: str = "cpu") -> Iterator[dict[str, Any]]:
     """Sets of inputs to try one after the other, those of the model's own kind first; the same every time.
 
-    On the meta device there is no mask: its values, which are not there, would be looked at.
+    On the meta device they come without a mask first: most classes look at its values, which are not there.
     """
     import torch
 
@@ -20,6 +20,9 @@ def candidates(model: Any, device: str = "cpu") -> Iterator[dict[str, Any]]:
     made = [make(model) for make in makers]
     made.sort(key=lambda inputs: model.main_input_name not in inputs)
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
+    if device == "meta":
+        unmasked = [{name: inputs[name] for name in inputs if name != "attention_mask"} for inputs in made]
+        made = [inputs for pair in zip(unmasked, made, strict=True) for inputs in pair]
     for inputs in made:
         if inputs:
             yield {
@@ -27,7 +30,6 @@ def candidates(model: Any, device: str = "cpu") -> Iterator[dict[str, Any]]:
                 if isinstance(value, torch.Tensor)
                 else value
                 for name, value in inputs.items()
-                if device != "meta" or name != "attention_mask"
             }
 
 
