@@ -130,9 +130,9 @@ class _Halving:
 
     def culprits(self) -> list[str]:
         """Layers without which the outputs would be good, in the graph's order; none where those are not a few."""
-        most = max(1, int(_FEW * len(self.layers)))
-        parts = self._halves(self.layers)
-        while self._left > 0:
+        most = int(_FEW * len(self.layers))
+        parts = self._halves(self.layers) if most else []
+        while parts and self._left > 0:
             single = [part for part in parts if len(part.layers) == 1]
             several = [part for part in parts if len(part.layers) > 1]
             worst = max(several, key=lambda part: part.noise, default=None)
