@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantcli import convert
+from quantcli.conversion.checkpoint.proof import Skipped
 from quantcli.planning.recipe import validate
 from support.artifacts import config_of, tensors_of
 
@@ -53,7 +54,8 @@ class Artifacts:
             place = self._place / str(len(self._made))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    "quantcli.conversion.checkpoint.transformers_check._reason_to_skip", lambda *_: "left out by a test"
+                    "quantcli.conversion.checkpoint.transformers_check._reason_to_skip",
+                    lambda *_: Skipped("left out by a test"),
                 )
                 convert(self._models / model, place, recipe=validate(KINDS[kind] | more, "recipe"))
             self._made[key] = place
