@@ -45,7 +45,7 @@ def test_what_this_process_holds_is_not_counted(tmp_path: Path) -> None:
 
 
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"in a process of its own \(status 1\): .*File doesn't exist"):
+    with pytest.raises(InputError, match=r"in a process of its own \(status 1\): .*does not exist"):
         probe(str(tmp_path / "missing.onnx"), "onnx", FEEDS, threads=1)
 
 
