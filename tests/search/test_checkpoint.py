@@ -271,5 +271,5 @@ def test_what_is_planned_holds_for_a_calibrated_artifact(model: Path, data: Path
     report = convert(model, tmp_path / "out", data=data, budget=Budget(max_size=66_000), verify="codes")
     planned = report.details["budget"]["chosen"]["size_bytes"]
     assert report.models[1].details["algorithm"] == "gptq"
-    # A manifest holds numbers of unknown length.
-    assert total_bytes(tmp_path / "out") <= planned <= total_bytes(tmp_path / "out") + 3_000
+    # How many hashes a sketch of little data has is not known before.
+    assert total_bytes(tmp_path / "out") <= planned <= total_bytes(tmp_path / "out") + 6_000

@@ -194,7 +194,7 @@ def test_equal_work_gives_equal_bytes_after_an_interruption_too(
 
 def test_dry_run(artifact: Artifacts, tmp_path: Path) -> None:
     report = convert(artifact("int4"), tmp_path / "out", format="gptq", dry_run=True)
-    assert not (tmp_path / "out").exists() and report.details == {"dry_run": True}
+    assert not (tmp_path / "out").exists() and report.details["dry_run"]
     done = convert(artifact("int4"), tmp_path / "out", format="gptq")
     assert report.models[1].size_bytes == done.models[1].size_bytes
 
