@@ -31,7 +31,8 @@ DYING = """
 import os, signal
 
 def survey(request):
-    nothing = {"modules": {}, "absent": [], "leave": {}, "unpacked": [], "weights_only": [], "wide": [], "runs_narrow": True}
+    nothing = {"modules": {}, "absent": [], "leave": {}, "unpacked": [], "weights_only": [], "wide": []}
+    nothing["runs_narrow"] = True
     parts = {name: name.split(".", 3)[2:] for name in request["tensors"] if name.startswith("model.layers.")}
     places = {name: ("model.layers", *parts[name]) for name in parts}
     found = {"lists": {"model.layers": ["0", "1", "2", "3"]}, "places": places, "loaded": {}, "joined": {}}
