@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
 from pathlib import Path
@@ -61,13 +61,14 @@ def reported(command: Callable[..., Outcome]) -> Callable[..., None]:
         ui: Ui = context.obj
         ui.json, ui.quiet, ui.debug, ui.html = (chosen[name] for name in ("json", "quiet", "debug", "html"))
         outcome = command(ui, **given)
+        asked = _command_line(context)
+        next_step = outcome.next_step if outcome.report.passed else _nearest(context, outcome.report)
         ui.show(outcome.report, outcome.tables)
-        asked = _command_line(context, {flag.name for flag in _FLAGS})
         _write(outcome, chosen["markdown"], chosen["html"], chosen.get("junit"), asked)
+        if next_step:
+            ui.talk(f"Next: {next_step}")
         if not outcome.report.passed:
             raise typer.Exit(1)
-        if outcome.next_step:
-            ui.talk(f"Next: {outcome.next_step}")
 
     parameters = [context, *own, *flags]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -76,11 +77,25 @@ def reported(command: Callable[..., Outcome]) -> Callable[..., None]:
     return run
 
 
-def _command_line(context: typer.Context, left_out: Collection[str]) -> str:
-    """What was asked, as a command line to paste: arguments, and options that are not at their defaults."""
+def _nearest(context: typer.Context, report: Report) -> str | None:
+    """The command with the nearest budget that can be kept, where this one could not; the report tells it, too."""
+    budget = report.details.get("budget", {})
+    near = {name: value for name, value in budget.get("nearest", {}).items() if context.params.get(name) is not None}
+    if not near:
+        return None
+    budget["command"] = _command_line(context, near)
+    return str(budget["command"])
+
+
+def _command_line(context: typer.Context, changed: Mapping[str, Any] | None = None) -> str:
+    """What was asked, as a command line to paste: arguments, and options that are not at their defaults.
+
+    Options of reports are left out; those that are ``changed`` have other values.
+    """
+    left_out = {flag.name for flag in _FLAGS}
     words = ["quantcli", context.info_name or ""]
     for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
+        value = {**context.params, **(changed or {})}.get(parameter.name or "")
         if parameter.name in left_out or value in (None, False, [], ()) or value == parameter.default:
             continue
         flag = [max(parameter.opts, key=len)] if parameter.opts[0].startswith("-") else []
