@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, floor, inf, isfinite, log10
+from math import inf
 from typing import Any, Literal
 
-from quantcli.errors import BudgetError
 from quantcli.planning.recipe import Recipe
-from quantcli.search.bounds import Drop
 from quantcli.search.budget import Budget
 from quantcli.search.choices import Found, Mix, total
-from quantcli.search.judge import KL, metric_of, require_kl
+from quantcli.search.judge import KL
+from quantcli.search.limits import limits_of
 from quantcli.search.solver import best_mix, best_mixes
 from quantcli.search.trials import CheckpointTrials
-from quantcli.system.text import format_bytes
+from quantcli.search.unmet import loses_too_much, too_large
 
 #: Attempts to meet a limit on outputs, each at a cost that the one before shows to be better.
 _ATTEMPTS = 6
@@ -57,12 +55,7 @@ class CheckpointSearch:
         assert smallest is not None
         least = self.trials.nbytes(smallest)
         if least > self.budget.max_size:
-            raise BudgetError(
-                f"--max-size {format_bytes(self.budget.max_size)} cannot be met: the smallest that "
-                f"{', '.join(self.budget.allow)} give has {least} bytes ({format_bytes(least)}).",
-                f"The nearest that can be met: --max-size {least}",
-                {"asked": self.budget.ceilings, "nearest": {"max_size": least}},
-            )
+            raise too_large(self.budget, least, [])
 
     def _limit(self) -> float:
         """What the groups' bytes may sum up to, so that the whole artifact keeps the ceiling."""
@@ -125,15 +118,10 @@ class CheckpointSearch:
         if accepted is None and self._used(least) <= 1:
             accepted = least
         if accepted is None:
-            raise self._unmet(least)
+            limits = limits_of(self.budget, self.trials.drops(least))
+            raise loses_too_much(self.budget, limits, self._candidates())
         if self.budget.max_size is not None and self.trials.nbytes(accepted) > self.budget.max_size:
-            size = self.trials.nbytes(accepted)
-            raise BudgetError(
-                f"--max-size {format_bytes(self.budget.max_size)} cannot be met together with the limit on outputs: "
-                f"the smallest found that keeps that has {size} bytes ({format_bytes(size)}).",
-                f"The nearest that can be met: --max-size {size}",
-                self._failed({"max_size": size}),
-            )
+            raise too_large(self.budget, self.trials.nbytes(accepted), self._candidates())
         return accepted
 
     def _extreme(self, column: Literal["cost", "nbytes"]) -> Mix:
@@ -152,44 +140,10 @@ class CheckpointSearch:
 
     def _used(self, mix: Mix) -> float:
         """How much of the limits on outputs a mix uses, with confidence: above 1 one of them is not kept."""
-        shares = []
-        for limit, drop in self._limits(mix):
-            shares.append(drop.bound / limit if limit > 0 else (0.0 if drop.bound <= 0 else inf))
-        return max(shares)
-
-    def _limits(self, mix: Mix) -> list[tuple[float, Drop]]:
-        """The limits on outputs in the order of `Budget.ceilings`, with what a mix loses of each."""
-        drops, found = self.trials.drops(mix), []
-        if self.budget.max_drop is not None:
-            found.append((self.budget.max_drop, drops[metric_of(drops, self.budget.metric)]))
-        if self.budget.max_kl is not None:
-            require_kl(drops)
-            found.append((self.budget.max_kl, drops[KL]))
-        return found
-
-    def _unmet(self, best: Mix) -> BudgetError:
-        """Why the mix that loses least does not do: it loses too much, or the samples show too little."""
-        options = [name for name in self.budget.ceilings if name in ("--max-kl", "--max-drop")]
-        told = list(zip(options, self._limits(best), strict=True))
-        for option, (limit, drop) in told:
-            more = drop.samples_for(limit)
-            if drop.bound > limit and more is not None:
-                return BudgetError(
-                    f"{drop.samples} samples are too few to show that {option} {limit:g} is kept: the loss is "
-                    f"{drop.mean:.3g}, and could be {drop.bound:.3g}.",
-                    f"About {more} samples would do; or allow {option} {_above(drop.bound)}.",
-                    self._failed({"samples": more}),
-                )
-        option, (limit, drop) = next(each for each in told if each[1][1].bound > each[1][0])
-        return BudgetError(
-            f"{option} {limit:g} cannot be met with {', '.join(self.budget.allow)}: the least loss found is "
-            f"{drop.mean:.3g} (at most {drop.bound:.3g}).",
-            f"The nearest that can be met: {option} {_above(drop.bound)}",
-            self._failed({option.strip("-").replace("-", "_"): float(_above(drop.bound))}),
+        return max(
+            drop.bound / limit if limit > 0 else (0.0 if drop.bound <= 0 else inf)
+            for _, limit, drop in limits_of(self.budget, self.trials.drops(mix))
         )
-
-    def _failed(self, nearest: Mapping[str, float]) -> dict[str, Any]:
-        return {"asked": self.budget.ceilings, "nearest": dict(nearest), "candidates": self._candidates()}
 
     def _candidates(self, mix: Mix | None = None) -> list[dict[str, Any]]:
         """Mixes of one scheme, those that were judged, and the chosen one, by size."""
@@ -232,11 +186,3 @@ class CheckpointSearch:
         elif self.trials.store.found.measure != KL:
             told.append("The model returns no logits; what is kept small is the error of its first output.")
         return tuple(told)
-
-
-def _above(value: float) -> str:
-    """A number of three digits that is no less."""
-    if not isfinite(value) or value <= 0:
-        return f"{value:g}"
-    step = 10.0 ** (floor(log10(value)) - 2)
-    return f"{ceil(value / step) * step:.6g}"

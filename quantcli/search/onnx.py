@@ -21,15 +21,16 @@ from quantcli.planning.recipe import Recipe, validate
 from quantcli.search.budget import Budget
 from quantcli.search.choices import Found, Mix
 from quantcli.search.judge import KL, metric_of
-from quantcli.search.onnx_measured import Measurements, limits_of
+from quantcli.search.limits import limits_of
+from quantcli.search.onnx_measured import Measurements
 from quantcli.search.onnx_mixes import LEVELS, Limits, Mixes
 from quantcli.search.onnx_sensitivity import layer_costs
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.search.onnx_trials import key_of
-from quantcli.search.onnx_unmet import loses_too_much, too_few_samples, too_large, too_slow
 from quantcli.search.onnx_ways import Ways, ways_to_store
 from quantcli.search.sensitivity_file import SensitivityStore
 from quantcli.search.solver import Column
+from quantcli.search.unmet import loses_too_much, too_few_samples, too_large, too_slow
 
 #: Mixes that are the best by estimate, and measured to be told apart.
 _MEASURED = 8

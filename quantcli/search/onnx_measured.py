@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from math import inf
 from typing import Any
 
 from quantcli.planning.recipe import Recipe
 from quantcli.search.bounds import Drop
 from quantcli.search.budget import Budget
-from quantcli.search.judge import KL, Judged, metric_of, require_kl
+from quantcli.search.judge import Judged
+from quantcli.search.limits import Limited, flat, limits_of, metric_name, restored
 from quantcli.search.onnx_sensitivity import NOT_FINITE
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.search.onnx_trials import key_of
 from quantcli.search.sensitivity_file import SensitivityStore
-from quantcli.system.user_functions import is_function
-
-#: A limit on outputs: the option that sets it, the limit, and what is lost.
-Limited = tuple[str, float, Drop]
-
-_PARTS = ("mean", "bound", "samples", "deviation")
 
 
 class Measurements:
@@ -48,10 +40,10 @@ class Measurements:
         known = self._known(recipe)
         if not any(name.endswith(" mean") for name in known):
             judged = self.subject.verdicts.of(self.subject.trials.of(recipe).path)
-            known.update(_flat(judged.drops()))
+            known.update(flat(judged.drops()))
             self.store.save()
         self.size(recipe)
-        return _restored(known)
+        return restored(known)
 
     def noise(self, recipe: Recipe) -> float:
         """How far the outputs move on the samples of the search."""
@@ -88,10 +80,10 @@ class Measurements:
         if not known:
             judged = self.subject.verdicts.of_itself()
             drops = judged.drops()
-            known |= _flat({name: drop for name, drop in drops.items() if _counts_answers(judged, name)})
+            known |= flat({name: drop for name, drop in drops.items() if _counts_answers(judged, name)})
             known |= {f"{name} known": 1.0 for name in drops}
             self.store.save()
-        counted = _restored(known)
+        counted = restored(known)
         names = {name.removesuffix(" known") for name in known if name.endswith(" known")}
         metric = metric_name(budget, dict.fromkeys(sorted(names)))
         return [("--max-drop", budget.max_drop, counted[metric])] if metric in counted else []
@@ -100,7 +92,7 @@ class Measurements:
         """What is known of a recipe, for the report."""
         known, key = self._known(recipe), key_of(recipe)
         row: dict[str, Any] = {"size_bytes": self.size(recipe), "searched": known.get("noise")}
-        if drops := _restored(known):
+        if drops := restored(known):
             row["held_out"] = {name: drop.mean for name, drop in drops.items()}
             row["held_out_bound"] = {name: drop.bound for name, drop in drops.items()}
         if key in self._latency:
@@ -111,44 +103,7 @@ class Measurements:
         return self.store.found.measured.setdefault(key_of(recipe), {})
 
 
-def limits_of(budget: Budget, drops: Mapping[str, Drop]) -> list[Limited]:
-    """The limits on outputs that a budget sets, with what is lost of each. Raises UsageError for an unknown metric."""
-    found = []
-    if budget.max_drop is not None:
-        found.append(("--max-drop", budget.max_drop, drops[metric_name(budget, drops)]))
-    if budget.max_kl is not None:
-        require_kl(drops)
-        found.append(("--max-kl", budget.max_kl, drops[KL]))
-    return found
-
-
-def metric_name(budget: Budget, drops: Mapping[str, Drop | None]) -> str:
-    """The metric that a drop is of; of a function of the user's own the number it returns, or the first of several."""
-    metric = budget.metric
-    if metric is not None and is_function(metric):
-        name = metric.rpartition(":")[2]
-        metric = name if name in drops else next(iter(drops), name)
-    return metric_of(drops, metric)
-
-
 def _counts_answers(judged: Judged, metric: str) -> bool:
     """Whether a metric says of each sample that it is right, or wrong."""
     values = {before.get(metric) for before, _ in judged.singles}
     return metric == "argmax_agreement" or values <= {0.0, 1.0}
-
-
-def _flat(drops: Mapping[str, Drop]) -> dict[str, float | None]:
-    return {
-        f"{name} {part}": None if value == inf else value
-        for name, drop in drops.items()
-        for part, value in asdict(drop).items()
-    }
-
-
-def _restored(known: Mapping[str, float | None]) -> dict[str, Drop]:
-    kept: dict[str, dict[str, Any]] = {}
-    for entry, value in known.items():
-        name, _, part = entry.rpartition(" ")
-        if part in _PARTS:
-            kept.setdefault(name, {})[part] = inf if value is None else value
-    return {name: Drop(**parts) for name, parts in kept.items()}

@@ -19,7 +19,8 @@ from quantcli.planning.resolve import resolve
 from quantcli.search.budget import Budget
 from quantcli.search.checkpoint import CheckpointSearch
 from quantcli.search.choices import Found
-from quantcli.search.judge import KL, judge, metric_of, require_kl
+from quantcli.search.judge import judge
+from quantcli.search.limits import limits_of
 from quantcli.search.trials import CheckpointTrials
 
 
@@ -86,11 +87,4 @@ class CheckpointSubject:
         reference = self.source.runner(**options)
         candidate = open_runner(self.function or artifact, weights=artifact if self.function else None, **options)
         drops = judge(self.source, reference, candidate, inputs).drops()
-        found = {}
-        if self._budget.max_kl is not None:
-            require_kl(drops)
-            found["--max-kl"] = (drops[KL].mean, drops[KL].bound)
-        if self._budget.max_drop is not None:
-            drop = drops[metric_of(drops, self._budget.metric)]
-            found["--max-drop"] = (drop.mean, drop.bound)
-        return found
+        return {option: (drop.mean, drop.bound) for option, _, drop in limits_of(self._budget, drops)}

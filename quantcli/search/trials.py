@@ -6,9 +6,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from quantcli.search.bounds import Drop
 from quantcli.search.budget import Budget
 from quantcli.search.choices import Group, Mix, chosen, total
 from quantcli.search.judge import COMPARED, KL, Evidence, Judged, alone, gather, judge, metric_of
+from quantcli.search.limits import flat, restored
 from quantcli.search.module import SearchedModel
 from quantcli.search.sensitivity import Estimator, StoredValues
 from quantcli.search.sensitivity_file import SensitivityStore
@@ -173,19 +173,9 @@ class CheckpointTrials:
         self.seen[mix] = None
         key = self._held_out_key(mix)
         if key not in self.store.found.measured:
-            drops = self._judged(mix).drops()
-            self.store.found.measured[key] = {
-                f"{name} {part}": value
-                for name, drop in drops.items()
-                for part, value in asdict(drop).items()
-                if value != inf
-            }
+            self.store.found.measured[key] = flat(self._judged(mix).drops())
             self.store.save()
-        kept: dict[str, dict[str, Any]] = {}
-        for entry, value in self.store.found.measured[key].items():
-            name, part = entry.split()
-            kept.setdefault(name, {"bound": inf})[part] = value
-        return {name: Drop(**parts) for name, parts in kept.items()}
+        return restored(self.store.found.measured[key])
 
     def loss(self, mix: Mix) -> float:
         """What tells two mixes apart on what was held out: perplexity, or else divergence, or the task's own metric.

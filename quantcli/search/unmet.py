@@ -8,7 +8,7 @@ from typing import Any
 
 from quantcli.errors import BudgetError
 from quantcli.search.budget import Budget
-from quantcli.search.onnx_measured import Limited
+from quantcli.search.limits import Limited
 from quantcli.system.text import format_bytes
 
 
