@@ -283,9 +283,10 @@ class OnnxSearch:
             told = {"layers": {label: len(self.ways.layers)}, "estimate": self.measured.noise(recipe)}
         return self.measured.row(recipe) | told
 
-    def _candidates(self) -> list[dict[str, Any]]:
+    def _candidates(self, chosen: Recipe | None = None) -> list[dict[str, Any]]:
         """All recipes whose artifacts were measured, by size."""
-        return sorted(map(self._row, self.measured.tried.values()), key=lambda row: row["size_bytes"])
+        rows = [self._row(recipe) | {"chosen": recipe == chosen} for recipe in self.measured.tried.values()]
+        return sorted(rows, key=lambda row: row["size_bytes"])
 
     def frontier(self) -> list[dict[str, Any]]:
         """Points from the smallest mix to the one that loses least, measured, with their latency."""
@@ -308,7 +309,7 @@ class OnnxSearch:
             "measure": "noise by signal of the outputs",
             "samples": {"searched": len(evidence.searched), "held_out": len(evidence.held_out)} if evidence else None,
             "chosen": self._row(recipe),
-            "candidates": self._candidates(),
+            "candidates": self._candidates(recipe),
             "frontier": self.frontier() if self.budget.pareto else None,
             "recipe": recipe.model_dump(mode="json", exclude_unset=True),
             "search_seconds": round(time.monotonic() - self.started, 3),
