@@ -145,6 +145,7 @@ def calibrate(
     "-o OUT [OPTIONS]",
     "convert model/ -o model-int4 --scheme int4",
     "convert model/ -o model-gptq --scheme int4 --data text.txt",
+    "convert model/ -o model-80MB --max-size 80MB --data text.txt",
     "convert net.onnx -o int8.onnx --scheme int8-static --data train.npz",
 )
 def convert(

@@ -143,7 +143,9 @@ Metric = Annotated[
 ]
 EvalData = Annotated[
     Optional[str],
-    _budget("--eval-data", metavar="DATA", text="What decides; by default a part of --data that the search sees not."),
+    _budget(
+        "--eval-data", metavar="DATA", text="What decides; by default a part of --data that the search does not see."
+    ),
 ]
 MaxKl = Annotated[
     Optional[float], _budget("--max-kl", metavar="X", text="Nats that the outputs may diverge by, with confidence.")
