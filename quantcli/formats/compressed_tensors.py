@@ -225,12 +225,15 @@ def _find_packed(
     if group.get("input_activations"):
         raise InputError(f"{weight} is packed, and its inputs are quantized as well; that is not read.")
     rows, columns = load(shape.name).tolist()
-    bits = next((bits for bits in (4, 8) if packed.shape == (rows, -(-columns * bits // 32))), None)
-    if bits is None:
+    fitting = [bits for bits in (4, 8) if packed.shape == (rows, -(-columns * bits // 32))]
+    if not fitting:
         raise InputError(
             f"{packed.name} {list(packed.shape)} does not hold {rows} x {columns} codes of 4 or 8 bits.",
             "The file is damaged, or holds codes of other bits.",
         )
+    # A row of four columns or fewer fills one word, whatever its bits are.
+    stated = (group.get("weights") or {}).get("num_bits")
+    bits = stated if stated in fitting else fitting[-1]
     granularity = _granularity(infos[f"{weight}_scale"].shape, (rows, columns))
     size = (group.get("weights") or {}).get("group_size")
     if granularity.kind == "channel" and size == columns:

@@ -19,6 +19,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint, decoded_checkpoint
 from quantcli.checkpoint.quantized import open_quantized
 from quantcli.errors import InputError
+from quantcli.planning.recipe import Recipe
 
 #: A weight of every llama artifact.
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -380,3 +381,23 @@ def test_weights_are_decoded_once_for_neighbouring_rows(artifact: Artifacts, mon
         checkpoint.read_rows(info, start, start + 8)
     assert read == [NAME]
     assert checkpoint.held_bytes >= tensors_of(artifact("gptq"))[f"{STEM}qweight"].nbytes
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("columns", [2, 3, 4, 5])
+def test_rows_of_a_few_columns_are_read_with_the_bits_they_were_written_with(
+    tmp_path: Path, scheme: str, columns: int, no_runtime_check: None
+) -> None:
+    """Codes of four and of eight bits take one word then, and only the configuration tells them apart."""
+    weight = torch.randn(48, columns, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "model").mkdir()
+    save_file({"narrow.weight": weight}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "none", "architectures": ["None"]}))
+    recipe = Recipe.model_validate(
+        {"scheme": {"weights": {"dtype": scheme, "granularity": "channel"}}, "algorithm": "rtn"}
+    )
+    convert(tmp_path / "model", tmp_path / "out", recipe=recipe)
+    decoded = decoded_checkpoint(open_checkpoint(tmp_path / "out"))
+    [info] = [info for info in decoded.infos() if info.name == "narrow.weight"]
+    error = (decoded.read_rows(info, 0, 48) - weight).abs().max()
+    assert error < weight.abs().max() * (0.01 if scheme == "int8" else 0.1)
