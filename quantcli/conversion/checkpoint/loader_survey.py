@@ -13,6 +13,7 @@ from typing import Any
 
 from quantcli.conversion.checkpoint.loader_rows import rearranged
 from quantcli.conversion.checkpoint.made_up_inputs import candidates
+from quantcli.conversion.checkpoint.watched import watched_dtypes, watched_weights
 from quantcli.models.stored_parameters import use_layers_for_experts
 from quantcli.system.text import first_line
 
@@ -252,7 +253,7 @@ class _Survey:
         names = {id(layer): name for name, layer in targets.items()}
         asked: list[str] = []
         weights = {name: layer._parameters.pop("weight") for name, layer in targets.items()}
-        with _watched(targets.values(), lambda layer: asked.append(names[id(layer)])):
+        with watched_weights(targets.values(), lambda layer: asked.append(names[id(layer)])):
             for owner, module in _initialized(self.model, self.model):
                 for _ in range(64):
                     asked.clear()
@@ -293,9 +294,17 @@ class _Survey:
             if names[id(layer)] not in inside:
                 read[names[id(layer)]] = None
 
+        asked: dict[str, None] = {}
+        weights = {id(layer.weight): name for name, layer in targets.items()}
+
+        def dtype_asked(weight: int) -> None:
+            if weights[weight] not in inside:
+                asked[weights[weight]] = None
+
         hooks = [layer.register_forward_pre_hook(enter) for layer in targets.values()]
         hooks += [layer.register_forward_hook(leave) for layer in targets.values()]
-        with _watched(targets.values(), seen), torch.no_grad(), torch.device("meta"):
+        dtypes = watched_dtypes(weights, dtype_asked)
+        with dtypes, watched_weights(targets.values(), seen), torch.no_grad(), torch.device("meta"):
             for inputs in candidates(self.model, "meta"):
                 inside.clear()
                 try:
@@ -308,6 +317,8 @@ class _Survey:
         for name in read:
             if name not in called:
                 self.leave[name] = f"{self.name} of transformers reads its weight without calling the layer"
+            elif name in asked and self.request["format"] == "bitsandbytes":
+                self.leave[name] = f"{self.name} of transformers casts to the dtype of its weight, which codes lack"
 
 
 def _mixes_dtypes(model: Any) -> bool:
@@ -337,36 +348,6 @@ def _mixes_dtypes(model: Any) -> bool:
         for hook in hooks:
             hook.remove()
     return False
-
-
-class _watched:
-    """Meanwhile every look at the weight of some layers is told to ``tell``."""
-
-    def __init__(self, layers: Any, tell: Any) -> None:
-        self._layers = list(layers)
-        self._tell = tell
-        self._classes: dict[type, type] = {}
-
-    def __enter__(self) -> None:
-        for layer in self._layers:
-            kind = type(layer)
-            if kind not in self._classes:
-                self._classes[kind] = self._subclass(kind)
-            layer.__class__ = self._classes[kind]
-
-    def __exit__(self, *_: object) -> None:
-        for layer in self._layers:
-            layer.__class__ = type(layer).__mro__[1]
-
-    def _subclass(self, kind: type) -> type:
-        tell = self._tell
-
-        def lookup(self: Any, name: str) -> Any:
-            if name == "weight":
-                tell(self)
-            return kind.__getattr__(self, name)  # type: ignore[attr-defined]
-
-        return type(kind.__name__, (kind,), {"__getattr__": lookup})
 
 
 def _initialized(module: Any, owner: Any) -> Iterator[tuple[Any, Any]]:

@@ -107,6 +107,14 @@ def test_a_linear_layer_with_code_of_its_own_is_left(tmp_path: Path) -> None:
     assert any("DeepseekV4GroupedLinear" in reason for reason in left.values())
 
 
+def test_layers_to_the_dtype_of_whose_weights_inputs_are_cast_are_left(tmp_path: Path) -> None:
+    """Four-bit codes lie in bytes, to which no input can be cast; int8's layers have their dtype back when they run."""
+    tiny_architectures.build("seq2seq:longt5", tmp_path / "cast")
+    left = surveyed(tmp_path / "cast", "nf4")[1]["leave"]
+    assert {name.split(".")[-2] for name, reason in left.items() if "casts to the dtype" in reason} == {"wo"}
+    assert not any("casts to the dtype" in why for why in surveyed(tmp_path / "cast", "int8")[1]["leave"].values())
+
+
 def test_a_class_that_does_not_run_in_bfloat16_keeps_its_dtype(tmp_path: Path) -> None:
     tiny_architectures.build("causal:xlnet", tmp_path / "wide")
     assert not surveyed(tmp_path / "wide", "int8")[1]["runs_narrow"]

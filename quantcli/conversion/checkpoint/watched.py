@@ -1,0 +1,52 @@
+"""What a model's own code looks at in its layers while it runs: their weights, and the dtypes of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+
+class watched_weights:
+    """Meanwhile every look at the weight of some layers is told to ``tell``."""
+
+    def __init__(self, layers: Any, tell: Any) -> None:
+        self._layers = list(layers)
+        self._tell = tell
+        self._classes: dict[type, type] = {}
+
+    def __enter__(self) -> None:
+        for layer in self._layers:
+            kind = type(layer)
+            if kind not in self._classes:
+                self._classes[kind] = self._subclass(kind)
+            layer.__class__ = self._classes[kind]
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self._layers:
+            layer.__class__ = type(layer).__mro__[1]
+
+    def _subclass(self, kind: type) -> type:
+        tell = self._tell
+
+        def lookup(self: Any, name: str) -> Any:
+            if name == "weight":
+                tell(self)
+            return kind.__getattr__(self, name)  # type: ignore[attr-defined]
+
+        return type(kind.__name__, (kind,), {"__getattr__": lookup})
+
+
+def watched_dtypes(weights: Collection[int], tell: Callable[[int], None]) -> Any:
+    """Meanwhile every look at the dtype of some weights, by their identity, is told to ``tell``."""
+    from torch import Tensor
+    from torch.overrides import TorchFunctionMode
+
+    getter = Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function == getter and id(args[0]) in weights:
+                tell(id(args[0]))
+            return function(*args, **(kwargs or {}))
+
+    return Watching()
