@@ -114,7 +114,9 @@ def test_a_model_that_sees_is_calibrated_and_judged_on_images_with_text(
     report = convert(folder, out, scheme="int4", group_size=32, algorithm="gptq", data=captions)
     done = {layer.name: layer.reason for layer in report.layers if layer.scheme}
     towers = [layer for layer in done if "vision" in layer and ".layers." in layer]
-    assert towers and not any("in place of" in (done[layer] or "") for layer in towers)
+    # The code of PaliGemma's tower reads weights, which packed codes lack: the tower is left.
+    assert bool(towers) == (name != "paligemma")
+    assert not any("in place of" in (done[layer] or "") for layer in towers)
     report = evaluate(folder, [out], data=captions, by_layer=name == "llava")
     assert report.details["task"] == "language-modeling"
     assert 0 < report.models[1].metrics["kl_nats"] < 0.1  # type: ignore[operator]
