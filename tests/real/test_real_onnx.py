@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_digits_run_on_integers_and_lose_nothing(folder: Path) -> None:
     model, calibration, test = real_models.digits_cnn(folder / "digits")
-    report = quantcli.convert(model, folder / "small.onnx", scheme="int8-static", data=str(calibration))
+    report = quantcli.convert(model, folder / "small.onnx", scheme="int8-static", data=str(calibration), force=True)
     proof = report.details["verified"]["runtime"]
     assert proof["float_kernels"] == {}
     assert (proof["integer_kernels"]["QLinearConv"], proof["integer_kernels"]["QGemm"]) == (3, 1)
@@ -79,7 +79,7 @@ def test_dynamic_encoder_is_as_near_as_the_runtimes_own_tool_leaves_it(encoder, 
 def test_static_encoder_is_far_nearer_than_the_runtimes_own_tool_leaves_it(encoder, folder: Path) -> None:
     model, checkpoint, calibration, samples, expected = encoder
     options = {"tokenizer": checkpoint, "samples": 12, "seq_len": real_models.LENGTH}
-    quantcli.convert(model, folder / "static.onnx", scheme="int8-static", data=str(calibration), **options)
+    quantcli.convert(model, folder / "static.onnx", scheme="int8-static", data=str(calibration), force=True, **options)
     prepared = theirs.prepared(model, folder, symbolic=False)
     texts = real_models.sentences(calibration, model, checkpoint, 12)
     other = theirs.static(prepared, folder / "quantize_static.onnx", texts)
@@ -118,7 +118,7 @@ def test_every_scheme_of_weights_runs_foreign_models(kind: str, scheme: str, tmp
 def test_every_scheme_of_activations_runs_foreign_models(kind: str, scheme: str, tmp_path: Path) -> None:
     model = real_models.ocr_model(kind)
     calibration, test = ocr_samples(kind, tmp_path, 8, 0), ocr_samples(kind, tmp_path, 4, 1)
-    quantcli.convert(model, tmp_path / "out.onnx", scheme=scheme, data=str(calibration))
+    quantcli.convert(model, tmp_path / "out.onnx", scheme=scheme, data=str(calibration), force=True)
     expected = scoring.outputs(model, real_models.feeds(test))
     assert scoring.sqnr_db(expected, scoring.outputs(tmp_path / "out.onnx", real_models.feeds(test))) > 6
 
@@ -134,7 +134,9 @@ def test_the_scheme_recommended_for_the_recognizer_reads_as_well(tmp_path: Path)
         found = [scoring.recognized(each, characters) for each in scoring.outputs(path, real_models.feeds(pictures))]
         return float(np.mean([a.replace(" ", "") == b.replace(" ", "") for a, b in zip(found, texts, strict=True)]))
 
-    report = quantcli.convert(model, tmp_path / "int8-static.onnx", scheme="int8-static", data=str(calibration))
+    report = quantcli.convert(
+        model, tmp_path / "int8-static.onnx", scheme="int8-static", data=str(calibration), force=True
+    )
     recommended = report.details["recommended"]
     assert recommended in ("int8-static", "int8-dynamic")
     best = tmp_path / f"{recommended}.onnx"
