@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from quantcli.conversion.staging import put_in_place, refuse_to_overwrite
 from quantcli.errors import BudgetError, InputError, UsageError
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.steps import named_steps, parse_steps
@@ -66,7 +67,7 @@ def convert_within(
             report = convert_one(found.recipe, output, True)
             gates = _gates(budget, output, found.details["chosen"]["size_bytes"], {})
         else:
-            found, report, gates = _published(output, budget, search, convert_one, judged)
+            found, report, gates = _published(output, budget, search, convert_one, judged, force=force)
             _write_recipe(recipe_file, found.recipe)
             found.details["recipe_file"] = str(recipe_file)
     except BudgetError as error:
@@ -86,6 +87,8 @@ def _published(
     search: Callable[[Budget], Found],
     convert_one: ConvertOne,
     judged: Callable[[Path], Losses],
+    *,
+    force: bool,
 ) -> tuple[Found, Report, list[GateRow]]:
     """The artifact under its name, once it keeps the budget; a stricter search follows where it does not."""
     place = output.absolute().parent / f".{output.name}.candidate"
@@ -95,10 +98,11 @@ def _published(
             found = search(stricter)
             candidate = place / output.name
             report = convert_one(found.recipe, candidate, False)
-            size, losses = _size_of(candidate), judged(candidate)
+            # A single file may have others beside it, which hold its weights.
+            size, losses = _size_of(place), judged(candidate)
             gates = _gates(budget, output, size, losses)
             if all(gate.passed for gate in gates):
-                _publish(candidate, output)
+                _publish(place, output, force=force)
                 found.details["artifact_bytes"] = size
                 return found, report, gates
             shutil.rmtree(place)
@@ -114,6 +118,16 @@ def _published(
     )
 
 
+def _publish(place: Path, output: Path, *, force: bool) -> None:
+    candidate = place / output.name
+    if candidate.is_dir():
+        put_in_place(candidate, output, None, place / "replaced")
+        return
+    if not force:
+        refuse_to_overwrite(place, output)
+    put_in_place(place, output, output.name, place / "replaced")
+
+
 def _stricter(budget: Budget, last: Budget, planned: int, size: int, losses: Losses) -> Budget:
     """A budget whose limits are lower by as much as the artifact missed what was planned, or asked for."""
     changed: dict[str, Any] = {}
@@ -126,23 +140,8 @@ def _stricter(budget: Budget, last: Budget, planned: int, size: int, losses: Los
     return replace(last, **changed)
 
 
-def _size_of(artifact: Path) -> int:
-    files = [artifact] if artifact.is_file() else [path for path in artifact.rglob("*") if path.is_file()]
-    return sum(path.stat().st_size for path in files)
-
-
-def _publish(built: Path, output: Path) -> None:
-    """Rename what was built to its place; what stood there goes once it is replaced."""
-    if output.is_dir():
-        old = built.with_name(f"{built.name}.replaced")
-        output.rename(old)
-        try:
-            built.rename(output)
-        except OSError:
-            old.rename(output)
-            raise
-    else:
-        built.replace(output)
+def _size_of(built: Path) -> int:
+    return sum(path.stat().st_size for path in built.rglob("*") if path.is_file())
 
 
 def _gates(budget: Budget, output: Path, size: int, losses: Losses) -> list[GateRow]:

@@ -97,21 +97,7 @@ class Staging:
         What was built beside a single file goes beside the target, and before it.
         """
         self.close()
-        if single_file:
-            for companion in sorted(self.out.iterdir()):
-                if companion.name != single_file:
-                    companion.replace(self.target.parent / companion.name)
-        built = self.out / single_file if single_file else self.out
-        if self.target.is_dir():
-            old = self.root / "replaced"
-            self.target.rename(old)
-            try:
-                built.rename(self.target)
-            except OSError:
-                old.rename(self.target)
-                raise
-        else:
-            built.replace(self.target)
+        put_in_place(self.out, self.target, single_file, self.root / "replaced")
         self.discard()
 
     def close(self) -> None:
@@ -124,6 +110,39 @@ class Staging:
         """Remove everything that is not the output."""
         self.close()
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def put_in_place(built: Path, target: Path, single_file: str | None, aside: Path) -> None:
+    """Rename what a folder holds to its place; the old output, if any, goes only once the new one stands.
+
+    Args:
+        built: the folder that becomes ``target``, or in which the single file lies, and what goes beside that.
+        target: the place.
+        single_file: the output's name where it is a file. What else was built goes beside the target, and before it.
+        aside: where an old folder waits meanwhile.
+    """
+    if single_file:
+        for companion in sorted(built.iterdir()):
+            if companion.name != single_file:
+                companion.replace(target.parent / companion.name)
+        built = built / single_file
+    if target.is_dir():
+        target.rename(aside)
+        try:
+            built.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+    else:
+        built.replace(target)
+
+
+def refuse_to_overwrite(built: Path, target: Path) -> None:
+    """Raise UsageError where a file that goes beside a single file exists."""
+    for file in built.iterdir():
+        beside = target.parent / file.name
+        if beside != target and beside.exists():
+            raise UsageError(f"The output {beside} exists.", "Use --force to replace it.")
 
 
 def partial_folder(target: Path) -> Path:

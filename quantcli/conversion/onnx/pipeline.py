@@ -23,7 +23,7 @@ from quantcli.conversion.onnx.histograms import weight_histograms
 from quantcli.conversion.onnx.result import Result
 from quantcli.conversion.onnx.source import Source, open_source
 from quantcli.conversion.onnx.trial_inputs import NoFeeds, made_up, of_samples
-from quantcli.conversion.staging import Staging, open_staging
+from quantcli.conversion.staging import Staging, open_staging, refuse_to_overwrite
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
@@ -128,7 +128,7 @@ def convert_onnx(
         try:
             report = _convert(job, staging)
             if job.single_file and not (force or dry_run):
-                _refuse_to_overwrite(staging.out, output)
+                refuse_to_overwrite(staging.out, output)
         except OSError as error:
             raise explain(error, output) from error
         except UsageError:
@@ -298,14 +298,6 @@ def _check_request(job: _Job) -> None:
         check_target(job.output, source if source.is_dir() else onnx_file(source), force=may_replace)
     elif job.output.exists() and not may_replace:
         raise UsageError(f"The output {job.output} exists.", "Use --force to replace it.")
-
-
-def _refuse_to_overwrite(built: Path, output: Path) -> None:
-    """Raise UsageError where a file of weights that goes beside a single file exists."""
-    for file in built.iterdir():
-        beside = output.parent / file.name
-        if beside != output and beside.exists():
-            raise UsageError(f"The output {beside} exists.", "Use --force to replace it.")
 
 
 def _require_data(job: _Job, plan: GraphPlan) -> None:
