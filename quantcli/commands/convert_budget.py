@@ -19,6 +19,7 @@ from quantcli.reporting.report import GateRow, ModelRow, Report
 from quantcli.search.budget import Budget
 from quantcli.search.choices import Found
 from quantcli.system.files import check_target, explain, whole_file
+from quantcli.system.user_functions import is_function
 
 #: Converts by a recipe into a place; the flag says whether it is only planned.
 ConvertOne = Callable[[Recipe, Path, bool], Report]
@@ -57,8 +58,7 @@ def convert_within(
         require_pareto(budget.pareto)
     recipe_file = output.with_name(f"{output.name}.recipe.yaml")
     if not dry_run:
-        source = Path(model)
-        check_target(output, source if source.exists() else Path.cwd() / ".", force=force)
+        check_target(output, None if is_function(model) else Path(model), force=force)
         if recipe_file.exists() and not force:
             raise UsageError(f"The output {recipe_file} exists.", "Use --force to replace it.")
     try:

@@ -24,15 +24,16 @@ def stored_member_offset(stream: IO[bytes], entry: zipfile.ZipInfo) -> int:
     return stream.tell() + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
 
 
-def check_target(target: Path, source: Path, *, force: bool) -> None:
-    """Refuse a target that exists, or that would swallow the input.
+def check_target(target: Path, source: Path | None, *, force: bool) -> None:
+    """Refuse a target that exists, or that would swallow the input; ``source`` None: that is code, not a file.
 
     Raises:
         UsageError: the target exists and ``force`` is False, or it is, holds, or lies in the input.
     """
-    here, there = target.resolve(), source.resolve()
-    if here == there or here in there.parents or (there.is_dir() and there in here.parents):
-        raise UsageError(f"The output {target} and the input {source} overlap.", "Choose another place for -o.")
+    if source is not None:
+        here, there = target.resolve(), source.resolve()
+        if here == there or here in there.parents or (there.is_dir() and there in here.parents):
+            raise UsageError(f"The output {target} and the input {source} overlap.", "Choose another place for -o.")
     if target.exists() and not force:
         raise UsageError(f"The output {target} exists.", "Use --force to replace it.")
 

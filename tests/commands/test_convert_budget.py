@@ -54,3 +54,10 @@ def test_a_file_that_is_none_of_ours_is_not_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [other.name] and other.read_bytes() == b"mine"
     assert within(tmp_path / "out.onnx", 2000, force=True).passed
     assert len(other.read_bytes()) == 1000
+
+
+def test_the_output_of_a_function_may_lie_where_one_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert within(Path("out.onnx"), 2000).passed
+    with pytest.raises(UsageError, match=r"The output out\.onnx exists"):
+        within(Path("out.onnx"), 2000)

@@ -291,13 +291,11 @@ def _check_request(job: _Job) -> None:
     if job.recipe.format not in (None, "onnx"):
         raise UsageError(f"An ONNX model cannot be written as {job.recipe.format}.", "Leave --format out.")
     require_onnx(job.recipe)
-    source, may_replace = Path(job.model), job.force or job.dry_run
-    if not is_function(job.model):
-        if not source.exists():
-            raise InputError(f"{source} does not exist.")
-        check_target(job.output, source if source.is_dir() else onnx_file(source), force=may_replace)
-    elif job.output.exists() and not may_replace:
-        raise UsageError(f"The output {job.output} exists.", "Use --force to replace it.")
+    source = None if is_function(job.model) else Path(job.model)
+    if source is not None and not source.exists():
+        raise InputError(f"{source} does not exist.")
+    read = source if source is None or source.is_dir() else onnx_file(source)
+    check_target(job.output, read, force=job.force or job.dry_run)
 
 
 def _require_data(job: _Job, plan: GraphPlan) -> None:
