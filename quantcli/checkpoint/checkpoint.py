@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Protocol
@@ -127,6 +127,23 @@ class Checkpoint:
             return next(iter(digests.values()))
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
+
+
+class CheckpointView(Checkpoint):
+    """A checkpoint seen with other tensors; ``original`` is what holds the files."""
+
+    def __init__(self, original: Checkpoint, infos: Iterable[TensorInfo]) -> None:
+        """Have these tensors in place of the original's, and all else as it has it."""
+        self.original = original
+        super().__init__(
+            original.path, tuple(infos), folder=original.folder, metadata=original.metadata, warnings=original.warnings
+        )
+        self.config = original.config
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold weights, sorted."""
+        return self.original.files
 
 
 def _open_reader(file: Path) -> Reader:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint, CheckpointView
 from quantcli.checkpoint.floats import FloatCheckpoint
 from quantcli.checkpoint.quantized import SECTIONS, QuantizedCheckpoint, open_values
 from quantcli.core.tensors import QuantizedTensor, TensorInfo
@@ -25,7 +24,7 @@ _KEPT = 2
 _HELD = 4
 
 
-class DecodedCheckpoint(Checkpoint):
+class DecodedCheckpoint(CheckpointView):
     """A quantized checkpoint seen as an ordinary one: quantized weights are float32, the rest as it is.
 
     At most a few weights are held as codes at a time; values are made of them as rows are asked for.
@@ -40,10 +39,8 @@ class DecodedCheckpoint(Checkpoint):
 
     def _show(self, original: Checkpoint, infos: list[TensorInfo], method: str) -> None:
         """Be the checkpoint that has these tensors in place of the original's."""
-        self.original, self.method = original, method
-        super().__init__(
-            original.path, tuple(infos), folder=original.folder, metadata=original.metadata, warnings=original.warnings
-        )
+        self.method = method
+        CheckpointView.__init__(self, original, infos)
         if self.config is not None:
             self.config = {key: value for key, value in self.config.items() if key not in SECTIONS}
 
@@ -66,11 +63,6 @@ class DecodedCheckpoint(Checkpoint):
     def quantizes_inputs(self) -> bool:
         """Whether the inputs of some layers are quantized as well, which its values do not tell."""
         return any(weight.scheme.inputs for weight in self._quantized.weights.values())
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that hold weights, sorted."""
-        return self.original.files
 
     def read_rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor; float32 where they are decoded."""

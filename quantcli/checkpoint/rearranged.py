@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint, CheckpointView
 from quantcli.core.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class Run:
         return replace(self, first=self.first + start * self.step, count=stop - start)
 
 
-class RearrangedCheckpoint(Checkpoint):
+class RearrangedCheckpoint(CheckpointView):
     """A checkpoint seen with other tensors in the place of some, made of their rows; these are read as asked for."""
 
     def __init__(self, original: Checkpoint, made: Mapping[str, Mapping[str, Any]]) -> None:
@@ -37,7 +36,6 @@ class RearrangedCheckpoint(Checkpoint):
         Each has the names of its ``sources``, and as ``runs`` what its rows are, one run after the other: the number of
         the source, the first row, the step between rows, and how many there are.
         """
-        self.original = original
         stored = {info.name: info for info in original.infos()}
         self._runs: dict[str, list[Run]] = {}
         by_source: dict[str, list[TensorInfo]] = {}
@@ -53,19 +51,7 @@ class RearrangedCheckpoint(Checkpoint):
         infos: list[TensorInfo] = []
         for info in original.infos():
             infos += [info] if info.name not in gone else by_source.get(info.name, [])
-        super().__init__(
-            original.path,
-            tuple(infos),
-            folder=original.folder,
-            metadata=original.metadata,
-            warnings=original.warnings,
-        )
-        self.config = original.config
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that hold weights, sorted."""
-        return self.original.files
+        super().__init__(original, infos)
 
     def read_rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor, in its own dtype."""

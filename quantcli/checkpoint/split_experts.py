@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint, CheckpointView
 from quantcli.core.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -25,12 +24,11 @@ class Part:
     turned: bool
 
 
-class SplitExperts(Checkpoint):
+class SplitExperts(CheckpointView):
     """A checkpoint seen with some of its tensors in parts; a part is read as it is asked for."""
 
     def __init__(self, original: Checkpoint, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """See `original` with its tensors named in ``parts`` as those; each part is what `Part` holds."""
-        self.original = original
         self._parts: dict[str, tuple[TensorInfo, Part]] = {}
         infos: list[TensorInfo] = []
         for info in original.infos():
@@ -42,19 +40,7 @@ class SplitExperts(Checkpoint):
                 nbytes = info.nbytes // info.numel * part.shape[0] * part.shape[1]
                 self._parts[part.name] = (info, part)
                 infos.append(replace(info, name=part.name, shape=part.shape, nbytes=nbytes))
-        super().__init__(
-            original.path,
-            tuple(infos),
-            folder=original.folder,
-            metadata=original.metadata,
-            warnings=original.warnings,
-        )
-        self.config = original.config
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that hold weights, sorted."""
-        return self.original.files
+        super().__init__(original, infos)
 
     def read_rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor, in its own dtype."""

@@ -53,6 +53,15 @@ def floats(outputs: Mapping[str, np.ndarray]) -> Arrays:
     }
 
 
+def logits_of(outputs: Arrays, name: str, places: str, hint: str) -> np.ndarray:
+    """Logits ``[1, places, vocabulary]``, float32: the output of that name, or the only one. Raises InputError."""
+    found = floats(outputs)
+    logits = found.get("logits", next(iter(found.values())) if len(found) == 1 else None)
+    if logits is None or logits.ndim != 3:
+        raise InputError(f"{name} returns no logits [batch, {places}, vocabulary]: {shapes(outputs)}.", hint)
+    return logits
+
+
 def named(returned: Any, name: str) -> Arrays:
     """Tensors among what a module returned: by key, or as output_0, output_1 and so on."""
     if isinstance(returned, torch.Tensor):

@@ -28,6 +28,18 @@ Labels = Literal["", "classes", "texts"]
 MAX_UNREADABLE, _NAMED = 0.01, 3
 
 
+def class_folders(path: Path) -> list[Path]:
+    """The folders in a folder, sorted; hidden ones are none."""
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def files_of_kind(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """The files of a folder that end in one of some suffixes; hidden ones do not count."""
+    for entry in folder.iterdir():
+        if entry.suffix.lower() in suffixes and not entry.name.startswith(".") and entry.is_file():
+            yield entry
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One sample: an array for each input, with a batch axis of 1, and its class or its text where that is known."""

@@ -16,7 +16,15 @@ from quantcli.core.ports import Port
 from quantcli.data.fitting import layouts
 from quantcli.data.image_preprocessing import IMAGE_SUFFIXES, Preprocess, load_preprocess, open_image
 from quantcli.data.request import DataRequest
-from quantcli.data.sources.base import Labels, Sample, evenly, fixed_batch_of, readable
+from quantcli.data.sources.base import (
+    Labels,
+    Sample,
+    class_folders,
+    evenly,
+    files_of_kind,
+    fixed_batch_of,
+    readable,
+)
 from quantcli.errors import InputError
 from quantcli.system.parallel import usable_cores
 
@@ -29,26 +37,18 @@ DESCRIPTION, IS_TEXT = "a folder of images", False
 def accepts(data: str) -> bool:
     """Whether DATA is a folder with an image in it, or in a folder of a class."""
     path = Path(data)
-    return path.is_dir() and any(any(_images(folder)) for folder in (*_folders(path), path))
+    return path.is_dir() and any(any(files_of_kind(folder, IMAGE_SUFFIXES)) for folder in (*class_folders(path), path))
 
 
 def open_source(request: DataRequest, ports: Sequence[Port], folder: Path | None) -> ImageSource:
     """Find the files. Folders in the folder are classes where one of them holds an image."""
     path = Path(request.data)
-    groups = [sorted(_images(each)) for each in _folders(path)]
+    groups = [sorted(files_of_kind(each, IMAGE_SUFFIXES)) for each in class_folders(path)]
     labelled = any(groups)
     preprocess = load_preprocess(request.preprocess, folder)
-    return ImageSource(groups if labelled else [sorted(_images(path))], labelled, ports, preprocess, path)
-
-
-def _folders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    for entry in folder.iterdir():
-        if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file():
-            yield entry
+    return ImageSource(
+        groups if labelled else [sorted(files_of_kind(path, IMAGE_SUFFIXES))], labelled, ports, preprocess, path
+    )
 
 
 class ImageSource:

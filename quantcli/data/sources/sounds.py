@@ -15,7 +15,15 @@ from quantcli.data.fitting import converted, layouts
 from quantcli.data.media_records import file_named, medium_of, records_of, sound_of, transcript_of
 from quantcli.data.request import DataRequest
 from quantcli.data.sound_files import LONGEST_SECONDS, SOUND_SUFFIXES, read_sound
-from quantcli.data.sources.base import Labels, Sample, evenly, fixed_batch_of, readable
+from quantcli.data.sources.base import (
+    Labels,
+    Sample,
+    class_folders,
+    evenly,
+    files_of_kind,
+    fixed_batch_of,
+    readable,
+)
 from quantcli.errors import InputError
 from quantcli.system.parallel import usable_cores
 
@@ -44,7 +52,7 @@ def accepts(data: str) -> bool:
     """Whether DATA is a folder with a sound in it, or in a folder of a class, or records that name sounds."""
     path = Path(data)
     if path.is_dir():
-        return any(any(_sounds(folder)) for folder in (path, *_folders(path)))
+        return any(any(files_of_kind(folder, SOUND_SUFFIXES)) for folder in (path, *class_folders(path)))
     return medium_of(data) == "sound"
 
 
@@ -65,21 +73,11 @@ def open_source(request: DataRequest, ports: Sequence[Port], folder: Path | None
     return SoundSource(sounds, ports, folder, request.tokenizer or folder, path)
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _sounds(folder: Path) -> Iterator[Path]:
-    for entry in folder.iterdir():
-        if entry.suffix.lower() in SOUND_SUFFIXES and not entry.name.startswith(".") and entry.is_file():
-            yield entry
-
-
 def _in_folder(path: Path) -> list[_Sound]:
     """Sounds of a folder, each with the text beside it; without sounds of its own, those of a folder for each class."""
-    files = sorted(_sounds(path))
+    files = sorted(files_of_kind(path, SOUND_SUFFIXES))
     if not files:
-        numbered = enumerate(sorted(_sounds(folder)) for folder in _folders(path))
+        numbered = enumerate(sorted(files_of_kind(folder, SOUND_SUFFIXES)) for folder in class_folders(path))
         return [_Sound(file, str(file), number) for number, group in numbered for file in group]
     texts = {file: file.with_suffix(_TRANSCRIPT_SUFFIX) for file in files}
     lacking = [file for file, text in texts.items() if not text.is_file()]

@@ -15,7 +15,7 @@ from quantcli.errors import InputError
 from quantcli.evaluation.metrics import Divergence, Perplexity, verdict
 from quantcli.evaluation.tasks.base import Metrics
 from quantcli.models import processors
-from quantcli.models.outputs import floats, shapes
+from quantcli.models.outputs import logits_of
 from quantcli.models.source import ModelSource
 
 NAME = "language-modeling"
@@ -58,13 +58,7 @@ class LanguageModeling:
             self._divergence.add(self._logits(reference)[:-1][predicted], logits[:-1][predicted])
 
     def _logits(self, outputs: Arrays) -> Tensor:
-        found = floats(outputs)
-        logits = found.get("logits", next(iter(found.values())) if len(found) == 1 else None)
-        if logits is None or logits.ndim != 3:
-            raise InputError(
-                f"{self.name} returns no logits [batch, length, vocabulary]: {shapes(outputs)}.",
-                "Use --task embedding or fidelity.",
-            )
+        logits = logits_of(outputs, self.name, "length", "Use --task embedding or fidelity.")
         return torch.from_numpy(logits[0])
 
     def metrics(self) -> Metrics:

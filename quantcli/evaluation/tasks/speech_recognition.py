@@ -15,7 +15,7 @@ from quantcli.errors import InputError, MissingExtraError
 from quantcli.evaluation.metrics import Mean, Ratio
 from quantcli.evaluation.tasks.base import Metrics, with_error
 from quantcli.models import hugging_face
-from quantcli.models.outputs import floats, shapes
+from quantcli.models.outputs import logits_of
 from quantcli.models.runner import GENERATED
 from quantcli.models.source import ModelSource
 
@@ -81,13 +81,8 @@ class SpeechRecognition:
     def _heard(self, outputs: Arrays) -> str:
         if GENERATED in outputs:
             return spoken(str(self._tokenizer.decode(outputs[GENERATED][0], skip_special_tokens=True)))
-        found = floats(outputs)
-        logits = found.get("logits", next(iter(found.values())) if len(found) == 1 else None)
-        if logits is None or logits.ndim != 3:
-            raise InputError(
-                f"{self.name} returns no logits [batch, moments, vocabulary]: {shapes(outputs)}.",
-                "It is no model that recognizes speech; use --task fidelity.",
-            )
+        hint = "It is no model that recognizes speech; use --task fidelity."
+        logits = logits_of(outputs, self.name, "moments", hint)
         # Repeats and blanks are the tokenizer's to drop: between equal letters a blank stands for neither.
         return spoken(str(self._tokenizer.decode(np.argmax(logits[0], -1))))
 
