@@ -61,8 +61,7 @@ class CheckpointSearch:
         """What the groups' bytes may sum up to, so that the whole artifact keeps the ceiling."""
         assert self.budget.max_size is not None
         limit = float(self.budget.max_size)
-        smallest = best_mix(self.trials.groups, "nbytes", {})
-        assert smallest is not None
+        smallest = self._extreme("nbytes")
         # What all mixes have beside the groups; names in recipe and headers differ by a little, which is repaired.
         limit -= self.trials.nbytes(smallest) - total(self.trials.groups, smallest, "nbytes")
         while True:

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli.planning.recipe import Recipe
+from quantcli.core.scheme import PRESETS
+from quantcli.planning.recipe import Recipe, validate
+from quantcli.search.budget import FLOAT
+
+#: Sizes of groups to choose from where the user names none, finest first: those that every runtime runs.
+_GROUP_SIZES = (32, 64, 128)
+#: What a recipe's rule says beside the layers that it means.
+Rule = tuple[tuple[str, Any], ...]
+SKIP: Rule = (("skip", True),)
+
+
+def ways_to_store(recipe: Recipe, allow: Sequence[str]) -> dict[str, Rule]:
+    """What a recipe's rule says for each way to store a layer, by what people call it, as the user ordered them."""
+    ways: dict[str, Rule] = {}
+    for name in allow:
+        if name == FLOAT:
+            ways[FLOAT] = SKIP
+        elif PRESETS[name].weights.granularity.kind == "group":
+            for size in (recipe.group_size,) if recipe.group_size else _GROUP_SIZES:
+                ways[f"{name} group {size}"] = (("scheme", name), ("group_size", size))
+        else:
+            ways[name] = (("scheme", name),)
+    return ways
+
+
+def chosen_recipe(recipe: Recipe, entries: Mapping[str, Any], rules: Sequence[Mapping[str, Any]] = ()) -> Recipe:
+    """A user's recipe with what was chosen: its own rules come before others, and its size of groups is a choice."""
+    own = recipe.model_dump(exclude_unset=True)
+    own.pop("group_size", None)
+    more = {"rules": [*own.get("rules", []), *rules]} if rules else {}
+    return validate({**own, **entries, **more}, "the search")
 
 
 @dataclass(frozen=True)
@@ -22,7 +52,7 @@ class Choice:
     """
 
     label: str
-    rule: tuple[tuple[str, Any], ...]
+    rule: Rule
     nbytes: int
     cost: float
     milliseconds: float = 0.0
@@ -57,7 +87,7 @@ def total(groups: Sequence[Group], mix: Mix, column: str) -> float:
 
 def rules_of(groups: Sequence[Group], mix: Mix) -> list[dict[str, Any]]:
     """A recipe's rules for a mix: one for each way to store, with the layers that are stored so."""
-    layers: dict[tuple[tuple[str, Any], ...], list[str]] = {}
+    layers: dict[Rule, list[str]] = {}
     for group, choice in zip(groups, chosen(groups, mix), strict=True):
         layers.setdefault(choice.rule, []).extend(group.layers)
     return [{"match": names} | dict(rule) for rule, names in layers.items()]

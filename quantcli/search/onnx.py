@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import InputError
-from quantcli.planning.recipe import Recipe, validate
+from quantcli.planning.recipe import Recipe
 from quantcli.search.budget import Budget
-from quantcli.search.choices import Found, Mix
+from quantcli.search.choices import Found, Mix, chosen_recipe, ways_to_store
 from quantcli.search.judge import KL, metric_of
 from quantcli.search.limits import limits_of
 from quantcli.search.onnx_measured import Measurements
@@ -27,7 +27,7 @@ from quantcli.search.onnx_mixes import LEVELS, Limits, Mixes
 from quantcli.search.onnx_sensitivity import layer_costs
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.search.onnx_trials import key_of
-from quantcli.search.onnx_ways import Ways, ways_to_store
+from quantcli.search.onnx_ways import Ways
 from quantcli.search.sensitivity_file import SensitivityStore
 from quantcli.search.solver import Column
 from quantcli.search.unmet import loses_too_much, too_few_samples, too_large, too_slow
@@ -123,11 +123,9 @@ class OnnxSearch:
 
     def _uniforms(self) -> Iterator[Recipe]:
         """One scheme for all layers, as if it had been asked for by itself."""
-        own = self.subject.recipe.model_dump(exclude_unset=True)
-        own.pop("group_size", None)
         for rule in ways_to_store(self.subject.recipe, self.budget.allow).values():
             if "scheme" in dict(rule):
-                yield validate(own | dict(rule), "the search")
+                yield chosen_recipe(self.subject.recipe, dict(rule))
 
     def _converted_uniforms(self) -> list[Recipe]:
         """Those that can be converted, the smallest first."""

@@ -19,7 +19,8 @@ from quantcli.core.ports import Arrays
 from quantcli.errors import InputError
 from quantcli.models.session import Session
 from quantcli.planning.recipe import Recipe
-from quantcli.search.onnx_runs import GraphRuns, Rule
+from quantcli.search.choices import SKIP, Rule
+from quantcli.search.onnx_runs import GraphRuns
 from quantcli.system.text import format_seconds, listed
 
 #: Runs of a graph that a search may take; a number, not a time, so that equal inputs give equal artifacts.
@@ -31,7 +32,7 @@ _BETTER_BY_DB = 6.0
 #: What becomes of a culprit, in the order that is tried: what is quantized still, and what is not.
 _WAYS: tuple[tuple[str, Rule], ...] = (
     ("quantized without fixed ranges", (("scheme", "int8-dynamic"),)),
-    ("in floating point", (("skip", True),)),
+    ("in floating point", SKIP),
 )
 
 #: An artifact slower than this share of its model's speed, with 95% confidence, is not written unasked.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantcli.conversion.onnx.comparison import Comparison, OutputComparison
 from quantcli.errors import InputError
@@ -19,13 +19,11 @@ from quantcli.onnx.plan.resolve import resolve_graph
 from quantcli.onnx.rewrite.four_bit_storage import store_in_four_bits
 from quantcli.onnx.rewrite.transform import transform
 from quantcli.planning.recipe import Recipe, validate
+from quantcli.search.choices import Rule
 from quantcli.system.parallel import torch_threads
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-#: What a recipe's rule says beside the layers that it means.
-Rule = tuple[tuple[str, Any], ...]
 
 
 def noise_of(outputs: Iterable[float | None]) -> float:

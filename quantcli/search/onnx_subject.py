@@ -21,11 +21,12 @@ from quantcli.onnx.graph.opset import default_opset
 from quantcli.onnx.plan.evidence import Evidence as GraphEvidence
 from quantcli.planning.recipe import Recipe
 from quantcli.search.budget import FLOAT
+from quantcli.search.choices import ways_to_store
 from quantcli.search.judge import Evidence
 from quantcli.search.onnx_evidence import gather_evidence
 from quantcli.search.onnx_runs import GraphRuns
 from quantcli.search.onnx_trials import Stopwatch, Trials, Verdicts
-from quantcli.search.onnx_ways import Ways, open_ways, uniform_recipe, ways_to_store
+from quantcli.search.onnx_ways import Ways, open_ways, uniform_recipe
 from quantcli.system.progress import Progress
 
 if TYPE_CHECKING:

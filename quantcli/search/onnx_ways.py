@@ -8,20 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from quantcli.core.scheme import PRESETS
 from quantcli.errors import BudgetError, InputError
 from quantcli.onnx.graph.operands import channel_axis
 from quantcli.onnx.graph.values import constant, is_standard
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
-from quantcli.planning.recipe import Recipe, validate
+from quantcli.planning.recipe import Recipe
 from quantcli.planning.rules import Rules
 from quantcli.search.budget import FLOAT
-from quantcli.search.choices import Choice, Group, Mix, chosen, rules_of
-from quantcli.search.onnx_runs import GraphRuns, Rule, noise_of
+from quantcli.search.choices import Choice, Group, Mix, Rule, chosen, chosen_recipe, rules_of, ways_to_store
+from quantcli.search.onnx_runs import GraphRuns, noise_of
 from quantcli.search.sensitivity_file import LayerFigures, WayFigures
-
-#: Sizes of groups that are tried, finest first, where the user names none.
-_GROUP_SIZES = (32, 64, 128)
 
 #: The time that a form takes by that of the float kernel, about: what decides between mixes that are alike in all
 #: else must be the same on every machine. Measured on AVX-512 with onnxruntime 1.32, see the facts in
@@ -32,26 +28,10 @@ _WORK = {"static": 0.5, "dynamic": 0.5, "recurrent": 0.6, "nbits": 0.9, "cast": 
 _WORK_OF_RESTORED = 1.5
 
 
-def ways_to_store(recipe: Recipe, allow: Sequence[str]) -> dict[str, Rule]:
-    """What a recipe's rule says for each way to store a layer, by what people call it, as the user ordered them."""
-    ways: dict[str, Rule] = {}
-    for name in allow:
-        if name == FLOAT:
-            ways[FLOAT] = (("skip", True),)
-        elif PRESETS[name].weights.granularity.kind == "group":
-            for size in (recipe.group_size,) if recipe.group_size else _GROUP_SIZES:
-                ways[f"{name} group {size}"] = (("scheme", name), ("group_size", size))
-        else:
-            ways[name] = (("scheme", name),)
-    return ways
-
-
 def uniform_recipe(recipe: Recipe, rule: Rule) -> Recipe:
     """A recipe with one way to store for all layers that its own rules do not mean."""
-    own = recipe.model_dump(exclude_unset=True)
-    own.pop("group_size", None)
     scheme = {"scheme": wish} if (wish := dict(rule).get("scheme")) else {}
-    return validate(own | scheme | {"rules": [*own.get("rules", []), {"match": "*", **dict(rule)}]}, "the search")
+    return chosen_recipe(recipe, scheme, [{"match": "*", **dict(rule)}])
 
 
 @dataclass(frozen=True)
@@ -98,9 +78,7 @@ class Ways:
         # The scheme of most bytes is that of the recipe; the first one where two have as many.
         main = max(quantizing, key=lambda rule: quantizing[rule])
         rules = [rule | {"match": [glob.escape(name) for name in rule["match"]]} for rule in rules_of(groups, mix)]
-        own = self.recipe.model_dump(exclude_unset=True)
-        own.pop("group_size", None)
-        return validate(own | dict(main) | {"rules": [*own.get("rules", []), *rules]}, "the search")
+        return chosen_recipe(self.recipe, dict(main), rules)
 
 
 def _multiplications(plan: NodePlan, sizes: Mapping[str, int]) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,30 @@ from quantcli.core.manifest import MANIFEST, Manifest, ManifestLayer
 from quantcli.core.scheme import PRESETS
 from quantcli.errors import UsageError
 from quantcli.planning.plan import LayerPlan, Loader, Plan
-from quantcli.planning.recipe import Recipe, validate
+from quantcli.planning.recipe import Recipe
 from quantcli.planning.resolve import resolve
 from quantcli.planning.rules import Rules, full_label
 from quantcli.planning.targets import for_target
 from quantcli.planning.targets.fused import fused_layers
 from quantcli.search.budget import FLOAT
-from quantcli.search.choices import Choice, Group, Mix, chosen, rules_of
+from quantcli.search.choices import (
+    SKIP,
+    Choice,
+    Group,
+    Mix,
+    Rule,
+    chosen,
+    chosen_recipe,
+    rules_of,
+    ways_to_store,
+)
 
-#: Sizes of groups to choose from where the user names none: those that every runtime runs.
-GROUP_SIZES = (32, 64, 128)
 #: Files that the conversion writes itself.
 _WRITTEN = (MANIFEST, "config.json")
 #: What the manifest says of verification, and notes on layers, in bytes at the most.
 _VERIFIED_BYTES, _NOTE_BYTES = 1200, 40
 #: What it says of calibration data, with hashes of its n-grams.
 _SKETCH_BYTES = 512 * 8 * 4 // 3 + 1000
-_SKIP = (("skip", True),)
 #: Roles of layers that are chosen for; routers and tied heads stay.
 _CHOSEN = tuple(role for role in LAYER_ROLES if role not in ("router", "tied head"))
 
@@ -42,7 +50,7 @@ _CHOSEN = tuple(role for role in LAYER_ROLES if role not in ("router", "tied hea
 class Way:
     """One scheme for all layers that take it, as it would be planned."""
 
-    rule: Mapping[str, Any]
+    rule: Rule
     layers: Mapping[str, LayerPlan]
     nbytes: Mapping[str, int]
 
@@ -61,31 +69,23 @@ class Ways:
     loader: Loader
     output: Path
     calibrated: bool = False
-    plans: dict[tuple[str, str], LayerPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.infos = self.checkpoint.infos()
         self._roles = classify(self.infos, self.checkpoint.config)
         self._casts = [name for name in self.allow if name == FLOAT or PRESETS[name].weights.is_cast]
-        self._ways = [self._way(rule) for name in self.allow if name not in self._casts for rule in self._rules(name)]
+        schemes = [name for name in self.allow if name not in self._casts]
+        self._ways = [self._way(rule) for rule in ways_to_store(self.recipe, schemes).values()]
         if not self._ways:
             raise UsageError("--allow names no scheme with fewer bits than 16.", "Add int8 or int4.")
-
-    def _rules(self, scheme: str) -> list[dict[str, Any]]:
-        """What a recipe's rule says for a scheme: once for each size of its groups."""
-        if not PRESETS[scheme].weights.is_grouped or PRESETS[scheme].weights.granularity.kind == "block":
-            return [{"scheme": scheme}]
-        sizes = [self.recipe.group_size] if self.recipe.group_size else GROUP_SIZES
-        return [{"scheme": scheme, "group_size": size} for size in sizes]
 
     def planned(self, recipe: Recipe) -> Plan:
         """The plan of a recipe, data being there where it is needed. Raises UsageError where a target refuses it."""
         return for_target(resolve(recipe, self.infos, self.checkpoint.config, data=None, loader=self.loader))
 
-    def _way(self, rule: dict[str, Any]) -> Way:
+    def _way(self, stored: Rule) -> Way:
         # A head is quantized only where a rule asks for it; a size that does not fit a layer is none for it.
-        layers: dict[str, LayerPlan] = {}
-        nbytes: dict[str, int] = {}
+        rule, layers, nbytes = dict(stored), dict[str, LayerPlan](), dict[str, int]()
         size = rule.get("group_size", 1)
         fitting = [
             {"match": _pattern(info.name), **rule}
@@ -99,22 +99,11 @@ class Ways:
             if layer.has_codes:
                 layers[layer.info.name] = layer
                 nbytes[layer.info.name] = _nbytes(layout, layer.info.name)
-        return Way(rule, layers, nbytes)
+        return Way(stored, layers, nbytes)
 
     def _resolved(self, scheme: str, rules: Sequence[Mapping[str, Any]]) -> Plan:
-        recipe = self._with_rules(scheme, rules)
+        recipe = chosen_recipe(self.recipe, {"scheme": scheme}, rules)
         return resolve(recipe, self.infos, self.checkpoint.config, data=None, loader=self.loader)
-
-    def _with_rules(self, scheme: str, rules: Sequence[Mapping[str, Any]]) -> Recipe:
-        """The user's recipe, whose own rules come first, with others behind them."""
-        own = self.recipe.model_dump(exclude_unset=True).get("rules", [])
-        return self._with({"scheme": scheme, "rules": [*own, *rules]})
-
-    def _with(self, changed: Mapping[str, Any]) -> Recipe:
-        """The user's recipe with other entries; its size of groups is a choice by now."""
-        own = self.recipe.model_dump(exclude_unset=True)
-        own.pop("group_size", None)
-        return validate({**own, **changed}, "the budget's recipe")
 
     @cached_property
     def groups(self) -> list[tuple[str, ...]]:
@@ -145,9 +134,9 @@ class Ways:
         # Two models, each with one group quantized: between them, all others are left once.
         for names in self.groups[:2]:
             way = next(way for way in self._ways if names[0] in way.layers)
-            rules = [{"match": list(map(_pattern, names)), **way.rule}]
+            rules = [{"match": list(map(_pattern, names)), **dict(way.rule)}]
             rules += [{"match": _pattern(info.name), "skip": True} for info in self.infos if info.name not in names]
-            layout = plan_layout(self._resolved(way.rule["scheme"], rules), self.checkpoint, self.output)
+            layout = plan_layout(self._resolved(dict(way.rule)["scheme"], rules), self.checkpoint, self.output)
             found |= {info.name: _nbytes(layout, info.name) for info in self.infos if info.name not in names}
         return found
 
@@ -162,11 +151,10 @@ class Ways:
                 label = self.label(way, names[0])
                 cost = sum(costs.get(name, {}).get(label, 0.0) for name in names)
                 size = sum(way.nbytes[name] for name in names)
-                found.setdefault(label, Choice(label, tuple(way.rule.items()), size, cost))
-                self.plans |= {(name, label): way.layers[name] for name in names}
+                found.setdefault(label, Choice(label, way.rule, size, cost))
             if self._casts and all(name in self.left_bytes for name in names):
                 size = sum(self.left_bytes[name] for name in names)
-                found[self._casts[0]] = Choice(self._casts[0], _SKIP, size, 0.0)
+                found[self._casts[0]] = Choice(self._casts[0], SKIP, size, 0.0)
             groups.append(Group(tuple(map(_pattern, names)), tuple(found.values())))
         return groups
 
@@ -188,30 +176,31 @@ class Ways:
         """An ordinary recipe that stores the layers so."""
         uniform = self._uniform_rule(groups, mix)
         if uniform is not None:
-            return self._with({**uniform})
+            return chosen_recipe(self.recipe, dict(uniform))
         counts: dict[str, int] = {}
         rules = rules_of(groups, mix)
         for rule in rules:
             if "scheme" in rule:
                 counts[rule["scheme"]] = counts.get(rule["scheme"], 0) + len(rule["match"])
         if counts:
-            return self._with_rules(max(counts, key=lambda scheme: counts[scheme]), rules)
+            main = max(counts, key=lambda scheme: counts[scheme])
+            return chosen_recipe(self.recipe, {"scheme": main}, rules)
         # All layers stay as they are, so that the model is cast.
         cast = "bf16" if self._casts[0] == FLOAT else self._casts[0]
-        return self._with({"scheme": cast, "algorithm": "auto", "steps": []})
+        return chosen_recipe(self.recipe, {"scheme": cast, "algorithm": "auto", "steps": []})
 
-    def _uniform_rule(self, groups: Sequence[Group], mix: Mix) -> Mapping[str, Any] | None:
+    def _uniform_rule(self, groups: Sequence[Group], mix: Mix) -> Rule | None:
         """The one scheme of all layers but heads, which stay as they are without a rule; None where there are more."""
         rules = {
             choice.rule
             for names, choice in zip(self.groups, chosen(groups, mix), strict=True)
-            if not (choice.rule == _SKIP and all(map(self.is_head, names)))
+            if not (choice.rule == SKIP and all(map(self.is_head, names)))
         }
         heads = any(
-            self.is_head(names[0]) and choice.rule != _SKIP
+            self.is_head(names[0]) and choice.rule != SKIP
             for names, choice in zip(self.groups, chosen(groups, mix), strict=True)
         )
-        return None if len(rules) != 1 or heads or _SKIP in rules else dict(next(iter(rules)))
+        return None if len(rules) != 1 or heads or SKIP in rules else next(iter(rules))
 
     def artifact_bytes(self, recipe: Recipe) -> int:
         """Bytes of all files of the artifact, at the most. Raises UsageError where a target refuses the recipe."""
@@ -267,8 +256,7 @@ def _nbytes(layout: Layout, name: str) -> int:
 
 def _pattern(name: str) -> str:
     """A glob that means a tensor alone, its biases aside: brackets in names are no sets of characters."""
-    name = module_of(name) if name.endswith(".weight") else name
-    return name.replace("[", "[[]").replace("?", "[?]").replace("*", "[*]")
+    return glob.escape(module_of(name) if name.endswith(".weight") else name)
 
 
 def labels(groups: Sequence[Group], mix: Mix) -> dict[str, int]:
