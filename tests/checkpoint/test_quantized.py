@@ -383,6 +383,15 @@ def test_weights_are_decoded_once_for_neighbouring_rows(artifact: Artifacts, mon
     assert checkpoint.held_bytes >= tensors_of(artifact("gptq"))[f"{STEM}qweight"].nbytes
 
 
+def test_rows_of_a_few_columns_in_a_bare_file_are_of_eight_bits(tmp_path: Path) -> None:
+    weight = torch.randn(48, 2, generator=torch.Generator().manual_seed(0))
+    save_file({"narrow.weight": weight}, tmp_path / "model.safetensors")
+    convert(tmp_path / "model.safetensors", tmp_path / "out.safetensors", scheme="int8")
+    decoded = decoded_checkpoint(open_checkpoint(tmp_path / "out.safetensors"))
+    [info] = decoded.infos()
+    assert (decoded.read_rows(info, 0, 48) - weight).abs().max() < weight.abs().max() * 0.01
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("columns", [2, 3, 4, 5])
 def test_rows_of_a_few_columns_are_read_with_the_bits_they_were_written_with(

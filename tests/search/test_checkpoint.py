@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from quantcli.reporting.report import Report
 from quantcli.search import sensitivity
 from quantcli.search.budget import Budget
 from quantcli.search.checkpoint import CheckpointSearch
-from quantcli.search.choices import Group, total
+from quantcli.search.choices import total
 from quantcli.search.subject import CheckpointSubject
 from quantcli.search.trials import CheckpointTrials
 
@@ -111,14 +110,19 @@ def test_no_mix_of_a_small_model_is_better_at_the_same_bytes(model: Path, data: 
 
 def test_estimates_are_near_to_what_is_measured(model: Path, data: Path) -> None:
     tried = trials(model, data, Budget(max_size=62_000), group_size=32)
-    for number, group in enumerate(tried.groups):
+    assert tried.model is not None
+    for number, ((name,), group) in enumerate(zip(tried.ways.groups, tried.groups, strict=True)):
         labels = [choice.label for choice in group.choices]
         mix = tuple(
             labels.index("int4 group 32") if place == number else len(other.choices) - 1
             for place, other in enumerate(tried.groups)
         )
-        estimated = total(tried.groups, mix, "cost")
-        assert estimated == pytest.approx(tried.distance(mix), rel=0.3), group.name
+        stored = tried.stored(name, "int4 group 32")
+        assert stored is not None
+        measured = tried.model.distance({name: stored})
+        # Probes alone come near; each layer of this model is a kind of its own, so that corrected they are exact.
+        assert tried.store.found.costs[name]["int4 group 32"] == pytest.approx(measured, rel=0.6), group.name
+        assert total(tried.groups, mix, "cost") == pytest.approx(measured, rel=1e-4), group.name
 
 
 def test_a_limit_on_divergence_is_kept_by_the_artifact_itself(model: Path, data: Path, tmp_path: Path) -> None:
@@ -234,17 +238,15 @@ def test_a_result_is_not_judged_on_what_it_was_fitted_to(model: Path, data: Path
         convert(model, tmp_path / "out", data=data, budget=Budget(max_kl=0.1))
 
 
-def test_a_uniform_scheme_that_is_better_wins(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wins", [True, False])
+def test_a_uniform_scheme_wins_where_it_loses_less(
+    model: Path, data: Path, wins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried = trials(model, data, Budget(max_size=62_000), group_size=32)
-    wrong = [
-        Group(group.layers, tuple(replace(choice, cost=-choice.cost) for choice in group.choices))
-        for group in tried.groups
-    ]
-    vars(tried)["groups"] = wrong
     monkeypatch.setattr(CheckpointTrials, "measured_count", lambda _: 1)
+    monkeypatch.setattr(CheckpointTrials, "loss", lambda self, mix: float((mix in self.uniforms()) != wins))
     mix = CheckpointSearch(tried, tried.budget)._for_size()
-    names = {group.choices[number].label for group, number in zip(tried.groups, mix, strict=True)}
-    assert names <= {"int4 group 32", "bf16"}
+    assert (mix in tried.uniforms()) == wins
 
 
 def test_the_frontier_goes_from_the_smallest_to_the_best(model: Path, data: Path, tmp_path: Path) -> None:

@@ -46,6 +46,12 @@ def test_the_smallest_within_a_cost() -> None:
     assert best_mix(groups, "cost", {"nbytes": 199}) is None
 
 
+def test_a_ceiling_is_one_to_the_last_byte() -> None:
+    """The solver itself takes a millionth of the largest size for nothing, which is two bytes here."""
+    groups = [group("a", (1, 0.0), (2_000_001, 0.0)), group("b", (1, 1.0), (3, 0.0))]
+    assert best_mix(groups, "cost", {"nbytes": 2}) == (0, 0)
+
+
 def test_mixes_come_in_order_and_once() -> None:
     groups = [group("a", (1, 0.3), (2, 0.1)), group("b", (1, 0.25), (2, 0.0))]
     found = list(best_mixes(groups, "cost", {"nbytes": 4}, count=9))
