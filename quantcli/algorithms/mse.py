@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantcli.algorithms import rtn
+from quantcli.core import numerics
 from quantcli.core.numerics import choose_qparams, code_range, in_groups, quantize
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import QuantizedTensor
@@ -45,8 +45,8 @@ def has_signed_scales(number_format: NumberFormat) -> bool:
 
 
 def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor | None, Tensor]:
-    """As `rtn.group_range`, but where scales may be negative a range has a sign: minus the largest weight's."""
-    low, high = rtn.group_range(groups, number_format)
+    """As `numerics.group_range`, but where scales may be negative a range has a sign: minus the largest weight's."""
+    low, high = numerics.group_range(groups, number_format)
     if not has_signed_scales(number_format):
         return low, high
     smallest, largest = torch.aminmax(groups, dim=-1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.core.numerics import choose_qparams, dequantize, in_groups, quantize
+from quantcli.core.numerics import choose_qparams, dequantize, group_range, in_groups, quantize
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import QuantizedTensor
 
@@ -18,14 +18,6 @@ NEEDS: frozenset[str] = frozenset()
 def supports(number_format: NumberFormat) -> str | None:
     """None: every number format can be rounded to."""
     return None
-
-
-def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor | None, Tensor]:
-    """Smallest and largest value per group; a symmetric format has only the largest magnitude."""
-    if number_format.symmetric:
-        return None, groups.abs().amax(-1)
-    low, high = torch.aminmax(groups, dim=-1)
-    return low, high
 
 
 def run(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:

@@ -18,13 +18,19 @@ from __future__ import annotations
 
 import zlib
 from math import log10
+from types import ModuleType
 
 import torch
+from numpy import float32, ndarray
 from torch import Tensor
 
+from quantcli.core import compiled
 from quantcli.core.nf4 import nf4_bounds, nf4_codebook
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import QuantizedTensor
+
+#: Groups shorter than this are as quick in torch.
+_SHORTEST_ROW = 8
 
 
 def code_range(number_format: NumberFormat) -> tuple[int, int]:
@@ -87,13 +93,39 @@ def choose_qparams(
     return scale, zero_point.to(torch.int8)
 
 
+def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor | None, Tensor]:
+    """Smallest and largest value per group; a symmetric format has only the largest magnitude."""
+    loops, rows = _loops_for(groups), groups.shape[:-1]
+    if number_format.symmetric:
+        if loops is None:
+            return None, groups.abs().amax(-1)
+        high = torch.empty(rows)
+        loops.largest(_rows(groups.view(torch.int32)), _flat(high.view(torch.int32)))
+        return None, high
+    if loops is None:
+        low, high = torch.aminmax(groups, dim=-1)
+        return low, high
+    low, high = torch.empty(rows), torch.empty(rows)
+    loops.extremes(_rows(groups.view(torch.int32)), _flat(low.view(torch.int32)), _flat(high.view(torch.int32)))
+    return low, high
+
+
 def quantize(groups: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat) -> Tensor:
     """Codes of ``groups`` (see `in_groups`), int8 of the same shape; one scale per group."""
+    loops = _loops_for(groups, scale)
+    codes = torch.empty(groups.shape if loops else 0, dtype=torch.int8)
     if number_format.dtype == "nf4":
         # The reciprocal, not the quotient: bitsandbytes rounds this way and codes must equal its own.
-        scaled = groups * (1.0 / scale.clamp(min=1e-38)).unsqueeze(-1)
-        return torch.bucketize(scaled, nf4_bounds(), out_int32=True).to(torch.int8)
+        inverse = 1.0 / scale.clamp(min=1e-38)
+        if loops:
+            loops.nf4_codes(_rows(groups), _flat(inverse), _rows(codes))
+            return codes
+        return torch.bucketize(groups * inverse.unsqueeze(-1), nf4_bounds(), out_int32=True).to(torch.int8)
     qmin, qmax = code_range(number_format)
+    if loops:
+        limits = float32(qmin), float32(qmax)
+        loops.integer_codes(_rows(groups), _flat(scale), _offsets(scale, zero_point), *limits, _rows(codes))
+        return codes
     scaled = groups / scale.unsqueeze(-1)
     scaled.round_()
     if zero_point is not None:
@@ -120,12 +152,41 @@ def decoded(tensor: QuantizedTensor) -> Tensor:
 def error_powers(groups: Tensor, tensor: QuantizedTensor) -> tuple[float, float]:
     """Sums of squares of a weight (see `in_groups`) and of what quantization changed in it."""
     codes = in_groups(tensor.codes, tensor.number_format)
+    loops = _loops_for(groups, tensor.scale)
+    if loops:
+        arguments = _rows(groups), _rows(codes), _flat(tensor.scale)
+        if tensor.number_format.dtype == "nf4":
+            signal, noise = loops.codebook_powers(*arguments, nf4_codebook().numpy())
+        else:
+            signal, noise = loops.integer_powers(*arguments, _offsets(tensor.scale, tensor.zero_point))
+        return signal, noise
     if tensor.zero_point is None and tensor.number_format.dtype != "nf4":
         # As `dequantize`, but in one pass over the weight.
         difference = torch.addcmul(groups, codes.float(), tensor.scale.unsqueeze(-1), value=-1)
     else:
         difference = dequantize(codes, tensor.scale, tensor.zero_point, tensor.number_format).sub_(groups)
     return _power(groups), _power(difference)
+
+
+def _loops_for(groups: Tensor, scale: Tensor | None = None) -> ModuleType | None:
+    """The compiled loops, where they take these groups: float32, long enough, one scale for each."""
+    if groups.dtype != torch.float32 or groups.shape[-1] < _SHORTEST_ROW:
+        return None
+    if scale is not None and (scale.dtype != torch.float32 or scale.numel() * groups.shape[-1] != groups.numel()):
+        return None
+    return compiled.loops_for(groups)
+
+
+def _rows(groups: Tensor) -> ndarray:
+    return groups.reshape(-1, groups.shape[-1]).numpy()
+
+
+def _flat(values: Tensor) -> ndarray:
+    return values.detach().contiguous().reshape(-1).numpy()
+
+
+def _offsets(scale: Tensor, zero_point: Tensor | None) -> ndarray:
+    return _flat(torch.zeros(scale.shape, dtype=torch.int8) if zero_point is None else zero_point)
 
 
 def _power(values: Tensor) -> float:

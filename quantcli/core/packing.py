@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantcli.core import compiled
+
 
 def _pad_columns(codes: Tensor, multiple: int, value: int) -> Tensor:
     missing = -codes.shape[-1] % multiple
@@ -20,7 +22,12 @@ def pack_int4_low_nibble_first(codes: Tensor) -> Tensor:
     Code i of a word sits at bits 4i, stored as ``code + 8``; a partial last word is filled with zero
     bits. This is compressed-tensors' ``pack-quantized`` layout.
     """
-    unsigned = _pad_columns(codes, 8, value=-8) + 8
+    padded = _pad_columns(codes, 8, value=-8)
+    if loops := compiled.loops_for(padded):
+        packed = torch.empty(padded.numel() // 2, dtype=torch.uint8)
+        loops.pack_signed_low_first(padded.reshape(-1).numpy(), packed.numpy())
+        return packed.view(torch.int32).reshape(len(codes), -1)
+    unsigned = padded + 8
     # Two neighbouring bytes as one int16: low nibbles of both end up in the low byte.
     pairs = unsigned.reshape(-1).view(torch.int16)
     return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32).reshape(len(codes), -1)
@@ -28,7 +35,12 @@ def pack_int4_low_nibble_first(codes: Tensor) -> Tensor:
 
 def unpack_int4_low_nibble_first(packed: Tensor, columns: int) -> Tensor:
     """Inverse of `pack_int4_low_nibble_first`: int8 ``[rows, columns]``."""
-    pairs = packed.contiguous().view(torch.uint8).to(torch.int16)
+    stored = packed.contiguous().view(torch.uint8)
+    if loops := compiled.loops_for(stored):
+        codes = torch.empty(2 * stored.numel(), dtype=torch.int8)
+        loops.unpack_signed_low_first(stored.reshape(-1).numpy(), codes.numpy())
+        return codes.reshape(len(packed), -1)[:, :columns]
+    pairs = stored.to(torch.int16)
     unsigned = ((pairs | (pairs << 4)) & 0x0F0F).view(torch.int8)
     return (unsigned - 8)[:, :columns]
 
@@ -52,12 +64,21 @@ def pack_nibbles_high_first(codes: Tensor) -> Tensor:
 
     bitsandbytes' layout of the flattened weight.
     """
-    pairs = _pad_columns(codes, 2, value=0).view(torch.int16)
+    padded = _pad_columns(codes, 2, value=0)
+    if loops := compiled.loops_for(padded):
+        packed = torch.empty(padded.numel() // 2, dtype=torch.uint8)
+        loops.pack_high_first(padded.numpy(), packed.numpy())
+        return packed
+    pairs = padded.view(torch.int16)
     return ((pairs << 4) | (pairs >> 8)).to(torch.uint8)
 
 
 def unpack_nibbles_high_first(packed: Tensor, count: int) -> Tensor:
     """Inverse of `pack_nibbles_high_first`: int8 ``[count]``."""
+    if loops := compiled.loops_for(packed):
+        codes = torch.empty(2 * packed.numel(), dtype=torch.int8)
+        loops.unpack_high_first(packed.numpy(), codes.numpy())
+        return codes[:count]
     pairs = packed.to(torch.int16)
     return ((pairs >> 4) | ((pairs & 0x0F) << 8)).view(torch.int8)[:count]
 

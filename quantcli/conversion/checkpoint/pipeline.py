@@ -15,6 +15,7 @@ from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.hugging_face import neighbours
 from quantcli.conversion.checkpoint.layout import Layout
 from quantcli.conversion.staging import Staging
+from quantcli.core import compiled
 from quantcli.core.manifest import Manifest, ManifestLayer
 from quantcli.errors import UsageError
 from quantcli.planning.plan import Plan
@@ -108,6 +109,7 @@ class Conversion:
         self._write_companions(staging.out)
         # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
         hashing = Background(self.checkpoint.sha256)
+        compiled.use_for(sum(layer.info.numel for layer in self.plan.layers if layer.has_codes))
         if self.work:
             self._require_finite(output)
             self.work.run(output)
