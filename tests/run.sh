@@ -14,4 +14,5 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "${selection[@]}" "$@"
+# Two processes, each with whole files: a file's fixtures are made once, and most tests keep one core busy.
+.venv/bin/python -m pytest -n 2 --dist loadfile "${selection[@]}" "$@"
