@@ -16,8 +16,8 @@ from quantcli.onnx.graph.save import save_graph
 NORM = [node("LayerNormalization", ["s", "gain", "shift"], ["h"], axis=-1)]
 SPELLED_OUT = [
     node("ReduceMean", ["s"], ["mean"], axes=[-1]), node("Sub", ["s", "mean"], ["d"]), node("Mul", ["d", "d"], ["q"]),
-    node("ReduceMean", ["q"], ["variance"], axes=[-1]), node("Add", ["variance", "tiny"], ["v"]),
-    node("Sqrt", ["v"], ["r"]), node("Div", ["d", "r"], ["n"]), node("Mul", ["n", "gain"], ["g"]),
+    node("ReduceMean", ["q"], ["variance"], axes=[-1]), node("Add", ["variance", "tiny"], ["e"]),
+    node("Sqrt", ["e"], ["r"]), node("Div", ["d", "r"], ["n"]), node("Mul", ["n", "gain"], ["g"]),
     node("Add", ["g", "shift"], ["h"]),
 ]  # fmt: skip
 
