@@ -15,7 +15,7 @@ from quantcli.onnx.graph.save import save_graph
 
 NORM = [node("LayerNormalization", ["s", "gain", "shift"], ["h"], axis=-1)]
 SPELLED_OUT = [
-    node("ReduceMean", ["s"], ["mean"], axes=[-1]), node("Sub", ["s", "mean"], ["d"]), node("Mul", ["d", "d"], ["q"]),
+    node("ReduceMean", ["s"], ["mean"], axes=[-1]), node("Sub", ["s", "mean"], ["d"]), node("Pow", ["d", "two"], ["q"]),
     node("ReduceMean", ["q"], ["variance"], axes=[-1]), node("Add", ["variance", "tiny"], ["e"]),
     node("Sqrt", ["e"], ["r"]), node("Div", ["d", "r"], ["n"]), node("Mul", ["n", "gain"], ["g"]),
     node("Add", ["g", "shift"], ["h"]),
@@ -31,7 +31,7 @@ def residual(norm: list[onnx.NodeProto]) -> onnx.ModelProto:
         node("MatMul", ["h", "v"], ["y"]),
     ]
     held = {"w": normal(32, 32, seed=1), "v": normal(32, 32, seed=2), "gain": normal(32, seed=3)}
-    held |= {"shift": normal(32, seed=4), "tiny": np.array(1e-5, np.float32)}
+    held |= {"shift": normal(32, seed=4), "tiny": np.array(1e-5, np.float32), "two": np.array(2, np.float32)}
     return net(nodes, inputs={"x": ["n", "m", 32]}, **held)
 
 
