@@ -1,8 +1,9 @@
 """A quantized graph in training: what its nodes compute, with codes, scales, biases and norms that learn.
 
-The graph that is trained is the very one that will be written: each DequantizeLinear, each pair around a value and each
-n-bit node is replaced by a rounding with gradients (`quantcli.algorithms.fake_quantize`), and everything else runs as
-it stands. What was learned is written back into the graph's constants.
+The graph that is trained is the very one that will be written: each DequantizeLinear, or Cast and Mul, of a weight,
+each pair around a value and each n-bit node is replaced by a rounding with gradients
+(`quantcli.algorithms.fake_quantize`), and everything else runs as it stands. What was learned is written back into the
+graph's constants.
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ class GraphTrainee:
             self._replaced[name] = self._dequantized(node)
         elif is_standard(node, "DynamicQuantizeLinear"):
             self._replaced[name] = _dynamic
+        elif is_standard(node, "Mul") and (codes := _cast_codes(node.inputs[0])) is not None:
+            self._replaced[name] = partial(_constant_of, self._integer_weight(codes, node.inputs[1]))
         elif is_standard(node, "MatMulInteger"):
             self._replace_integer_product(node)
         elif node.op_type in NBITS_OPERATORS:
@@ -262,6 +265,13 @@ class GraphTrainee:
         for name, values in self._values.items():
             set_constant(self.model.graph.initializers[name], values.values().cpu().numpy())
         return losses
+
+
+def _cast_codes(value: ir.Value | None) -> ir.Value | None:
+    """The codes of a weight that a Cast makes a value of, to be multiplied by their scale; None of any other value."""
+    node = value.producer() if value is not None else None
+    codes = node.inputs[0] if node is not None and is_standard(node, "Cast") else None
+    return codes if codes is not None and ORIGIN in codes.meta else None
 
 
 def _upper_bound(value: ir.Value | None) -> float | None:

@@ -1,11 +1,14 @@
 """The figures quantcli stands for with ONNX, measured on this machine and printed beside their limits.
 
-Run: .venv/bin/python tests/benchmarks/benchmark_onnx.py [digits] [efficientnet] [minilm] [ocr] [recurrent]
-     [calibration]
+Run: .venv/bin/python tests/benchmarks/benchmark_onnx.py [digits] [efficientnet] [detector] [weights] [minilm]
+     [ocr] [recurrent] [calibration]
 
 digits        a CNN trained on the spot, int8-static: integer kernels, accuracy, size
 efficientnet  EfficientNet-Lite0, int8-static: output SQNR and latency beside onnxruntime's quantize_static. Images
               are crops of two photographs, all there is without a download: little data, and the same for both.
+detector      a graph of the YOLO kind, random weights, int8-static: output SQNR and latency beside quantize_static's
+              with unsigned activations, which alone become integer kernels
+weights       convolutions with int8, int4 and FP16 weights and no more: latency beside the float graphs'
 minilm        all-MiniLM-L6-v2: int8-dynamic, int8-static and int4 beside quantize_dynamic, quantize_static and the
               n-bits quantizer; calibrated on one half of a text, compared on the other
 ocr           three PP-OCR models: every scheme, and the recognizer's accuracy on rendered pictures
@@ -28,6 +31,7 @@ import scoring
 import theirs
 from harness import line, main, show
 from support import real_models
+from support.detector import save_detector
 from support.graphs import model, node, normal
 
 import quantcli
@@ -142,6 +146,45 @@ def efficientnet(folder: Path) -> None:
     show_latency("EfficientNet-Lite0 int8-static", ours, best, samples)
 
 
+def detector(folder: Path) -> None:
+    """Static quantization where SiLU, Split, Concat and Resize stand between convolutions."""
+    model = save_detector(folder / "detector.onnx")
+    calibration, test = (real_models.crops(folder / f"{seed}.npz", 16, seed, size=320) for seed in (0, 1))
+    samples, ours = list(real_models.feeds(test)), folder / "ours.onnx"
+    report = quantcli.convert(model, ours, scheme="int8-static", data=str(calibration))
+    proof = report.details["verified"]["runtime"]
+    prepared = theirs.prepared(model, folder, symbolic=False)
+    unsigned = theirs.QuantType.QUInt8
+    other = theirs.static(prepared, folder / "theirs.onnx", list(real_models.feeds(calibration)), activations=unsigned)
+    expected = scoring.outputs(model, samples)
+    our_db, their_db = (scoring.sqnr_db(expected, scoring.outputs(path, samples)) for path in (ours, other))
+    limit = f"at least {their_db:.1f} dB"
+    line("detector int8-static: SQNR of the boxes", f"{our_db:.1f} dB", limit, our_db >= their_db)
+    show("detector int8-static: integer kernels", kernels(proof["integer_kernels"]))
+    show(
+        "detector int8-static: float kernels, Q/DQ left",
+        f"{kernels(proof['float_kernels'])}, {proof['conversions_left']}",
+    )
+    show_latency("detector int8-static", ours, other, samples)
+    show("detector int8-static: latency, ours / float", str(scoring.latency(ours, model, samples, threads=1)))
+
+
+def weights(folder: Path) -> None:
+    """Weights alone in fewer bits: smaller, and not slower."""
+    images = real_models.crops(folder / "images.npz", 8, 0)
+    pages = real_models.text_pages(folder / "pages.npz", 4, 0)
+    models = {"EfficientNet-Lite0": (real_models.efficientnet_lite0(folder), images)}
+    models["PP-OCRv4 detector"] = (real_models.ocr_model("detector"), pages)
+    for name, (plain, data) in models.items():
+        for scheme in ("int8", "int4", "int8-dynamic", "fp16", "bf16"):
+            path = folder / f"{name}-{scheme}.onnx"
+            report = quantcli.convert(plain, path, scheme=scheme)
+            found = scoring.latency(path, plain, list(real_models.feeds(data)), threads=1)
+            shown = f"{found.ratio:.2f}x, {ratio(report):.2f} of the size"
+            limit = f"at least 0.97x ({found.low:.2f}-{found.high:.2f})"
+            line(f"{name} {scheme}: speed by that of floats", shown, limit, found.high >= 0.97)
+
+
 def minilm(folder: Path) -> None:
     """Accuracy, speed and size of an encoder."""
     model, checkpoint = real_models.minilm(folder)
@@ -169,6 +212,7 @@ def minilm(folder: Path) -> None:
     their_ratio = other.stat().st_size / model.stat().st_size
     show("MiniLM int8-dynamic: size, ours / theirs", f"{ratio(report):.3f} / {their_ratio:.3f}x")
     show_latency("MiniLM int8-dynamic", dynamic, other, samples)
+    show_latency("MiniLM int8-dynamic, batches of 8", dynamic, other, batches(samples, 8))
     texts = real_models.sentences(calibration, model, checkpoint, CALIBRATION)
     # Their symbolic shape inference does not get through this model.
     prepared = theirs.prepared(model, folder, symbolic=False)
@@ -186,6 +230,18 @@ def minilm(folder: Path) -> None:
     what = f"at most 0.2x; theirs {their_ratio:.3f}x"
     line("MiniLM int4: size", f"{ratio(report):.3f}x", what, ratio(report) <= 0.2)
     show("MiniLM int4: SQNR, ours / theirs", f"{scores(small)[0]:.1f} / {scores(other)[0]:.1f} dB")
+
+
+def batches(samples: Sequence[scoring.Feeds], size: int) -> list[scoring.Feeds]:
+    """Samples of one row put together, so many at a time, as long as the shortest of them."""
+    import numpy as np
+
+    found: list[scoring.Feeds] = []
+    for start in range(0, len(samples) - size + 1, size):
+        group = samples[start : start + size]
+        length = min(next(iter(each.values())).shape[1] for each in group)
+        found.append({name: np.concatenate([each[name][:, :length] for each in group]) for name in group[0]})
+    return found
 
 
 def ocr(folder: Path) -> None:
@@ -307,6 +363,8 @@ if __name__ == "__main__":
         {
             "digits": (digits, "the CNN of examples/digits.py on scikit-learn's digits"),
             "efficientnet": (efficientnet, "EfficientNet-Lite0 on crops of scikit-learn's two photographs"),
+            "detector": (detector, "a detector of the YOLO kind, 320 x 320, on crops of the same photographs"),
+            "weights": (weights, "EfficientNet-Lite0 and PP-OCRv4's detector, weights alone in fewer bits"),
             "minilm": (minilm, f"all-MiniLM-L6-v2 on {prose}"),
             "ocr": (ocr, "PP-OCRv4 detector, recognizer and classifier on rendered pictures of text"),
             "recurrent": (recurrent, "LSTM and GRU, 128 inputs and 2 x 256 states, on random sequences of 50 steps"),

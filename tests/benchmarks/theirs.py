@@ -41,12 +41,19 @@ def prepared(model: Path, folder: Path, *, symbolic: bool = True) -> Path:
     return path
 
 
-def static(model: Path, output: Path, samples: Sequence[Mapping[str, np.ndarray]], calibrator: str = "MinMax") -> Path:
-    """QDQ, weights per channel, 8-bit activations."""
+def static(
+    model: Path,
+    output: Path,
+    samples: Sequence[Mapping[str, np.ndarray]],
+    calibrator: str = "MinMax",
+    *,
+    activations: QuantType = QuantType.QInt8,
+) -> Path:
+    """QDQ, weights per channel, 8-bit activations; signed ones are their default."""
     with contextlib.redirect_stdout(None):
         quantize_static(
             str(model), str(output), _Reader(samples), per_channel=True,
-            calibrate_method=getattr(CalibrationMethod, calibrator),
+            calibrate_method=getattr(CalibrationMethod, calibrator), activation_type=activations,
         )  # fmt: skip
     return output
 

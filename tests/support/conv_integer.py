@@ -20,7 +20,7 @@ def rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) ->
     def rewrite(layer: NodePlan) -> LayerOutcome:
         assert layer.scheme and layer.algorithm
         node, output, bias = layer.node, layer.node.outputs[0], array(input_of(layer.node, 2))
-        weight = integer_weight(graph, node, layer.scheme.weights, layer.algorithm, exact=False)
+        weight = integer_weight(graph, node, layer.scheme.weights, layer.algorithm, floats=True)
         base, per_channel = output.name, (-1, 1, 1)
         scales = add_initializer(graph, f"{base}_scales", weight.scales.reshape(per_channel))
         shift = np.zeros(weight.channels, np.float32) if bias is None else bias

@@ -103,8 +103,8 @@ def synthetic_images(path: Path, count: int) -> Path:
     return path
 
 
-def crops(path: Path, count: int, seed: int) -> Path:
-    """Random crops of scikit-learn's two photographs as ``.npz``: image ``[count, 3, 224, 224]``, (x - 127) / 128."""
+def crops(path: Path, count: int, seed: int, size: int = 224) -> Path:
+    """Random crops of scikit-learn's two photographs as ``.npz``: image ``[count, 3, size, size]``, (x - 127) / 128."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -114,9 +114,9 @@ def crops(path: Path, count: int, seed: int) -> Path:
     for number in range(count):
         photograph = photographs[number % len(photographs)]
         side = int(rng.integers(160, 400))
-        top, left = (int(rng.integers(0, size - side)) for size in photograph.shape[:2])
+        top, left = (int(rng.integers(0, edge - side)) for edge in photograph.shape[:2])
         crop = Image.fromarray(photograph[top : top + side, left : left + side])
-        pixels = np.asarray(crop.resize((224, 224), Image.Resampling.BICUBIC), dtype=np.float32)
+        pixels = np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
         found.append((pixels - 127).transpose(2, 0, 1) / 128)
     np.savez(path, image=np.stack(found))
     return path

@@ -28,7 +28,7 @@ from quantcli.onnx.graph.values import (
 from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.forms import Form
 from quantcli.onnx.plan.integer_kernels import integer_opset, no_integer_kernel
-from quantcli.onnx.plan.placement import Placement, has_wrong_kernel, place
+from quantcli.onnx.plan.placement import Placement, has_slow_kernel, has_wrong_kernel, place
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
 from quantcli.onnx.rewrite.bias_correction import correct_bias
 from quantcli.onnx.weights.integer import IntegerWeight, integer_weight
@@ -76,7 +76,8 @@ class StaticQuantizer:
         for value in sorted(self.placement.values, key=lambda value: order.get(value, -1)):
             self._insert_pair(value, self.placement.values[value])
         for node in list(self.graph):
-            if node not in self.placement.nodes and (is_standard(node, *_QUANTIZED_UNASKED) or has_wrong_kernel(node)):
+            unasked = is_standard(node, *_QUANTIZED_UNASKED) or has_wrong_kernel(node) or has_slow_kernel(node)
+            if unasked and node not in self.placement.nodes:
                 self._keep_float(node)
 
     def input_scale(self, node: ir.Node) -> np.float32:
@@ -108,7 +109,10 @@ class StaticQuantizer:
         # What an integer kernel made exists as codes only: everybody reads those.
         everybody = producer is not None and self._is_integer(producer)
         for use in readers:
-            if everybody or use.node in self.placement.nodes:
+            if is_standard(use.node, "Shape", "Size"):
+                # Asked of the codes: nothing is restored for it, and the kernel before writes nothing else.
+                use.node.replace_input_with(use.idx, quantized)
+            elif everybody or use.node in self.placement.nodes:
                 use.node.replace_input_with(use.idx, restored)
         if producer is None:
             prepend(self.graph, quantize, dequantize)
@@ -119,7 +123,7 @@ class StaticQuantizer:
             restored.name, value.name = value.name, f"{value.name}_unquantized"
 
     def _keep_float(self, node: ir.Node) -> None:
-        """Keep the runtime from quantizing a layer that was left float, or a pool whose integer kernel is wrong.
+        """Keep the runtime from quantizing a layer that was left float, or an operator whose integer kernel is no good.
 
         It does so where the layer reads and writes quantized values, also through operators that codes can pass;
         a sum of a single value hides the first.

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from itertools import count
 from typing import TYPE_CHECKING
 
+from quantcli.onnx.graph.casts import keeps_codes
 from quantcli.onnx.graph.values import constant, is_standard
 
 if TYPE_CHECKING:
@@ -23,24 +24,41 @@ def shorten_names(model: ir.Model, own: Collection[str]) -> None:
     taken = own_names(model) | set(own)
     free = (name for name in (f"q{number}" for number in count()) if name not in taken)
     renamed = set[int]()
+    decoded: set[ir.Value | None] = set()
     for node in list(model.graph.all_nodes()):
-        if not is_standard(node, *_NODES) or any(value.name in own for value in node.outputs):
+        decodes = keeps_codes(node) is False or _goes_on(node, decoded)
+        if decodes:
+            decoded.update(node.outputs)
+        if not (decodes or is_standard(node, *_NODES)) or any(value.name in own for value in node.outputs):
             continue
         node.name = ""
+        if decodes:
+            _rename_outputs(node, free)
+            continue
         for value in node.inputs[1:] if constant(node.inputs[0]) is None else ():
             # Both nodes of a pair read it, and perhaps those of other values.
             if value is None or constant(value) is None or value.name in own or id(value) in renamed:
                 continue
             _rename_constant(value, next(free))
             renamed.add(id(value))
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.name, value.shape, value.type = next(free), None, None
+        _rename_outputs(node, free)
 
 
 def own_names(model: ir.Model) -> set[str]:
     """Names of all values of a model, constants included."""
     return {value.name for value in _values(model) if value.name}
+
+
+def _rename_outputs(node: ir.Node, free: Iterator[str]) -> None:
+    for value in node.outputs:
+        if not value.is_graph_output():
+            value.name, value.shape, value.type = next(free), None, None
+
+
+def _goes_on(node: ir.Node, decoded: Collection[ir.Value | None]) -> bool:
+    """Whether a node works on codes that are being decoded, and on constants: one more step to a weight."""
+    first, *others = node.inputs or (None,)
+    return first in decoded and all(constant(value) is not None for value in others)
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:

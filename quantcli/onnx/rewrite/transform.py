@@ -8,9 +8,13 @@ from quantcli.onnx.graph.casts import restore_casts
 from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.forms import FORMS, form
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
+from quantcli.onnx.rewrite.residual import part_sums_from_norms
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+#: Forms of layers that run on integers: as a processor's kernels have them, so that the graph is written for one.
+_ON_INTEGERS = ("static", "dynamic", "recurrent")
 
 
 def transform(model: ir.Model, plan: GraphPlan, evidence: Evidence) -> list[LayerOutcome]:
@@ -32,6 +36,8 @@ def transform(model: ir.Model, plan: GraphPlan, evidence: Evidence) -> list[Laye
             if name
         }
         outcomes |= {id(layer): rewriters[layer.form](layer) for layer in layers if layer.form}
+    if any(layer.form in _ON_INTEGERS for layer in plan.nodes):
+        part_sums_from_norms(model)
     restore_casts(model)
     model.graph.sort()
     # Our names for scales and codes may be those of the model's own values.

@@ -62,13 +62,14 @@ class IntegerWeight:
     """A weight as the graph holds it now.
 
     ``codes`` int8 of the weight's own shape; ``scale`` float32 and ``zero_point`` int8 ``[channels]``, or
-    scalars; ``axis`` the dimension of the channels; ``scales`` the scale's values, ``[channels]`` or ``[1]``;
+    scalars; for products of floats no ``zero_point``, and a ``scale`` of the weight's own dimensions, all but the
+    channels one; ``axis`` the dimension of the channels; ``scales`` the scale's values, ``[channels]`` or ``[1]``;
     ``narrowed`` the number of channels whose scale grew so that nothing saturates (see `exact_scale`).
     """
 
     codes: ir.Value
     scale: ir.Value
-    zero_point: ir.Value
+    zero_point: ir.Value | None
     axis: int
     scales: np.ndarray
     narrowed: int
@@ -77,8 +78,8 @@ class IntegerWeight:
 
     @property
     def parts(self) -> list[ir.Value]:
-        """What a DequantizeLinear reads."""
-        return [self.codes, self.scale, self.zero_point]
+        """The constants that stand for the weight."""
+        return [value for value in (self.codes, self.scale, self.zero_point) if value is not None]
 
     @property
     def channels(self) -> int:
@@ -115,7 +116,7 @@ def integer_weight(
     number_format: NumberFormat,
     algorithm: str,
     *,
-    exact: bool = True,
+    floats: bool = False,
     smallest_scale: np.ndarray | None = None,
     hessian: Hessian | None = None,
 ) -> IntegerWeight:
@@ -126,7 +127,8 @@ def integer_weight(
         node: Conv, ConvTranspose, Gemm or MatMul with a constant float weight.
         number_format: int8, symmetric, per channel or per tensor; codes are within -127..127.
         algorithm: plug-in that chooses the scales.
-        exact: widen scales as `exact_scale` says; pointless where the codes are expanded before use.
+        floats: whether floats are made of the codes before a product is taken: no scale is widened as `exact_scale`
+            says, which is for sums of integers.
         smallest_scale: float32 ``[channels]`` that scales must not go below, or None.
         hessian: of the node's input, which gptq needs.
     """
@@ -143,8 +145,8 @@ def integer_weight(
     number_format = replace(number_format, narrow=True)
     start = default_rounding(number_format) if hessian else algorithm
     tensor = algorithms.rounding(start).run(matrix, number_format, torch.float32)
-    kind = pairing(node, rows) if exact else None
-    needed = exact_scale(node, rows) if exact else np.zeros(rows.shape[0], dtype=np.float32)
+    kind = None if floats else pairing(node, rows)
+    needed = np.zeros(rows.shape[0], dtype=np.float32) if floats else exact_scale(node, rows)
     floor = torch.from_numpy(needed).reshape(-1, 1)
     if smallest_scale is not None:
         floor = torch.maximum(floor, torch.from_numpy(smallest_scale.astype(np.float32)).reshape(-1, 1))
@@ -167,6 +169,8 @@ def integer_weight(
     scales = _numpy(tensor.scale).reshape(-1)
     # A single scale is written as a scalar: one entry of a list would have to match the channels.
     stored = scales if len(scales) > 1 else scales.reshape(())
+    if floats:
+        stored = scales.reshape([-1 if each == axis else 1 for each in range(codes.ndim)])
 
     def register(part: str, values: np.ndarray) -> ir.Value:
         return add_initializer(graph, free_name(graph, f"{value.name}_{part}"), values)
@@ -176,8 +180,8 @@ def integer_weight(
     return IntegerWeight(
         stored_codes,
         register("scale", stored),
-        # Zeros, and yet they must be there: without them the runtime does not fuse Gemm.
-        register("zero_point", np.zeros(stored.shape, dtype=np.int8)),
+        # Zeros, and yet an integer kernel must have them: without them the runtime does not fuse Gemm.
+        None if floats else register("zero_point", np.zeros(stored.shape, dtype=np.int8)),
         axis,
         scales,
         narrowed,

@@ -62,11 +62,10 @@ def read_codes(codes: ir.Value, scale: ir.Value, origin: Origin) -> QuantizedTen
 
 
 def write_codes(weight: StoredWeight, tensor: QuantizedTensor) -> None:
-    """Put codes and scale where a DequantizeLinear reads them."""
+    """Put codes and scale where the nodes that restore a weight, or multiply by it, read them."""
     origin = weight.origin
     set_constant(weight.codes, np.moveaxis(tensor.codes.numpy().reshape(origin.shape), 0, origin.codes_axis))
-    scales = tensor.scale.numpy().reshape(-1)
-    set_constant(weight.scale, scales if len(constant(weight.scale).shape) else scales.reshape(()))  # type: ignore[union-attr]
+    set_constant(weight.scale, tensor.scale.numpy())
 
 
 def read_nbits(codes: ir.Value, scale: ir.Value, zeros: ir.Value | None, origin: Origin) -> QuantizedTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from quantcli.models.session import Session
 from quantcli.onnx.graph.model import open_onnx
 from quantcli.onnx.graph.values import add_initializer
 from quantcli.onnx.rewrite import dynamic, expanded
+from quantcli.onnx.weights.integer import IntegerWeight
 
 RANDOM = np.random.default_rng(0)
 
@@ -91,13 +93,12 @@ def test_a_kernel_that_computes_something_else(tmp_path: Path, monkeypatch: pyte
 
 
 def test_codes_that_stand_for_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def turned(graph: ir.Graph, parts: list[ir.Value], axis: int, original: ir.Value) -> ir.Value:
-        codes, *rest = parts
-        values = np.ascontiguousarray(codes.const_value.numpy()[::-1])  # type: ignore[union-attr]
-        return dequantized(graph, [add_initializer(graph, "turned", values), *rest], axis, original)
+    def turned(graph: ir.Graph, weight: IntegerWeight, original: ir.Value) -> ir.Value:
+        values = np.ascontiguousarray(weight.codes.const_value.numpy()[::-1])  # type: ignore[union-attr]
+        return decoded(graph, replace(weight, codes=add_initializer(graph, "turned", values)), original)
 
-    dequantized = expanded.dequantized
-    monkeypatch.setattr(expanded, "dequantized", turned)
+    decoded = expanded.decoded
+    monkeypatch.setattr(expanded, "decoded", turned)
     nodes = [helper.make_node("Conv", ["x", "w"], ["y"])]
     model = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 8, 3, 3)}, {"x": (TensorProto.FLOAT, ["n", 8, 8, 8])})
     refused(model, "output y is wrong", scheme="int8")

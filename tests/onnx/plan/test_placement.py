@@ -290,12 +290,101 @@ def test_other_operators_stay_float(tmp_path: Path, op: str) -> None:
     assert found.sqnr_db() > 22
 
 
-@pytest.mark.parametrize("op", ["LeakyRelu", "Sigmoid", "Softmax"])
+@pytest.mark.parametrize("op", ["LeakyRelu", "Sigmoid"])
 def test_activations_between_convolutions(tmp_path: Path, op: str) -> None:
     nodes = [conv("x", "w", "a", "b"), node(op, ["a"], ["s"]), conv("s", "w2", "y")]
     found = Converted(net(nodes), tmp_path)
-    assert found.kernels in ({"QLinearConv": 2, op: 1}, {"QLinearConv": 2, f"QLinear{op}": 1})
+    assert found.kernels == {"QLinearConv": 2, f"QLinear{op}": 1} and found.pairs == (1, 1)
     assert found.sqnr_db() > 25
+
+
+@pytest.mark.parametrize("axis", [1, 3])
+def test_softmax_between_convolutions_stays_float(tmp_path: Path, axis: int) -> None:
+    """The runtime would take its integer kernel unasked, which is slower and no more precise."""
+    nodes = [conv("x", "w", "a", "b"), node("Softmax", ["a"], ["s"], axis=axis), conv("s", "w2", "y")]
+    found = Converted(net(nodes), tmp_path)
+    assert found.kernels == {"QLinearConv": 2, "Softmax": 1, "Sum": 1} and found.pairs == (2, 2)
+    assert found.sqnr_db() > 25
+
+
+def test_silu_is_integer_through_sums_splits_and_joins(tmp_path: Path) -> None:
+    nodes = [
+        conv("x", "w", "a", "b"), node("Sigmoid", ["a"], ["ga"]), node("Mul", ["a", "ga"], ["sa"]),
+        node("Split", ["sa", "halves"], ["l", "r"], axis=1), node("Concat", ["r", "l"], ["j"], axis=1),
+        node("Add", ["j", "sa"], ["t"]), node("Resize", ["t", "", "twice"], ["u"], mode="nearest"),
+        conv("u", "w2", "c"), node("Sigmoid", ["c"], ["gc"]), node("Mul", ["gc", "c"], ["sc"]),
+        node("Slice", ["sc", "from", "to", "axes"], ["d"]), conv("d", "w3", "y"),
+    ]  # fmt: skip
+    held = {"halves": np.array([4, 4]), "twice": np.array([1, 1, 2, 2], np.float32)}
+    held |= {"from": np.array([2, 2]), "to": np.array([18, 18]), "axes": np.array([2, 3])}
+    found = Converted(net(nodes, **held), tmp_path)
+    assert found.kernels == {
+        "QLinearConv": 3, "QLinearSigmoid": 2, "QLinearMul": 2, "QLinearAdd": 1, "QLinearConcat": 1, "Split": 1,
+        "Resize": 1, "Slice": 1,
+    }  # fmt: skip
+    assert found.pairs == (1, 1) and found.sqnr_db() > 25
+
+
+MOVES: dict[str, tuple[onnx.NodeProto, dict[str, np.ndarray]]] = {
+    "Slice": (
+        node("Slice", ["a", "from", "to"], ["m"]),
+        {"from": np.array([0, 0, 1, 1]), "to": np.array([9, 8, 9, 9])},
+    ),
+    "Resize": (
+        node("Resize", ["a", "", "s"], ["m"], mode="nearest", coordinate_transformation_mode="asymmetric"),
+        {"s": np.array([1, 1, 2, 2], np.float32)},
+    ),
+    "Gather": (node("Gather", ["a", "i"], ["m"], axis=1), {"i": np.array([7, 6, 5, 4, 3, 2, 1, 0])}),
+    "Expand": (node("Expand", ["a", "e"], ["m"]), {"e": np.array([1, 8, 10, 10])}),
+    "Tile": (node("Tile", ["a", "t"], ["m"]), {"t": np.array([1, 1, 1, 2])}),
+}
+
+
+@pytest.mark.parametrize("op", MOVES)
+def test_what_moves_values_passes_codes(tmp_path: Path, op: str) -> None:
+    move, held = MOVES[op]
+    found = Converted(net([conv("x", "w", "a", "b"), move, conv("m", "w2", "y")], **held), tmp_path)
+    assert found.kernels["QLinearConv"] == 2 and found.pairs == (1, 1)
+    assert found.kernels.keys() <= {"QLinearConv", op} and found.sqnr_db() > 25
+    by_name = {value.name: value for each in found.graph.graph for value in each.outputs}
+    scales = [by_name[f"{name}_quantized"].producer().inputs[1] for name in ("a", "m")]  # type: ignore[union-attr]
+    assert scales[0] is scales[1]
+
+
+@pytest.mark.parametrize("op", ["DepthToSpace", "ReduceMax", "ReduceMin"])
+def test_what_changes_channels_passes_codes(tmp_path: Path, op: str) -> None:
+    attributes: dict[str, Any] = {"blocksize": 2} if op == "DepthToSpace" else {"axes": [1], "keepdims": 1}
+    channels = 2 if op == "DepthToSpace" else 1
+    nodes = [conv("x", "w", "a", "b"), node(op, ["a"], ["m"], **attributes), conv("m", "w2", "y")]
+    found = Converted(net(nodes, w2=normal(8, channels, 3, 3, seed=2, scale=0.2)), tmp_path)
+    assert found.kernels == {"QLinearConv": 2, op: 1} and found.pairs == (1, 1) and found.sqnr_db() > 25
+
+
+def test_interpolation_and_outputs_that_nobody_reads_stay_float(tmp_path: Path) -> None:
+    nodes = [conv("x", "w", "a"), node("Resize", ["a", "", "s"], ["m"], mode="linear"), conv("m", "w2", "y")]
+    found = Converted(net(nodes, s=np.array([1, 1, 2, 2], np.float32)), tmp_path)
+    assert found.pairs == (2, 2)
+    nodes = [conv("x", "w", "a"), node("Split", ["a", "h"], ["m", "unread"], axis=1), conv("m", "w2", "y")]
+    held = {"h": np.array([4, 4]), "w2": normal(8, 4, 3, 3, seed=2)}
+    found = Converted(net(nodes, **held), tmp_path)
+    assert found.kernels["QLinearConv"] == 2 and found.pairs == (2, 2)
+
+
+def test_sizes_are_asked_of_codes(tmp_path: Path) -> None:
+    nodes = [
+        conv("x", "w", "a"), node("Shape", ["a"], ["old"]), node("Add", ["old", "more"], ["new"]),
+        node("Resize", ["a", "", "", "new"], ["m"], mode="nearest"), conv("m", "w2", "y"),
+    ]  # fmt: skip
+    inputs = {"x": ["n", 8, "rows", "columns"]}
+    feeds = {"x": normal(2, 8, 10, 12)}
+    found = Converted(net(nodes, inputs=inputs, more=np.array([0, 0, 5, 5])), tmp_path, feeds)
+    assert found.pairs == (1, 1) and found.kernels["QLinearConv"] == 2
+    assert found.after["y"].shape == (2, 8, 15, 17) and found.sqnr_db() > 25
+
+
+def test_a_sigmoid_that_ends_the_network_stays_float(tmp_path: Path) -> None:
+    found = Converted(net([conv("x", "w", "a"), node("Sigmoid", ["a"], ["y"])]), tmp_path)
+    assert found.kernels == {"QLinearConv": 1, "Sigmoid": 1} and found.pairs == (1, 1)
 
 
 def test_a_sum_with_a_constant_stays_float(tmp_path: Path) -> None:

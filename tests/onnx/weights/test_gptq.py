@@ -138,7 +138,7 @@ def test_convolutions_are_the_oracles_group_by_group(tmp_path: Path, group: int)
     case = converted(tmp_path, convolution_model(group), x, images(6, 3), scheme="int8")
     graph = case.graph().graph
     codes, scale = (graph.initializers[f"w_{part}"].const_value.numpy() for part in ("quantized", "scale"))
-    weight = normal(32 * group, 8 // group, 3, 3, seed=1).reshape(32 * group, -1)
+    weight, scale = normal(32 * group, 8 // group, 3, 3, seed=1).reshape(32 * group, -1), scale.reshape(-1)
     for g, rows in enumerate(windows(x, group)):
         part = slice(32 * g, 32 * (g + 1))
         naive = oracle_codes(weight[part], scale[part, None], rows, INT8)

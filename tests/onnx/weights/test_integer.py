@@ -89,7 +89,7 @@ def test_no_pair_of_products_can_saturate(
 def test_unprotected_weights_would_saturate(op: str, shape: tuple[int, ...], attributes: dict[str, int]) -> None:
     """The test above can fail."""
     graph, each = layer(op, np.ones(shape, dtype=np.float32), **attributes)
-    found = integer_weight(graph, each, INT8, "rtn", exact=False)
+    found = integer_weight(graph, each, INT8, "rtn", floats=True)
     assert found.codes.const_value is not None and found.narrowed == 0
     assert saturates(in_order(op, found.codes.const_value.numpy(), attributes.get("transB", 0)))
 
@@ -99,7 +99,7 @@ def test_only_channels_that_need_it_are_narrowed() -> None:
     weight[10] = 1  # Alone among small ones: its pair stays far below.
     weight[20:22, 3] = 5
     graph, each = layer("MatMul", weight)
-    found, plain = integer_weight(graph, each, INT8, "rtn"), integer_weight(graph, each, INT8, "rtn", exact=False)
+    found, plain = integer_weight(graph, each, INT8, "rtn"), integer_weight(graph, each, INT8, "rtn", floats=True)
     wider = found.scales > 1.04 * plain.scales
     assert wider.tolist() == [channel == 3 for channel in range(8)] and found.narrowed >= 1
     np.testing.assert_allclose(found.scales[3], 10 / 127, rtol=1e-6)
