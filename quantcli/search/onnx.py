@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -141,42 +142,57 @@ class OnnxSearch:
     # A limit on outputs: the smallest that keeps it.
 
     def _for_outputs(self) -> Recipe:
-        """The smallest mix that keeps the limits on outputs, as sure as the samples allow."""
-        least = self.mixes.at(LEVELS - 1, {})
-        assert least is not None
-        safest, accepted = self._recipe(least), self._smallest_kept({})
-        if accepted is None and self._keeps_outputs(safest):
-            accepted = safest
-        accepted = self._smaller_uniform(accepted)
+        """The smallest mix that keeps the limits on outputs, as sure as the samples allow.
+
+        Single schemes are judged first: of mixes, only those that are smaller than the best of them matter.
+        """
+        accepted = self._smallest_uniform()
+        most = self.budget.max_size if accepted is None else self.measured.size(accepted) - 1
+        accepted = self._smallest_kept(most, {}) or accepted
         if accepted is None:
-            raise loses_too_much(self.budget, self.measured.limits(self.budget, safest), self._candidates())
+            safest = self._safest()
+            if not self._keeps_outputs(safest):
+                raise loses_too_much(self.budget, self.measured.limits(self.budget, safest), self._candidates())
+            accepted = safest
         if not self._fits(accepted):
             raise too_large(self.budget, self.measured.size(accepted), self._candidates())
         return self._fast_enough(accepted)
 
-    def _smallest_kept(self, limits: Limits) -> Recipe | None:
-        """The smallest mix within limits that keeps those on outputs: how much noise they allow is found by halves."""
-        accepted: Recipe | None = None
-        low, high = 0, LEVELS - 1
-        while low <= high and not self._is_late():
-            middle = (low + high) // 2
-            mix = self.mixes.at(middle, limits)
-            if mix is None:
-                break
-            recipe = self._recipe(mix)
-            if self._keeps_outputs(recipe):
-                accepted, high = recipe, middle - 1
-            else:
-                low = middle + 1
-        return accepted
+    def _safest(self) -> Recipe:
+        """The mix that loses least, by estimate."""
+        mix = self.mixes.at(LEVELS - 1, {})
+        assert mix is not None
+        return self._recipe(mix)
 
-    def _smaller_uniform(self, accepted: Recipe | None) -> Recipe | None:
-        """One scheme for all layers, where that keeps the limits and is smaller than what was found."""
+    def _smallest_uniform(self) -> Recipe | None:
+        """The smallest artifact of one scheme for all layers that keeps the limits on outputs."""
         for recipe in self._converted_uniforms():
-            if accepted is not None and (self.measured.size(recipe) >= self.measured.size(accepted) or self._is_late()):
+            if self._is_late():
                 break
             if self._keeps_outputs(recipe):
                 return recipe
+        return None
+
+    def _smallest_kept(self, most: int | None, limits: Limits) -> Recipe | None:
+        """The smallest mix within limits that keeps those on outputs: how much noise they allow is found by halves.
+
+        ``most``: bytes that the artifact may have. What was estimated of them is corrected by what comes out.
+        """
+        accepted: Recipe | None = None
+        room = math.inf if most is None else float(most - self.ways.rest)
+        low, high = 0, LEVELS - 1
+        while low <= high and not self._is_late():
+            middle = (low + high) // 2
+            mix = self.mixes.at(middle, {**limits, "nbytes": room} if most is not None else limits)
+            if mix is None:
+                break
+            recipe = self._recipe(mix)
+            if most is not None and (excess := self.measured.size(recipe) - most) > 0:
+                room -= excess
+            elif self._keeps_outputs(recipe):
+                accepted, high = recipe, middle - 1
+            else:
+                low = middle + 1
         return accepted
 
     # A limit on bytes or time: the one that loses least.
@@ -265,9 +281,8 @@ class OnnxSearch:
         """The recipe that is looked for among those of so much work, or None."""
         limits: Limits = {"milliseconds": work}
         if self.budget.judges_outputs:
-            found = self._smallest_kept({**limits, **self._room()})
-        else:
-            found = self._least_noise({**limits, **self._room()})
+            return self._smallest_kept(self.budget.max_size, limits)
+        found = self._least_noise({**limits, **self._room()})
         return found if found is not None and self._fits(found) else None
 
     # What is said in the end.

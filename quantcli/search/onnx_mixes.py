@@ -17,9 +17,9 @@ from quantcli.search.solver import Column, best_mix, best_mixes
 Limits = Mapping[Column, float]
 
 #: Steps in which the noise that is allowed is tried: a grid, so that another budget meets mixes measured before.
-_STEP_DB, _LEAST_DB = 1.5, -30.0
+_STEP_DB, _LEAST_DB = 0.75, -30.0
 #: So many of them: the last one allows hardly any noise.
-LEVELS = 71
+LEVELS = 141
 #: A mix may be so much larger than the smallest one where that saves work.
 _AS_SMALL = 1.02
 
