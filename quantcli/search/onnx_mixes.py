@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,7 @@ from math import inf
 
 from quantcli.planning.recipe import Recipe
 from quantcli.search.budget import FLOAT
-from quantcli.search.choices import Group, Mix, chosen, total
+from quantcli.search.choices import Group, Mix, total
 from quantcli.search.onnx_ways import Ways
 from quantcli.search.solver import Column, best_mix, best_mixes
 
@@ -42,10 +41,6 @@ class Mixes:
     def work(self, mix: Mix) -> float:
         """What a run takes, in multiplications of the float model."""
         return total(self.groups, mix, "milliseconds")
-
-    def labels(self, mix: Mix) -> dict[str, int]:
-        """How many layers are stored how."""
-        return dict(Counter(choice.label for choice in chosen(self.groups, mix)))
 
     @cached_property
     def nothing(self) -> list[Mix]:
