@@ -19,6 +19,8 @@ Limits = Mapping[Column, float]
 _STEP_DB, _LEAST_DB = 0.75, -30.0
 #: So many of them: the last one allows hardly any noise.
 LEVELS = 141
+#: Steps between points of a frontier.
+_SHOWN_EVERY = 4
 #: A mix may be so much larger than the smallest one where that saves work.
 _AS_SMALL = 1.02
 
@@ -81,7 +83,7 @@ class Mixes:
 
     def levels(self) -> list[Mix]:
         """Mixes for less and less noise, from the smallest of all to the one that loses least, each once."""
-        mixes = dict.fromkeys(self.at(level, {}) for level in range(LEVELS))
+        mixes = dict.fromkeys(self.at(level, {}) for level in range(0, LEVELS, _SHOWN_EVERY))
         return [mix for mix in mixes if mix is not None]
 
     def least_noise(self, limits: Limits, count: int) -> Iterator[Mix]:
