@@ -52,6 +52,12 @@ class Samples:
         found.warnings = []
         return found
 
+    def only(self, number: int) -> Samples:
+        """One of the samples."""
+        found = Samples(self.source, self._data, [self._chosen[number]])
+        found.warnings = []
+        return found
+
     def without(self, others: Samples) -> Samples:
         """Those samples that are not among others of the same source. Raises InputError where none is left."""
         taken = set(others._chosen)

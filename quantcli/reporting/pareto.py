@@ -10,28 +10,9 @@ from typing import Any
 from quantcli.errors import InputError, UsageError
 from quantcli.reporting.charts.base import require_matplotlib
 from quantcli.reporting.charts.pareto import charts_of_points, points_of
-from quantcli.reporting.metric_labels import metric_label
-from quantcli.reporting.report import Table, finite
-from quantcli.reporting.tables.budget import loss_of, mix_text
+from quantcli.reporting.report import finite
+from quantcli.reporting.tables.budget import mixes_table
 from quantcli.system.files import whole_file
-from quantcli.system.text import format_bytes
-
-
-def frontier_table(points: Sequence[Mapping[str, Any]]) -> Table:
-    """The points of a frontier, smallest first."""
-    loss = loss_of(points)
-    timed = any("milliseconds" in point for point in points)
-    columns = ["Layers", "Size", *(["Time (ms)"] if timed else []), "Estimate"]
-    columns += [f"Loss: {metric_label(loss)}"] if loss else []
-    rows = []
-    for point in points:
-        row = [mix_text(point["layers"]), format_bytes(point["size_bytes"])]
-        row += [f"{point['milliseconds']:.3g}" if "milliseconds" in point else "-"] if timed else []
-        row.append(f"{point['estimate']:.3g}")
-        value = point.get("held_out", {}).get(loss) if loss else None
-        row += ["-" if value is None else f"{value:.4g}"] if loss else []
-        rows.append(tuple(row))
-    return Table("Size against loss", tuple(columns), rows, frozenset(columns[1:]))
 
 
 def require_pareto(path: Path) -> None:
@@ -56,7 +37,7 @@ def write_pareto(path: Path, points: Sequence[Mapping[str, Any]]) -> None:
         InputError: one of them cannot be written.
     """
     document = json.dumps(finite({"schema_version": 1, "frontier": list(points)}), indent=1, ensure_ascii=False)
-    files = {path: document + "\n", path.with_suffix(".md"): frontier_table(points).to_markdown()}
+    files = {path: document + "\n", path.with_suffix(".md"): mixes_table("Size against loss", points).to_markdown()}
     files |= {path.with_suffix(".svg"): chart.to_svg() for chart in charts_of_points(points_of(points))}
     try:
         for file, text in files.items():

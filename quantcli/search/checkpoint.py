@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal
@@ -78,12 +77,12 @@ class CheckpointSearch:
         fitting = [mix for mix in mixes if self.trials.nbytes(mix) <= (self.budget.max_size or 0)]
         best = fitting[0]
         for mix in fitting[1:]:
-            if not self.trials.is_late() and self.trials.distance(mix) < self.trials.distance(best):
+            if not self.trials.clock.is_over() and self.trials.distance(mix) < self.trials.distance(best):
                 best = mix
         uniform = self._best_uniform()
-        if uniform is None or uniform == best or self.trials.evidence is None or self.trials.is_late():
+        if uniform is None or uniform == best or self.trials.evidence is None or self.trials.clock.is_over():
             return best
-        return min((best, uniform), key=self.trials.loss)
+        return uniform if self.trials.is_better(uniform, best) else best
 
     def _best_uniform(self) -> Mix | None:
         """The best by estimate of the mixes that have one scheme for all layers."""
@@ -108,7 +107,8 @@ class CheckpointSearch:
             used = self._used(mix)
             if used <= 1 and (accepted is None or self.trials.nbytes(mix) < self.trials.nbytes(accepted)):
                 accepted = mix
-            if (used <= 1 and (used > _USED or mix == most)) or (used > 1 and mix == least) or self.trials.is_late():
+            is_settled = used > _USED or mix == most if used <= 1 else mix == least
+            if is_settled or self.trials.clock.is_over():
                 break
             low, high = (limit, high) if used <= 1 else (low, limit)
             # In the middle of what is known, or where the loss, in proportion, would just be kept.
@@ -133,7 +133,7 @@ class CheckpointSearch:
         for mix in sorted(self.trials.uniforms(), key=self.trials.nbytes):
             if accepted is not None and self.trials.nbytes(mix) >= self.trials.nbytes(accepted):
                 break
-            if not self.trials.is_late() and self._used(mix) <= 1:
+            if not self.trials.clock.is_over() and self._used(mix) <= 1:
                 return mix
         return accepted
 
@@ -158,7 +158,7 @@ class CheckpointSearch:
         found = (best_mix(self.trials.groups, "cost", {"nbytes": size}) for size in sizes)
         mixes = list(dict.fromkeys(mix for mix in found if mix is not None))
         for mix in mixes:
-            if self.trials.evidence is not None and not self.trials.is_late():
+            if self.trials.evidence is not None and not self.trials.clock.is_over():
                 self.trials.drops(mix)
         return [self.trials.row(mix) for mix in mixes]
 
@@ -172,7 +172,7 @@ class CheckpointSearch:
             "candidates": self._candidates(mix),
             "frontier": self.frontier() if self.budget.pareto else None,
             "recipe": recipe.model_dump(mode="json", exclude_unset=True),
-            "search_seconds": round(time.monotonic() - self.trials.started, 3),
+            "search_seconds": round(self.trials.clock.seconds, 3),
         }
 
     def _warnings(self) -> tuple[str, ...]:

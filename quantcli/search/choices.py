@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,14 @@ def chosen(groups: Sequence[Group], mix: Mix) -> list[Choice]:
 def total(groups: Sequence[Group], mix: Mix, column: str) -> float:
     """The sum of ``nbytes``, ``cost`` or ``milliseconds`` over a mix."""
     return float(sum(getattr(choice, column) for choice in chosen(groups, mix)))
+
+
+def labels(groups: Sequence[Group], mix: Mix) -> dict[str, int]:
+    """How many layers are stored how, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for group, choice in zip(groups, chosen(groups, mix), strict=True):
+        counts[choice.label] += len(group.layers)
+    return dict(counts.most_common())
 
 
 def rules_of(groups: Sequence[Group], mix: Mix) -> list[dict[str, Any]]:

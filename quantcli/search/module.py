@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -18,6 +18,7 @@ from quantcli.blocks.model import SequentialModel
 from quantcli.checkpoint.roles import module_of
 from quantcli.core.dtypes import torch_dtype
 from quantcli.core.numerics import decoded
+from quantcli.core.tensors import QuantizedTensor
 from quantcli.data.samples import Samples
 from quantcli.models import hugging_face
 from quantcli.planning.plan import LayerPlan
@@ -26,7 +27,7 @@ from quantcli.system.devices import products
 from quantcli.training.objective import divergence, relative_error
 
 #: What is kept of the original's outputs, in bytes.
-_KEPT_BYTES = 512 << 20
+_KEPT_BYTES = 256 << 20
 
 
 class SearchedModel:
@@ -99,10 +100,15 @@ class SearchedModel:
         return kept + [self.output(sample) for sample in self.samples[1:most]]
 
 
-def stored_values(values: Tensor, layer: LayerPlan, scale_dtype: str) -> Tensor:
-    """What a weight's codes stand for, rounded without data: float32 in the weight's own shape."""
+def codes_of(values: Tensor, layer: LayerPlan, scale_dtype: str) -> QuantizedTensor:
+    """A weight as codes, rounded without data."""
     matrix = values.T.contiguous() if layer.transposed else values.reshape(layer.matrix_shape)
     assert layer.scheme is not None
     rounding = algorithms.rounding(without_data(layer, "").algorithm)
-    found = decoded(by_rows(rounding.run, matrix, layer.scheme.weights, torch_dtype(scale_dtype)))
-    return found.T.contiguous() if layer.transposed else found.reshape(values.shape)
+    return by_rows(rounding.run, matrix, layer.scheme.weights, torch_dtype(scale_dtype))
+
+
+def values_of(codes: QuantizedTensor, layer: LayerPlan, shape: Sequence[int]) -> Tensor:
+    """What codes stand for: float32 in the weight's own shape."""
+    found = decoded(codes)
+    return found.T.contiguous() if layer.transposed else found.reshape(*shape)

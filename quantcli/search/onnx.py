@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,8 @@ from typing import Any
 from quantcli.errors import InputError
 from quantcli.planning.recipe import Recipe
 from quantcli.search.budget import Budget
-from quantcli.search.choices import Found, Mix, chosen_recipe, ways_to_store
+from quantcli.search.choices import Found, Mix, chosen_recipe, labels, ways_to_store
+from quantcli.search.clock import Clock
 from quantcli.search.judge import KL, metric_of
 from quantcli.search.limits import limits_of
 from quantcli.search.onnx_measured import Measurements
@@ -51,7 +52,7 @@ class OnnxSearch:
     store: SensitivityStore
     measured: Measurements
     tick: Callable[[float], None] = lambda _: None
-    started: float = field(default_factory=time.monotonic)
+    clock: Clock = field(default_factory=Clock)
     _mix_of: dict[str, Mix] = field(default_factory=dict)
 
     def run(self) -> Found:
@@ -82,18 +83,13 @@ class OnnxSearch:
     @cached_property
     def mixes(self) -> Mixes:
         """What is chosen of, with estimated costs."""
-        costs = layer_costs(lambda: self.subject.runs, self.ways, self.store, self._is_late, self.tick)
+        costs = layer_costs(lambda: self.subject.runs, self.ways, self.store, self.clock.is_over, self.tick)
         return Mixes(self.ways, self.ways.groups(costs))
 
     def _recipe(self, mix: Mix) -> Recipe:
         recipe = self.mixes.recipe_of(mix)
         self._mix_of[key_of(recipe)] = mix
         return recipe
-
-    def _is_late(self) -> bool:
-        """Whether the time for the search is over."""
-        limit = self.budget.search_seconds
-        return limit is not None and time.monotonic() - self.started > limit
 
     # Ceilings.
 
@@ -141,42 +137,57 @@ class OnnxSearch:
     # A limit on outputs: the smallest that keeps it.
 
     def _for_outputs(self) -> Recipe:
-        """The smallest mix that keeps the limits on outputs, as sure as the samples allow."""
-        least = self.mixes.at(LEVELS - 1, {})
-        assert least is not None
-        safest, accepted = self._recipe(least), self._smallest_kept({})
-        if accepted is None and self._keeps_outputs(safest):
-            accepted = safest
-        accepted = self._smaller_uniform(accepted)
+        """The smallest mix that keeps the limits on outputs, as sure as the samples allow.
+
+        Single schemes are judged first: of mixes, only those that are smaller than the best of them matter.
+        """
+        accepted = self._smallest_uniform()
+        most = self.budget.max_size if accepted is None else self.measured.size(accepted) - 1
+        accepted = self._smallest_kept(most, {}) or accepted
         if accepted is None:
-            raise loses_too_much(self.budget, self.measured.limits(self.budget, safest), self._candidates())
+            safest = self._safest()
+            if not self._keeps_outputs(safest):
+                raise loses_too_much(self.budget, self.measured.limits(self.budget, safest), self._candidates())
+            accepted = safest
         if not self._fits(accepted):
             raise too_large(self.budget, self.measured.size(accepted), self._candidates())
         return self._fast_enough(accepted)
 
-    def _smallest_kept(self, limits: Limits) -> Recipe | None:
-        """The smallest mix within limits that keeps those on outputs: how much noise they allow is found by halves."""
-        accepted: Recipe | None = None
-        low, high = 0, LEVELS - 1
-        while low <= high and not self._is_late():
-            middle = (low + high) // 2
-            mix = self.mixes.at(middle, limits)
-            if mix is None:
-                break
-            recipe = self._recipe(mix)
-            if self._keeps_outputs(recipe):
-                accepted, high = recipe, middle - 1
-            else:
-                low = middle + 1
-        return accepted
+    def _safest(self) -> Recipe:
+        """The mix that loses least, by estimate."""
+        mix = self.mixes.at(LEVELS - 1, {})
+        assert mix is not None
+        return self._recipe(mix)
 
-    def _smaller_uniform(self, accepted: Recipe | None) -> Recipe | None:
-        """One scheme for all layers, where that keeps the limits and is smaller than what was found."""
+    def _smallest_uniform(self) -> Recipe | None:
+        """The smallest artifact of one scheme for all layers that keeps the limits on outputs."""
         for recipe in self._converted_uniforms():
-            if accepted is not None and (self.measured.size(recipe) >= self.measured.size(accepted) or self._is_late()):
+            if self.clock.is_over():
                 break
             if self._keeps_outputs(recipe):
                 return recipe
+        return None
+
+    def _smallest_kept(self, most: int | None, limits: Limits) -> Recipe | None:
+        """The smallest mix within limits that keeps those on outputs: how much noise they allow is found by halves.
+
+        ``most``: bytes that the artifact may have. What was estimated of them is corrected by what comes out.
+        """
+        accepted: Recipe | None = None
+        room = math.inf if most is None else float(most - self.ways.rest)
+        low, high = 0, LEVELS - 1
+        while low <= high and not self.clock.is_over():
+            middle = (low + high) // 2
+            mix = self.mixes.at(middle, {**limits, "nbytes": room} if most is not None else limits)
+            if mix is None:
+                break
+            recipe = self._recipe(mix)
+            if most is not None and (excess := self.measured.size(recipe) - most) > 0:
+                room -= excess
+            elif self._keeps_outputs(recipe):
+                accepted, high = recipe, middle - 1
+            else:
+                low = middle + 1
         return accepted
 
     # A limit on bytes or time: the one that loses least.
@@ -187,7 +198,7 @@ class OnnxSearch:
         if self.subject.evidence is None:
             return recipe
         for uniform in self._converted_uniforms():
-            if not self._is_late() and self._fits(uniform) and self._loss(uniform) < self._loss(recipe):
+            if not self.clock.is_over() and self._fits(uniform) and self._loss(uniform) < self._loss(recipe):
                 recipe = uniform if self._is_fast(uniform) else recipe
         return recipe
 
@@ -221,7 +232,7 @@ class OnnxSearch:
         if not mixes:
             return None
         best = min(mixes, key=self._noise)
-        while len(self.mixes.groups) <= _FEW_LAYERS and not self._is_late():
+        while len(self.mixes.groups) <= _FEW_LAYERS and not self.clock.is_over():
             near = min(self.mixes.neighbours(best, limits), key=self._noise, default=best)
             if self._noise(near) >= self._noise(best):
                 break
@@ -230,7 +241,7 @@ class OnnxSearch:
 
     def _noise(self, mix: Mix) -> float:
         """How far the outputs move on the samples of the search; by estimate once the time is over."""
-        return self.mixes.cost(mix) if self._is_late() else self.measured.noise(self.mixes.recipe_of(mix))
+        return self.mixes.cost(mix) if self.clock.is_over() else self.measured.noise(self.mixes.recipe_of(mix))
 
     # A limit on time.
 
@@ -251,7 +262,7 @@ class OnnxSearch:
         for _ in range(_ATTEMPTS if reachable else 0):
             work *= 0.97 * most / max(most, latency(fastest))
             found = self._within_work(work)
-            if found is None or self._is_late():
+            if found is None or self.clock.is_over():
                 break
             fastest = min(fastest, found, key=latency)
             if self._is_fast(fastest):
@@ -265,9 +276,8 @@ class OnnxSearch:
         """The recipe that is looked for among those of so much work, or None."""
         limits: Limits = {"milliseconds": work}
         if self.budget.judges_outputs:
-            found = self._smallest_kept({**limits, **self._room()})
-        else:
-            found = self._least_noise({**limits, **self._room()})
+            return self._smallest_kept(self.budget.max_size, limits)
+        found = self._least_noise({**limits, **self._room()})
         return found if found is not None and self._fits(found) else None
 
     # What is said in the end.
@@ -275,7 +285,7 @@ class OnnxSearch:
     def _row(self, recipe: Recipe) -> dict[str, Any]:
         mix = self._mix_of.get(key_of(recipe))
         if mix is not None:
-            told = {"layers": self.mixes.labels(mix), "estimate": self.mixes.cost(mix)}
+            told = {"layers": labels(self.mixes.groups, mix), "estimate": self.mixes.cost(mix)}
         else:
             label = f"{recipe.scheme} group {recipe.group_size}" if recipe.group_size else str(recipe.scheme)
             told = {"layers": {label: len(self.ways.layers)}, "estimate": self.measured.noise(recipe)}
@@ -292,7 +302,7 @@ class OnnxSearch:
         step = max(1, (len(levels) - 1) // (_POINTS - 1))
         found = []
         for mix in dict.fromkeys([*levels[::step], levels[-1]]):
-            if self._is_late():
+            if self.clock.is_over():
                 break
             recipe = self._recipe(mix)
             self.measured.drops(recipe)
@@ -310,7 +320,7 @@ class OnnxSearch:
             "candidates": self._candidates(recipe),
             "frontier": self.frontier() if self.budget.pareto else None,
             "recipe": recipe.model_dump(mode="json", exclude_unset=True),
-            "search_seconds": round(time.monotonic() - self.started, 3),
+            "search_seconds": round(self.clock.seconds, 3),
         }
 
     def _warnings(self) -> tuple[str, ...]:
@@ -325,6 +335,7 @@ class GraphSearches:
 
     subject: GraphSubject
     tick: Callable[[float], None] = lambda _: None
+    _clock: Clock | None = None
     _measured: Measurements | None = None
     _budget: Budget = field(default_factory=Budget)
 
@@ -337,8 +348,10 @@ class GraphSearches:
             InputError: the model or the data is missing or unsuitable.
         """
         self._budget = budget
+        # A search that has to be repeated has what the one before left of the time.
+        self._clock = self._clock or Clock(budget.search_seconds)
         self._measured = self._measured or Measurements(self.subject, self._store(budget))
-        return OnnxSearch(self.subject, budget, self._measured.store, self._measured, self.tick).run()
+        return OnnxSearch(self.subject, budget, self._measured.store, self._measured, self.tick, self._clock).run()
 
     def losses(self, artifact: Path) -> Mapping[str, tuple[float, float]]:
         """What an artifact loses, or takes, by the option that limits it: mean and bound."""

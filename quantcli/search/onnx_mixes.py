@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,16 +9,18 @@ from math import inf
 
 from quantcli.planning.recipe import Recipe
 from quantcli.search.budget import FLOAT
-from quantcli.search.choices import Group, Mix, chosen, total
+from quantcli.search.choices import Group, Mix, total
 from quantcli.search.onnx_ways import Ways
 from quantcli.search.solver import Column, best_mix, best_mixes
 
 Limits = Mapping[Column, float]
 
 #: Steps in which the noise that is allowed is tried: a grid, so that another budget meets mixes measured before.
-_STEP_DB, _LEAST_DB = 1.5, -30.0
+_STEP_DB, _LEAST_DB = 0.75, -30.0
 #: So many of them: the last one allows hardly any noise.
-LEVELS = 71
+LEVELS = 141
+#: Steps between points of a frontier.
+_SHOWN_EVERY = 4
 #: A mix may be so much larger than the smallest one where that saves work.
 _AS_SMALL = 1.02
 
@@ -42,10 +43,6 @@ class Mixes:
     def work(self, mix: Mix) -> float:
         """What a run takes, in multiplications of the float model."""
         return total(self.groups, mix, "milliseconds")
-
-    def labels(self, mix: Mix) -> dict[str, int]:
-        """How many layers are stored how."""
-        return dict(Counter(choice.label for choice in chosen(self.groups, mix)))
 
     @cached_property
     def nothing(self) -> list[Mix]:
@@ -86,7 +83,7 @@ class Mixes:
 
     def levels(self) -> list[Mix]:
         """Mixes for less and less noise, from the smallest of all to the one that loses least, each once."""
-        mixes = dict.fromkeys(self.at(level, {}) for level in range(LEVELS))
+        mixes = dict.fromkeys(self.at(level, {}) for level in range(0, LEVELS, _SHOWN_EVERY))
         return [mix for mix in mixes if mix is not None]
 
     def least_noise(self, limits: Limits, count: int) -> Iterator[Mix]:

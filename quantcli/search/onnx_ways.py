@@ -11,7 +11,7 @@ from math import prod
 from quantcli.errors import BudgetError, InputError
 from quantcli.onnx.graph.operands import channel_axis
 from quantcli.onnx.graph.values import constant, is_standard
-from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
+from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome, NodePlan
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.rules import Rules
 from quantcli.search.budget import FLOAT
@@ -22,7 +22,7 @@ from quantcli.search.sensitivity_file import LayerFigures, WayFigures
 #: The time that a form takes by that of the float kernel, about: what decides between mixes that are alike in all
 #: else must be the same on every machine. Measured on AVX-512 with onnxruntime 1.32, see the facts in
 #: `quantcli.onnx.rewrite`.
-_WORK = {"static": 0.5, "dynamic": 0.5, "recurrent": 0.6, "nbits": 0.9, "cast": 1.05}
+_WORK = {"static": 0.5, "dynamic": 0.5, "recurrent": 0.6, "nbits": 0.9, "expanded": 1.05, "cast": 1.05}
 
 #: A convolution whose weight is restored at every run.
 _WORK_OF_RESTORED = 1.5
@@ -81,6 +81,14 @@ class Ways:
         return chosen_recipe(self.recipe, dict(main), rules)
 
 
+def _works(plan: GraphPlan, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Multiplications of one run, by the names of weights."""
+    found: dict[str, float] = defaultdict(float)
+    for node in plan.nodes:
+        found[node.name] += _multiplications(node, sizes)
+    return found
+
+
 def _multiplications(plan: NodePlan, sizes: Mapping[str, int]) -> float:
     """Of a node in one run; those of operators without products count for nothing."""
     if is_standard(plan.node, "Gather"):
@@ -124,7 +132,10 @@ def open_ways(runs: GraphRuns, recipe: Recipe, allow: Sequence[str], sizes: Mapp
         if label == FLOAT:
             continue
         try:
-            outcomes, file = runs.carried_out(uniform_recipe(Recipe(), rule))
+            wish = uniform_recipe(Recipe(), rule)
+            # Rewriting takes the weights away, without whose shapes nothing is known of the work.
+            works = _works(runs.planned(wish), sizes)
+            outcomes, file = runs.carried_out(wish)
         except InputError:
             # The scheme applies to nothing here.
             continue
@@ -132,8 +143,7 @@ def open_ways(runs: GraphRuns, recipe: Recipe, allow: Sequence[str], sizes: Mapp
         overhead = _overhead(outcomes, file.stat().st_size - floats)
         for name, same in _by_weight(free).items():
             plans, first = [each.plan for each in same], same[0]
-            work = sum(_multiplications(plan, sizes) for plan in plans)
-            layer = layers.setdefault(name, LayerFigures(nbytes=first.plan.info.nbytes, work=work, ways={}))
+            layer = layers.setdefault(name, LayerFigures(nbytes=first.plan.info.nbytes, work=works[name], ways={}))
             form = tuple((plan.form, plan.scheme) for plan in plans)
             if first.plan.form and form not in seen[name]:
                 seen[name].add(form)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from quantcli.search.module import SearchedModel
 
 #: What is kept of all layers' inputs and gradients, in bytes.
-_KEPT_BYTES = 1 << 30
+_KEPT_BYTES = 512 << 20
 
 
 @dataclass

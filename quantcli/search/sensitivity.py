@@ -10,16 +10,17 @@ from torch import Tensor
 
 from quantcli.checkpoint.roles import module_of
 from quantcli.core.dtypes import torch_dtype
+from quantcli.core.tensors import QuantizedTensor
 from quantcli.planning.plan import Plan
-from quantcli.search.module import SearchedModel, stored_values
+from quantcli.search.module import SearchedModel, codes_of, values_of
 from quantcli.search.probes import Probes
 from quantcli.search.sensitivity_file import SensitivityStore
 from quantcli.search.ways import Ways
 
 #: Measured over estimated cost is believed within these.
 _LEAST_FACTOR, _MOST_FACTOR = 0.05, 20.0
-#: What is kept of weights that were decoded, in bytes.
-_KEPT_BYTES = 1 << 30
+#: What is kept of codes of weights, in bytes.
+_KEPT_BYTES = 256 << 20
 #: Layers after which what is known is written down.
 _SAVED_EVERY = 16
 #: Of the time of a sensitivity, what probing and what rounding takes.
@@ -129,7 +130,7 @@ def kind_of(name: str) -> str:
 
 
 class StoredValues:
-    """What codes of a model's weights stand for; made once for each weight and way, as far as there is room."""
+    """What codes of a model's weights stand for; codes are made once for each weight and way, while there is room."""
 
     def __init__(self, ways: Ways, model: SearchedModel | None, plan: Plan) -> None:
         """``plan`` is of any mix: it tells what scales, and what is not chosen for, are stored as."""
@@ -138,7 +139,7 @@ class StoredValues:
         free = {name for group in ways.groups for name in group}
         self._left = [each for each in plan.layers if each.info.name not in free and each.dtype != each.info.dtype]
         self._dtype = torch_dtype(plan.dtype)
-        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._kept: dict[tuple[str, str], QuantizedTensor] = {}
         self._room = _KEPT_BYTES
 
     def original(self, name: str) -> Tensor:
@@ -154,13 +155,11 @@ class StoredValues:
         layer = self._ways.layer_ways(name).get(label)
         if layer is None:
             return None
-        if (name, label) in self._kept:
-            return self._kept[name, label]
-        values = stored_values(self.original(name), layer, self._scale_dtype)
-        if values.nbytes <= self._room:
-            self._kept[name, label] = values
-            self._room -= values.nbytes
-        return values
+        codes = self._kept.get((name, label)) or codes_of(self.original(name), layer, self._scale_dtype)
+        if (name, label) not in self._kept and (nbytes := codes.codes.nbytes + codes.scale.nbytes) <= self._room:
+            self._kept[name, label] = codes
+            self._room -= nbytes
+        return values_of(codes, layer, self._infos[name].shape)
 
     def of_mix(self, labels: Mapping[str, str]) -> dict[str, Tensor]:
         """All tensors that a mix changes, by name; ``labels`` tells how each that is chosen for is stored."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import exp, log
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,26 +20,30 @@ from quantcli.blocks.model import SequentialModel
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.ports import Arrays
 from quantcli.data.request import DataRequest
+from quantcli.data.samples import Samples
 from quantcli.errors import InputError
 from quantcli.evaluation.inputs import Inputs
 from quantcli.models.runner import TorchRunner
 from quantcli.models.source import ModelSource
 from quantcli.planning.plan import Loader
 from quantcli.planning.recipe import Recipe
-from quantcli.search.bounds import Drop
+from quantcli.search.bounds import Drop, drop_of
 from quantcli.search.budget import Budget
-from quantcli.search.choices import Group, Mix, chosen, total
+from quantcli.search.choices import Group, Mix, chosen, labels, total
+from quantcli.search.clock import Clock
 from quantcli.search.judge import COMPARED, KL, Evidence, Judged, alone, gather, judge, metric_of
 from quantcli.search.limits import flat, restored
 from quantcli.search.module import SearchedModel
 from quantcli.search.sensitivity import Estimator, StoredValues
 from quantcli.search.sensitivity_file import SensitivityStore
-from quantcli.search.ways import Ways, labels
+from quantcli.search.ways import Ways
 from quantcli.system.hardware import free_memory_bytes
 from quantcli.system.text import format_bytes
 
 #: Mixes that are the best by estimate, and measured to be told apart: at most, and products of all together.
 _MOST_MEASURED, _MEASURED_PRODUCTS = 64, 10**10
+#: Samples that two mixes are compared on before one may be called better.
+_LEAST_COMPARED = 3
 #: The original, a mix of its weights decoded, and the artifact beside them when it is judged.
 _FLOAT_COPIES = 3
 
@@ -62,13 +67,10 @@ class CheckpointTrials:
     tick: Callable[[float], None] = lambda _: None
     seed: int = 0
     seen: dict[Mix, None] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
     _sizes: dict[Mix, int] = field(default_factory=dict)
 
-    def is_late(self) -> bool:
-        """Whether the time for the search is over."""
-        limit = self.budget.search_seconds
-        return limit is not None and time.monotonic() - self.started > limit
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.budget.search_seconds)
 
     @cached_property
     def ways(self) -> Ways:
@@ -114,7 +116,7 @@ class CheckpointTrials:
     @cached_property
     def groups(self) -> list[Group]:
         """What is chosen of, with estimated costs."""
-        estimator = Estimator(self.ways, self.store, self.model, self.stored, self.seed, self.tick, self.is_late)
+        estimator = Estimator(self.ways, self.store, self.model, self.stored, self.seed, self.tick, self.clock.is_over)
         return self.ways.choices(estimator.costs())
 
     @cached_property
@@ -177,23 +179,39 @@ class CheckpointTrials:
             self.store.save()
         return restored(self.store.found.measured[key])
 
-    def loss(self, mix: Mix) -> float:
-        """What tells two mixes apart on what was held out: perplexity, or else divergence, or the task's own metric.
+    def is_better(self, mix: Mix, other: Mix) -> bool:
+        """Whether a mix loses less than another on what was held out: by perplexity, else by divergence or the metric.
 
-        Perplexity takes no run of the original, so that it is known at half the cost.
+        Perplexity takes no run of the original, and no more samples than tell the two apart with confidence.
         """
         assert self.evidence is not None
-        inputs = self.evidence.held_out
-        if "perplexity" not in (inputs.task.METRICS or ()):
-            drops = self.drops(mix)
-            return drops[KL if KL in drops else metric_of(drops, self.budget.metric)].mean
+        if "perplexity" not in (self.evidence.held_out.task.METRICS or ()):
+            return self._loss(mix) < self._loss(other)
+        few = self.evidence.held_out.samples.spread(COMPARED)
+        excess: list[float] = []
+        for count in range(min(_LEAST_COMPARED, len(few)), len(few) + 1):
+            pairs = zip(self._alone(mix, few, count), self._alone(other, few, count), strict=True)
+            excess = [ours - theirs for ours, theirs in pairs]
+            if _is_sure(excess):
+                break
+        return sum(excess) < 0
+
+    def _loss(self, mix: Mix) -> float:
+        drops = self.drops(mix)
+        return drops[KL if KL in drops else metric_of(drops, self.budget.metric)].mean
+
+    def _alone(self, mix: Mix, samples: Samples, count: int) -> list[float]:
+        """The logarithms of perplexity on the first of the samples that mixes are compared on."""
+        assert self.evidence is not None
         self.seen[mix] = None
-        key = f"alone {self._held_out_key(mix)}"
-        if key not in self.store.found.measured:
-            few = Inputs(inputs.task, inputs.samples.spread(COMPARED))
-            self.store.found.measured[key] = alone(self.source, self._holding(mix), few)
+        known = self.store.found.measured.setdefault(f"alone {self._held_out_key(mix)}", {})
+        if len(known) < count:
+            holding = self._holding(mix)
+            for number in range(len(known), count):
+                inputs = Inputs(self.evidence.held_out.task, samples.only(number))
+                known[str(number)] = log(alone(self.source, holding, inputs)["perplexity"] or 1.0)
             self.store.save()
-        return float(self.store.found.measured[key]["perplexity"] or 0.0)
+        return [known[str(number)] or 0.0 for number in range(count)]
 
     def _judged(self, mix: Mix) -> Judged:
         """The model as this mix would leave it, beside the original, on samples that were held out."""
@@ -225,10 +243,15 @@ class CheckpointTrials:
         if searched := measured.get(f"searched {self._key(mix)}"):
             row["searched"] = searched["distance"]
         if compared := measured.get(f"alone {self._held_out_key(mix)}" if self.evidence else ""):
-            row["perplexity"] = compared["perplexity"]
+            row["perplexity"] = exp(fmean(compared[str(number)] or 0.0 for number in range(self._compared_by_all())))
         if self.is_judged(mix):
             row["held_out"] = {name: drop.mean for name, drop in self.drops(mix).items()}
         return row
+
+    def _compared_by_all(self) -> int:
+        """Samples on which all mixes that were compared have been run: what is shown of them side by side."""
+        known = (self.store.found.measured.get(f"alone {self._held_out_key(mix)}") for mix in self.seen)
+        return min((len(each) for each in known if each), default=0)
 
     def _labels(self, mix: Mix) -> dict[str, str]:
         pairs = zip(self.ways.groups, chosen(self.groups, mix), strict=True)
@@ -241,6 +264,11 @@ class CheckpointTrials:
     def _held_out_key(self, mix: Mix) -> str:
         assert self.evidence is not None
         return f"held out {self.evidence.held_out.samples.sha256[:16]} {self._key(mix)}"
+
+
+def _is_sure(excess: Sequence[float]) -> bool:
+    """Whether one of two mixes is better with confidence, by what one has more than the other on each sample."""
+    return drop_of(excess).bound < 0 or drop_of([-each for each in excess]).bound < 0
 
 
 class _Holding:

@@ -257,11 +257,3 @@ def _nbytes(layout: Layout, name: str) -> int:
 def _pattern(name: str) -> str:
     """A glob that means a tensor alone, its biases aside: brackets in names are no sets of characters."""
     return glob.escape(module_of(name) if name.endswith(".weight") else name)
-
-
-def labels(groups: Sequence[Group], mix: Mix) -> dict[str, int]:
-    """How many layers are stored how, the most frequent first."""
-    counts: dict[str, int] = {}
-    for group, choice in zip(groups, chosen(groups, mix), strict=True):
-        counts[choice.label] = counts.get(choice.label, 0) + len(group.layers)
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))

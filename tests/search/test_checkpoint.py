@@ -23,7 +23,7 @@ from quantcli.reporting.report import Report
 from quantcli.search import sensitivity
 from quantcli.search.budget import Budget
 from quantcli.search.checkpoint import CheckpointSearch
-from quantcli.search.choices import total
+from quantcli.search.choices import Mix, total
 from quantcli.search.subject import CheckpointSubject
 from quantcli.search.trials import CheckpointTrials
 
@@ -244,9 +244,17 @@ def test_a_uniform_scheme_wins_where_it_loses_less(
 ) -> None:
     tried = trials(model, data, Budget(max_size=62_000), group_size=32)
     monkeypatch.setattr(CheckpointTrials, "measured_count", lambda _: 1)
-    monkeypatch.setattr(CheckpointTrials, "loss", lambda self, mix: float((mix in self.uniforms()) != wins))
+    asked: list[int] = []
+
+    def alone(self: CheckpointTrials, mix: Mix, _: object, count: int) -> list[float]:
+        asked.append(count)
+        return [0.5 * ((mix in self.uniforms()) != wins) + 0.01 * number for number in range(count)]
+
+    monkeypatch.setattr(CheckpointTrials, "_alone", alone)
     mix = CheckpointSearch(tried, tried.budget)._for_size()
     assert (mix in tried.uniforms()) == wins
+    # Where each sample says the same, three are enough.
+    assert max(asked) <= 3
 
 
 def test_the_frontier_goes_from_the_smallest_to_the_best(model: Path, data: Path, tmp_path: Path) -> None:

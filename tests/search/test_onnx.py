@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import onnx
 import pytest
 from support.fragile_nets import convolutions, products, samples, saved
 
 import quantcli
 from quantcli.cli.app import main
+from quantcli.errors import BudgetError
 from quantcli.search.budget import Budget
 from quantcli.search.choices import total
+from quantcli.search.clock import Clock
 from quantcli.search.onnx import GraphSearches, OnnxSearch
 from quantcli.search.onnx_measured import Measurements
+from quantcli.search.onnx_runs import GraphRuns
 from quantcli.search.onnx_subject import GraphSubject
+from quantcli.search.onnx_trials import Stopwatch
 from quantcli.search.sensitivity_file import SensitivityStore
 
 
@@ -97,6 +104,70 @@ def test_a_second_budget_takes_a_tenth_of_the_time(net, tmp_path: Path) -> None:
         GraphSearches(subject(model, tmp_path / str(number), budget, data)).search(budget)
         taken.append(time.monotonic() - started)
     assert taken[1] <= taken[0] / 10
+
+
+def simple(tmp_path: Path, budget: Budget) -> OnnxSearch:
+    """A search on a few products, without data."""
+    one = subject(saved(products(4), tmp_path / "products.onnx"), tmp_path, budget)
+    store = SensitivityStore(None, {})
+    return OnnxSearch(one, budget, store, Measurements(one, store), clock=Clock(budget.search_seconds))
+
+
+def float_products(artifact: Path) -> int:
+    return sum(node.op_type in ("MatMul", "Gemm") for node in onnx.load(artifact).graph.node)
+
+
+def test_a_ceiling_on_latency_is_kept_or_the_fastest_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A product takes 1 ms, and a quantized one nothing: what a clock says changes from run to run.
+    monkeypatch.setattr(Stopwatch, "p50_ms", lambda _, artifact: 0.5 + float_products(artifact))
+    schemes = ("float", "int8-dynamic")
+    found = simple(tmp_path, Budget(max_size=1 << 30, max_latency_p50=2.6, allow=schemes)).run()
+    assert found.details["chosen"]["latency_ms_p50"] <= 2.6
+    with pytest.raises(BudgetError, match=r"cannot be met: the fastest found takes 0\.5 ms") as raised:
+        simple(tmp_path, Budget(max_size=1 << 30, max_latency_p50=0.1, allow=schemes)).run()
+    assert raised.value.details["nearest"] == {"max_latency_p50": 0.55}
+
+
+def test_a_search_ends_with_what_it_has_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[object] = []
+    monkeypatch.setattr(GraphRuns, "noise", lambda _, recipe: runs.append(recipe) or 1.0)
+    budget = Budget(max_size=12_000, search_seconds=1e-9, allow=("float", "int8-dynamic", "int4"))
+    found = simple(tmp_path, budget).run()
+    assert found.details["chosen"]["size_bytes"] <= 12_000
+    assert len(runs) <= 1
+    assert simple(tmp_path, replace(budget, search_seconds=None)).run()
+    assert len(runs) > 5
+
+
+def test_a_repeated_search_has_what_is_left_of_the_time(tmp_path: Path) -> None:
+    budget = Budget(max_size=1 << 30, search_seconds=600.0, allow=("float", "int8-dynamic"))
+    searches = GraphSearches(subject(saved(products(2), tmp_path / "products.onnx"), tmp_path, budget))
+    searches.search(budget)
+    clock = searches._clock
+    searches.search(budget)
+    assert searches._clock is clock
+
+
+def test_the_frontier_of_a_graph_has_times(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model, file = saved(products(3), tmp_path / "products.onnx"), tmp_path / "frontier.json"
+    command = ["convert", str(model), "-o", str(tmp_path / "out.onnx"), "--max-size", "1MB", "--dry-run"]
+    assert main([*command, "--allow", "float,int8-dynamic", "--pareto", str(file)]) == 0
+    points = json.loads(file.read_text())["frontier"]
+    assert len(points) > 1
+    assert [point["size_bytes"] for point in points] == sorted(point["size_bytes"] for point in points)
+    assert all(point["latency_ms_p50"] > 0 for point in points)
+    assert "Time (ms)" in file.with_suffix(".md").read_text()
+    assert file.with_suffix(".svg").exists()
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_the_work_of_a_layer_is_that_of_the_float_model(net, tmp_path: Path) -> None:
+    model, data, _ = net
+    budget = Budget(max_size=1, allow=("float", "int8-static"))
+    layers = subject(model, tmp_path / "work", budget, data).ways.layers
+    # Each value of a convolution's weight is multiplied once at every place of its output.
+    assert all(layer.work > 16 * layer.nbytes / 4 for name, layer in layers.items() if name.startswith("conv"))
 
 
 def test_nothing_better_is_found_by_trying_all(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from quantcli.reporting.metric_labels import metric_label
@@ -18,31 +18,32 @@ def budget_tables(report: Report) -> list[Table]:
     budget: Mapping[str, Any] | None = report.details.get("budget")
     if budget is None:
         return []
-    tables = [_candidates(budget)] if budget.get("candidates") else []
+    tables = [mixes_table("Mixes of schemes", budget["candidates"])] if budget.get("candidates") else []
     return [*tables, _ceilings(report, budget)]
 
 
-def _candidates(budget: Mapping[str, Any]) -> Table:
-    rows: Sequence[Mapping[str, Any]] = budget["candidates"]
+def mixes_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Mixes with what is known of them: columns of what was measured of none are left out."""
     loss = loss_of(rows)
-    own = any("perplexity" in row for row in rows)
-    columns = ("Layers", "Size", "Estimate", *([f"Loss: {metric_label(loss)}"] if loss else []))
-    columns += (*(["Perplexity"] if own else []), "")
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "Layers": lambda row: mix_text(row["layers"]),
+        "Size": lambda row: format_bytes(row["size_bytes"]),
+    }
+    if any("latency_ms_p50" in row for row in rows):
+        columns["Time (ms)"] = lambda row: _number(row.get("latency_ms_p50"))
+    columns["Estimate"] = lambda row: f"{row['estimate']:.3g}"
+    if loss:
+        columns[f"Loss: {metric_label(loss)}"] = lambda row: _number(row.get("held_out", {}).get(loss))
+    if own := any("perplexity" in row for row in rows):
+        columns["Perplexity"] = lambda row: _number(row.get("perplexity"))
+    numbers = frozenset([*columns][1:])
+    if any("chosen" in row for row in rows):
+        columns[""] = lambda row: "chosen" if row.get("chosen") else ""
     return Table(
-        "Mixes of schemes",
-        columns,
-        [
-            (
-                mix_text(row["layers"]),
-                format_bytes(row["size_bytes"]),
-                f"{row['estimate']:.3g}",
-                *([_number(row.get("held_out", {}).get(loss))] if loss else []),
-                *([_number(row.get("perplexity"))] if own else []),
-                "chosen" if row.get("chosen") else "",
-            )
-            for row in rows
-        ],
-        frozenset({"Size", *columns[2:-1]}),
+        title,
+        tuple(columns),
+        [tuple(text(row) for text in columns.values()) for row in rows],
+        numbers,
         "Estimate: of the loss, before anything was run."
         + (" Loss and perplexity: on samples that were held out." if loss or own else ""),
     )
