@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from quantcli.conversion.checkpoint.made_up_inputs import candidates
+from quantcli.models.hugging_face import disable_caches
 
 #: Products, whose operands the processor's kernels want in one dtype.
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear")
@@ -25,11 +26,18 @@ class _MixedError(RuntimeError):
 
 
 def mixes_dtypes(model: Any, *, keeps_buffers: bool = False) -> bool:
-    """Whether a forward pass of a model on the meta device fails because of dtypes.
+    """Whether a forward pass of a model on the meta device fails because of dtypes, with caches or without.
 
     ``keeps_buffers``: the loader keeps buffers in the dtype that they were made in, so that a model which gives one
-    another dtype as it runs goes on with the first.
+    another dtype as it runs goes on with the first. The model's configuration builds no caches after this.
     """
+    if _mixes(model, keeps_buffers=keeps_buffers):
+        return True
+    disable_caches(model.config)
+    return _mixes(model, keeps_buffers=keeps_buffers)
+
+
+def _mixes(model: Any, *, keeps_buffers: bool) -> bool:
     import torch
 
     buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
