@@ -56,6 +56,8 @@ class _Survey:
         self.name = type(model).__name__
         self.coded: dict[str, dict[str, Any]] = request["coded"]
         self.modules = dict(model.named_modules())
+        #: Weights that the library renames by their whole name, which is not that of their codes and scales.
+        self.renamed_alone: set[str] = set()
         self.loaded, self.joined, self.unknown = self._names()
         self._owners: dict[int, list[str]] = {}
         for path, module in self.modules.items():
@@ -122,6 +124,7 @@ class _Survey:
         converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
         prefix, known = self.model.base_model_prefix, dict(self.model.state_dict())
         loaded, joined, unknown = {}, {}, []
+        scales = {f"{name}_scale": parameter for name, parameter in known.items()}
         for name in self.request["tensors"]:
             renamed, merged = rename_source_key(name, renamings, converters, prefix, known)
             if renamed not in known:
@@ -133,6 +136,9 @@ class _Survey:
                 joined[name] = renamed
             else:
                 loaded[name] = renamed
+                scale, _ = rename_source_key(f"{name}_scale", renamings, [], prefix, known | scales)
+                if scale != f"{renamed}_scale":
+                    self.renamed_alone.add(name)
         return loaded, joined, unknown
 
     def _linear(self, tensor: str) -> Any:
@@ -161,6 +167,8 @@ class _Survey:
                     self.leave[name] = "transformers joins it with other weights or splits it as it loads"
             elif other := self._tied(name):
                 self.leave[name] = f"{self.name} ties it to {other}, which would have no values"
+            elif name in self.renamed_alone and self.request["format"] == "compressed-tensors":
+                self.leave[name] = f"{self.name} of transformers renames it, and would not rename its codes and scales"
             elif self._is_head(name) and how["role"] != "head":
                 self.leave[name] = f"output head of {self.name}: runtimes and accuracy want it unquantized"
             elif self._linear(name) is None:

@@ -137,6 +137,14 @@ def test_a_linear_class_of_its_own_code_that_computes_the_same_is_no_other(tmp_p
     assert any("FalconLinear" in why for why in surveyed(tmp_path / "plain", "nf4")[1]["leave"].values())
 
 
+def test_a_weight_that_is_renamed_by_its_whole_name_is_left(tmp_path: Path) -> None:
+    tiny_architectures.build("vl:unlimited_ocr", tmp_path / "renamed")
+    left = surveyed(tmp_path / "renamed", "int8")[1]["leave"]
+    assert [name for name, why in left.items() if "would not rename its codes" in why] == [
+        "model.projector.layers.weight"
+    ]
+
+
 class Clipped(torch.nn.Linear):
     """What it is given is limited first."""
 
