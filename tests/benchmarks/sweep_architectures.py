@@ -119,6 +119,8 @@ def _evaluated(model: Path, artifact: Path) -> Outcome:
 def compare(model: Path, artifact: Path, data: Path, scheme: str) -> float:
     """The least SQNR of an artifact's outputs, beside those of the original with decoded weights.
 
+    One that is no farther than the original in 16 bits is from itself in 32 is as near as its arithmetic.
+
     Raises:
         _Mismatch: it is too low, or outputs differ in name, shape or in what is finite.
         Exception: whatever transformers says where it cannot load or run the artifact.
@@ -137,7 +139,21 @@ def compare(model: Path, artifact: Path, data: Path, scheme: str) -> float:
     expected = tiny_architectures.outputs(decoded, inputs)
     # Pictures and sound in the type that the artifact computes in, as a processor's user gives them.
     fed = {name: value.to(loaded.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-    return _least(expected, tiny_architectures.outputs(loaded, fed), DYNAMIC if "dynamic" in scheme else SAME)
+    found, wanted = tiny_architectures.outputs(loaded, fed), DYNAMIC if "dynamic" in scheme else SAME
+    decibels, name = _least(expected, found)
+    if decibels < wanted:
+        wanted = min(wanted, _own_noise(model, inputs))
+    return _enough(decibels, name, wanted)
+
+
+def _own_noise(model: Path, inputs: dict[str, Any]) -> float:
+    """The least SQNR of the original's outputs in bfloat16, beside those in float32."""
+    import torch
+
+    narrow = _load(model, torch.bfloat16)[0]
+    fed = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+    wide = tiny_architectures.outputs(_load(model, torch.float32)[0], inputs)
+    return _least(wide, tiny_architectures.outputs(narrow, fed))[0]
 
 
 def _load(folder: Path, dtype: Any = "auto") -> tuple[Any, set[str]]:
@@ -214,13 +230,21 @@ def compare_onnx(model: Path, artifact: Path) -> float:
     both = [name for name in expected if name in got]
     if not both:
         raise _Mismatch(f"outputs {sorted(got)[:4]} are not those of the model, {sorted(expected)[:4]}")
-    return _least({both[0]: expected[both[0]]}, {both[0]: torch.from_numpy(got[both[0]]).float()}, DYNAMIC)
+    least = _least({both[0]: expected[both[0]]}, {both[0]: torch.from_numpy(got[both[0]]).float()})
+    return _enough(*least, DYNAMIC)
 
 
-def _least(expected: dict[str, Any], got: dict[str, Any], limit: float) -> float:
+def _enough(decibels: float, name: str, limit: float) -> float:
+    if decibels < limit:
+        raise _Mismatch(f"{name} is {decibels:.1f} dB from what its codes say")
+    return decibels
+
+
+def _least(expected: dict[str, Any], got: dict[str, Any]) -> tuple[float, str]:
+    """The least SQNR of outputs, and which one has it."""
     if expected.keys() != got.keys():
         raise _Mismatch(f"outputs are {sorted(got)}, expected {sorted(expected)}")
-    least = 200.0
+    least = (200.0, "")
     for name, value in expected.items():
         if value.shape != got[name].shape:
             raise _Mismatch(f"{name} has shape {tuple(got[name].shape)}, expected {tuple(value.shape)}")
@@ -229,9 +253,7 @@ def _least(expected: dict[str, Any], got: dict[str, Any], limit: float) -> float
         both = value.isfinite()
         signal, noise = value[both].double().square().sum(), (value[both] - got[name][both]).double().square().sum()
         decibels = float(10 * (signal / noise).log10()) if noise > 0 and signal > 0 else 200.0
-        least = min(least, decibels)
-        if decibels < limit:
-            raise _Mismatch(f"{name} is {decibels:.1f} dB from what its codes say")
+        least = min(least, (decibels, name))
     return least
 
 
