@@ -80,31 +80,32 @@ class Call:
         if isinstance(value, Tensor) and per_sample:
             return value[[row * per_sample + part for row in chosen for part in range(per_sample)]]
         own = isinstance(value, Tensor) and per_sample is None and value.ndim > 1 and len(value) == len(self.hidden)
-        return value[chosen] if own else _mapped(value, partial(self._of, chosen=chosen))
+        return value[chosen] if own else mapped(value, partial(self._of, chosen=chosen))
 
     def in_float32(self) -> Call:
         """The same call with everything that is floating point in float32, such as states that other blocks left."""
-        return Call(self.hidden.float(), _mapped(self.args, _float), _mapped(self.kwargs, _float), self.per_sample)
+        return Call(self.hidden.float(), mapped(self.args, _float), mapped(self.kwargs, _float), self.per_sample)
 
     def to(self, device: torch.device) -> Call:
         """The same call with every tensor on a device."""
         if device.type == "cpu":
             return self
-        move = partial(_moved, device=device)
-        return Call(move(self.hidden), _mapped(self.args, move), _mapped(self.kwargs, move), self.per_sample)
+        move = partial(moved, device=device)
+        return Call(move(self.hidden), mapped(self.args, move), mapped(self.kwargs, move), self.per_sample)
 
 
 def _float(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
-    return _mapped(value, _float)
+    return mapped(value, _float)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else _mapped(value, partial(_moved, device=device))
+def moved(value: Any, device: torch.device) -> Any:
+    """A value with every tensor in it on a device."""
+    return value.to(device) if isinstance(value, Tensor) else mapped(value, partial(moved, device=device))
 
 
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     """A tuple, list or mapping of changed members; anything else as it is."""
     if isinstance(value, tuple | list):
         return type(value)(change(each) for each in value)

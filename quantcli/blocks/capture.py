@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.blocks.calls import Call, Interruption
-from quantcli.blocks.structure import HIDDEN_STATES
+from quantcli.blocks.structure import HIDDEN_STATES, NotSequentialError
 from quantcli.errors import InputError, QuantcliError
 from quantcli.models import hugging_face
 from quantcli.system.text import first_line
@@ -106,7 +106,7 @@ class Capture:
         self, index: int, original: Callable[..., Any], log: list[Any], returned: list[Any]
     ) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = _hidden_first(original, args, kwargs)
+            args, kwargs = hidden_first(original, args, kwargs)
             args, kwargs = kept(args), {name: kept(value) for name, value in kwargs.items()}
             log.append((index, args, kwargs))
             if index == 0:
@@ -123,7 +123,7 @@ class Capture:
         if called == list(range(len(self.blocks))):
             return
         order = f"{', '.join(map(str, called[:4])) or 'none'}{', ...' * (len(called) > 4)}"
-        raise InputError(
+        raise NotSequentialError(
             f"The blocks found in this model ({len(self.blocks)}) are not called one after the other, each once: "
             f"it calls {order}.",
             hint="Use an algorithm without data, such as mse."
@@ -169,17 +169,22 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     Raises:
         InputError: the model fails on this batch.
     """
+    args, kwargs = hugging_face.arguments(model, batch)
+    with torch.no_grad(), failing_on(batch, type(model).__name__):
+        return model(*args, **kwargs, **without_cache(model))
+
+
+@contextmanager
+def failing_on(batch: Mapping[str, Any], model: str) -> Iterator[None]:
+    """Whatever a model's code raises meanwhile is told as an InputError, with the shapes of what it was given."""
     try:
-        with torch.no_grad():
-            args, kwargs = hugging_face.arguments(model, batch)
-            return model(*args, **kwargs, **without_cache(model))
+        yield
     except (Interruption, QuantcliError, MemoryError):
         raise
-    except Exception as error:  # whatever the model's code raises
-        shapes = ", ".join(f"{name} {list(values.shape)}" for name, values in batch.items())
-        reason = first_line(error)
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(given.shape)}" for name, given in batch.items() if isinstance(given, Tensor))
         raise InputError(
-            f"{type(model).__name__} cannot be run on the calibration data ({shapes}): {reason}.",
+            f"{model} cannot be run on the calibration data ({shapes}): {first_line(error)}.",
             hint="Look whether sequences are longer than the model takes (--seq-len), or an input is missing.",
         ) from error
 
@@ -229,7 +234,7 @@ def kept(value: Any) -> Any:
     return tuple(map(kept, value)) if type(value) is tuple else value
 
 
-def _hidden_first(
+def hidden_first(
     call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same arguments with the hidden states by position, whatever name they are passed by."""

@@ -37,7 +37,7 @@ class SequentialModel:
 
         ``quantized`` are names of tensors. Codes that suit one place need not suit the other.
         """
-        inside = tuple(f"{path}." for block_list in blocks for path in block_list.blocks)
+        inside = tuple(f"{path}." if path else "" for block_list in blocks for path in block_list.blocks)
         for names in self.skeleton.shared:
             if self.skeleton.info(names[0]).name in quantized and any(name.startswith(inside) for name in names):
                 raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError
 from quantcli.models import hugging_face, stored_parameters
 
+_Found = TypeVar("_Found")
 #: Elements of a tensor that are read at a time.
 _READ_ELEMENTS = 1 << 20
 
@@ -34,7 +35,7 @@ class Skeleton:
         Fused experts become one linear layer for each of the checkpoint's tensors.
         """
         self.module, self.checkpoint = module, checkpoint
-        self._infos, self._buffers, computed = _match(module, checkpoint.infos())
+        self._infos, self._buffers, computed, self._made = _match(module, checkpoint.infos())
         for name, values in computed.items():
             self.set(name, values)
         self.shared = _shared(module)
@@ -45,8 +46,8 @@ class Skeleton:
 
     def load(self, path: str) -> nn.Module:
         """A submodule with its weights in float32."""
-        for name, info in self.parameters(path).items():
-            self.set(name, self._read(info))
+        for name in (*self.parameters(path), *_inside(self._made, path)):
+            self.set(name, self.read(name))
         self.load_buffers(path)
         return self.module.get_submodule(path)
 
@@ -79,7 +80,7 @@ class Skeleton:
         So code may use the parameters of modules that it does not call: another's weight, or one of a child.
         """
         inside = tuple(f"{path}." for path in paths)
-        outside = {name: info for name, info in self._infos.items() if not name.startswith(inside)}
+        outside = [name for name in (*self._infos, *self._made) if not name.startswith(inside)]
         with _Reading(self, outside) as reading:
             yield
         for name in reading.names:
@@ -96,6 +97,9 @@ class Skeleton:
         for name, info in (self.parameters(path) | _inside(self._buffers, path)).items():
             if name.removeprefix(start).count(".") <= depth:
                 self.set(name, self._read(info))
+        for name in _inside(self._made, path):
+            if name.removeprefix(start).count(".") <= depth:
+                self.set(name, self.read(name))
 
     def _read(self, info: TensorInfo) -> Tensor:
         """A whole tensor; one of floating point as float32, without a copy of it in its own dtype beside it."""
@@ -123,7 +127,7 @@ class Skeleton:
 
     def drop(self, path: str = "") -> None:
         """Let go of a submodule's weights (of all with the empty path)."""
-        for name in self.parameters(path):
+        for name in (*self.parameters(path), *_inside(self._made, path)):
             self._drop_one(name)
 
     def _drop_one(self, name: str) -> None:
@@ -134,7 +138,12 @@ class Skeleton:
 
     def read(self, name: str) -> Tensor:
         """The values of a parameter, by its full name."""
-        return self._read(self._infos[name])
+        if name not in self._made:
+            return self._read(self._infos[name])
+        made = self._made[name]
+        return made.run({info.name: self._read(info) for info in self.checkpoint.infos() if info.name in made.sources})[
+            name
+        ]
 
 
 class _Reading(TorchFunctionMode):
@@ -173,7 +182,7 @@ class _Reading(TorchFunctionMode):
         return self._values[name]
 
 
-def _inside(infos: Mapping[str, TensorInfo], path: str) -> dict[str, TensorInfo]:
+def _inside(infos: Mapping[str, _Found], path: str) -> dict[str, _Found]:
     start = f"{path}." if path else ""
     return {name: info for name, info in infos.items() if name.startswith(start)}
 
@@ -225,10 +234,10 @@ def parameters_on_meta() -> Iterator[None]:
 
 def _match(
     module: nn.Module, infos: Collection[TensorInfo]
-) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo], dict[str, Tensor]]:
+) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo], dict[str, Tensor], dict[str, stored_parameters.Conversion]]:
     """The tensor of each parameter, its own or that of one it is tied to, and of each buffer that is stored.
 
-    The last are values of parameters that are not stored, since the class computes them.
+    Then values of parameters that are not stored, since the class computes them; and how others are made of tensors.
     """
     apart = take_experts_apart(module, infos)
     left = [info.name for info in infos if info.name not in apart]
@@ -248,8 +257,12 @@ def _match(
             matched[name] = info
     computed = stored_parameters.computed_tables(module, missing)
     missing = [name for name in missing if name not in computed]
+    shapes = {info.name: info.shape for info in infos if info.name not in apart} if missing else {}
+    made = {name: how for name, how in stored_parameters.conversions(module, shapes).items() if name in missing}
+    missing = [name for name in missing if name not in made]
     _require(module, missing, [tensor for tensor, parameter in names.items() if parameter is None])
-    return matched, {name: by_name[name] for name, _ in module.named_buffers() if name in by_name}, computed
+    buffers = {name: by_name[name] for name, _ in module.named_buffers() if name in by_name}
+    return matched, buffers, computed, made
 
 
 def _shared(module: nn.Module) -> list[list[str]]:

@@ -27,6 +27,14 @@ class BlockList:
     blocks: tuple[str, ...]
 
 
+#: The model itself in place of lists of blocks.
+WHOLE = BlockList("", ("",))
+
+
+class NotSequentialError(InputError):
+    """A model has no blocks that are called one after the other, each once."""
+
+
 def find_blocks(model: nn.Module, layers: Collection[str], named: Sequence[str] = ()) -> list[BlockList]:
     """The outermost lists of blocks that hold any of ``layers``, in the order in which the model holds them.
 
@@ -37,11 +45,11 @@ def find_blocks(model: nn.Module, layers: Collection[str], named: Sequence[str] 
 
     Raises:
         UsageError: a name given is no list of modules.
-        InputError: no list of blocks is found.
+        NotSequentialError: no list of blocks is found.
     """
     lists = _named(model, named) if named else _outermost(model, layers)
     if not lists:
-        raise InputError(
+        raise NotSequentialError(
             f"No list of equal blocks holds the layers to quantize ({listed(list(layers))}).",
             hint="Name it in a recipe, as in blocks: [model.layers], or use an algorithm without data, such as mse.",
         )

@@ -172,6 +172,13 @@ def arguments(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Te
     return tuple(inputs[name] for name in first), {name: inputs[name] for name in inputs if name not in first}
 
 
+def output_head(module: nn.Module) -> nn.Module | None:
+    """The layer that a model of transformers calls last of all, if its class says which it is."""
+    named = getattr(module, "get_output_embeddings", None)
+    head = named() if callable(named) else None
+    return head if isinstance(head, nn.Module) else None
+
+
 def _require(package: str, extra: str, purpose: str) -> None:
     import importlib.util
 

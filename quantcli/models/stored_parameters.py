@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,6 +101,56 @@ class MergedExperts:
             leaf = "_".join(plain.removesuffix(".weight").split(".")[at + 1 :])
             return target, int(number), rule.source_patterns.index(pattern), leaf or "weight"
         return None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How transformers makes parameters of tensors, as by turning or interleaving them: by its own operations.
+
+    ``sources`` are the tensors, with the pattern that each one matches; ``target`` is what the rule calls the result.
+    """
+
+    model: nn.Module
+    rule: Any
+    target: str
+    sources: Mapping[str, str]
+
+    def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters that come of the sources' values, by name."""
+        rule = copy.deepcopy(self.rule)
+        for name, pattern in self.sources.items():
+            rule.add_tensor(self.target, name, pattern, tensors[name])
+        made = rule.convert(self.target, model=self.model, config=self.model.config)
+        return {name: given[0] if isinstance(given, list) else given for name, given in made.items()}
+
+
+def conversions(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, Conversion]:
+    """By a parameter's name, how it is made of a checkpoint's tensors, where that is by more than a new name.
+
+    ``shapes`` are those of the tensors, by name.
+    """
+    if not hasattr(model, "base_model_prefix"):
+        return {}
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+    renamings, converters = _renamings(model)
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    known = dict(model.state_dict())
+    groups: dict[str, dict[str, str]] = {}
+    for name in sorted(shapes, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if pattern is not None:
+            groups.setdefault(target, {})[name] = pattern
+    found: dict[str, Conversion] = {}
+    for target, sources in groups.items():
+        conversion = Conversion(model, by_pattern[next(iter(sources.values()))], target, sources)
+        try:
+            made = conversion.run({name: torch.empty(tuple(shapes[name]), device="meta") for name in sources})
+        except Exception:
+            # An operation that looks at values, or asks for tensors that the checkpoint lacks: it stays unknown.
+            continue
+        found |= {name: conversion for name, part in made.items() if name in known and part.shape == known[name].shape}
+    return found
 
 
 def use_plain_experts(model: nn.Module) -> None:

@@ -130,8 +130,12 @@ class _Resolver:
         wish = self.recipe.rest
         if wish == "auto":
             # A cast takes every tensor itself; what it leaves was to be skipped.
+            if self.scheme.weights.is_cast:
+                return None
             wide = self.majority in ("F32", "F64")
-            return "BF16" if wide and self.loader.runs_narrow and not self.scheme.weights.is_cast else None
+            if not self.loader.runs_narrow:
+                return None if wide else "F32"
+            return "BF16" if wide else None
         return None if wish == "keep" else DTYPE_OF_NUMBER[wish]
 
     def plan(self) -> Plan:
@@ -147,10 +151,8 @@ class _Resolver:
             reasons = Counter(layer.reason for layer in layers if layer.role in LAYER_ROLES)
             why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
             what = f"with {self.name} as {self.format_name}"
-            hint = None
-            if self.loader.leave or self.loader.unpacked:
-                hint = "Try another scheme, such as int8-dynamic or nf4, or --target vllm."
-            raise InputError(f"Nothing in this model can be quantized {what}: {why or 'no layer has weights'}.", hint)
+            nothing = f"Nothing in this model can be quantized {what}: {why or 'no layer has weights'}."
+            raise InputError(nothing, self._other_schemes())
         dtype = self.rest_dtype or (self.majority if self.majority != "F64" else "F32")
         if self.scheme.weights.is_cast:
             dtype = DTYPE_OF_NUMBER[self.scheme.weights.dtype]
@@ -178,6 +180,15 @@ class _Resolver:
             self._warnings(layers),
             self.loader,
         )
+
+    def _other_schemes(self) -> str | None:
+        """What to try where the library that loads the result can have no layer's codes; None where it is not asked."""
+        if self.loader.unpacked and self.scheme.weights.dtype != "int8":
+            return "--scheme int8 is stored in codes that it reads, chosen from data or without (gptq, awq, mse)."
+        if self.loader.leave or self.loader.unpacked:
+            others = " or ".join(name for name in ("int8", "nf4") if name != self.name)
+            return f"Try another scheme, such as {others}, or --target vllm."
+        return None
 
     def _nearest_module(self, glob: str) -> str:
         hint = suggestion(glob, dict.fromkeys(module_of(info.name) for info in self.infos))
@@ -320,7 +331,7 @@ class _Resolver:
                 "and SGLang want packed ones (--target vllm)."
             )
         if self.recipe.rest == "auto" and not self.loader.runs_narrow:
-            warnings.append(f"What is not quantized keeps its dtype: {self.loader.name} does not run in bfloat16.")
+            warnings.append(f"What is not quantized is float32: {self.loader.name} does not run in 16 bits here.")
         left = Counter(self.loader.leave.get(layer.info.name) for layer in layers if layer.role in LAYER_ROLES)
         warnings += [f"{count} weights are left: {reason}." for reason, count in left.most_common(4) if reason]
         sizes = Counter(layer.note for layer in layers if layer.note)

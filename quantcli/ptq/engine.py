@@ -8,52 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from quantcli.blocks.activations import Activations
 from quantcli.blocks.calls import BlockError, Call
 from quantcli.blocks.capture import Arguments, Capture, Captured, alike, replaying
 from quantcli.blocks.skeleton import Skeleton
 from quantcli.blocks.structure import BlockList
-from quantcli.checkpoint.roles import module_of
-from quantcli.core.dtypes import torch_dtype
 from quantcli.core.numerics import decoded
-from quantcli.core.tensors import RoundedTensor
 from quantcli.errors import InputError
-from quantcli.planning.plan import LayerPlan, Plan
-from quantcli.ptq.input_quantization import fix_input_scales, quantized_inputs
-from quantcli.ptq.observe import observe
-from quantcli.ptq.rounding import round_block, round_unobserved
-from quantcli.ptq.transforms import Transforms
+from quantcli.planning.plan import Plan
+from quantcli.ptq.block import ROUNDED, BlockOutcome, BlockQuantizer, Tick, counted, part_of
+from quantcli.ptq.input_quantization import quantized_inputs
 from quantcli.system.devices import full_precision, has_bfloat16
 from quantcli.system.hardware import release_freed
 
 #: Calibration inputs by name, batch by batch.
 Batches = Sequence[Mapping[str, Tensor]]
-#: Called with the fraction that is done.
-Tick = Callable[[float], None]
 #: A finished block by its path, or None.
 Finished = Callable[[str], "BlockOutcome | None"]
-#: Of the time a block takes, roughly what has passed once its inputs are observed, and once its codes are chosen.
-_OBSERVED, _ROUNDED = 0.25, 0.85
-
-
-@dataclass
-class BlockOutcome:
-    """A finished block: what its layers became, by the names of their tensors.
-
-    ``plain``: parameters that are not quantized, as float32 holding what their stored dtype can.
-    """
-
-    path: str
-    quantized: dict[str, RoundedTensor] = field(default_factory=dict)
-    plain: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Chain:
@@ -133,10 +110,9 @@ class BlockEngine:
         self.device, self.seed, self.tick = torch.device(device), seed, tick or (lambda _: None)
         self._scratch, self._limit = scratch, memory_limit
         self._hidden: list[Activations] = []
-        self.layers, self.lists = linear_layers(skeleton, plan), lists
-        self._by_name = {layer.info.name: layer for layer in plan.layers}
+        self.lists = lists
         self._keeps_original = "original" in plan.steps.needs
-        self._transforms = Transforms(plan)
+        self._quantizer = BlockQuantizer(skeleton, plan)
         #: What came out of the last list of blocks, ``original`` where the plan's steps need that.
         self.final: dict[str, Chain] = {}
 
@@ -163,7 +139,7 @@ class BlockEngine:
             names = ("quantized", "original") if self._keeps_original else ("quantized",)
             chains = self._enter(blocks, modules, names, before)
             for index, path in enumerate(blocks.blocks):
-                report = _part(self.tick, done / total, (done + 1) / total)
+                report = part_of(self.tick, done / total, (done + 1) / total)
                 earlier = finished(path)
                 with self.skeleton.reading_others(everything):
                     outcome = self._block(index, path, chains, earlier, report)
@@ -268,7 +244,8 @@ class BlockEngine:
             self._advance(index, block, original)
         outcome = finished
         if outcome is None:
-            outcome = self._quantize(index, path, block, quantized, original, report)
+            calls, targets = _Calls(quantized, index, self.device), original.hidden if original else None
+            outcome = self._quantizer.run(path, block, calls, targets, self.seed + index, report)
         for name, info in self.skeleton.parameters(path).items():
             if info.name in outcome.quantized:
                 values = decoded(outcome.quantized[info.name].tensor)
@@ -277,81 +254,15 @@ class BlockEngine:
             parameter = block.get_parameter(name.removeprefix(f"{path}."))
             parameter.data = values.reshape(parameter.shape).to(self.device)
         tensors = {name: rounded.tensor for name, rounded in outcome.quantized.items()}
-        with quantized_inputs(block, self._inside(path), tensors):
-            self._advance(index, block, quantized, _part(report, _ROUNDED, 1.0))
+        with quantized_inputs(block, self._quantizer.inside(path), tensors):
+            self._advance(index, block, quantized, part_of(report, ROUNDED, 1.0))
         block.to("cpu")
         self.skeleton.drop(path)
         release_freed()
         return outcome
 
-    def _quantize(
-        self, index: int, path: str, block: nn.Module, chain: Chain, original: Chain | None, report: Tick
-    ) -> BlockOutcome:
-        layers = self._inside(path)
-        calls = _Calls(chain, index, self.device)
-        targets = original.hidden if original else None
-        observed = _counted(calls, _part(report, 0.0, _OBSERVED))
-        stats = observe(block, observed, layers, self._needs(layers))
-        release_freed()
-        if self._transforms.steps:
-            self._transforms.apply(block, layers, calls[0], stats)
-        part = _part(report, _OBSERVED, _ROUNDED)
-        rounded = round_block(block, layers, calls, targets, stats, self.plan, self.seed + index, part)
-        fix_input_scales(rounded, layers, stats, torch_dtype(self.plan.scale_dtype))
-        parameters = self.skeleton.parameters(path)
-        outcome = BlockOutcome(path, {layers[name].info.name: tensor for name, tensor in rounded.items()})
-        for name, values in block.named_parameters():
-            info = parameters.get(f"{path}.{name}")
-            if info is None:
-                continue  # computed, not stored
-            layer = self._by_name[info.name]
-            if info.name in outcome.quantized:
-                continue
-            if layer.has_codes:
-                outcome.quantized[info.name] = round_unobserved(values.detach().cpu(), layer, self.plan)
-            else:
-                outcome.plain[info.name] = values.detach().cpu().to(torch_dtype(layer.dtype)).float()
-        return outcome
-
-    def _inside(self, path: str) -> dict[str, LayerPlan]:
-        """Layers of a block by their names in it."""
-        start = f"{path}."
-        return {name.removeprefix(start): layer for name, layer in self.layers.items() if name.startswith(start)}
-
-    def _needs(self, layers: Mapping[str, LayerPlan]) -> frozenset[str]:
-        """What is to be observed of the layers' inputs."""
-        static = any(layer.scheme is not None and layer.scheme.is_static for layer in layers.values())
-        return (self.plan.steps.needs | ({"absmax"} if static else set())) - {"original"}
-
     def _advance(self, index: int, block: nn.Module, chain: Chain, report: Tick | None = None) -> None:
         """Run a block on every batch; its outputs take the place of its inputs."""
         with torch.no_grad():
-            for number, call in enumerate(_counted(_Calls(chain, index, self.device), report)):
+            for number, call in enumerate(counted(_Calls(chain, index, self.device), report)):
                 chain.hidden[number] = call.run(block).cpu()
-
-
-def _part(report: Tick, start: float, stop: float) -> Tick:
-    """What reports a part of some work as the whole, which it is from ``start`` to ``stop``."""
-    return lambda done: report(start + (stop - start) * done)
-
-
-def _counted(calls: Sequence[Call], report: Tick | None) -> Iterator[Call]:
-    """The same calls; each one is reported as done when the next is asked for."""
-    for number, call in enumerate(calls, 1):
-        yield call
-        if report:
-            report(number / len(calls))
-
-
-def linear_layers(skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:
-    """Layers that get codes and are linear modules of the model, by the module's name."""
-    quantized = {layer.info.name: layer for layer in plan.layers if layer.has_codes}
-    layers = {}
-    for parameter, info in skeleton.parameters().items():
-        path = module_of(parameter)
-        module = skeleton.module.get_submodule(path)
-        # torch's attention reads the weight of such a layer without calling it.
-        linear = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-        if linear and info.name in quantized and parameter.endswith(".weight"):
-            layers[path] = quantized[info.name]
-    return layers

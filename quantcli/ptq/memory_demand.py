@@ -57,7 +57,7 @@ def _block(path: str, parameters: Mapping[str, TensorInfo], plan: Plan, tokens: 
     held = sum(outputs if learned else outputs[:_OUTPUTS_HELD]) * tokens
     # One Hessian is factored at a time, in a copy.
     quantized = (_COPIES_LEARNED if learned else _COPIES) * size + sum(grams) + max(grams, default=0) + held
-    return Demand(path, round(_FLOAT_BYTES * max(quantized, size + around + held)))
+    return Demand(path or "the whole model", round(_FLOAT_BYTES * max(quantized, size + around + held)))
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> int:

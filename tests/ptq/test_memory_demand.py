@@ -19,7 +19,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.errors import InputError, UsageError
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.resolve import resolve
-from quantcli.ptq.engine import linear_layers
+from quantcli.ptq.block import linear_layers
 from quantcli.ptq.memory_demand import Demand, foresee
 
 #: Of the tiny llama: two rows of 10 tokens; q, k, v and o; gate, up and down; two norms.

@@ -338,8 +338,6 @@ def test_what_torchs_own_layers_hide_is_rounded_plainly(tmp_path: Path) -> None:
 
 def test_blocks_are_named_in_a_recipe(tmp_path: Path) -> None:
     data = data_for("unequal", tmp_path)
-    with pytest.raises(InputError, match=r"No list of equal blocks .* blocks: \[model\.layers\], or use an algorithm"):
-        converted("unequal", tmp_path / "out", data, algorithm="gptq")
     artifact = converted("unequal", tmp_path / "named", data, algorithm="gptq", blocks=["1"])
     entries = notes(artifact)
     assert {entries[f"1.{block}.{layer}.weight"]["algorithm"] for block in "01" for layer in ("up", "down")} == {"gptq"}
@@ -351,7 +349,11 @@ def test_blocks_are_named_in_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "algorithm", "message"),
     [
-        ("flat", "gptq", r"No list of equal blocks .* blocks: \[model\.layers\]"),
+        (
+            "flat",
+            "autoround",
+            r"No list of equal .* autoround learns from one block after the other.*gptq or awq",
+        ),
         ("ties", "gptq", r"layers\.0\.up\.weight, layers\.1\.up\.weight are one weight in Ties.*--skip layers\.0\.up"),
         ("chunked", "autoround", r"of shape \[10, \d+, 32\] for \d+ samples, and autoround .*batch_first=True"),
     ],

@@ -15,7 +15,7 @@ from quantcli.checkpoint import open_checkpoint
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.planning.recipe import validate
 from quantcli.planning.resolve import resolve
-from quantcli.ptq.engine import linear_layers
+from quantcli.ptq.block import linear_layers
 from quantcli.ptq.observe import observe
 from quantcli.ptq.transforms import Transforms
 

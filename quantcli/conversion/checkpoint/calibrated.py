@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +10,15 @@ from typing import Any
 
 from quantcli.blocks.batches import CalibrationBatches, load_batches
 from quantcli.blocks.model import SequentialModel, hugging_face, plain_module
-from quantcli.blocks.reach import reached_lists
-from quantcli.blocks.skeleton import Skeleton
-from quantcli.blocks.structure import BlockList, find_blocks, tower_of
+from quantcli.blocks.structure import WHOLE, BlockList
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.conversion.checkpoint.layout import Destination
+from quantcli.conversion.checkpoint.observable import (
+    names_inside,
+    ordered_blocks,
+    without_unobserved,
+    without_unreached,
+)
 from quantcli.conversion.checkpoint.writer import (
     LayerResult,
     Output,
@@ -29,10 +33,11 @@ from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.planning.plan import LayerPlan, Plan
-from quantcli.planning.resolve import resolve
 from quantcli.planning.targets import for_target
-from quantcli.ptq.engine import BlockEngine, BlockOutcome, Chain, linear_layers
+from quantcli.ptq.block import BlockOutcome, linear_layers
+from quantcli.ptq.engine import BlockEngine, Chain
 from quantcli.ptq.memory_demand import Demand, foresee
+from quantcli.ptq.whole import quantize_whole
 from quantcli.system.devices import check_device
 from quantcli.system.files import whole_file
 from quantcli.system.hardware import free_memory_bytes, resident_bytes
@@ -82,12 +87,11 @@ def prepare_calibration(
     model = _open_model(checkpoint, function)
     data = load_batches(model, request, trains=_learns(plan, "qat"))
     linear = linear_layers(model.skeleton, plan)
-    blocks = find_blocks(model.skeleton.module, linear, plan.recipe.blocks)
-    blocks, unreached = reached_lists(model.skeleton, blocks, data.batches[0])
-    plan, leave = _reachable(plan, checkpoint, model.skeleton, blocks, unreached)
+    plan, blocks, unreached = ordered_blocks(plan, model.skeleton, linear, data.batches[0])
+    plan, leave = without_unreached(plan, checkpoint, model.skeleton, blocks, unreached)
     model.require_own_weights(blocks, {layer.info.name for layer in plan.layers if layer.has_codes})
-    inside = _names(model.skeleton, blocks)
-    plan = _observable(plan, checkpoint, inside, {layer.info.name for layer in linear.values()} & inside, leave)
+    inside = names_inside(model.skeleton, blocks)
+    plan = without_unobserved(plan, checkpoint, inside, {layer.info.name for layer in linear.values()} & inside, leave)
     plan = for_target(replace(plan, warnings=(*plan.warnings, *data.samples.warnings)))
     hidden_bytes = spare_memory(foresee(model.skeleton, plan, blocks, data.batches), memory_limit) // _HIDDEN_SHARE
     return CalibratedWork(checkpoint, plan, model, blocks, data, function, device, request.seed, hidden_bytes)
@@ -100,65 +104,6 @@ def _open_model(checkpoint: Checkpoint, function: str | None) -> SequentialModel
 def _learns(plan: Plan, name: str) -> bool:
     """Whether the plan's chain ends with the algorithm of this name."""
     return any(step.name == name for step in plan.steps.final)
-
-
-def _names(skeleton: Skeleton, blocks: Sequence[BlockList]) -> set[str]:
-    """Tensors that belong to blocks."""
-    paths = (path for block_list in blocks for path in block_list.blocks)
-    return {info.name for path in paths for info in skeleton.parameters(path).values()}
-
-
-def _reachable(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    reached: Sequence[BlockList],
-    unreached: Sequence[BlockList],
-) -> tuple[Plan, dict[str, str]]:
-    """The plan itself, or one that leaves the towers whose blocks the data does not reach, which a warning tells.
-
-    The second is why each of their tensors is left.
-    """
-    paths = [block_list.path for block_list in reached]
-    towers = dict.fromkeys(tower_of(block_list.path, paths) for block_list in unreached)
-    if not towers:
-        return plan, {}
-    leave = {
-        info.name: f"in {tower}, which the calibration data does not reach"
-        for tower in towers
-        for info in skeleton.parameters(tower).values()
-    }
-    warning = (
-        f"The calibration data does not reach {' and '.join(towers)}, which is left unquantized. Calibrate on data "
-        "that does, or use an algorithm without data, such as mse."
-    )
-    found = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=leave, loader=plan.loader)
-    return replace(found, warnings=(*found.warnings, warning)), leave
-
-
-def _observable(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    inside: Collection[str],
-    observed: Collection[str],
-    left: Mapping[str, str],
-) -> Plan:
-    """The plan itself, or one that leaves layers whose inputs have a static range and are not ``observed``.
-
-    ``left`` are those that are left already.
-    """
-    static = [layer.info.name for layer in plan.quantized if layer.scheme and layer.scheme.is_static]
-    places = {name: "in no layer of its own" if name in inside else "outside the blocks" for name in static}
-    leave = {
-        name: f"{place}, where the range of inputs is not observed"
-        for name, place in places.items()
-        if name not in observed
-    }
-    if not leave:
-        return plan
-    every = {**left, **leave}
-    found = resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=True, leave=every, loader=plan.loader)
-    return replace(found, warnings=tuple(dict.fromkeys((*found.warnings, *plan.warnings))))
 
 
 def spare_memory(demand: Demand, limit: int | None) -> int:
@@ -207,8 +152,9 @@ class CalibratedWork:
         return {layer.info.name: layer for layer in self.plan.layers}
 
     def names(self) -> set[str]:
-        """Tensors that belong to blocks."""
-        return _names(self.model.skeleton, self.blocks)
+        """Tensors that belong to blocks, and are stored."""
+        dropped = {name for name, layer in self._layers.items() if layer.dropped}
+        return names_inside(self.model.skeleton, self.blocks) - dropped
 
     def fingerprint(self) -> dict[str, Any]:
         """What of the data, and of how it goes through the model, decides the output."""
@@ -232,7 +178,7 @@ class CalibratedWork:
         if not learned.exists():
             with torch_threads():
                 chain = self._run_blocks(output)
-                if self._tunes:
+                if chain and self._tunes:
                     self._tune(output, chain, learned)
                 elif self._trains:
                     self._train(output, learned)
@@ -241,8 +187,11 @@ class CalibratedWork:
         elif self._trains:
             self._write_trained(output, learned)
 
-    def _run_blocks(self, output: Output) -> Chain:
-        """Quantize and write block after block; returns what comes out of the last one."""
+    def _run_blocks(self, output: Output) -> Chain | None:
+        """Quantize and write block after block; returns what comes out of the last one, if there is an order."""
+        if list(self.blocks) == [WHOLE]:
+            self._run_whole(output)
+            return None
         share = _BLOCKS if self._tunes else 1 - _TRAINING if self._trains else 1.0
         engine = BlockEngine(
             self.model.skeleton,
@@ -260,6 +209,20 @@ class CalibratedWork:
             for name, result in self._write(outcome, output.destinations).items():
                 output.record(name, result)
         return engine.final["original" if self._tunes else "quantized"]
+
+    def _run_whole(self, output: Output) -> None:
+        if self.names() <= output.results.keys():
+            return
+        outcome = quantize_whole(
+            self.model.skeleton,
+            self.plan,
+            self.data.batches,
+            device=self.device,
+            seed=self.seed,
+            tick=output.tick,
+        )
+        for name, result in self._write(outcome, output.destinations).items():
+            output.record(name, result)
 
     @property
     def _tunes(self) -> bool:

@@ -7,13 +7,15 @@ classes do, not by their names.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
+from quantcli.conversion.checkpoint.loader_dtypes import is_kept_wide, mixes_dtypes, scales_kept_wide
 from quantcli.conversion.checkpoint.loader_rows import rearranged
 from quantcli.conversion.checkpoint.made_up_inputs import candidates
-from quantcli.conversion.checkpoint.watched import watched_dtypes, watched_weights
+from quantcli.conversion.checkpoint.watched import watched_dtypes, watched_weights, watched_writes
+from quantcli.models.hugging_face import output_head
 from quantcli.models.stored_parameters import use_layers_for_experts
 from quantcli.system.text import first_line
 
@@ -54,6 +56,8 @@ class _Survey:
         self.name = type(model).__name__
         self.coded: dict[str, dict[str, Any]] = request["coded"]
         self.modules = dict(model.named_modules())
+        #: Weights that the library renames by their whole name, which is not that of their codes and scales.
+        self.renamed_alone: set[str] = set()
         self.loaded, self.joined, self.unknown = self._names()
         self._owners: dict[int, list[str]] = {}
         for path, module in self.modules.items():
@@ -120,6 +124,7 @@ class _Survey:
         converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
         prefix, known = self.model.base_model_prefix, dict(self.model.state_dict())
         loaded, joined, unknown = {}, {}, []
+        scales = {f"{name}_scale": parameter for name, parameter in known.items()}
         for name in self.request["tensors"]:
             renamed, merged = rename_source_key(name, renamings, converters, prefix, known)
             if renamed not in known:
@@ -131,6 +136,9 @@ class _Survey:
                 joined[name] = renamed
             else:
                 loaded[name] = renamed
+                scale, _ = rename_source_key(f"{name}_scale", renamings, [], prefix, known | scales)
+                if scale != f"{renamed}_scale":
+                    self.renamed_alone.add(name)
         return loaded, joined, unknown
 
     def _linear(self, tensor: str) -> Any:
@@ -144,7 +152,8 @@ class _Survey:
         if self.request["format"] == "bitsandbytes":
             return layer if type(layer) is nn.Linear or type(layer).__name__ == "Conv1D" else None
         # compressed-tensors computes a plain product in place of the layer's own code.
-        return layer if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward else None
+        kind: Any = type(layer)
+        return layer if isinstance(layer, nn.Linear) and _computes_plainly(kind) else None
 
     def _leave_what_is_not_one_layer(self) -> None:
         for name, how in self.coded.items():
@@ -158,10 +167,19 @@ class _Survey:
                     self.leave[name] = "transformers joins it with other weights or splits it as it loads"
             elif other := self._tied(name):
                 self.leave[name] = f"{self.name} ties it to {other}, which would have no values"
+            elif name in self.renamed_alone and self.request["format"] == "compressed-tensors":
+                self.leave[name] = f"{self.name} of transformers renames it, and would not rename its codes and scales"
+            elif self._is_head(name) and how["role"] != "head":
+                self.leave[name] = f"output head of {self.name}: runtimes and accuracy want it unquantized"
             elif self._linear(name) is None:
                 module = self.modules.get(self.loaded[name].rpartition(".")[0])
                 kind = type(module).__name__
                 self.leave[name] = f"{kind} of transformers, which {self.request['format']} does not replace"
+
+    def _is_head(self, tensor: str) -> bool:
+        """Whether a tensor is of what the class calls its output head, which the library does not replace."""
+        head = output_head(self.model)
+        return head is not None and self.modules[self.loaded[tensor].rpartition(".")[0]] is head
 
     def _tied(self, tensor: str) -> str | None:
         """Another module that has the very parameter that a tensor is loaded as; a module with two names is one."""
@@ -212,19 +230,23 @@ class _Survey:
 
     def _runs_narrow(self) -> bool:
         """Whether the class runs in the result's dtype, as far as the meta device tells, or not in float32 either."""
-        if self.request["dtype"] == "float32" or not _mixes_dtypes(self.model):
+        if self.request["dtype"] == "float32":
+            return True
+        packed = self.request["format"] == "compressed-tensors"
+        if packed and scales_kept_wide(self.model, [self.loaded[name] for name in self._targets()]):
+            return False
+        if not mixes_dtypes(self.model, keeps_buffers=packed):
             return True
         wide = build(self.request["folder"], "float32")
         use_layers_for_experts(wide, self.request["format"])
-        return _mixes_dtypes(wide)
+        return mixes_dtypes(wide, keeps_buffers=packed)
 
     def _wide(self) -> list[str]:
         """Tensors that the class keeps in float32 whatever the dtype of the rest."""
         import torch
 
         plan = self.model._get_dtype_plan(getattr(torch, self.request["dtype"]))
-        patterns = [re.compile(_glob(key)) for key, dtype in plan.items() if dtype == torch.float32]
-        return [name for name, loaded in self.loaded.items() if any(each.search(loaded) for each in patterns)]
+        return [name for name, loaded in self.loaded.items() if is_kept_wide(plan, loaded)]
 
     def _kept_wide(self) -> None:
         """Layers that transformers does not replace because their class keeps them in float32."""
@@ -303,8 +325,10 @@ class _Survey:
 
         hooks = [layer.register_forward_pre_hook(enter) for layer in targets.values()]
         hooks += [layer.register_forward_hook(leave) for layer in targets.values()]
+        written: dict[str, None] = {}
         dtypes = watched_dtypes(weights, dtype_asked)
-        with dtypes, watched_weights(targets.values(), seen), torch.no_grad(), torch.device("meta"):
+        writes = watched_writes(weights, lambda weight: written.setdefault(weights[weight]))
+        with dtypes, writes, watched_weights(targets.values(), seen), torch.no_grad(), torch.device("meta"):
             for inputs in candidates(self.model, "meta"):
                 inside.clear()
                 try:
@@ -314,40 +338,17 @@ class _Survey:
                 break
         for hook in hooks:
             hook.remove()
+        for name in written:
+            self.leave[name] = (
+                f"{self.name} of transformers changes its weight as it runs, and codes would be rounded anew"
+            )
         for name in read:
+            if name in written:
+                continue
             if name not in called:
                 self.leave[name] = f"{self.name} of transformers reads its weight without calling the layer"
             elif name in asked and self.request["format"] == "bitsandbytes":
                 self.leave[name] = f"{self.name} of transformers casts to the dtype of its weight, which codes lack"
-
-
-def _mixes_dtypes(model: Any) -> bool:
-    """Whether a forward pass fails on the meta device because of dtypes."""
-    import torch
-    from torch import nn
-
-    def compare(norm: Any, given: Any) -> None:
-        # The one operation whose dtypes the processor's kernel looks at, and the meta device's does not.
-        if norm.weight is not None and given[0].dtype == torch.float32 != norm.weight.dtype:
-            raise TypeError("a float32 input and a weight of another dtype")
-
-    norms = (module for module in model.modules() if isinstance(module, nn.LayerNorm))
-    hooks = [norm.register_forward_pre_hook(compare) for norm in norms]
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            for inputs in candidates(model, "meta"):
-                try:
-                    model(**inputs)
-                except Exception as error:
-                    # What fails for another reason, such as values that this device has none of, tells nothing.
-                    if re.search(r"dtype|scalar type", str(error)):
-                        return True
-                    continue
-                return False
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return False
 
 
 def _initialized(module: Any, owner: Any) -> Iterator[tuple[Any, Any]]:
@@ -359,6 +360,22 @@ def _initialized(module: Any, owner: Any) -> Iterator[tuple[Any, Any]]:
     yield owner, module
 
 
-def _glob(key: str) -> str:
-    """A pattern of transformers' dtype plan as a regular expression: a name with dots, anywhere in a longer one."""
-    return key.replace("*", r"\w+")
+@cache
+def _computes_plainly(kind: Any) -> bool:
+    """Whether a class of linear layers computes what torch's own does: code of its own is tried on a small layer.
+
+    One that is made in another way may keep settings that its code looks at, such as limits of its inputs.
+    """
+    import torch
+    from torch import nn
+
+    if kind.forward is nn.Linear.forward:
+        return True
+    if kind.__init__ is not nn.Linear.__init__:
+        return False
+    with torch.device("cpu"), torch.no_grad():
+        layer = kind(6, 5)
+        given = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 100, 1e4]).view(
+            3, 1, 1
+        )
+        return torch.allclose(layer(given), nn.functional.linear(given, layer.weight, layer.bias))

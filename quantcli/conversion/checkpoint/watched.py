@@ -50,3 +50,18 @@ def watched_dtypes(weights: Collection[int], tell: Callable[[int], None]) -> Any
             return function(*args, **(kwargs or {}))
 
     return Watching()
+
+
+def watched_writes(weights: Collection[int], tell: Callable[[int], Any]) -> Any:
+    """Meanwhile every operation that changes some weights in place, by their identity, is told to ``tell``."""
+    from torch.overrides import TorchFunctionMode
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(function, "__name__", "")
+            in_place = name.endswith("_") and not name.startswith("__")
+            if in_place and args and id(args[0]) in weights:
+                tell(id(args[0]))
+            return function(*args, **(kwargs or {}))
+
+    return Watching()

@@ -11,13 +11,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support import tiny_architectures
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.quantized import open_quantized
 from quantcli.commands.convert import convert
 from quantcli.conversion.checkpoint import loader_run
-from quantcli.conversion.checkpoint.loader_survey import survey
+from quantcli.conversion.checkpoint.loader_survey import _computes_plainly, survey
 from quantcli.errors import InputError
 from quantcli.planning.plan import Plan
 from quantcli.planning.recipe import Recipe
@@ -119,9 +120,76 @@ def test_a_class_that_does_not_run_in_bfloat16_keeps_its_dtype(tmp_path: Path) -
     tiny_architectures.build("causal:xlnet", tmp_path / "wide")
     assert not surveyed(tmp_path / "wide", "int8")[1]["runs_narrow"]
     report = convert(tmp_path / "wide", tmp_path / "nf4", scheme="nf4")
-    assert any("keeps its dtype: XLNetLMHeadModel does not run in bfloat16" in warning for warning in report.warnings)
+    assert any("is float32: XLNetLMHeadModel does not run in 16 bits" in warning for warning in report.warnings)
     assert load_file(tmp_path / "nf4" / "model.safetensors")["transformer.word_embedding.weight"].dtype == torch.float32
     assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 0
+
+
+def test_what_the_class_calls_its_head_is_one_whatever_its_name(tmp_path: Path) -> None:
+    tiny_architectures.build("causal:reformer", tmp_path / "head")
+    left = surveyed(tmp_path / "head", "int8")[1]["leave"]
+    assert [name for name, why in left.items() if why.startswith("output head")] == ["lm_head.decoder.weight"]
+
+
+def test_a_linear_class_of_its_own_code_that_computes_the_same_is_no_other(tmp_path: Path) -> None:
+    tiny_architectures.build("causal:falcon", tmp_path / "plain")
+    assert not any("FalconLinear" in why for why in surveyed(tmp_path / "plain", "int8")[1]["leave"].values())
+    assert any("FalconLinear" in why for why in surveyed(tmp_path / "plain", "nf4")[1]["leave"].values())
+
+
+def test_a_weight_that_is_renamed_by_its_whole_name_is_left(tmp_path: Path) -> None:
+    tiny_architectures.build("vl:unlimited_ocr", tmp_path / "renamed")
+    left = surveyed(tmp_path / "renamed", "int8")[1]["leave"]
+    assert [name for name, why in left.items() if "would not rename its codes" in why] == [
+        "model.projector.layers.weight"
+    ]
+
+
+class Clipped(torch.nn.Linear):
+    """What it is given is limited first."""
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return super().forward(given.clamp(-1000, 1000))
+
+
+def test_a_linear_class_that_computes_something_else_is_told_by_trying_it() -> None:
+    assert _computes_plainly(FalconLinear)
+    assert _computes_plainly(torch.nn.Linear)
+    assert not _computes_plainly(Clipped)
+
+
+def test_weights_that_are_changed_in_place_are_left_in_four_bits(tmp_path: Path) -> None:
+    tiny_architectures.build("causal:rwkv", tmp_path / "changed")
+    left = surveyed(tmp_path / "changed", "nf4")[1]["leave"]
+    changed = {name.split("blocks.0.")[-1] for name, why in left.items() if "changes its weight" in why}
+    assert {"attention.output.weight", "feed_forward.value.weight"} <= changed
+
+
+@pytest.mark.parametrize(("case", "narrow"), [("hy_v4", False), ("ctrl", False), ("xlstm", False), ("opt", True)])
+def test_whether_a_class_runs_in_16_bits_is_told_by_operands_buffers_and_scales(
+    tmp_path: Path, case: str, narrow: bool
+) -> None:
+    """Scales that a class keeps wide by name, a buffer that it casts as it runs, a product of two dtypes."""
+    tiny_architectures.build(f"causal:{case}", tmp_path / case)
+    assert surveyed(tmp_path / case, "int8")[1]["runs_narrow"] == narrow
+
+
+def test_a_bfloat16_model_whose_scales_stay_wide_is_stored_wide(tmp_path: Path) -> None:
+    tiny_architectures.build("causal:hy_v4", tmp_path / "model")
+    stored = {name: part.bfloat16() for name, part in load_file(tmp_path / "model" / "model.safetensors").items()}
+    save_file(stored, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    report = convert(tmp_path / "model", tmp_path / "int8", scheme="int8")
+    assert any("is float32: HYV4ForCausalLM does not run in 16 bits" in warning for warning in report.warnings)
+    assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 8
+
+
+def test_what_the_loader_reads_is_offered_int8(tmp_path: Path) -> None:
+    tiny_architectures.build("causal:modernbert-decoder", tmp_path / "read")
+    options = {"algorithm": "gptq", "data": tmp_path / "data.npz"}
+    with pytest.raises(InputError, match=r"reads its weight.* --scheme int8 is stored .*gptq, awq"):
+        convert(tmp_path / "read", tmp_path / "int4", scheme="int4", **options)  # type: ignore[arg-type]
+    report = convert(tmp_path / "read", tmp_path / "int8", scheme="int8", **options)  # type: ignore[arg-type]
+    assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 8
 
 
 def test_what_is_read_but_not_called_is_found_behind_a_mask(tmp_path: Path) -> None:
