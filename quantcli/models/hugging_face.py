@@ -92,7 +92,7 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
 
 def _needs_decoding(section: Mapping[str, Any]) -> bool:
     """Whether transformers 5.23 loads codes of this kind only with what cannot be had on a CPU, or not as they are."""
-    if section.get("quant_method") in ("gptq", "awq", *FLOATS):
+    if section.get("quant_method") in ("gptq", "awq", "gguf", *FLOATS):
         return True
     if section.get("quant_method") == "bitsandbytes":
         # bitsandbytes computes in 16 bits, and only some classes, with some shapes, on this processor.
