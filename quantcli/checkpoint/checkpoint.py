@@ -167,7 +167,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open(path: Path) -> Checkpoint:
     if not path.exists():
-        raise InputError(f"{path} does not exist.", "A MODEL is a folder, .safetensors, .pt, .pth, .bin, .gguf or .onnx.")
+        raise InputError(
+            f"{path} does not exist.", "A MODEL is a folder, .safetensors, .pt, .pth, .bin, .gguf or .onnx."
+        )
     if path.is_dir():
         return _open_folder(path)
     if path.name.endswith(".index.json"):

@@ -51,8 +51,9 @@ def supports(scheme: Scheme) -> str | None:
         return f"{NAME} carries int4, int8, fp16 and bf16, not {weights.dtype}"
     kind, size = weights.granularity.kind, weights.granularity.size
     if kind != "channel" and not (kind == "group" and size and size % BLOCK == 0):
-        return f"{NAME} has a scale for every {BLOCK} values, so groups are of {BLOCK}, 64, 128 or a row; not {kind} " + (
-            str(size or "")
+        return (
+            f"{NAME} has a scale for every {BLOCK} values, so groups are of {BLOCK}, 64, 128 or a row; not {kind} "
+            + (str(size or ""))
         )
     if weights.dtype == "int8" and not weights.symmetric:
         return f"{NAME} has no zero points for int8 (Q8_0); int4 has them (Q4_1)"
@@ -68,7 +69,9 @@ def carries(role: str) -> str | None:
 
 def fits(shape: tuple[int, ...], scheme: Scheme) -> str | None:
     """Why a matrix ``[O, I]`` cannot be laid out, or None: a row is whole blocks."""
-    return f"{NAME} stores rows in blocks of {BLOCK}, which do not divide {shape[1]} columns" if shape[1] % BLOCK else None
+    return (
+        f"{NAME} stores rows in blocks of {BLOCK}, which do not divide {shape[1]} columns" if shape[1] % BLOCK else None
+    )
 
 
 def together(schemes: Iterable[Scheme]) -> str | None:

@@ -29,10 +29,10 @@ from quantcli.planning.steps import parse_steps
 from quantcli.system.parallel import in_parallel
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quantcli.conversion.checkpoint.writer import Output
     from quantcli.training.loop import History
-
-    pass
 
 
 def decoded_view(checkpoint: Checkpoint) -> DecodedCheckpoint:
@@ -92,6 +92,12 @@ class Repacking:
         in_parallel((partial(carry, layer) for layer in layers), output.workers)
 
 
+def _exact_minimum(scale: Tensor, zero_point: Tensor) -> bool:
+    from quantcli.formats.gguf import exact_minimum
+
+    return exact_minimum(scale, zero_point)
+
+
 class _Planner:
     """Holds what the checks share; `plan` makes them."""
 
@@ -107,10 +113,8 @@ class _Planner:
 
     def plan(self) -> Plan:
         """Every tensor's way; refuses what cannot be held exactly."""
-        weights = self.quantized.weights
-        for check in (self._scheme, self._role, self._shape):
-            self._refuse({name: check(weight) for name, weight in weights.items()})
-        schemes = {name: weight.scheme for name, weight in weights.items()}
+        self._refuse(self._unheld())
+        schemes = {name: weight.scheme for name, weight in self.quantized.weights.items()}
         reason = self.form.together(schemes.values())
         if reason:
             raise UsageError(f"One {self.form.NAME} model cannot hold what this one does: {reason}.")
@@ -127,6 +131,12 @@ class _Planner:
             parse_steps([]),
             scale_dtype,
         )
+
+    def _unheld(self) -> dict[str, str | None]:
+        """Why weights cannot be held by the new container."""
+        checks = (self._scheme, self._role, self._shape)
+        weights = self.quantized.weights.items()
+        return {name: next((reason for check in checks if (reason := check(each))), None) for name, each in weights}
 
     def _refuse(self, reasons: Mapping[str, str | None]) -> None:
         named = {name: reason for name, reason in reasons.items() if reason}
@@ -159,6 +169,8 @@ class _Planner:
             lowest, _ = code_range(weight.scheme.weights)
             if zero_point is not None and not self.form.STORAGE.lowest_zero_point and (zero_point == lowest).any():
                 zeros[name] = f"it has a zero point of 0, and {self.form.NAME} stores zero points less one"
+            if zero_point is not None and self.form.STORAGE.coarse_scales and not _exact_minimum(scale, zero_point):
+                zeros[name] = "its zero points times its scales are no numbers of FP16, as Q4_1 stores them"
             for dtype in candidates:
                 if not bool((scale.to(torch_dtype(dtype)).float() == scale).all()):
                     inexact[dtype][name] = (
