@@ -39,6 +39,7 @@ _OTHER_FORMATS = {
 }
 
 
+_KINDS = "A MODEL is a folder, .safetensors, .pt, .pth, .bin, .gguf or .onnx."
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -119,7 +120,8 @@ class Checkpoint:
         """Hash of the weight files: of the one file, or of ``sha256sum``'s lines over several."""
         digests = {}
         for file in self.files:
-            name = file.relative_to(self.folder).as_posix() if self.folder else file.name
+            inside = self.folder is not None and file.is_relative_to(self.folder)
+            name = file.relative_to(self.folder).as_posix() if inside and self.folder else file.name
             with file.open("rb", buffering=0) as stream:
                 digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
         if len(digests) == 1:
@@ -167,9 +169,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open(path: Path) -> Checkpoint:
     if not path.exists():
-        raise InputError(
-            f"{path} does not exist.", "A MODEL is a folder, .safetensors, .pt, .pth, .bin, .gguf or .onnx."
-        )
+        raise InputError(f"{path} does not exist.", _KINDS)
     if path.is_dir():
         return _open_folder(path)
     if path.name.endswith(".index.json"):
@@ -238,7 +238,7 @@ def _open_file(path: Path, folder: Path | None) -> Checkpoint:
 
         return open_gguf(path)
     what = _OTHER_FORMATS.get(suffix, "not a kind of model that quantcli knows")
-    raise InputError(f"{path} is {what}.", "A MODEL is a folder, .safetensors, .pt, .pth, .bin, .gguf or .onnx.")
+    raise InputError(f"{path} is {what}.", _KINDS)
 
 
 def _open_index(index: Path) -> Checkpoint:

@@ -1,9 +1,9 @@
 """GGUF's types Q4_0, Q4_1 and Q8_0, which llama.cpp runs (checked against gguf 0.19).
 
 Blocks of 32 values of a row: ``Q4_0`` is ``(q - 8) * d`` with q of 0 to 15, ``Q4_1`` is ``q * d + m``, ``Q8_0`` is
-``q * d``; d and m are FP16. Value j of a block of four-bit ones lies in the low half of byte j, value j + 16 in the high
-half. A larger group is several blocks with one scale. ``m`` is ``-(zero point + 8) * d``, which must be a number of
-FP16: quantization chooses such scales (`NumberFormat.coarse`).
+``q * d``; d and m are FP16. Value j of a block of four-bit ones lies in the low half of byte j, value j + 16 in the
+high half. A larger group is several blocks with one scale. ``m`` is ``-(zero point + 8) * d``, which must be a number
+of FP16: quantization chooses such scales (`NumberFormat.coarse`).
 
 While a model is worked on, codes and scales of a weight are tensors of their own: ``.codes``, ``.scales`` and
 ``.zero_points``. `to_blocks` joins them. torch is imported only where bits are laid out: planning does without.
@@ -51,10 +51,8 @@ def supports(scheme: Scheme) -> str | None:
         return f"{NAME} carries int4, int8, fp16 and bf16, not {weights.dtype}"
     kind, size = weights.granularity.kind, weights.granularity.size
     if kind != "channel" and not (kind == "group" and size and size % BLOCK == 0):
-        return (
-            f"{NAME} has a scale for every {BLOCK} values, so groups are of {BLOCK}, 64, 128 or a row; not {kind} "
-            + (str(size or ""))
-        )
+        told = weights.granularity
+        return f"{NAME} has a scale for every {BLOCK} values, so groups are of {BLOCK}, 64, 128 or a row; not {told}"
     if weights.dtype == "int8" and not weights.symmetric:
         return f"{NAME} has no zero points for int8 (Q8_0); int4 has them (Q4_1)"
     if weights.dynamic or weights.double_quantized:

@@ -6,7 +6,6 @@ the package gguf. Rows that llama.cpp wants in another order are put back, and n
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tempfile
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.gguf import architectures
+from quantcli.checkpoint.gguf import architectures, settings
 from quantcli.checkpoint.gguf.header import GgufTensor, read_gguf_header
 from quantcli.checkpoint.gguf.tokenizer import tokenizer_files
 from quantcli.checkpoint.positional import PositionalFile
-from quantcli.core.dtypes import torch_dtype
+from quantcli.core.dtypes import DTYPE_BYTES, torch_dtype
 from quantcli.core.manifest import Manifest
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError, MissingExtraError
@@ -108,17 +107,12 @@ class GgufCheckpoint(Checkpoint):
         """How many tensors are of which type, the most frequent first."""
         return dict(Counter(tensor.kind for tensor in self._tensors.values()).most_common())
 
-    def sha256(self) -> str:
-        """Hash of the file."""
-        with self._gguf_path.open("rb", buffering=0) as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
     def _config(self, tensors: tuple[GgufTensor, ...]) -> dict[str, Any]:
         table = self._tensors.get("model.embed_tokens.weight")
         if table is None or len(table.shape) != 2:
             raise InputError(f"{self._gguf_path} has no table of tokens: it is damaged, or no language model.")
         tied = "lm_head.weight" not in self._tensors
-        config = architectures.config_of(self._architecture, self._metadata, table.shape[0], tied=tied)
+        config = settings.config_of(self._architecture, self._metadata, table.shape[0], tied=tied)
         if any(tensor.name == architectures.ROPE_FACTORS for tensor in tensors):
             config["rope_parameters"] = self._scaled_rope(config)
         return config | {"quantization_config": {"quant_method": form.NAME}}
@@ -132,7 +126,7 @@ class GgufCheckpoint(Checkpoint):
             **config["rope_parameters"], "rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
         }  # fmt: skip
-        made = architectures.rope_factors(self._architecture, {**config, "rope_parameters": rope})
+        made = settings.rope_factors(self._architecture, {**config, "rope_parameters": rope})
         if made is None or len(made) != len(factors) or not torch.allclose(torch.tensor(made), factors, rtol=1e-4):
             raise InputError(f"{self._gguf_path} scales rotary embeddings in a way that is not Llama 3.1's.")
         return rope
@@ -171,7 +165,7 @@ class GgufCheckpoint(Checkpoint):
             if architectures.norm_shift(self._architecture, name):
                 dtype = "F32"
             count = rows * (others[0] if others else 1)
-            return [TensorInfo(name, tensor.shape, dtype, count * torch_bytes(dtype), path)]
+            return [TensorInfo(name, tensor.shape, dtype, count * DTYPE_BYTES[dtype], path)]
         columns = others[0]
         size, symmetric = self._schemes.get(name, (form.BLOCK, True))
         groups = columns // (size or columns)
@@ -248,13 +242,6 @@ class GgufCheckpoint(Checkpoint):
         return values[start:stop] if len(tensor.shape) == 1 else values
 
 
-def torch_bytes(dtype: str) -> int:
-    """Bytes of a value of a dtype."""
-    from quantcli.core.dtypes import DTYPE_BYTES
-
-    return DTYPE_BYTES[dtype]
-
-
 def _dequantize(stored: Any, kind: str) -> Any:
     try:
         import gguf
@@ -263,7 +250,7 @@ def _dequantize(stored: Any, kind: str) -> Any:
     try:
         return gguf.dequantize(stored, gguf.GGMLQuantizationType[kind]).copy()
     except NotImplementedError as error:
-        raise InputError(f"gguf {gguf.__name__} does not decode {kind}.", "Start from the original weights.") from error
+        raise InputError(f"The package gguf does not decode {kind}.", "Start from the original weights.") from error
 
 
 def open_gguf(path: Path) -> GgufCheckpoint:

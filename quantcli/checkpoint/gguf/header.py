@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -190,4 +191,4 @@ class _Header:
 
 def _neighbours(tensors: tuple[GgufTensor, ...]) -> Iterator[tuple[GgufTensor, GgufTensor]]:
     ordered = sorted(tensors, key=lambda tensor: tensor.offset)
-    return zip(ordered, ordered[1:], strict=False)
+    return pairwise(ordered)

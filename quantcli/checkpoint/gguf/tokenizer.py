@@ -1,7 +1,7 @@
 """Tokenizers in GGUF: the tokens, and by name how text is cut before they are looked for.
 
-llama.cpp knows ways of cutting text by name alone. A tokenizer.json has one of these names if it says the same; one that
-says something else is refused, since the wrong name gives other tokens without an error.
+llama.cpp knows ways of cutting text by name alone. A tokenizer.json has one of these names if it says the same; one
+that says something else is refused, since the wrong name gives other tokens without an error.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from quantcli.errors import InputError
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE, UNKNOWN = 1, 3, 4, 5, 6, 2
 _SPACE = "\u2581"
 
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3, _QWEN2 = (f"{_WORDS}{digits}{_REST}" for digits in (r"\p{N}{1,3}", r"\p{N}"))
 
 
 def _byte_level(**settings: Any) -> dict[str, Any]:
@@ -169,9 +170,6 @@ def _of_pieces(
         elif types[index] == NORMAL and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             types[index] = BYTE
     return Vocabulary("llama", "default", tuple(tokens), tuple(types), tuple(scores), prefix)
-
-
-# Back ----------------------------------------------------------------------------------------------------------------
 
 
 def tokenizer_files(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quantcli.checkpoint.gguf import architectures
+from quantcli.checkpoint.gguf import architectures, settings
 from quantcli.checkpoint.gguf.architectures import Architecture
 from quantcli.checkpoint.gguf.checkpoint import MANIFEST_KEY, SUFFIX
 from quantcli.checkpoint.gguf.header import nbytes_of, read_gguf_header
@@ -253,33 +253,44 @@ def plan_gguf(plan: Plan, checkpoint: Checkpoint, output: Path) -> GgufFile:
     """
     _require_package()
     if output.suffix.lower() != SUFFIX:
-        raise UsageError(
-            f"A GGUF model is one file, and {output} does not end in {SUFFIX}.", f"Use -o {output}{SUFFIX}"
-        )
+        raise UsageError(f"GGUF is one file, and {output} does not end in {SUFFIX}.", f"Use -o {output}{SUFFIX}")
     folder, config = checkpoint.folder, checkpoint.config
     if folder is None or config is None:
         raise InputError(f"{checkpoint.path} is a bare file; GGUF needs its folder, with config.json and tokenizer.")
     architecture = architectures.architecture_of(config, str(checkpoint.path))
-    settings = architectures.settings_of(architecture, config)
-    factors = architectures.rope_factors(architecture, config)
+    told = settings.settings_of(architecture, config)
+    factors = settings.rope_factors(architecture, config)
     tensors = tuple(_tensors(plan, architecture, config))
     tables = [tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight"]
     if not tables:
         raise InputError(f"{checkpoint.path} has no table of tokens (model.embed_tokens.weight).")
-    settings["vocab_size"] = tables[0]
+    told["vocab_size"] = tables[0]
     vocabulary = read_vocabulary(folder, tables[0])
-    name = output.with_suffix("").name
+    title = _title(output.stem, architecture, vocabulary)
     return GgufFile(
         output.name,
         architecture,
         plan,
         tensors,
-        settings,
-        tuple(factors) if factors else None,
+        told,
+        None if factors is None else tuple(factors),
         vocabulary,
         folder,
-        name,
+        title,
     )
+
+
+#: By these in a model's name llama.cpp knows tokenizers that drop spaces behind special tokens, and needs these tokens.
+_PHI3_NAMES, _PHI3_TOKENS = ("phi-3", "phi3"), {"<s>", "<unk>", "<|endoftext|>"}
+
+
+def _title(stem: str, architecture: Architecture, vocabulary: Vocabulary) -> str:
+    """A name for the model that llama.cpp takes for no other's tokenizer."""
+    named = any(name in stem.lower() for name in _PHI3_NAMES)
+    meant = architecture.name == "phi3" and _PHI3_TOKENS.issubset(vocabulary.tokens)
+    if meant:
+        return stem if named else f"phi-3 {stem}"
+    return architecture.name.replace("phi3", "phi") if named or "jina" in stem.lower() else stem
 
 
 def _require_package() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.gguf.architectures import window_warning
+from quantcli.checkpoint.gguf.settings import window_warning
 from quantcli.conversion.checkpoint import llama_cpp
 from quantcli.conversion.checkpoint.gguf_file import plan_gguf
 from quantcli.conversion.checkpoint.layout import Layout

@@ -67,7 +67,7 @@ class Repacking:
 
     def names(self) -> set[str]:
         """Tensors that are carried over as codes."""
-        return set(self.quantized.weights)
+        return {layer.info.name for layer in self.plan.layers if layer.has_codes}
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the output beside the recipe and the tensors."""
@@ -110,11 +110,17 @@ class _Planner:
         if name == quantized.form.NAME:
             raise UsageError(f"The model is stored as {name} already.")
         self.roles = classify(checkpoint.infos(), checkpoint.config)
+        #: Weights that become values, and why, of a source whose codes need not all be held.
+        self._decoded: dict[str, str] = {}
 
     def plan(self) -> Plan:
         """Every tensor's way; refuses what cannot be held exactly."""
-        self._refuse(self._unheld())
-        schemes = {name: weight.scheme for name, weight in self.quantized.weights.items()}
+        weights = self.quantized.weights
+        self._decoded = self._unheld()
+        held = weights.keys() - self._decoded.keys()
+        if not self.quantized.form.STORAGE.starts_anew or not held:
+            self._refuse(self._decoded)
+        schemes = {name: weights[name].scheme for name in weights if name in held}
         reason = self.form.together(schemes.values())
         if reason:
             raise UsageError(f"One {self.form.NAME} model cannot hold what this one does: {reason}.")
@@ -132,17 +138,19 @@ class _Planner:
             scale_dtype,
         )
 
-    def _unheld(self) -> dict[str, str | None]:
-        """Why weights cannot be held by the new container."""
-        checks = (self._scheme, self._role, self._shape)
-        weights = self.quantized.weights.items()
-        return {name: next((reason for check in checks if (reason := check(each))), None) for name, each in weights}
+    def _unheld(self) -> dict[str, str]:
+        """Why weights cannot be held by the new container, of those that cannot."""
+        found: dict[str, str] = {}
+        for check in (self._scheme, self._role, self._shape):
+            for name, weight in self.quantized.weights.items():
+                if reason := check(weight):
+                    found.setdefault(name, reason)
+        return found
 
-    def _refuse(self, reasons: Mapping[str, str | None]) -> None:
-        named = {name: reason for name, reason in reasons.items() if reason}
-        if named:
-            name, reason = next(iter(named.items()))
-            more = f" The same holds for {len(named) - 1} more." if len(named) > 1 else ""
+    def _refuse(self, reasons: Mapping[str, str]) -> None:
+        if reasons:
+            name, reason = next(iter(reasons.items()))
+            more = f" The same holds for {len(reasons) - 1} more." if len(reasons) > 1 else ""
             raise UsageError(f"{name} cannot go to {self.form.NAME} with equal codes: {reason}.{more}")
 
     def _scheme(self, weight: QuantizedWeight) -> str | None:
@@ -160,11 +168,12 @@ class _Planner:
         from quantcli.core.numerics import code_range
 
         fixed = self.form.STORAGE.scale_dtype
-        own = [self.quantized.scale_dtype(name) for name in self.quantized.weights]
+        weights = {name: each for name, each in self.quantized.weights.items() if name not in self._decoded}
+        own = [self.quantized.scale_dtype(name) for name in weights]
         candidates = [fixed] if fixed else list(dict.fromkeys([self._dtype(), *own, "F32"]))
-        inexact: dict[str, dict[str, str | None]] = {dtype: {} for dtype in candidates}
-        zeros: dict[str, str | None] = {}
-        for name, weight in self.quantized.weights.items():
+        inexact: dict[str, dict[str, str]] = {dtype: {} for dtype in candidates}
+        zeros: dict[str, str] = {}
+        for name, weight in weights.items():
             scale, zero_point = self.quantized.scales(name)
             lowest, _ = code_range(weight.scheme.weights)
             if zero_point is not None and not self.form.STORAGE.lowest_zero_point and (zero_point == lowest).any():
@@ -190,6 +199,8 @@ class _Planner:
         role = self.roles[info.name]
         if role == "tied head" and info.shares:
             return LayerPlan(info, role, info.dtype, reason=f"tied to {info.shares}: stored once", dropped=True)
+        if info.name in self._decoded:
+            return LayerPlan(info, role, info.dtype, reason=f"values of its codes: {self._decoded[info.name]}")
         if scheme is None:
             return LayerPlan(info, role, info.dtype, reason="not quantized before either")
         weight = self.quantized.weights[info.name]
