@@ -191,6 +191,13 @@ def load_tokenizer(path: Path) -> Any:
         raise InputError(f"{path} has no usable tokenizer: {reason}", "Name one with --tokenizer FOLDER.") from error
 
 
+def loadable_folder(path: Path) -> Path:
+    """The path, or the folder that stands for a GGUF file: transformers loads folders."""
+    if path.suffix.lower() != ".gguf":
+        return path
+    return open_checkpoint(path).folder or path
+
+
 def require_folder(path: Path) -> Path:
     """The path, if it is a Hugging Face folder. Raises InputError otherwise."""
     if not path.exists():

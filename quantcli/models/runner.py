@@ -186,10 +186,12 @@ def open_runner(
         path = Path(model)
         if is_onnx(path):
             return OnnxRunner(path, threads=threads, shared=shared)
+        from quantcli.models import hugging_face
+
         set_torch_threads(threads)
         if path.suffix == ".pt2":
             return ProgramRunner(path)
-        return _hugging_face(_folder_of(path), causal, headed, decoded, generates)
+        return _hugging_face(hugging_face.loadable_folder(path), causal, headed, decoded, generates)
     set_torch_threads(threads)
     module = load_module(str(model), weights)
     return TorchRunner(module, signature_ports(module, str(model)), str(model))
@@ -222,15 +224,6 @@ def load_module(spec: str, weights: Path | None = None) -> nn.Module:
             lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
             raise InputError(f"{weights} does not fit {type(module).__name__} of {spec}: {' '.join(lines)}") from error
     return module.eval()
-
-
-def _folder_of(path: Path) -> Path:
-    """The folder that stands for a GGUF file: transformers loads no other."""
-    if path.suffix.lower() != ".gguf":
-        return path
-    from quantcli.checkpoint.checkpoint import open_checkpoint
-
-    return open_checkpoint(path).folder or path
 
 
 def _hugging_face(path: Path, causal: bool | None, headed: bool, decoded: bool, generates: bool) -> TorchRunner:
