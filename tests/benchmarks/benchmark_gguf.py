@@ -14,9 +14,9 @@ from functools import partial
 from math import exp
 from pathlib import Path
 
-import models
 import torch
 from harness import line, main, show
+from models import prepare
 from support.real_models import prose_halves
 
 from quantcli import convert
@@ -64,7 +64,7 @@ def by_llama_cpp(file: Path, texts: list[list[int]], vocabulary: int) -> float:
 
 def compare(algorithm: str, folder: Path) -> None:
     """Bytes and perplexities of one algorithm's codes."""
-    source = models.prepare("SmolLM2-135M", folder / "SmolLM2-135M")
+    source = prepare("SmolLM2-135M", folder / "SmolLM2-135M")
     calibration, held_out = prose_halves(folder)
     texts = windows(source, held_out)
     vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
