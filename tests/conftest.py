@@ -81,7 +81,10 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_runtime_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the child process in which transformers loads the artifact: it takes seconds."""
+    """Leave out the child process in which a runtime loads the artifact: it takes seconds."""
     monkeypatch.setattr(
         "quantcli.conversion.checkpoint.transformers_check._reason_to_skip", lambda *_: Skipped("left out by a test")
+    )
+    monkeypatch.setattr(
+        "quantcli.conversion.checkpoint.llama_cpp.reason_to_skip", lambda *_: ("left out by a test", True)
     )

@@ -65,7 +65,7 @@ SHARED = {
 
 HEAVY = {
     "torch", "transformers", "onnx", "onnxruntime", "numpy", "compressed_tensors", "bitsandbytes", "pyarrow",
-    "matplotlib",
+    "matplotlib", "gguf", "xllamacpp",
 }  # fmt: skip
 
 #: The options of the command line's contract, and those that every command has.
@@ -174,6 +174,8 @@ def test_commands_do_not_call_each_other(module: str) -> None:
             | {f"conversion/checkpoint/{name}.py" for name in ("loader_load", "loader_rows", "loader_survey")},
         ),
         ("psutil", {"system/hardware.py"}),
+        ("gguf", {"checkpoint/gguf/checkpoint.py", "conversion/checkpoint/gguf_file.py"}),
+        ("xllamacpp", {"conversion/checkpoint/llama_cpp.py"}),
         ("subprocess", {"system/child.py"}),
     ],
 )

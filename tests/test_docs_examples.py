@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import golden
+from support.tiny_decoders import save_decoder
 from support.tokenizers import WORDS, save_tokenizer
 
 from quantcli import convert
@@ -67,6 +68,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         config = json.loads((models / source / "config.json").read_text())
         (models / source / "config.json").write_text(json.dumps(config | {"bos_token_id": None, "eos_token_id": None}))
         (models / source).rename(tmp_path / name)
+    save_decoder("llama", tmp_path / "LLM")
     (models / "cnn.onnx").rename(tmp_path / "MODEL.onnx")
     generator = np.random.default_rng(0)
     words = generator.choice(WORDS, (80, 30))

@@ -86,7 +86,8 @@ class LearnedRounding:
     @property
     def scale(self) -> Tensor:
         """Scales as they will be stored, ``[..., 1]``."""
-        return stored_scale(self.base * self.factor, self.scale_dtype)
+        coarse = self.number_format.coarse and self.zero_point is not None
+        return stored_scale(self.base * self.factor, self.scale_dtype, coarse=coarse)
 
     def steps(self, scale: Tensor) -> Tensor:
         """Whole multiples of the scale, before they are limited to the codes there are."""

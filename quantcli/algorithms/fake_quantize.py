@@ -108,7 +108,7 @@ class LearnedWeight:
             steps -= start.zero_point.float().unsqueeze(-1)
         #: The weight in steps of its grid, shaped as by `in_groups`.
         self.units = steps.contiguous().requires_grad_(True)
-        self.scales = LearnedFactors(start.scale, scale_dtype, scales=True)
+        self.scales = LearnedFactors(start.scale, scale_dtype, scales=True, coarse=start.number_format.coarse)
 
     def values(self) -> Tensor:
         """The weight as it would be stored now, float32 ``[rows, columns]``, with gradients."""
@@ -199,14 +199,17 @@ class LearnedValues:
 class LearnedFactors:
     """Positive values that are learned as factors of what they start from, and stored in a dtype of their own."""
 
-    def __init__(self, start: Tensor, dtype: torch.dtype, *, scales: bool) -> None:
-        """``scales``: values that divide, and so must not be rounded to zero."""
-        self._start, self._dtype, self._scales = start, dtype, scales
+    def __init__(self, start: Tensor, dtype: torch.dtype, *, scales: bool, coarse: bool = False) -> None:
+        """``scales``: values that divide, and so must not be rounded to zero; ``coarse``: see `NumberFormat.coarse`."""
+        self._start, self._dtype, self._scales, self._coarse = start, dtype, scales, coarse
         self.factor = torch.ones_like(start, requires_grad=True)
 
     def values(self) -> Tensor:
         """The values as they will be stored, float32, shaped like the start."""
         exact = self._start * self.factor
         with torch.no_grad():
-            stored = stored_scale(exact, self._dtype) if self._scales else exact.to(self._dtype).float()
+            if self._scales:
+                stored = stored_scale(exact, self._dtype, coarse=self._coarse)
+            else:
+                stored = exact.to(self._dtype).float()
         return exact + (stored - exact).detach()

@@ -33,13 +33,13 @@ _FOLDER_ENTRIES = (
 )
 
 _OTHER_FORMATS = {
-    ".gguf": "a GGUF file; quantcli starts from the original weights",
     ".h5": "a Keras or TensorFlow file",
     ".msgpack": "a Flax file",
     ".tflite": "a TFLite file",
 }
 
 
+_KINDS = "A MODEL is a folder, .safetensors, .pt, .pth, .bin, .gguf or .onnx."
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -120,7 +120,8 @@ class Checkpoint:
         """Hash of the weight files: of the one file, or of ``sha256sum``'s lines over several."""
         digests = {}
         for file in self.files:
-            name = file.relative_to(self.folder).as_posix() if self.folder else file.name
+            inside = self.folder is not None and file.is_relative_to(self.folder)
+            name = file.relative_to(self.folder).as_posix() if inside and self.folder else file.name
             with file.open("rb", buffering=0) as stream:
                 digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
         if len(digests) == 1:
@@ -168,7 +169,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open(path: Path) -> Checkpoint:
     if not path.exists():
-        raise InputError(f"{path} does not exist.", "A MODEL is a folder, .safetensors, .pt, .pth, .bin or .onnx.")
+        raise InputError(f"{path} does not exist.", _KINDS)
     if path.is_dir():
         return _open_folder(path)
     if path.name.endswith(".index.json"):
@@ -177,6 +178,10 @@ def _open(path: Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
+    from quantcli.checkpoint.gguf.checkpoint import open_gguf, standing_for
+
+    if (made_for := standing_for(folder)) is not None:
+        return made_for
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} is an adapter (it has an adapter_config.json): a change to another model, and no model.",
@@ -198,6 +203,10 @@ def _open_folder(folder: Path) -> Checkpoint:
             f"{folder} holds {len(files)} safetensors files and no index that joins them.",
             hint="Add model.safetensors.index.json, or name one file.",
         )
+    if len(files := sorted(folder.glob("*.gguf"))) == 1:
+        return open_gguf(files[0])
+    if files:
+        raise InputError(f"{folder} holds {len(files)} GGUF files.", f"Name one of them, such as {files[0]}.")
     if (folder / PIPELINE_INDEX).is_file():
         raise InputError(
             f"{folder} is a diffusers pipeline, whose models lie in folders of their own.",
@@ -224,8 +233,12 @@ def _open_file(path: Path, folder: Path | None) -> Checkpoint:
         from quantcli.checkpoint.torch_pickle import TorchReader
 
         return Checkpoint(shown, TorchReader(path).infos, folder=folder)
+    if suffix == ".gguf":
+        from quantcli.checkpoint.gguf.checkpoint import open_gguf
+
+        return open_gguf(path)
     what = _OTHER_FORMATS.get(suffix, "not a kind of model that quantcli knows")
-    raise InputError(f"{path} is {what}.", "A MODEL is a folder, .safetensors, .pt, .pth, .bin or .onnx.")
+    raise InputError(f"{path} is {what}.", _KINDS)
 
 
 def _open_index(index: Path) -> Checkpoint:

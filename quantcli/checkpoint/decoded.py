@@ -47,7 +47,8 @@ class DecodedCheckpoint(CheckpointView):
     @property
     def held_bytes(self) -> int:
         """Memory for the largest weight while it is decoded: its codes as stored, unpacked, turned and kept."""
-        return max(_HELD * prod(weight.shape) + weight.nbytes for weight in self._quantized.weights.values())
+        weights = self._quantized.weights.values()
+        return max((_HELD * prod(weight.shape) + weight.nbytes for weight in weights), default=0)
 
     def origin(self) -> dict[str, Any]:
         """What is known of where the codes come from, for the manifest of what is made of them."""

@@ -26,7 +26,7 @@ from quantcli.formats.base import QuantizedFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-READ = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
+READ = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf")
 #: Kinds of scaled floating-point weights, by the names that their configurations have.
 FLOATS = ("fp8", "fbgemm_fp8", "mxfp4")
 
@@ -96,7 +96,7 @@ class QuantizedCheckpoint:
             turned = model_type in _CONV1D_MODELS and bool(_CONV1D_LEAF.search(module_of(name)))
             turned = turned and form.carries("conv1d") is None
             self.weights[name] = QuantizedWeight(name, shape, scheme, parts, turned, None if in_order else index)
-        if not self.weights:
+        if not self.weights and not form.STORAGE.starts_anew:
             raise InputError(
                 f"{checkpoint.path} is declared as {form.NAME}, but holds no weight of a kind that is read."
             )
@@ -146,7 +146,9 @@ class QuantizedCheckpoint:
 
     @property
     def is_read_only(self) -> bool:
-        """Whether it is in a form that quantcli does not write: its values can be quantized to any scheme."""
+        """Whether its values can be quantized to any scheme: its form is not written here, or often is the only one."""
+        if self.form.STORAGE.starts_anew:
+            return True
         return self._plain_zeros or any(weight.order for weight in self.weights.values())
 
     @property
@@ -159,7 +161,8 @@ class QuantizedCheckpoint:
     def scheme(self) -> str:
         """What the model was quantized to: as its manifest says, else the dtype of most weights."""
         counts = Counter(weight.scheme.weights.dtype for weight in self.weights.values())
-        return self.checkpoint.manifest.scheme or counts.most_common(1)[0][0]
+        most = counts.most_common(1)
+        return self.checkpoint.manifest.scheme or (most[0][0] if most else self.form.NAME)
 
     def algorithm(self, name: str) -> str | None:
         """What chose the codes of a weight, where the manifest tells."""

@@ -12,6 +12,8 @@ from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.hugging_face import neighbours
 from quantcli.checkpoint.quantized import is_quantized
 from quantcli.commands.convert_pipeline import convert_pipeline, is_pipeline
+from quantcli.conversion.checkpoint.gguf_file import with_wide_ends
+from quantcli.conversion.checkpoint.gguf_packing import Packing
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
 from quantcli.conversion.checkpoint.repack import decoded_view, prepare_repacking
@@ -25,7 +27,7 @@ from quantcli.planning.recipe import Recipe, dequantizes, load_recipe
 from quantcli.planning.resolve import resolve
 from quantcli.planning.rules import Rules
 from quantcli.planning.steps import training_step
-from quantcli.planning.targets import for_target
+from quantcli.planning.targets import for_target, format_for
 from quantcli.reporting.report import Report
 from quantcli.search.budget import Budget
 from quantcli.system.files import check_target, explain, require_space
@@ -134,6 +136,9 @@ def convert(
             data, samples=samples, seq_len=seq_len, seed=seed, tokenizer=tokenizer, preprocess=preprocess
         )
     )
+    if place.suffix.lower() == ".gguf" and wishes.format is None:
+        wishes = wishes.with_flags(format="gguf")
+    wishes = wishes.with_flags(format=format_for(wishes))
     if goes_to_onnx(model, place, wishes.format):
         from quantcli.commands.convert_onnx import convert_graph
 
@@ -197,6 +202,10 @@ def _within(
         raise UsageError(f"{model} is a diffusers pipeline; a budget is for one model.", "Name one of its folders.")
     if recipe.scheme is not None:
         raise UsageError("A budget chooses the scheme.", "Leave --scheme out, or name schemes with --allow.")
+    if recipe.format == "gguf":
+        raise UsageError(
+            "A budget is not searched for GGUF.", "Keep it with --format compressed-tensors, then convert that to GGUF."
+        )
     budget = budget.checked(onnx=False, data=request is not None)
     require_other_data(recipe, budget, data=request is not None)
     source, function = _weights_of(model, weights)
@@ -269,18 +278,22 @@ def _convert_checkpoint(
             )
             plan = work.plan
         layout = plan_layout(plan, checkpoint, output)
-        planned = check.rehearse(plan, layout)
+        packing = Packing(plan, checkpoint, output, verify, max_memory) if plan.format == "gguf" else None
+        planned = packing.planned if packing else check.rehearse(plan, layout)
         if dry_run:
-            return conversion_report(checkpoint, output, plan, layout, {}, None, {"dry_run": True, "runtime": planned})
+            told = packing.as_reported(layout) if packing else layout
+            return conversion_report(checkpoint, output, plan, told, {}, None, {"dry_run": True, "runtime": planned})
         workers = worker_count(plan, checkpoint, threads, max_memory)
         conversion = Conversion(checkpoint, plan, layout, workers, work, progress, check)
         with open_staging(output) as staging:
             done = staging.begin(conversion.fingerprint(), force=force)
             try:
                 written = sum(path.stat().st_size for path in staging.out.rglob("*.safetensors"))
-                require_space(output, layout.nbytes - written)
+                require_space(output, layout.nbytes - written + (packing.nbytes if packing else 0))
                 details = conversion.run(staging, done)
-                staging.publish(single_file=layout.single_file)
+                if packing:
+                    layout = packing.run(staging, layout, details)
+                staging.publish(single_file=packing.name if packing else layout.single_file)
             except OSError as error:
                 raise explain(error, output) from error
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
@@ -296,6 +309,8 @@ def _convert_checkpoint(
 def _planned(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tuple[Checkpoint, Plan, Work | None]:
     """What is read of a checkpoint, what becomes of it, and the work where its codes are carried over."""
     checkpoint: Checkpoint | None = stored
+    if recipe.format == "gguf":
+        recipe = with_wide_ends(recipe, decoded_view(stored) if is_quantized(stored) else stored)
     if is_quantized(stored):
         decoded = decoded_view(stored) if recipe.scheme is not None else None
         checkpoint = decoded if dequantizes(recipe) or (decoded and decoded.is_read_only) else None

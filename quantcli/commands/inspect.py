@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quantcli.checkpoint.decoded import DecodedFloats
+from quantcli.checkpoint.decoded import DecodedFloats, decoded_checkpoint
 from quantcli.checkpoint.quantized import open_floats_of
 from quantcli.checkpoint.roles import classify, original_dtype, quantization_of
 from quantcli.core.dtypes import NUMBER_OF_DTYPE
 from quantcli.errors import InputError
+from quantcli.formats.gguf import NAME as GGUF
 from quantcli.onnx.graph.model import is_onnx
 from quantcli.reporting.report import LayerRow, ModelRow, Report, planned_for
 from quantcli.system.user_functions import is_function
@@ -75,6 +76,8 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
         ]  # fmt: skip
         return report
     source = DecodedFloats(floats) if floats else checkpoint
+    if quantized == GGUF:
+        source = decoded_checkpoint(checkpoint)
     report.details["schemes"] = [_plan(source, scheme, report) for scheme in schemes]
     return report
 

@@ -59,11 +59,19 @@ def in_groups(weight: Tensor, number_format: NumberFormat) -> Tensor:
     return weight.reshape(rows, -1, size) if kind == "group" else weight.reshape(-1, size)
 
 
-def stored_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+#: Binary digits of a coarse scale: with the four of a count of steps they are the eleven of fp16.
+_COARSE_DIGITS = 7
+
+
+def stored_scale(scale: Tensor, scale_dtype: torch.dtype, *, coarse: bool = False) -> Tensor:
     """Round scales to their storage dtype, and away from zero, which cannot divide; the sign is kept.
 
-    Subnormal fp16 is kept: rows of small weights need it, and it is an ordinary number in float32.
+    Subnormal fp16 is kept: rows of small weights need it, and it is an ordinary number in float32. ``coarse``: see
+    `NumberFormat.coarse`.
     """
+    if coarse:
+        digits, exponent = torch.frexp(scale)
+        scale = torch.ldexp((digits * (1 << _COARSE_DIGITS)).round_(), exponent - _COARSE_DIGITS)
     info = torch.finfo(scale_dtype)
     smallest = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
     stored = scale.to(scale_dtype).float()
@@ -88,7 +96,7 @@ def choose_qparams(
     lowest = qmin
     if number_format.raised:
         low, lowest = torch.minimum(low, -high / (qmax - qmin - 1)), qmin + 1
-    scale = stored_scale((high - low) / (qmax - qmin), scale_dtype)
+    scale = stored_scale((high - low) / (qmax - qmin), scale_dtype, coarse=number_format.coarse)
     zero_point = (qmin - low / scale).round_().clamp_(lowest, qmax)
     return scale, zero_point.to(torch.int8)
 

@@ -42,6 +42,7 @@ class NumberFormat:
     ``dynamic``: ranges are found at inference; only activations can be dynamic.
     ``narrow``: the lowest code is left out, so that a symmetric range ends in a code at both ends.
     ``raised``: no zero point is the lowest code, which some formats have no way to store.
+    ``coarse``: scales have so few digits that a scale times any number of codes' steps is a number of their dtype, too.
     """
 
     dtype: str
@@ -51,6 +52,7 @@ class NumberFormat:
     double_quantized: bool = False
     narrow: bool = False
     raised: bool = False
+    coarse: bool = False
 
     @property
     def bits(self) -> int:

@@ -59,7 +59,7 @@ def input_ports(models: Sequence[ModelSource], *, text: bool) -> tuple[Port, ...
     if first.onnx:
         ports = first.onnx.inputs
     elif first.checkpoint:
-        ports = hugging_face_ports(hugging_face.require_folder(Path(first.path)), text=text)
+        ports = hugging_face_ports(hugging_face.require_folder(first.folder or Path(first.path)), text=text)
     else:
         found = first.runner().inputs
         ports = tuple(known.get(port.name, port) for port in found) if first.kind == "function" else found

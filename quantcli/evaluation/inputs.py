@@ -96,7 +96,7 @@ def named_task(name: str, model: ModelSource, data: str) -> Task | None:
 def is_causal(source: ModelSource) -> bool:
     """Whether a model predicts the next token at every position."""
     if source.checkpoint:
-        return hugging_face.is_causal(Path(source.path))
+        return hugging_face.is_causal(source.folder or Path(source.path))
     if not source.onnx:
         return False
     takes = {port.name for port in source.onnx.inputs}

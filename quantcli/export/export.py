@@ -23,6 +23,7 @@ from quantcli.export.function import function_source
 from quantcli.export.hugging_face import hugging_face_source
 from quantcli.export.program import program_source
 from quantcli.export.source import Data, Example, ExportSource
+from quantcli.models.hugging_face import loadable_folder
 from quantcli.models.inputs import fit
 from quantcli.models.runner import ProgramRunner, TorchRunner, open_runner
 from quantcli.system.user_functions import is_function
@@ -193,7 +194,7 @@ _SAMPLES = 8
 def read_source(model: str | Path, data: Data, weights: Path | None) -> ExportSource:
     """Load a torch model of any kind. Arguments and errors are those of `quantcli.export.export.export_to_onnx`."""
     if not is_function(str(model)) and Path(model).suffix != ".pt2":
-        return hugging_face_source(Path(model))
+        return hugging_face_source(loadable_folder(Path(model)))
     if is_function(str(model)):
         runner = open_runner(str(model), weights=weights)
         assert isinstance(runner, TorchRunner)

@@ -78,7 +78,9 @@ class Storage:
     ``scale_dtype``: safetensors' name of the dtype of scales; None: that of the model. ``by_rows``: the codes of a row
     lie together, so that a weight can be written row by row. ``lowest_zero_point``: a zero point may be the lowest
     code. ``input_zero_points``: fixed ranges of inputs may be asymmetric. ``one_dtype``: weights that are not quantized
-    are multiplied in the dtype that they are stored in.
+    are multiplied in the dtype that they are stored in. ``wide_vectors``: norms and biases are float32 whatever the
+    rest is. ``coarse_scales``: beside a zero point, scales are such as `NumberFormat.coarse` says. ``starts_anew``:
+    what is stored so is often all that there is of a model, so that its values may be quantized anew.
     """
 
     scale_dtype: str | None = None
@@ -86,6 +88,9 @@ class Storage:
     lowest_zero_point: bool = True
     input_zero_points: bool = True
     one_dtype: bool = False
+    wide_vectors: bool = False
+    coarse_scales: bool = False
+    starts_anew: bool = False
 
 
 class Checked:

@@ -92,7 +92,7 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
 
 def _needs_decoding(section: Mapping[str, Any]) -> bool:
     """Whether transformers 5.23 loads codes of this kind only with what cannot be had on a CPU, or not as they are."""
-    if section.get("quant_method") in ("gptq", "awq", *FLOATS):
+    if section.get("quant_method") in ("gptq", "awq", "gguf", *FLOATS):
         return True
     if section.get("quant_method") == "bitsandbytes":
         # bitsandbytes computes in 16 bits, and only some classes, with some shapes, on this processor.
@@ -196,6 +196,13 @@ def load_tokenizer(path: Path) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = first_line(error)
         raise InputError(f"{path} has no usable tokenizer: {reason}", "Name one with --tokenizer FOLDER.") from error
+
+
+def loadable_folder(path: Path) -> Path:
+    """The path, or the folder that stands for a GGUF file: transformers loads folders."""
+    if path.suffix.lower() != ".gguf":
+        return path
+    return open_checkpoint(path).folder or path
 
 
 def require_folder(path: Path) -> Path:

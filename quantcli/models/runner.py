@@ -186,10 +186,12 @@ def open_runner(
         path = Path(model)
         if is_onnx(path):
             return OnnxRunner(path, threads=threads, shared=shared)
+        from quantcli.models import hugging_face
+
         set_torch_threads(threads)
         if path.suffix == ".pt2":
             return ProgramRunner(path)
-        return _hugging_face(path, causal, headed, decoded, generates)
+        return _hugging_face(hugging_face.loadable_folder(path), causal, headed, decoded, generates)
     set_torch_threads(threads)
     module = load_module(str(model), weights)
     return TorchRunner(module, signature_ports(module, str(model)), str(model))

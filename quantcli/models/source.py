@@ -77,6 +77,8 @@ class ModelSource:
         """Where configuration, tokenizer and preprocessing are looked for."""
         if self.kind == "function":
             return None
+        if self.checkpoint and self.checkpoint.folder:
+            return self.checkpoint.folder
         path = Path(self.path)
         return path if path.is_dir() else path.parent
 

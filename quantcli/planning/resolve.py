@@ -226,6 +226,8 @@ class _Resolver:
         if not info.is_float or not info.numel or info.dtype == target:
             why = "already so" if info.dtype == target else _LEFT_BECAUSE["empty" if not info.numel else "buffer"]
             return LayerPlan(info, role, info.dtype, reason=why)
+        if self._is_wide_vector(info):
+            return LayerPlan(info, role, "F32", reason=f"{self.format_name} holds vectors in fp32")
         if self._is_kept_fp32(info):
             return LayerPlan(info, role, info.dtype, reason="fp32 among 16-bit tensors: kept as its author chose")
         return LayerPlan(info, role, target, scheme, label, algorithm=None)
@@ -235,9 +237,14 @@ class _Resolver:
         wide = info.dtype in ("F32", "F64")
         return self.recipe.rest == "auto" and wide and self.majority in ("F16", "BF16")
 
+    def _is_wide_vector(self, info: TensorInfo) -> bool:
+        return self._storage.wide_vectors and info.is_float and len(info.shape) == 1
+
     def _leave(self, info: TensorInfo, role: str, reason: str) -> LayerPlan:
         dtype = info.dtype
-        if self._storage.one_dtype and info.is_float and info.name.endswith("weight") and self.recipe.rest == "auto":
+        if self._is_wide_vector(info):
+            dtype = "F32"
+        elif self._storage.one_dtype and info.is_float and info.name.endswith("weight") and self.recipe.rest == "auto":
             # What stands beside the codes is loaded as it is stored, and multiplied by what these give.
             dtype = "F32" if info.name in self.loader.wide else self.rest_dtype or self.majority
         elif self.rest_dtype and info.is_float and info.numel and not self._needs_fp32(info, role):
@@ -294,6 +301,8 @@ class _Resolver:
             return self._leave(info, role, reason)
         if not (scheme.weights.symmetric or form.STORAGE.lowest_zero_point):
             scheme = replace(scheme, weights=replace(scheme.weights, raised=True))
+        if form.STORAGE.coarse_scales and not scheme.weights.symmetric:
+            scheme = replace(scheme, weights=replace(scheme.weights, coarse=True))
         algorithm = self._algorithm(scheme, rule.algorithm if rule else None)
         return replace(plan, scheme=scheme, algorithm=algorithm, note=note, by_rows=form.STORAGE.by_rows)
 

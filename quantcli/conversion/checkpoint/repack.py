@@ -29,10 +29,10 @@ from quantcli.planning.steps import parse_steps
 from quantcli.system.parallel import in_parallel
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quantcli.conversion.checkpoint.writer import Output
     from quantcli.training.loop import History
-
-    pass
 
 
 def decoded_view(checkpoint: Checkpoint) -> DecodedCheckpoint:
@@ -67,7 +67,7 @@ class Repacking:
 
     def names(self) -> set[str]:
         """Tensors that are carried over as codes."""
-        return set(self.quantized.weights)
+        return {layer.info.name for layer in self.plan.layers if layer.has_codes}
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the output beside the recipe and the tensors."""
@@ -92,6 +92,12 @@ class Repacking:
         in_parallel((partial(carry, layer) for layer in layers), output.workers)
 
 
+def _exact_minimum(scale: Tensor, zero_point: Tensor) -> bool:
+    from quantcli.formats.gguf import exact_minimum
+
+    return exact_minimum(scale, zero_point)
+
+
 class _Planner:
     """Holds what the checks share; `plan` makes them."""
 
@@ -104,13 +110,17 @@ class _Planner:
         if name == quantized.form.NAME:
             raise UsageError(f"The model is stored as {name} already.")
         self.roles = classify(checkpoint.infos(), checkpoint.config)
+        #: Weights that become values, and why, of a source whose codes need not all be held.
+        self._decoded: dict[str, str] = {}
 
     def plan(self) -> Plan:
         """Every tensor's way; refuses what cannot be held exactly."""
         weights = self.quantized.weights
-        for check in (self._scheme, self._role, self._shape):
-            self._refuse({name: check(weight) for name, weight in weights.items()})
-        schemes = {name: weight.scheme for name, weight in weights.items()}
+        self._decoded = self._unheld()
+        held = weights.keys() - self._decoded.keys()
+        if not self.quantized.form.STORAGE.starts_anew or not held:
+            self._refuse(self._decoded)
+        schemes = {name: weights[name].scheme for name in weights if name in held}
         reason = self.form.together(schemes.values())
         if reason:
             raise UsageError(f"One {self.form.NAME} model cannot hold what this one does: {reason}.")
@@ -128,11 +138,19 @@ class _Planner:
             scale_dtype,
         )
 
-    def _refuse(self, reasons: Mapping[str, str | None]) -> None:
-        named = {name: reason for name, reason in reasons.items() if reason}
-        if named:
-            name, reason = next(iter(named.items()))
-            more = f" The same holds for {len(named) - 1} more." if len(named) > 1 else ""
+    def _unheld(self) -> dict[str, str]:
+        """Why weights cannot be held by the new container, of those that cannot."""
+        found: dict[str, str] = {}
+        for check in (self._scheme, self._role, self._shape):
+            for name, weight in self.quantized.weights.items():
+                if reason := check(weight):
+                    found.setdefault(name, reason)
+        return found
+
+    def _refuse(self, reasons: Mapping[str, str]) -> None:
+        if reasons:
+            name, reason = next(iter(reasons.items()))
+            more = f" The same holds for {len(reasons) - 1} more." if len(reasons) > 1 else ""
             raise UsageError(f"{name} cannot go to {self.form.NAME} with equal codes: {reason}.{more}")
 
     def _scheme(self, weight: QuantizedWeight) -> str | None:
@@ -150,15 +168,18 @@ class _Planner:
         from quantcli.core.numerics import code_range
 
         fixed = self.form.STORAGE.scale_dtype
-        own = [self.quantized.scale_dtype(name) for name in self.quantized.weights]
+        weights = {name: each for name, each in self.quantized.weights.items() if name not in self._decoded}
+        own = [self.quantized.scale_dtype(name) for name in weights]
         candidates = [fixed] if fixed else list(dict.fromkeys([self._dtype(), *own, "F32"]))
-        inexact: dict[str, dict[str, str | None]] = {dtype: {} for dtype in candidates}
-        zeros: dict[str, str | None] = {}
-        for name, weight in self.quantized.weights.items():
+        inexact: dict[str, dict[str, str]] = {dtype: {} for dtype in candidates}
+        zeros: dict[str, str] = {}
+        for name, weight in weights.items():
             scale, zero_point = self.quantized.scales(name)
             lowest, _ = code_range(weight.scheme.weights)
             if zero_point is not None and not self.form.STORAGE.lowest_zero_point and (zero_point == lowest).any():
                 zeros[name] = f"it has a zero point of 0, and {self.form.NAME} stores zero points less one"
+            if zero_point is not None and self.form.STORAGE.coarse_scales and not _exact_minimum(scale, zero_point):
+                zeros[name] = "its zero points times its scales are no numbers of FP16, as Q4_1 stores them"
             for dtype in candidates:
                 if not bool((scale.to(torch_dtype(dtype)).float() == scale).all()):
                     inexact[dtype][name] = (
@@ -178,6 +199,8 @@ class _Planner:
         role = self.roles[info.name]
         if role == "tied head" and info.shares:
             return LayerPlan(info, role, info.dtype, reason=f"tied to {info.shares}: stored once", dropped=True)
+        if info.name in self._decoded:
+            return LayerPlan(info, role, info.dtype, reason=f"values of its codes: {self._decoded[info.name]}")
         if scheme is None:
             return LayerPlan(info, role, info.dtype, reason="not quantized before either")
         weight = self.quantized.weights[info.name]

@@ -274,6 +274,8 @@ def _needs_values(plan: Plan) -> bool:
 def _reason_to_skip(plan: Plan, checkpoint: Checkpoint) -> Skipped | None:
     if checkpoint.folder is None:
         return Skipped("a bare file has no runtime of its own")
+    if plan.format == "gguf":
+        return Skipped("llama.cpp runs GGUF")
     if not any(layer.has_codes for layer in plan.layers) and not isinstance(checkpoint, DecodedCheckpoint):
         return Skipped("names and shapes are those of the original, and no layer has codes")
     if plan.recipe.runtime[0] not in (None, "transformers"):

@@ -18,11 +18,21 @@ TARGETS: dict[str, Entry] = {
     "transformers": Entry("quantcli.planning.targets.transformers", "Hugging Face transformers"),
     "vllm": Entry("quantcli.planning.targets.serving", "vLLM"),
     "sglang": Entry("quantcli.planning.targets.serving", "SGLang"),
+    "llama.cpp": Entry("quantcli.planning.targets.llama_cpp", "llama.cpp, by GGUF"),
     "onnxruntime": Entry("quantcli.planning.targets.onnxruntime", "ONNX Runtime"),
 }
 
 #: Whose refusals are said as warnings where the user names no target.
 _DEFAULT = "transformers"
+#: Formats that another runtime is meant by.
+_RUNTIME_OF_FORMAT = {"gguf": "llama.cpp"}
+#: Targets that load one format alone, which a wish for them means.
+_FORMAT_OF_RUNTIME = {runtime: form for form, runtime in _RUNTIME_OF_FORMAT.items()}
+
+
+def format_for(recipe: Recipe) -> str | None:
+    """The format that a recipe asks for by itself, or by its target."""
+    return recipe.format or _FORMAT_OF_RUNTIME.get(recipe.runtime[0] or "")
 
 
 def for_target(plan: Plan) -> Plan:
@@ -36,9 +46,12 @@ def for_target(plan: Plan) -> Plan:
     from quantcli.planning.targets.base import Target
 
     runtime, version = plan.recipe.runtime
-    rules = _rules(runtime or _DEFAULT)
-    checked = rules.CHECKED[runtime or _DEFAULT]
-    target = Target(runtime or _DEFAULT, version, checked)
+    meant = _RUNTIME_OF_FORMAT.get(plan.format, _DEFAULT)
+    if runtime and plan.format in _RUNTIME_OF_FORMAT and runtime != meant:
+        raise UsageError(f"--target {plan.recipe.target}: {plan.format} is for {meant}.", "Leave out one of them.")
+    rules = _rules(runtime or meant)
+    checked = rules.CHECKED[runtime or meant]
+    target = Target(runtime or meant, version, checked)
     refusals = [refusal for rule in rules.RULES if (refusal := rule(plan, target))]
     if runtime and refusals:
         first = refusals[0]

@@ -234,7 +234,7 @@ def not_in_eights(tensors: dict[str, Tensor]) -> None:
         ("int4", {"rules": [{"match": "*.0.*", "group_size": 64}]}, None, "awq", "one group size for all"),
         ("gptq", {}, None, "gptq", "The model is stored as gptq already"),
         ("gptq", {}, None, "safetensors", "The format safetensors holds no codes. Use --scheme bf16"),
-        ("gptq", {}, None, "gguf", "Unknown format 'gguf'"),
+        ("gptq", {}, None, "ggml", "Unknown format 'ggml'"),
     ],
 )
 def test_what_a_container_cannot_hold_is_refused_by_name(
