@@ -10,11 +10,11 @@ from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.hugging_face import neighbours
-from quantcli.checkpoint.quantized import is_quantized
+from quantcli.commands.convert_decoder import convert_decoder, wants_decoder
 from quantcli.commands.convert_pipeline import convert_pipeline, is_pipeline
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
-from quantcli.conversion.checkpoint.repack import decoded_view, prepare_repacking
+from quantcli.conversion.checkpoint.repack import planned_conversion
 from quantcli.conversion.checkpoint.rows import conversion_report
 from quantcli.conversion.staging import open_staging
 from quantcli.data.request import DataRequest
@@ -134,6 +134,22 @@ def convert(
             data, samples=samples, seq_len=seq_len, seed=seed, tokenizer=tokenizer, preprocess=preprocess
         )
     )
+    if wants_decoder(model, place, wishes, request, budget, calibration):
+        if verify is not None:
+            raise UsageError("--verify is for checkpoints; what becomes ONNX is always run.")
+        with at_most(threads):
+            return convert_decoder(
+                Path(model),
+                place,
+                wishes,
+                request,
+                device=device,
+                threads=threads,
+                max_memory=max_memory,
+                dry_run=dry_run,
+                force=force,
+                progress=progress,
+            )
     if goes_to_onnx(model, place, wishes.format):
         from quantcli.commands.convert_onnx import convert_graph
 
@@ -247,7 +263,8 @@ def _convert_checkpoint(
         )
     started = time.monotonic()
     source, function = _weights_of(model, weights)
-    checkpoint, plan, work = _planned(open_checkpoint(source), recipe, data=request is not None)
+    checkpoint, plan, carried = planned_conversion(open_checkpoint(source), recipe, data=request is not None)
+    work: Work | None = carried
     if checkpoint.folder:
         checkpoint.warnings += neighbours(checkpoint.folder, checkpoint.files).warnings
     if not dry_run:
@@ -291,18 +308,6 @@ def _convert_checkpoint(
 
         report.details["histograms"] = weight_histograms(checkpoint, output, report.layers, histograms)
     return report
-
-
-def _planned(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tuple[Checkpoint, Plan, Work | None]:
-    """What is read of a checkpoint, what becomes of it, and the work where its codes are carried over."""
-    checkpoint: Checkpoint | None = stored
-    if is_quantized(stored):
-        decoded = decoded_view(stored) if recipe.scheme is not None else None
-        checkpoint = decoded if dequantizes(recipe) or (decoded and decoded.is_read_only) else None
-    if checkpoint is not None:
-        return checkpoint, for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=data)), None
-    work = prepare_repacking(stored, recipe, data=data)
-    return work.checkpoint, for_target(work.plan), work
 
 
 def _as_loaded(plan: Plan, checkpoint: Checkpoint, loader: Loader, *, data: bool, carried: bool) -> Plan:

@@ -14,6 +14,7 @@ FORMATS: dict[str, Entry] = {
     "awq": Entry("quantcli.formats.awq", "int4; transformers, vLLM and SGLang"),
     "bitsandbytes": Entry("quantcli.formats.bitsandbytes", "nf4; transformers"),
     "safetensors": Entry("quantcli.formats.safetensors", "fp16, bf16; whatever loads the original"),
+    "onnx": Entry("quantcli.formats.onnx", "int8, int4, fp16; ONNX Runtime and onnxruntime-genai"),
 }
 
 

@@ -78,7 +78,8 @@ class Storage:
     ``scale_dtype``: safetensors' name of the dtype of scales; None: that of the model. ``by_rows``: the codes of a row
     lie together, so that a weight can be written row by row. ``lowest_zero_point``: a zero point may be the lowest
     code. ``input_zero_points``: fixed ranges of inputs may be asymmetric. ``one_dtype``: weights that are not quantized
-    are multiplied in the dtype that they are stored in.
+    are multiplied in the dtype that they are stored in. ``channel_group``: columns that share a scale where a preset
+    has one per channel, which the format's kernels do not have.
     """
 
     scale_dtype: str | None = None
@@ -86,6 +87,7 @@ class Storage:
     lowest_zero_point: bool = True
     input_zero_points: bool = True
     one_dtype: bool = False
+    channel_group: int | None = None
 
 
 class Checked:

@@ -19,6 +19,7 @@ TARGETS: dict[str, Entry] = {
     "vllm": Entry("quantcli.planning.targets.serving", "vLLM"),
     "sglang": Entry("quantcli.planning.targets.serving", "SGLang"),
     "onnxruntime": Entry("quantcli.planning.targets.onnxruntime", "ONNX Runtime"),
+    "onnxruntime-genai": Entry("quantcli.planning.targets.onnxruntime", "ONNX Runtime GenAI: decoders with a cache"),
 }
 
 #: Whose refusals are said as warnings where the user names no target.
