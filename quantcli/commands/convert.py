@@ -25,7 +25,7 @@ from quantcli.planning.recipe import Recipe, dequantizes, load_recipe
 from quantcli.planning.resolve import resolve
 from quantcli.planning.rules import Rules
 from quantcli.planning.steps import training_step
-from quantcli.planning.targets import for_target
+from quantcli.planning.targets import completed, for_target
 from quantcli.reporting.report import Report
 from quantcli.search.budget import Budget
 from quantcli.system.files import check_target, explain, require_space
@@ -84,7 +84,8 @@ def convert(
         skip: globs of layers to leave as they are.
         rest: ``keep``, ``fp16`` or ``bf16`` for what is not quantized.
         target: the runtime that must load the result: ``transformers``, which is asked whether it would,
-            ``vllm`` or ``sglang``, which are not, or ``onnxruntime``, also with a version: ``onnxruntime==1.22``.
+            ``vllm`` or ``sglang``, which are not, ``onnxruntime``, or ``onnxruntime-genai`` and ``transformers.js``,
+            which get a folder of their own kind; also with a version: ``onnxruntime==1.22``.
         threads: worker threads; by default the number of usable cores.
         max_memory: bytes that must not be exceeded; fewer threads are used to stay below.
         calibration: statistics from `calibrate`, for static quantization to ONNX.
@@ -127,6 +128,7 @@ def convert(
         rest=rest,
         target=target,
     )
+    wishes = completed(wishes)
     request = (
         None
         if data is None

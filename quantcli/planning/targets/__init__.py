@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from quantcli.core import plugins
 from quantcli.core.plugins import Entry
 from quantcli.errors import UsageError
 
 if TYPE_CHECKING:
+    from quantcli.core.scheme import Scheme
     from quantcli.planning.plan import Plan
     from quantcli.planning.recipe import Recipe
-    from quantcli.planning.targets.base import Rules
+    from quantcli.planning.targets.base import OnnxLayout, OnnxRules, Refusal, Rules, Target
 
 TARGETS: dict[str, Entry] = {
     "transformers": Entry("quantcli.planning.targets.transformers", "Hugging Face transformers"),
@@ -20,6 +23,7 @@ TARGETS: dict[str, Entry] = {
     "sglang": Entry("quantcli.planning.targets.serving", "SGLang"),
     "onnxruntime": Entry("quantcli.planning.targets.onnxruntime", "ONNX Runtime"),
     "onnxruntime-genai": Entry("quantcli.planning.targets.onnxruntime", "ONNX Runtime GenAI: decoders with a cache"),
+    "transformers.js": Entry("quantcli.planning.targets.transformers_js", "transformers.js, in Node and in browsers"),
 }
 
 #: Whose refusals are said as warnings where the user names no target.
@@ -34,25 +38,76 @@ def for_target(plan: Plan) -> Plan:
     Raises:
         UsageError: the target would not load it, or not run it well.
     """
-    from quantcli.planning.targets.base import Target
-
-    runtime, version = plan.recipe.runtime
-    rules = _rules(runtime or _DEFAULT)
-    checked = rules.CHECKED[runtime or _DEFAULT]
-    target = Target(runtime or _DEFAULT, version, checked)
+    runtime, _ = plan.recipe.runtime
+    rules, target = _rules(runtime or _DEFAULT), _target(plan.recipe)
     refusals = [refusal for rule in rules.RULES if (refusal := rule(plan, target))]
     if runtime and refusals:
-        first = refusals[0]
-        raise UsageError(f"--target {plan.recipe.target}: {first.reason} (checked on {checked}).", first.hint)
-    said = [f"In {target.name}: {refusal.reason} (checked on {checked})." for refusal in refusals]
+        raise _refused(plan.recipe, refusals[0])
+    said = [f"In {target.name}: {refusal.reason} (checked on {target.checked})." for refusal in refusals]
     return replace(plan, warnings=tuple(dict.fromkeys([*plan.warnings, *said])))
 
 
-def require_onnx(recipe: Recipe) -> None:
-    """Raise UsageError where a recipe's target does not load ONNX."""
+def require_onnx(recipe: Recipe, config: Mapping[str, Any] | None, output: Path) -> None:
+    """Raise UsageError where a recipe's target would not load what a model becomes as ONNX.
+
+    ``config`` is the model's config.json, None where it has none.
+    """
+    rules = _onnx_rules(recipe)
+    if rules is None:
+        return
+    from quantcli.planning.targets.base import GraphRequest
+
+    request = GraphRequest(recipe, _target(recipe), config, output)
+    refusals = (refusal for rule in rules.GRAPH_RULES if (refusal := rule(request)))
+    if (first := next(refusals, None)) is not None:
+        raise _refused(recipe, first)
+
+
+def completed(recipe: Recipe) -> Recipe:
+    """A recipe with what goes without saying for its target."""
     runtime, _ = recipe.runtime
-    if runtime and not _rules(runtime).LOADS_ONNX:
+    if runtime is None or not _rules(runtime).LOADS_ONNX:
+        return recipe
+    return cast("OnnxRules", _rules(runtime)).completed(recipe)
+
+
+def onnx_layout(recipe: Recipe, scheme: Scheme) -> OnnxLayout:
+    """How a recipe's target wants a folder with a graph, whose weights have a scheme for the most part."""
+    from quantcli.planning.targets.base import OnnxLayout
+
+    rules = _onnx_rules(recipe)
+    return OnnxLayout() if rules is None else rules.onnx_layout(recipe, scheme)
+
+
+def onnxruntime_version(recipe: Recipe) -> str | None:
+    """The onnxruntime that a recipe's target runs, where it names a version."""
+    _, version = recipe.runtime
+    rules = _onnx_rules(recipe)
+    return None if rules is None or version is None else rules.onnxruntime_version(version)
+
+
+def _onnx_rules(recipe: Recipe) -> OnnxRules | None:
+    """Those of a recipe's target, if it has one. Raises UsageError where that does not load ONNX."""
+    runtime, _ = recipe.runtime
+    if runtime is None:
+        return None
+    if not _rules(runtime).LOADS_ONNX:
         raise UsageError(f"{runtime} does not load ONNX.", "Use --target onnxruntime, or another format.")
+    return cast("OnnxRules", _rules(runtime))
+
+
+def _target(recipe: Recipe) -> Target:
+    from quantcli.planning.targets.base import Target
+
+    runtime, version = recipe.runtime
+    name = runtime or _DEFAULT
+    return Target(name, version, _rules(name).CHECKED[name])
+
+
+def _refused(recipe: Recipe, refusal: Refusal) -> UsageError:
+    return UsageError(
+        f"--target {recipe.target}: {refusal.reason} (checked on {_target(recipe).checked}).", refusal.hint
+    )
 
 
 def _rules(runtime: str) -> Rules:

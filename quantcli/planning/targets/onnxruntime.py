@@ -5,18 +5,30 @@ Decoders with a key-value cache, which onnxruntime-genai generates with, are che
 
 from __future__ import annotations
 
-from quantcli.planning.plan import Plan
-from quantcli.planning.targets.base import Refusal, Target
+from collections.abc import Callable
+
+from quantcli.core.scheme import Scheme
+from quantcli.planning.recipe import Recipe
+from quantcli.planning.targets.base import GraphRequest, OnnxLayout, Refusal, no_checkpoint
 
 CHECKED = {"onnxruntime": "onnxruntime 1.32", "onnxruntime-genai": "onnxruntime-genai 0.18"}
 LOADS_ONNX = True
 
 
-def no_checkpoint(plan: Plan, target: Target) -> Refusal | None:
-    """ONNX is all that onnxruntime takes."""
-    if plan.format == "onnx":
-        return None
-    return Refusal(f"{target.name} loads ONNX, not {plan.format}", "Use --format onnx.")
-
-
 RULES = (no_checkpoint,)
+GRAPH_RULES: tuple[Callable[[GraphRequest], Refusal | None], ...] = ()
+
+
+def completed(recipe: Recipe) -> Recipe:
+    """The recipe as it is: a checkpoint becomes ONNX where the user says so."""
+    return recipe
+
+
+def onnx_layout(recipe: Recipe, scheme: Scheme) -> OnnxLayout:
+    """``model.onnx`` in the folder."""
+    return OnnxLayout()
+
+
+def onnxruntime_version(version: str) -> str:
+    """The version itself."""
+    return version
