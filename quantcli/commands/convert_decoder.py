@@ -202,7 +202,8 @@ def _pack(decoder: Decoder, model: Path, staging: Staging) -> dict[str, Any]:
 
 def _publish(made: dict[str, Any], proof: dict[str, Any], checkpoint: Checkpoint, staging: Staging) -> dict[str, Any]:
     """Write what goes beside the graph, say in the graph how it was made, and put all in place."""
-    from quantcli.export.decoder.genai import CONFIG, genai_config
+    from quantcli.export.decoder.genai import genai_config
+    from quantcli.models.decoder import GENAI_CONFIG
     from quantcli.onnx.graph.save import add_metadata
 
     folder, out = checkpoint.folder, staging.out
@@ -212,7 +213,7 @@ def _publish(made: dict[str, Any], proof: dict[str, Any], checkpoint: Checkpoint
             (out / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / relative, out / relative)
     _write_json(out / "config.json", {k: v for k, v in (checkpoint.config or {}).items() if k != "quantization_config"})
-    _write_json(out / CONFIG, genai_config(read_decoder(folder), folder, FILE))
+    _write_json(out / GENAI_CONFIG, genai_config(read_decoder(folder), folder, FILE))
     manifest = Manifest.of(made | {"verified": {**made["verified"], **proof}}, staging.target).to_json()
     add_metadata(out / FILE, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
     staging.publish()

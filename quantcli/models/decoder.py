@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from quantcli.core.ports import Arrays, Port
+from quantcli.checkpoint.hugging_face import load_json
+from quantcli.core.ports import Arrays, Port, cache_ports
+from quantcli.errors import InputError
 from quantcli.models.session import Session
 
-#: How inputs that hold the cache are called.
-_PAST = "past_key_values."
+#: What onnxruntime-genai opens a folder by.
+GENAI_CONFIG = "genai_config.json"
 LOGITS = "logits"
 
 
-def is_decoder(inputs: Sequence[Port]) -> bool:
-    """Whether a graph with these inputs continues from a cache."""
-    names = {port.name for port in inputs}
-    return "input_ids" in names and any(name.startswith(_PAST) for name in names)
+def sized_cache(inputs: Iterable[Port], path: Path) -> tuple[Port, ...]:
+    """Inputs of a decoder that hold its cache, with their sizes; those of onnxruntime-genai's builder leave one open.
+
+    Raises:
+        InputError: neither the graph at ``path`` nor a genai_config.json beside it tells them.
+    """
+    ports = cache_ports(inputs)
+    if all(isinstance(size, int) for port in ports for size in (port.shape or ())[1::2]):
+        return ports
+    config = path.parent / GENAI_CONFIG
+    size = load_json(config).get("model", {}).get("decoder", {}).get("head_size") if config.is_file() else None
+    if not isinstance(size, int):
+        raise InputError(
+            f"{path} does not tell the sizes of its cache: {ports[0]}.", f"Put its {GENAI_CONFIG} beside it."
+        )
+    return tuple(replace(port, shape=(*(port.shape or ())[:3], size)) for port in ports)
+
+
+def empty_cache(ports: Iterable[Port], batch: int) -> Arrays:
+    """A cache of no tokens, for so many texts side by side; ``ports`` are those of `sized_cache`."""
+    return {port.name: np.zeros(_empty_shape(port, batch), port.dtype) for port in ports}
+
+
+def _empty_shape(port: Port, batch: int) -> tuple[int, int, int, int]:
+    _, heads, _, size = port.shape or ()
+    assert isinstance(heads, int) and isinstance(size, int)
+    return batch, heads, 0, size
 
 
 class CachedDecoder:
@@ -29,7 +55,7 @@ class CachedDecoder:
 
     def __init__(self, path: Path, *, threads: int | None = None, shared: bool = False) -> None:
         self.session = Session(path, threads=threads, shared=shared)
-        self._past = [port for port in self.session.inputs if port.name.startswith(_PAST)]
+        self._past = sized_cache(self.session.inputs, path)
         self._takes = {port.name for port in self.session.inputs}
         present = [port.name for port in self.session.outputs if port.name.startswith("present.")]
         self._outputs = [LOGITS, *present]
@@ -37,7 +63,7 @@ class CachedDecoder:
 
     def forget(self, batch: int) -> None:
         """Begin anew, with so many texts side by side."""
-        self._cache = [np.zeros(self._empty(port, batch), port.dtype) for port in self._past]
+        self._cache = list(empty_cache(self._past, batch).values())
 
     @property
     def length(self) -> int:
@@ -61,10 +87,3 @@ class CachedDecoder:
         known = {"input_ids": ids, "attention_mask": np.ones((batch, total), np.int64), "position_ids": positions}
         feeds = {name: np.ascontiguousarray(value, np.int64) for name, value in known.items() if name in self._takes}
         return feeds | {port.name: value for port, value in zip(self._past, self._cache, strict=True)}
-
-    @staticmethod
-    def _empty(port: Port, batch: int) -> tuple[int, ...]:
-        assert port.shape is not None
-        _, heads, _, head_dim = port.shape
-        assert isinstance(heads, int) and isinstance(head_dim, int)
-        return batch, heads, 0, head_dim

@@ -9,8 +9,6 @@ from quantcli.checkpoint.hugging_face import load_json
 from quantcli.export.decoder.architecture import Decoder
 from quantcli.export.decoder.graph import PAST, PRESENT
 
-CONFIG = "genai_config.json"
-
 #: Settings of a search, with the values that hold where generation_config.json has none.
 _SEARCH: dict[str, Any] = {
     "diversity_penalty": 0.0, "do_sample": False, "early_stopping": True, "length_penalty": 1.0, "min_length": 0,
