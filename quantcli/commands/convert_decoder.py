@@ -14,7 +14,7 @@ from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
-from quantcli.checkpoint.hugging_face import neighbours
+from quantcli.checkpoint.hugging_face import config_of, neighbours
 from quantcli.checkpoint.quantized import QuantizedCheckpoint
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
@@ -25,20 +25,22 @@ from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
-from quantcli.export.decoder.architecture import Decoder, read_decoder, why_no_decoder
+from quantcli.export.decoder.architecture import Decoder, is_causal_config, read_decoder, why_no_decoder
 from quantcli.formats import quantized_format
 from quantcli.planning.recipe import Recipe, build_scheme
+from quantcli.planning.targets import onnx_layout, require_onnx
+from quantcli.planning.targets.base import OnnxLayout
 from quantcli.reporting.report import Report
 from quantcli.search.budget import Budget
-from quantcli.system.files import check_target, explain, require_space
+from quantcli.system.files import check_target, explain, require_space, write_json
 from quantcli.system.hardware import peak_rss_bytes
 from quantcli.system.progress import Progress
 from quantcli.system.user_functions import is_function
 
-#: The graph in its folder; its weights lie in ``model.onnx.data``.
-FILE = "model.onnx"
 #: The runtimes that want a decoder, and nothing else.
 DECODER_TARGETS = ("onnxruntime-genai",)
+#: The runtimes that run a language model as a decoder, and other models as they are.
+CACHE_TARGETS = ("transformers.js",)
 #: Lets MatMulNBits round its inputs to int8, for which alone it has fast kernels.
 ACCURACY_LEVEL = 4
 
@@ -60,14 +62,16 @@ def wants_decoder(
         UsageError: the target wants a decoder, and something else that is asked for does not go with it.
         InputError: the target wants a decoder, and none can be built of this model.
     """
-    asked = recipe.runtime[0] in DECODER_TARGETS
+    path = Path(model)
+    config = None if is_function(str(model)) else config_of(path)
+    runtime = recipe.runtime[0]
+    asked = runtime in DECODER_TARGETS or (runtime in CACHE_TARGETS and is_causal_config(config))
     if not asked and recipe.format != "onnx":
         return False
     reason = _usage_reason(output, recipe, budget, statistics)
-    path = Path(model)
     if asked and reason:
         raise UsageError(f"--target {recipe.target}: {reason}.")
-    if is_function(str(model)) or not (path / "config.json").is_file():
+    if config is None:
         if asked:
             raise InputError(
                 f"{model} is no folder with a config.json, which a decoder is built by.",
@@ -75,6 +79,7 @@ def wants_decoder(
             )
         return False
     if asked:
+        require_onnx(recipe, config, output)
         read_decoder(path)
     return reason is None and why_no_decoder(path) is None
 
@@ -139,15 +144,17 @@ def convert_decoder(
         try:
             require_space(output, 2 * layout.nbytes)
             details = _quantize(conversion, staging, force=force)
-            proof = _pack(decoder, model, staging)
-            manifest = _publish(details.pop("manifest"), proof, checkpoint, staging)
+            place = onnx_layout(plan.recipe, ((each.scheme, each.info.numel) for each in plan.layers))
+            proof = _pack(decoder, model, staging, place)
+            manifest = _publish(details.pop("manifest"), proof, checkpoint, staging, place)
         except OSError as error:
             raise explain(error, output) from error
     details["verified"] |= proof
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
     report = conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
     artifact = report.models[-1]
-    artifact.size_bytes = sum((output / name).stat().st_size for name in (FILE, f"{FILE}.data"))
+    file = output / place.file
+    artifact.size_bytes = sum(each.stat().st_size for each in (file, file.with_name(place.data)))
     artifact.metrics["size_ratio"] = artifact.size_bytes / checkpoint.size_bytes
     artifact.manifest = manifest
     from quantcli.conversion.decoder.proof import warnings
@@ -183,7 +190,7 @@ def _working_copy(staging: Staging) -> Path:
     return staging.scratch / "codes"
 
 
-def _pack(decoder: Decoder, model: Path, staging: Staging) -> dict[str, Any]:
+def _pack(decoder: Decoder, model: Path, staging: Staging, place: OnnxLayout) -> dict[str, Any]:
     """Build the graph from the working copy, and prove it; what was proven, in the manifest's keys."""
     from quantcli.conversion.decoder.proof import prove_decoder
     from quantcli.export.decoder.graph import build_decoder
@@ -192,15 +199,18 @@ def _pack(decoder: Decoder, model: Path, staging: Staging) -> dict[str, Any]:
     codes = open_checkpoint(_working_copy(staging))
     has_codes = "quantization_config" in (codes.config or {})
     quantized = QuantizedCheckpoint(codes, quantized_format("onnx")) if has_codes else None
-    artifact = staging.out / FILE
+    artifact = staging.out / place.file
+    artifact.parent.mkdir(exist_ok=True)
     tensors = build_decoder(
-        decoder, DecoderWeights(codes, quantized), model, artifact, accuracy_level=ACCURACY_LEVEL
+        decoder, DecoderWeights(codes, quantized), model, artifact, data=place.data, accuracy_level=ACCURACY_LEVEL
     )  # fmt: skip
     values: Checkpoint = DecodedCheckpoint(quantized) if quantized else codes
     return {"tensors": tensors, "codes": "equal"} | prove_decoder(artifact, decoder, values)
 
 
-def _publish(made: dict[str, Any], proof: dict[str, Any], checkpoint: Checkpoint, staging: Staging) -> dict[str, Any]:
+def _publish(
+    made: dict[str, Any], proof: dict[str, Any], checkpoint: Checkpoint, staging: Staging, place: OnnxLayout
+) -> dict[str, Any]:
     """Write what goes beside the graph, say in the graph how it was made, and put all in place."""
     from quantcli.export.decoder.genai import genai_config
     from quantcli.models.decoder import GENAI_CONFIG
@@ -212,13 +222,11 @@ def _publish(made: dict[str, Any], proof: dict[str, Any], checkpoint: Checkpoint
         if relative.as_posix() not in (MANIFEST, "config.json"):
             (out / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / relative, out / relative)
-    _write_json(out / "config.json", {k: v for k, v in (checkpoint.config or {}).items() if k != "quantization_config"})
-    _write_json(out / GENAI_CONFIG, genai_config(read_decoder(folder), folder, FILE))
+    config = {k: v for k, v in (checkpoint.config or {}).items() if k != "quantization_config"}
+    write_json(out / "config.json", place.config(config, True) if place.config else config)
+    if place.config is None:
+        write_json(out / GENAI_CONFIG, genai_config(read_decoder(folder), folder, place.file))
     manifest = Manifest.of(made | {"verified": {**made["verified"], **proof}}, staging.target).to_json()
-    add_metadata(out / FILE, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
+    add_metadata(out / place.file, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
     staging.publish()
     return manifest
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from quantcli.calibration.collect import DEFAULT_SAMPLES
 from quantcli.calibration.histograms import activation_histograms
 from quantcli.calibration.statistics import CalibrationStats
+from quantcli.checkpoint.hugging_face import config_of
 from quantcli.conversion.onnx.advice import Advice, advise
 from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, Comparison, OutputComparison
 from quantcli.conversion.onnx.evidence import Gathered, Material, gather
 from quantcli.conversion.onnx.explained import Honest
-from quantcli.conversion.onnx.folder import config_of, copy_companions, layout_of
+from quantcli.conversion.onnx.folder import copy_companions, layout_of
 from quantcli.conversion.onnx.guard import Attempt, Guard, Protection
 from quantcli.conversion.onnx.histograms import weight_histograms
 from quantcli.conversion.onnx.result import Result

@@ -32,16 +32,18 @@ def build_decoder(
     folder: Path,
     target: Path,
     *,
+    data: str,
     accuracy_level: int,
     progress: Progress | None = None,
 ) -> int:
-    """Write a decoder's graph, and its weights in ``NAME.data`` beside it; each weight is read and written once.
+    """Write a decoder's graph, and its weights in a file beside it; each weight is read and written once.
 
     Args:
         decoder: its dimensions.
         weights: where its weights come from.
         folder: whose configuration tells its rotary embedding.
         target: the file to write.
+        data: the name of the file of weights.
         accuracy_level: what MatMulNBits may round its inputs to: 0 for nothing, 4 for int8.
         progress: called with blocks done and blocks in all.
 
@@ -54,7 +56,7 @@ def build_decoder(
     """
     import onnx_ir as ir
 
-    nodes = Nodes(target.with_name(f"{target.name}.data"), accuracy_level)
+    nodes = Nodes(target.with_name(data), accuracy_level)
     try:
         graph = _Builder(decoder, weights, nodes, folder).graph(progress)
     finally:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from quantcli.core import plugins
 from quantcli.core.plugins import Entry
+from quantcli.core.scheme import Scheme
 from quantcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantcli.core.scheme import Scheme
     from quantcli.planning.plan import Plan
     from quantcli.planning.recipe import Recipe
     from quantcli.planning.targets.base import OnnxLayout, OnnxRules, Refusal, Rules, Target
@@ -71,12 +72,25 @@ def completed(recipe: Recipe) -> Recipe:
     return cast("OnnxRules", _rules(runtime)).completed(recipe)
 
 
-def onnx_layout(recipe: Recipe, scheme: Scheme) -> OnnxLayout:
-    """How a recipe's target wants a folder with a graph, whose weights have a scheme for the most part."""
+def onnx_layout(recipe: Recipe, planned: Iterable[tuple[Scheme | None, int]]) -> OnnxLayout:
+    """How a recipe's target wants a folder with a graph.
+
+    ``planned`` are the schemes of its weights, None for those that stay, with how many values each has. The folder is
+    called by the recipe's own scheme, or where it names none, by the one that most values are in.
+    """
+    from quantcli.planning.recipe import build_scheme
     from quantcli.planning.targets.base import OnnxLayout
 
     rules = _onnx_rules(recipe)
-    return OnnxLayout() if rules is None else rules.onnx_layout(recipe, scheme)
+    if rules is None:
+        return OnnxLayout()
+    if recipe.scheme is not None:
+        return rules.onnx_layout(recipe, build_scheme(recipe.scheme))
+    values = Counter[Scheme]()
+    for scheme, count in planned:
+        if scheme is not None:
+            values[scheme] += count
+    return rules.onnx_layout(recipe, values.most_common(1)[0][0])
 
 
 def onnxruntime_version(recipe: Recipe) -> str | None:
