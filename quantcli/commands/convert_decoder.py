@@ -159,7 +159,7 @@ def convert_decoder(
     artifact.manifest = manifest
     from quantcli.conversion.decoder.proof import warnings
 
-    report.warnings += warnings(proof)
+    report.warnings += warnings(proof) + place.warnings(model)
     return report
 
 

@@ -13,20 +13,24 @@ env.useFSCache = false;
 
 const plain = (tensor) => ({ dims: tensor.dims.map(Number), data: Array.from(tensor.data, Number) });
 
+const tensors = (Tensor, inputs) =>
+    Object.fromEntries(
+        Object.entries(inputs).map(([name, { type, data, dims }]) => {
+            const values = type === 'int64' ? BigInt64Array.from(data, BigInt) : Float32Array.from(data);
+            return [name, new Tensor(type, values, dims)];
+        }),
+    );
+
 const runs = {
     // Token embeddings of texts, without pooling.
     async features({ folder, texts }) {
         const extract = await transformers.pipeline('feature-extraction', folder);
         return plain(await extract(texts, { pooling: 'none' }));
     },
-    // Scores of classes, by the class that a head has.
-    async logits({ folder, model, inputs }) {
+    // One output of a model, loaded by the class of this name.
+    async output({ folder, model, inputs, output }) {
         const loaded = await transformers[model].from_pretrained(folder);
-        const tensors = Object.entries(inputs).map(([name, { type, data, dims }]) => {
-            const values = type === 'int64' ? BigInt64Array.from(data, BigInt) : Float32Array.from(data);
-            return [name, new transformers.Tensor(type, values, dims)];
-        });
-        return plain((await loaded(Object.fromEntries(tensors))).logits);
+        return plain((await loaded(tensors(transformers.Tensor, inputs)))[output]);
     },
     // The most likely tokens after a prompt, one after the other.
     async tokens({ folder, ids, count }) {
@@ -35,7 +39,7 @@ const runs = {
         const found = await model.generate({ inputs: input_ids, max_new_tokens: count, do_sample: false, eos_token_id: null });
         return { tokens: Array.from(found.data, Number) };
     },
-    // A file in the WebAssembly backend that browsers use.
+    // The first output of a file in the WebAssembly backend that browsers use.
     async wasm({ file, inputs }) {
         const ort = require('onnxruntime-web');
         ort.env.wasm.numThreads = 1;
@@ -43,11 +47,7 @@ const runs = {
         const beside = `${file}_data`;
         if (fs.existsSync(beside)) options.externalData = [{ path: path.basename(beside), data: fs.readFileSync(beside) }];
         const session = await ort.InferenceSession.create(fs.readFileSync(file), options);
-        const tensors = Object.entries(inputs).map(([name, { type, data, dims }]) => {
-            const values = type === 'int64' ? BigInt64Array.from(data, BigInt) : Float32Array.from(data);
-            return [name, new ort.Tensor(type, values, dims)];
-        });
-        const found = await session.run(Object.fromEntries(tensors));
+        const found = await session.run(tensors(ort.Tensor, inputs));
         return plain(found[session.outputNames[0]]);
     },
 };

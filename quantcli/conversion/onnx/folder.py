@@ -20,8 +20,11 @@ def layout_of(output: Path, plan: GraphPlan) -> OnnxLayout:
     return onnx_layout(plan.recipe, ((node.scheme, node.info.numel) for node in plan.nodes))
 
 
-def copy_companions(model: Path, out: Path, layout: OnnxLayout, *, outside: bool) -> None:
-    """Copy what lies beside a model's weights, such as its tokenizer; ``outside``: whether the graph's own do."""
+def copy_companions(model: Path, out: Path, layout: OnnxLayout, *, outside: bool) -> list[str]:
+    """Copy what lies beside a model's weights, such as its tokenizer; ``outside``: whether the graph's own do.
+
+    Returns warnings of what is not there.
+    """
     for relative in companions(model):
         if relative.as_posix() != MANIFEST:
             destination = out / relative
@@ -29,3 +32,4 @@ def copy_companions(model: Path, out: Path, layout: OnnxLayout, *, outside: bool
             shutil.copyfile(model / relative, destination)
     if layout.config is not None:
         write_json(out / "config.json", layout.config(config_of(model) or {}, outside))
+    return layout.warnings(model)

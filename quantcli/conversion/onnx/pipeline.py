@@ -246,11 +246,13 @@ def _finish(job: _Job, staging: Staging, material: Material, built: _Built, prot
     if not job.allow_larger:
         _require_smaller(size, source.model.size_bytes, built.weights_before)
     folder = Path(source.subject.path)
+    lacking: list[str] = []
     if not job.single_file and folder.is_dir():
-        copy_companions(folder, staging.out, layout_of(job.output, done), outside=len(built.files) > 1)
+        lacking = copy_companions(folder, staging.out, layout_of(job.output, done), outside=len(built.files) > 1)
 
     stages = (source, built.samples, gathered, built.history, done, protection, compared, advice)
-    warnings = [*built.doubts, *(warning for stage in stages if stage is not None for warning in stage.warnings)]
+    told = (warning for stage in stages if stage is not None for warning in stage.warnings)
+    warnings = [*built.doubts, *lacking, *told]
     outputs_told = {"compared": True, "made_up": compared.made_up} | compared.to_json()
     details: dict[str, Any] = {"verified": built.verified, "recommended": advice.scheme, "outputs": outputs_told}
     if protection is not None:

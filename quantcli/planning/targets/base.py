@@ -66,11 +66,20 @@ class OnnxLayout:
     - ``data``: the file beside it that holds its weights, where one message cannot.
     - ``config``: the config.json beside the graph, made of the model's own and of whether there is such a file; None
       where it is copied.
+    - ``readers``: files of which one must be there for texts, images or sounds to become inputs; none for any.
     """
 
     file: str = "model.onnx"
     data: str = "model.onnx.data"
     config: Callable[[Mapping[str, Any], bool], dict[str, Any]] | None = None
+    readers: tuple[str, ...] = ()
+
+    def warnings(self, model: Path) -> list[str]:
+        """What a model's folder lacks for this runtime."""
+        if not self.readers or any((model / name).is_file() for name in self.readers):
+            return []
+        lacking = " and no ".join(self.readers)
+        return [f"{model} has no {lacking}: the runtime opens the output, but makes no inputs of texts or images."]
 
 
 class Rules(Protocol):

@@ -24,7 +24,7 @@ SUFFIXES = {"fp16": "_fp16", "int8": "_int8", "q8": "_quantized", "q4": "_q4", "
 _GROUP_SIZE = 32
 
 #: The onnxruntime that each release runs, of those that were looked up; others have that of the release before.
-_ONNXRUNTIME = (((4, 3), "1.30"), ((4, 0), "1.24"), ((3, 6), "1.21"), ((3, 4), "1.20"), ((3, 0), "1.19"))
+_ONNXRUNTIME = (((4, 3), "1.30"), ((4,), "1.24"), ((3, 6), "1.21"), ((3, 4), "1.20"), ((3,), "1.19"))
 
 _TEXT_HEADS = (
     "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "mpnet", "neobert", "roberta",
@@ -43,6 +43,8 @@ HEADS: dict[str, tuple[str, ...]] = {
         "resnet", "segformer", "swin", "vit", "vit_msn",
     ),
 }  # fmt: skip
+#: What its tokenizers and processors are made by.
+_READERS = ("tokenizer.json", "preprocessor_config.json")
 #: Sections of a config.json that speak of parts which the library keeps in files of their own.
 _PARTS = ("vision_config", "audio_config", "text_config", "encoder", "decoder")
 
@@ -137,7 +139,7 @@ def onnx_layout(recipe: Recipe, scheme: Scheme) -> OnnxLayout:
         plain = {key: value for key, value in own.items() if key != "quantization_config"}
         return {**plain, "transformers.js_config": settings}
 
-    return OnnxLayout(f"onnx/{name}", f"{name}_data", config)
+    return OnnxLayout(f"onnx/{name}", f"{name}_data", config, _READERS)
 
 
 def onnxruntime_version(version: str) -> str:
