@@ -27,6 +27,7 @@ from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.export.decoder.architecture import Decoder, is_causal_config, read_decoder, why_no_decoder
 from quantcli.formats import quantized_format
+from quantcli.onnx.graph.model import is_onnx
 from quantcli.planning.recipe import Recipe, build_scheme
 from quantcli.planning.targets import onnx_layout, require_onnx
 from quantcli.planning.targets.base import OnnxLayout
@@ -62,12 +63,14 @@ def wants_decoder(
         UsageError: the target wants a decoder, and something else that is asked for does not go with it.
         InputError: the target wants a decoder, and none can be built of this model.
     """
-    path = Path(model)
-    config = None if is_function(str(model)) else config_of(path)
-    runtime = recipe.runtime[0]
-    asked = runtime in DECODER_TARGETS or (runtime in CACHE_TARGETS and is_causal_config(config))
-    if not asked and recipe.format != "onnx":
+    path, runtime = Path(model), recipe.runtime[0]
+    if runtime not in (*DECODER_TARGETS, *CACHE_TARGETS) and recipe.format != "onnx":
         return False
+    if runtime not in DECODER_TARGETS and is_onnx(path):
+        # A graph stays the graph that it is, whatever lies beside it.
+        return False
+    config = None if is_function(str(model)) else config_of(path)
+    asked = runtime in DECODER_TARGETS or (runtime in CACHE_TARGETS and is_causal_config(config))
     reason = _usage_reason(output, recipe, budget, statistics)
     if asked and reason:
         raise UsageError(f"--target {recipe.target}: {reason}.")

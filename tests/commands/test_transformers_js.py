@@ -16,6 +16,7 @@ from quantcli.cli.app import main
 from quantcli.commands.convert import convert
 from quantcli.errors import InputError, UsageError
 from quantcli.models.source import open_model
+from quantcli.onnx.graph.model import is_onnx, onnx_file
 from quantcli.search.budget import Budget
 
 TARGET = "transformers.js"
@@ -84,6 +85,32 @@ def test_a_budget_and_another_format_are_refused(models: Path, tmp_path: Path) -
 def test_an_encoder_that_is_refused_costs_no_export(models: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="t5 in several files"):
         convert(models / "t5", tmp_path / "out", scheme="int4", target=TARGET)
+
+
+def test_what_was_written_is_a_graph_that_every_command_takes_again(
+    decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(decoder, tmp_path / "out", scheme="int8", target=TARGET)
+    source = open_model(tmp_path / "out")
+    assert source.kind == "onnx" and source.scheme == "int8"
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h i j\n" * 8)
+    arguments = ["eval", str(decoder), str(tmp_path / "out"), "--data", str(text), "--seq-len", "8", "--json"]
+    assert main(arguments) == 0
+    metrics = json.loads(capsys.readouterr().out)["models"][1]["metrics"]
+    assert metrics["perplexity"] > 1 and metrics["kl_nats"] < 0.1
+    with pytest.raises(InputError, match="already quantized"):
+        convert(tmp_path / "out", tmp_path / "again", scheme="int4", target=TARGET)
+
+
+def test_a_folder_of_several_graphs_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model_q4.onnx").touch()
+    assert is_onnx(tmp_path) and onnx_file(tmp_path).name == "model_q4.onnx"
+    (tmp_path / "onnx" / "model_fp16.onnx").touch()
+    assert not is_onnx(tmp_path)
+    (tmp_path / "model.onnx").touch()
+    assert is_onnx(tmp_path) and onnx_file(tmp_path) == tmp_path / "model.onnx"
 
 
 @pytest.mark.slow
