@@ -48,6 +48,12 @@ def weights_stem(config: Mapping[str, Any] | None) -> str:
     return DIFFUSERS_STEM if is_diffusers(config) else "model"
 
 
+def config_of(model: Path) -> dict[str, Any] | None:
+    """The config.json of a model, None where that is no folder with one. Raises InputError where it is damaged."""
+    file = model / "config.json"
+    return load_json(file) if file.is_file() else None
+
+
 def companions(folder: Path) -> Iterator[Path]:
     """Files of a model folder that travel with its weights: configuration, tokenizer, licence, text.
 

@@ -23,7 +23,7 @@ def formats() -> list[str]:
     """Formats of checkpoints, and ONNX."""
     from quantcli.formats import FORMATS
 
-    return [*FORMATS, "onnx"]
+    return [*FORMATS]
 
 
 def targets() -> list[str]:

@@ -10,13 +10,12 @@ from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.hugging_face import neighbours
-from quantcli.checkpoint.quantized import is_quantized
+from quantcli.commands.convert_decoder import convert_decoder, wants_decoder
 from quantcli.commands.convert_pipeline import convert_pipeline, is_pipeline
-from quantcli.conversion.checkpoint.gguf_file import with_wide_ends
 from quantcli.conversion.checkpoint.gguf_packing import Packing
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
-from quantcli.conversion.checkpoint.repack import decoded_view, prepare_repacking
+from quantcli.conversion.checkpoint.repack import planned_conversion
 from quantcli.conversion.checkpoint.rows import conversion_report
 from quantcli.conversion.staging import open_staging
 from quantcli.data.request import DataRequest
@@ -27,7 +26,7 @@ from quantcli.planning.recipe import Recipe, dequantizes, load_recipe
 from quantcli.planning.resolve import resolve
 from quantcli.planning.rules import Rules
 from quantcli.planning.steps import training_step
-from quantcli.planning.targets import for_target, format_for
+from quantcli.planning.targets import completed, for_target
 from quantcli.reporting.report import Report
 from quantcli.search.budget import Budget
 from quantcli.system.files import check_target, explain, require_space
@@ -86,7 +85,8 @@ def convert(
         skip: globs of layers to leave as they are.
         rest: ``keep``, ``fp16`` or ``bf16`` for what is not quantized.
         target: the runtime that must load the result: ``transformers``, which is asked whether it would,
-            ``vllm`` or ``sglang``, which are not, or ``onnxruntime``, also with a version: ``onnxruntime==1.22``.
+            ``vllm`` or ``sglang``, which are not, ``onnxruntime``, or ``onnxruntime-genai`` and ``transformers.js``,
+            which get a folder of their own kind; also with a version: ``onnxruntime==1.22``.
         threads: worker threads; by default the number of usable cores.
         max_memory: bytes that must not be exceeded; fewer threads are used to stay below.
         calibration: statistics from `calibrate`, for static quantization to ONNX.
@@ -129,6 +129,7 @@ def convert(
         rest=rest,
         target=target,
     )
+    wishes = completed(wishes)
     request = (
         None
         if data is None
@@ -138,7 +139,22 @@ def convert(
     )
     if place.suffix.lower() == ".gguf" and wishes.format is None:
         wishes = wishes.with_flags(format="gguf")
-    wishes = wishes.with_flags(format=format_for(wishes))
+    if wants_decoder(model, place, wishes, request, budget, calibration):
+        if verify is not None:
+            raise UsageError("--verify is for checkpoints; what becomes ONNX is always run.")
+        with at_most(threads):
+            return convert_decoder(
+                Path(model),
+                place,
+                wishes,
+                request,
+                device=device,
+                threads=threads,
+                max_memory=max_memory,
+                dry_run=dry_run,
+                force=force,
+                progress=progress,
+            )
     if goes_to_onnx(model, place, wishes.format):
         from quantcli.commands.convert_onnx import convert_graph
 
@@ -256,7 +272,8 @@ def _convert_checkpoint(
         )
     started = time.monotonic()
     source, function = _weights_of(model, weights)
-    checkpoint, plan, work = _planned(open_checkpoint(source), recipe, data=request is not None)
+    checkpoint, plan, carried = planned_conversion(open_checkpoint(source), recipe, data=request is not None)
+    work: Work | None = carried
     if checkpoint.folder:
         checkpoint.warnings += neighbours(checkpoint.folder, checkpoint.files).warnings
     if not dry_run:
@@ -304,20 +321,6 @@ def _convert_checkpoint(
 
         report.details["histograms"] = weight_histograms(checkpoint, output, report.layers, histograms)
     return report
-
-
-def _planned(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tuple[Checkpoint, Plan, Work | None]:
-    """What is read of a checkpoint, what becomes of it, and the work where its codes are carried over."""
-    checkpoint: Checkpoint | None = stored
-    if recipe.format == "gguf":
-        recipe = with_wide_ends(recipe, decoded_view(stored) if is_quantized(stored) else stored)
-    if is_quantized(stored):
-        decoded = decoded_view(stored) if recipe.scheme is not None else None
-        checkpoint = decoded if dequantizes(recipe) or (decoded and decoded.is_read_only) else None
-    if checkpoint is not None:
-        return checkpoint, for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=data)), None
-    work = prepare_repacking(stored, recipe, data=data)
-    return work.checkpoint, for_target(work.plan), work
 
 
 def _as_loaded(plan: Plan, checkpoint: Checkpoint, loader: Loader, *, data: bool, carried: bool) -> Plan:

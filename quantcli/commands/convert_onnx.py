@@ -47,6 +47,10 @@ def convert_graph(
     )  # fmt: skip
     if budget is None or budget == Budget():
         return by_recipe(output, recipe, request, statistics, dry_run=dry_run, force=force, guard=StaticGuard())
+    if recipe.runtime[0] == "transformers.js":
+        raise UsageError(
+            "A budget mixes schemes, and transformers.js has names for files of one.", "Name one with --scheme."
+        )
     if recipe.scheme is not None:
         raise UsageError("A budget chooses the scheme.", "Leave --scheme out, or name schemes with --allow.")
     if training_step(recipe):

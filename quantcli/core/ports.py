@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -31,6 +32,22 @@ class Port:
 
 #: A sample's arrays by input name, and a model's by output name.
 Arrays: TypeAlias = "dict[str, np.ndarray]"
+
+
+#: What inputs of a decoder begin with that hold the cache of the tokens before.
+_CACHE = "past_key_values."
+
+
+def cache_ports(ports: Iterable[Port]) -> tuple[Port, ...]:
+    """Those inputs of a decoder that hold a key-value cache ``[batch, heads, tokens so far, head size]``."""
+    return tuple(port for port in ports if port.name.startswith(_CACHE) and len(port.shape or ()) == 4)
+
+
+def without_cache(ports: Iterable[Port]) -> tuple[Port, ...]:
+    """What a model is given to read: its inputs but for a cache, which begins empty."""
+    ports = tuple(ports)
+    cache = cache_ports(ports)
+    return tuple(port for port in ports if port not in cache)
 
 
 def dtype_family(dtype: np.dtype[Any]) -> str:

@@ -104,6 +104,10 @@ class Scheme:
         granularity = Granularity(self.weights.granularity.kind, size)
         return replace(self, weights=replace(self.weights, granularity=granularity))
 
+    def with_groups_of(self, size: int) -> Scheme:
+        """The same scheme with a scale for every ``size`` values of a row, whatever had one before."""
+        return replace(self, weights=replace(self.weights, granularity=Granularity("group", size)))
+
     def __str__(self) -> str:
         if self.inputs is None:
             return str(self.weights)

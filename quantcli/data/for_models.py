@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from quantcli.core.ports import Port
+from quantcli.core.ports import Port, without_cache
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import open_source
 from quantcli.data.sources import is_text
@@ -55,9 +55,9 @@ def input_ports(models: Sequence[ModelSource], *, text: bool) -> tuple[Port, ...
     the inputs of an ONNX candidate do.
     """
     first, *others = models
-    known = {port.name: port for other in others if other.onnx for port in other.onnx.inputs}
+    known = {port.name: port for other in others if other.onnx for port in without_cache(other.onnx.inputs)}
     if first.onnx:
-        ports = first.onnx.inputs
+        ports = without_cache(first.onnx.inputs)
     elif first.checkpoint:
         ports = hugging_face_ports(hugging_face.require_folder(first.folder or Path(first.path)), text=text)
     else:

@@ -15,6 +15,7 @@ FORMATS: dict[str, Entry] = {
     "bitsandbytes": Entry("quantcli.formats.bitsandbytes", "nf4; transformers"),
     "safetensors": Entry("quantcli.formats.safetensors", "fp16, bf16; whatever loads the original"),
     "gguf": Entry("quantcli.formats.gguf", "int8, int4, fp16, bf16; llama.cpp"),
+    "onnx": Entry("quantcli.formats.onnx", "int8, int4, fp16; ONNX Runtime and onnxruntime-genai"),
 }
 
 

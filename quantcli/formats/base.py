@@ -81,6 +81,8 @@ class Storage:
     are multiplied in the dtype that they are stored in. ``wide_vectors``: norms and biases are float32 whatever the
     rest is. ``coarse_scales``: beside a zero point, scales are such as `NumberFormat.coarse` says. ``starts_anew``:
     what is stored so is often all that there is of a model, so that its values may be quantized anew.
+    ``channel_group``: columns that share a scale where a preset has one per channel, which the format's kernels do not
+    have.
     """
 
     scale_dtype: str | None = None
@@ -91,6 +93,7 @@ class Storage:
     wide_vectors: bool = False
     coarse_scales: bool = False
     starts_anew: bool = False
+    channel_group: int | None = None
 
 
 class Checked:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.decoded import DecodedCheckpoint, decoded_checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantcli.checkpoint.decoded import decoded_checkpoint
 from quantcli.checkpoint.hugging_face import load_json
 from quantcli.checkpoint.quantized import FLOATS, section_of
 from quantcli.errors import InputError, MissingExtraError
@@ -101,7 +101,7 @@ def _needs_decoding(section: Mapping[str, Any]) -> bool:
     return any((group.get("weights") or {}).get("symmetric") is False for group in groups)
 
 
-def _with_weights(loader: Any, plain: DecodedCheckpoint, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _with_weights(loader: Any, plain: Checkpoint, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """A model with the decoded weights of a checkpoint, and what transformers says of their names."""
     transformers = transformers_library()
     config = transformers.AutoConfig.from_pretrained(plain.folder, local_files_only=True, trust_remote_code=False)
@@ -113,6 +113,43 @@ def _with_weights(loader: Any, plain: DecodedCheckpoint, options: dict[str, Any]
     state = {info.name: plain.read_rows(info, 0, info.rows) for info in plain.infos()}
     found: tuple[nn.Module, dict[str, Any]] = loader.from_pretrained(None, config=config, state_dict=state, **options)
     return found
+
+
+def load_values(checkpoint: Checkpoint) -> nn.Module:
+    """A causal language model with the values that a folder's codes stand for, in float32 and evaluation mode.
+
+    Attention is computed as written down, product by product. Raises InputError where weights are missing.
+    """
+    transformers = transformers_library()
+    options = {"dtype": torch.float32, "output_loading_info": True, "attn_implementation": "eager"}
+    with quiet():
+        model, info = _with_weights(transformers.AutoModelForCausalLM, checkpoint, options)
+    if info["missing_keys"]:
+        raise InputError(
+            f"{checkpoint.path} lacks weights of {type(model).__name__}: {sorted(info['missing_keys'])[0]}."
+        )
+    return model.eval()
+
+
+def read_config(path: Path) -> Any:
+    """A folder's configuration as transformers reads it. Raises InputError where it does not."""
+    transformers = transformers_library()
+    try:
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"transformers {transformers.__version__} cannot read {path / 'config.json'}: {first_line(error)}"
+        ) from error
+
+
+def rotary_module(path: Path) -> nn.Module:
+    """The module of a causal language model that makes its rotary embedding; no weight is read."""
+    transformers, config = transformers_library(), read_config(path)
+    with torch.device("meta"), quiet():
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    found = next(module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding"))
+    made: nn.Module = type(found)(config)
+    return made
 
 
 def build_model(path: Path) -> nn.Module:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from quantcli.core.ports import Arrays, Port
+from quantcli.core.ports import Arrays, Port, without_cache
 from quantcli.errors import InputError
+from quantcli.models.decoder import LOGITS, empty_cache, sized_cache
 from quantcli.models.inputs import decoder_inputs, fit, hugging_face_ports, require_shape, signature_ports
 from quantcli.models.outputs import named
 from quantcli.onnx.graph.model import is_onnx, onnx_file
@@ -36,7 +37,7 @@ class Runner(Protocol):
 
 
 class OnnxRunner:
-    """An ONNX file in onnxruntime.
+    """An ONNX file in onnxruntime; a decoder reads whole texts, from an empty cache.
 
     Raises:
         InputError: it cannot be loaded.
@@ -47,14 +48,18 @@ class OnnxRunner:
 
         self.path = path
         self._session = session_of(onnx_file(path), threads=threads, shared=shared)
-        self.inputs = self._session.inputs
+        self.inputs = without_cache(self._session.inputs)
+        self._cache = sized_cache(self._session.inputs, onnx_file(path))
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         """One forward pass. Raises InputError where the inputs do not fit."""
         fitting = fit(feeds, self.inputs, str(self.path))
         for port in self.inputs:
             require_shape(fitting[port.name], port, str(self.path))
-        return self._session.run(fitting)
+        if not self._cache:
+            return self._session.run(fitting)
+        batch = len(next(iter(fitting.values())))
+        return self._session.run(fitting | empty_cache(self._cache, batch), [LOGITS])
 
 
 class TorchRunner:

@@ -101,10 +101,14 @@ class _Resolver:
         self.rest_dtype = self._rest_dtype()
 
     def _scheme(self, wish: str | SchemeSpec) -> Scheme:
-        """A scheme as it was asked for; of a preset, with such inputs as the format has."""
-        scheme = build_scheme(wish)
-        if isinstance(wish, str) and scheme.inputs is not None and not self._storage.input_zero_points:
-            return replace(scheme, inputs=replace(scheme.inputs, symmetric=True))
+        """A scheme as it was asked for; of a preset, with such inputs and groups as the format has."""
+        scheme, storage = build_scheme(wish), self._storage
+        if not isinstance(wish, str):
+            return scheme
+        if scheme.inputs is not None and not storage.input_zero_points:
+            scheme = replace(scheme, inputs=replace(scheme.inputs, symmetric=True))
+        if storage.channel_group and scheme.weights.granularity.kind == "channel":
+            scheme = scheme.with_groups_of(storage.channel_group)
         return scheme
 
     @property

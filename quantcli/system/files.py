@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -10,7 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from quantcli.errors import InputError, UsageError
 
@@ -80,6 +81,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         if not is_special:
             with suppress(OSError):  # where nothing could be written, there is nothing to clear away
                 unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a configuration as people read it."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -61,13 +61,18 @@ def efficientnet_lite0(folder: Path) -> Path:
     return path
 
 
-def minilm(folder: Path) -> tuple[Path, Path]:
-    """all-MiniLM-L6-v2 as quantcli exports it (token ids -> last_hidden_state), and the folder with its tokenizer."""
+def minilm_folder(folder: Path) -> Path:
+    """all-MiniLM-L6-v2 as a Hugging Face folder, with its tokenizer."""
     import models
 
+    return models.prepare("all-MiniLM-L6-v2", folder / "all-MiniLM-L6-v2")
+
+
+def minilm(folder: Path) -> tuple[Path, Path]:
+    """all-MiniLM-L6-v2 as quantcli exports it (token ids -> last_hidden_state), and the folder with its tokenizer."""
     from quantcli.export.export import export_to_onnx
 
-    checkpoint = models.prepare("all-MiniLM-L6-v2", folder / "all-MiniLM-L6-v2")
+    checkpoint = minilm_folder(folder)
     return export_to_onnx(checkpoint, folder / "exported").path, checkpoint
 
 

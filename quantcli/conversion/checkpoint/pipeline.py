@@ -26,7 +26,6 @@ from quantcli.version import __version__
 
 if TYPE_CHECKING:
     from quantcli.conversion.checkpoint.stream import LayerJob
-    from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
     from quantcli.conversion.checkpoint.writer import LayerResult, Output
     from quantcli.training.loop import History
 
@@ -61,6 +60,13 @@ class Work(Protocol):
         """Write every tensor that is not in the output's results yet."""
 
 
+class Check(Protocol):
+    """Who is asked, at the end, whether the output loads."""
+
+    def result(self, artifact: Path) -> dict[str, Any]:
+        """What is held of it, in the keys of `quantcli.conversion.checkpoint.proof.described`."""
+
+
 class Conversion:
     """One run of `convert`: the state its steps share."""
 
@@ -72,7 +78,7 @@ class Conversion:
         workers: int,
         work: Work | None,
         progress: Progress | None,
-        check: RuntimeCheck,
+        check: Check,
     ) -> None:
         self._check = check
         self.checkpoint, self.plan, self.layout = checkpoint, plan, layout

@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any
 from quantcli import formats
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint, decoded_checkpoint
-from quantcli.checkpoint.quantized import QuantizedCheckpoint, QuantizedWeight, open_quantized
+from quantcli.checkpoint.quantized import QuantizedCheckpoint, QuantizedWeight, is_quantized, open_quantized
 from quantcli.checkpoint.roles import classify, original_dtype
+from quantcli.conversion.checkpoint.gguf_file import with_wide_ends
 from quantcli.core.dtypes import DTYPE_OF_TORCH_NAME, NUMBER_OF_DTYPE
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import RoundedTensor, Rounding, TensorInfo
 from quantcli.errors import UsageError
 from quantcli.formats.base import QuantizedFormat
 from quantcli.planning.plan import LayerPlan, Plan
-from quantcli.planning.recipe import Recipe
+from quantcli.planning.recipe import Recipe, dequantizes
 from quantcli.planning.requantization import refuse_wishes
+from quantcli.planning.resolve import resolve
 from quantcli.planning.steps import parse_steps
+from quantcli.planning.targets import for_target
 from quantcli.system.parallel import in_parallel
 
 if TYPE_CHECKING:
@@ -35,9 +38,23 @@ if TYPE_CHECKING:
     from quantcli.training.loop import History
 
 
-def decoded_view(checkpoint: Checkpoint) -> DecodedCheckpoint:
-    """A quantized checkpoint with its weights decoded. Raises InputError where its kind is not read."""
-    return decoded_checkpoint(checkpoint)
+def planned_conversion(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tuple[Checkpoint, Plan, Repacking | None]:
+    """What is read of a checkpoint, what becomes of it, and the work where its codes are carried over.
+
+    Raises:
+        UsageError: the recipe does not suit the checkpoint, or the target would not load the result.
+        InputError: the checkpoint's kind is not read, or nothing in it can be quantized.
+    """
+    checkpoint: Checkpoint | None = stored
+    if recipe.format == "gguf":
+        recipe = with_wide_ends(recipe, decoded_checkpoint(stored) if is_quantized(stored) else stored)
+    if is_quantized(stored):
+        decoded = decoded_checkpoint(stored) if recipe.scheme is not None else None
+        checkpoint = decoded if dequantizes(recipe) or (decoded and decoded.is_read_only) else None
+    if checkpoint is not None:
+        return checkpoint, for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=data)), None
+    work = prepare_repacking(stored, recipe, data=data)
+    return work.checkpoint, for_target(work.plan), work
 
 
 def prepare_repacking(checkpoint: Checkpoint, recipe: Recipe, *, data: bool = False) -> Repacking:

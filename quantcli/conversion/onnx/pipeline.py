@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 from quantcli.calibration.collect import DEFAULT_SAMPLES
 from quantcli.calibration.histograms import activation_histograms
 from quantcli.calibration.statistics import CalibrationStats
-from quantcli.checkpoint.hugging_face import companions
+from quantcli.checkpoint.hugging_face import config_of
 from quantcli.conversion.onnx.advice import Advice, advise
 from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, Comparison, OutputComparison
 from quantcli.conversion.onnx.evidence import Gathered, Material, gather
 from quantcli.conversion.onnx.explained import Honest
+from quantcli.conversion.onnx.folder import copy_companions, layout_of
 from quantcli.conversion.onnx.guard import Attempt, Guard, Protection
 from quantcli.conversion.onnx.histograms import weight_histograms
 from quantcli.conversion.onnx.result import Result
 from quantcli.conversion.onnx.source import Source, open_source
 from quantcli.conversion.onnx.trial_inputs import NoFeeds, made_up, of_samples
 from quantcli.conversion.staging import Staging, open_staging, refuse_to_overwrite
-from quantcli.core.manifest import MANIFEST, MANIFEST_KEY
+from quantcli.core.manifest import MANIFEST_KEY
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
@@ -40,6 +40,7 @@ from quantcli.onnx.weights.finite import require_finite
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.steps import training_step
 from quantcli.planning.targets import require_onnx
+from quantcli.planning.targets.base import OnnxLayout
 from quantcli.reporting.report import Report
 from quantcli.system.files import check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
@@ -53,9 +54,6 @@ if TYPE_CHECKING:
 
     from quantcli.data.samples import Samples
     from quantcli.training.loop import History
-
-#: The file's name where the output is a folder.
-_FILE_IN_FOLDER = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,11 @@ class _Job:
     def single_file(self) -> str | None:
         """The name of the output where it is a file, None where it is a folder."""
         return self.output.name if self.output.suffix == ".onnx" else None
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The config.json of the model, if that is a folder with one."""
+        return None if is_function(self.model) else config_of(Path(self.model))
 
 
 def convert_onnx(
@@ -210,8 +213,9 @@ def _build(job: _Job, staging: Staging, material: Material, graph: ir.Model, pla
     store_in_four_bits(graph)
     shorten_names(graph, own_names(honest.graph))
 
-    target = staging.out / (job.single_file or _FILE_IN_FOLDER)
-    files = _save(graph, target, job.output)
+    layout = layout_of(job.output, gathered.plan)
+    target = staging.out / layout.file
+    files = _save(graph, target, layout, job.output)
     verified = {**read_back(graph, target), "runtime": prove(target, str(job.output)).to_json()}
     outputs = _outputs(source, honest, calibrating, staging.root)
     compared = outputs.against(target, str(job.output))
@@ -241,10 +245,14 @@ def _finish(job: _Job, staging: Staging, material: Material, built: _Built, prot
     size = sum(file.stat().st_size for file in built.files)
     if not job.allow_larger:
         _require_smaller(size, source.model.size_bytes, built.weights_before)
-    _copy_companions(source, job, staging.out)
+    folder = Path(source.subject.path)
+    lacking: list[str] = []
+    if not job.single_file and folder.is_dir():
+        lacking = copy_companions(folder, staging.out, layout_of(job.output, done), outside=len(built.files) > 1)
 
     stages = (source, built.samples, gathered, built.history, done, protection, compared, advice)
-    warnings = [*built.doubts, *(warning for stage in stages if stage is not None for warning in stage.warnings)]
+    told = (warning for stage in stages if stage is not None for warning in stage.warnings)
+    warnings = [*built.doubts, *lacking, *told]
     outputs_told = {"compared": True, "made_up": compared.made_up} | compared.to_json()
     details: dict[str, Any] = {"verified": built.verified, "recommended": advice.scheme, "outputs": outputs_told}
     if protection is not None:
@@ -290,7 +298,7 @@ def _check_request(job: _Job) -> None:
     """
     if job.recipe.format not in (None, "onnx"):
         raise UsageError(f"An ONNX model cannot be written as {job.recipe.format}.", "Leave --format out.")
-    require_onnx(job.recipe)
+    require_onnx(job.recipe, job.config, job.output)
     source = None if is_function(job.model) else Path(job.model)
     if source is not None and not source.exists():
         raise InputError(f"{source} does not exist.")
@@ -349,12 +357,13 @@ def _train(
     )
 
 
-def _save(graph: ir.Model, target: Path, output: Path) -> list[Path]:
+def _save(graph: ir.Model, target: Path, layout: OnnxLayout, output: Path) -> list[Path]:
     """Write the graph where the disk of the output has room for it."""
     require_space(output, sum(tensor.nbytes for tensor in constants(graph)))
     # What an earlier conversion, a cast, wrote of itself.
     graph.metadata_props.pop(MANIFEST_KEY, None)
-    return save_graph(graph, target)
+    target.parent.mkdir(exist_ok=True)
+    return save_graph(graph, target, layout.data)
 
 
 def _require_smaller(size: int, before: int, weights_before: int) -> None:
@@ -365,15 +374,3 @@ def _require_smaller(size: int, before: int, weights_before: int) -> None:
             f"{format_bytes(weights_before)} are weights. Nothing was written.",
             "It is too small a model for this scheme; --allow-larger keeps it, for the sake of its speed.",
         )
-
-
-def _copy_companions(source: Source, job: _Job, out: Path) -> None:
-    """Copy what lies beside a model's weights, such as its tokenizer, into a folder."""
-    folder = Path(source.subject.path)
-    if job.single_file or not folder.is_dir():
-        return
-    for relative in companions(folder):
-        if relative.as_posix() != MANIFEST:
-            destination = out / relative
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / relative, destination)

@@ -22,6 +22,7 @@ from quantcli.onnx.plan.plan import GraphPlan
 from quantcli.onnx.plan.resolve import resolve_graph
 from quantcli.onnx.plan.runtime_version import require_version
 from quantcli.planning.recipe import Recipe, dequantizes
+from quantcli.planning.targets import onnxruntime_version
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -74,7 +75,7 @@ def planned_graph(
     graph = simplified(model, data, fold=codes is None)
     make_plan = codes.plan if codes else partial(resolve_graph, recipe)
     plan = make_plan(graph, model.path)
-    opset, (_, version) = max(needed_opset(plan), OLDEST_OPSET), recipe.runtime
+    opset, version = max(needed_opset(plan), OLDEST_OPSET), onnxruntime_version(recipe)
     if version:
         require_version(plan, graph, opset, version)
     if opset <= default_opset(graph):

@@ -29,16 +29,22 @@ _HASH_CHUNK = 1 << 22
 
 
 def is_onnx(path: Path) -> bool:
-    """Whether a path names an ONNX file, or a folder that holds one as ``model.onnx`` and no weights beside it."""
+    """Whether a path names an ONNX file, or a folder that holds one and no weights beside it.
+
+    In a folder it is ``model.onnx``, or the only one in ``onnx``, as transformers.js has it.
+    """
     if not path.is_dir():
         return path.suffix == ".onnx"
     # Folders with both are exports lying beside their checkpoint, which is what is meant.
-    return (path / "model.onnx").is_file() and not any(next(path.glob(kind), None) for kind in _CHECKPOINT_FILES)
+    return onnx_file(path).is_file() and not any(next(path.glob(kind), None) for kind in _CHECKPOINT_FILES)
 
 
 def onnx_file(path: Path) -> Path:
     """The ONNX file of a path for which `is_onnx` holds."""
-    return path / "model.onnx" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    named, inner = path / "model.onnx", sorted(path.glob("onnx/*.onnx"))
+    return inner[0] if len(inner) == 1 and not named.is_file() else named
 
 
 class OnnxModel:

@@ -22,8 +22,8 @@ SINGLE_FILE_LIMIT_BYTES = 1_500_000_000
 _LARGE_BYTES = 1 << 20
 
 
-def save_graph(model: ir.Model, path: Path) -> list[Path]:
-    """Write a model, and ``NAME.data`` beside it where its weights are too many for one file.
+def save_graph(model: ir.Model, path: Path, data: str | None = None) -> list[Path]:
+    """Write a model, and a file beside it where its weights are too many for one, by default ``NAME.data``.
 
     Tensors are written one by one; equal models give equal bytes. Operators are spelled as onnxruntime knows them.
     Returns the files.
@@ -32,12 +32,12 @@ def save_graph(model: ir.Model, path: Path) -> list[Path]:
 
     _for_runtime(model)
     large = sum(tensor.nbytes for tensor in constants(model)) > SINGLE_FILE_LIMIT_BYTES
-    data = f"{path.name}.data" if large else None
+    beside = (data or f"{path.name}.data") if large else None
     if not large:
         # What stays as it was may lie in a file of the model's own.
         take_in(model)
-    ir.save(model, path, external_data=data, max_workers=1)
-    return [path, path.with_name(data)] if data else [path]
+    ir.save(model, path, external_data=beside, max_workers=1)
+    return [path, path.with_name(beside)] if beside else [path]
 
 
 def in_memory(model: ir.Model) -> tuple[bytes, dict[str, np.ndarray]]:

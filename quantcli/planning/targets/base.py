@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from quantcli import formats
 from quantcli.checkpoint.roles import module_of
@@ -13,6 +14,9 @@ from quantcli.planning.plan import LayerPlan, Plan, quantization_config
 from quantcli.planning.rules import rule_matches
 from quantcli.planning.targets.fused import scheme_of
 from quantcli.system.text import listed
+
+if TYPE_CHECKING:
+    from quantcli.planning.recipe import Recipe
 
 #: Since then experts are one parameter per layer in transformers.
 FUSED_EXPERTS = "5"
@@ -44,6 +48,40 @@ class Refusal:
     hint: str
 
 
+@dataclass(frozen=True)
+class GraphRequest:
+    """A model that is to become a graph: its config.json, or None, and where it is to lie."""
+
+    recipe: Recipe
+    target: Target
+    config: Mapping[str, Any] | None
+    output: Path
+
+
+@dataclass(frozen=True)
+class OnnxLayout:
+    """How a runtime wants a folder with a graph.
+
+    - ``file``: the graph's place in the folder.
+    - ``data``: the file beside it that holds its weights, where one message cannot.
+    - ``config``: the config.json beside the graph, made of the model's own and of whether there is such a file; None
+      where it is copied.
+    - ``readers``: files of which one must be there for texts, images or sounds to become inputs; none for any.
+    """
+
+    file: str = "model.onnx"
+    data: str = "model.onnx.data"
+    config: Callable[[Mapping[str, Any], bool], dict[str, Any]] | None = None
+    readers: tuple[str, ...] = ()
+
+    def warnings(self, model: Path) -> list[str]:
+        """What a model's folder lacks for this runtime."""
+        if not self.readers or any((model / name).is_file() for name in self.readers):
+            return []
+        lacking = " and no ".join(self.readers)
+        return [f"{model} has no {lacking}: the runtime opens the output, but makes no inputs of texts or images."]
+
+
 class Rules(Protocol):
     """What a target's module holds.
 
@@ -54,6 +92,36 @@ class Rules(Protocol):
     RULES: tuple[Callable[[Plan, Target], Refusal | None], ...]
     CHECKED: Mapping[str, str]
     LOADS_ONNX: bool
+
+
+class OnnxRules(Rules, Protocol):
+    """What the module of a target that takes ONNX holds besides.
+
+    ``GRAPH_RULES``: asked like ``RULES``, of what becomes ONNX. ``completed``: a recipe with what goes without saying.
+    ``onnx_layout``: of a folder whose weights have a scheme, for the most part. ``onnxruntime_version``: which one a
+    version of the target runs.
+    """
+
+    GRAPH_RULES: tuple[Callable[[GraphRequest], Refusal | None], ...]
+
+    def completed(self, recipe: Recipe) -> Recipe:
+        """See above."""
+        ...
+
+    def onnx_layout(self, recipe: Recipe, scheme: Scheme) -> OnnxLayout:
+        """See above."""
+        ...
+
+    def onnxruntime_version(self, version: str) -> str:
+        """See above."""
+        ...
+
+
+def no_checkpoint(plan: Plan, target: Target) -> Refusal | None:
+    """A rule of runtimes that take ONNX, and nothing else."""
+    if plan.format == "onnx":
+        return None
+    return Refusal(f"{target.name} loads ONNX, not {plan.format}", "Use --format onnx.")
 
 
 def heads_of_embeddings(plan: Plan, target: Target) -> Refusal | None:

@@ -1,17 +1,34 @@
-"""What onnxruntime loads. What its versions run is decided node by node: see `quantcli.onnx.plan.runtime_version`."""
+"""What onnxruntime loads. What its versions run is decided node by node: see `quantcli.onnx.plan.runtime_version`.
+
+Decoders with a key-value cache, which onnxruntime-genai generates with, are checked by being run.
+"""
 
 from __future__ import annotations
 
-from quantcli.planning.plan import Plan
-from quantcli.planning.targets.base import Refusal, Target
+from collections.abc import Callable
 
-CHECKED = {"onnxruntime": "onnxruntime 1.32"}
+from quantcli.core.scheme import Scheme
+from quantcli.planning.recipe import Recipe
+from quantcli.planning.targets.base import GraphRequest, OnnxLayout, Refusal, no_checkpoint
+
+CHECKED = {"onnxruntime": "onnxruntime 1.32", "onnxruntime-genai": "onnxruntime-genai 0.18"}
 LOADS_ONNX = True
 
 
-def no_checkpoint(plan: Plan, target: Target) -> Refusal | None:
-    """ONNX is all that onnxruntime takes."""
-    return Refusal(f"onnxruntime loads ONNX, not {plan.format}", "Use --format onnx.")
-
-
 RULES = (no_checkpoint,)
+GRAPH_RULES: tuple[Callable[[GraphRequest], Refusal | None], ...] = ()
+
+
+def completed(recipe: Recipe) -> Recipe:
+    """The recipe as it is: a checkpoint becomes ONNX where the user says so."""
+    return recipe
+
+
+def onnx_layout(recipe: Recipe, scheme: Scheme) -> OnnxLayout:
+    """``model.onnx`` in the folder."""
+    return OnnxLayout()
+
+
+def onnxruntime_version(version: str) -> str:
+    """The version itself."""
+    return version

@@ -1,0 +1,1 @@
+"""Checkpoints of language models to decoders with a key-value cache: quantized once, packed, proven."""

@@ -1,0 +1,1 @@
+"""Language models that generate, as ONNX graphs with a key-value cache."""

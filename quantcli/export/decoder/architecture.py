@@ -1,0 +1,187 @@
+"""Which decoders can be built, how they differ, and what one model's configuration makes of that.
+
+An architecture is a record of differences from Llama. Everything that is a number comes from the configuration, as
+transformers reads it; everything that is a bias comes from the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from quantcli.checkpoint.hugging_face import load_json
+from quantcli.errors import InputError
+from quantcli.system.text import listed
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How an architecture differs from Llama.
+
+    - ``qkv``, ``gate_up``: modules of a block whose rows make queries, keys and values, or gate and up.
+    - ``norm_offset``: what is added to the weights of norms.
+    - ``qk_norm``: each head's queries and keys are normalized.
+    - ``sandwich``: what attention and the feed-forward part return is normalized before it is added.
+    - ``scaled_embedding``: embeddings are multiplied by the root of their length.
+    - ``genai_type``: what onnxruntime-genai calls it.
+    """
+
+    genai_type: str
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    norm_offset: float = 0.0
+    qk_norm: bool = False
+    sandwich: bool = False
+    scaled_embedding: bool = False
+
+
+#: By ``model_type``.
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("llama"),
+    "mistral": Architecture("mistral"),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3", qk_norm=True),
+    "phi3": Architecture("phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
+    "gemma2": Architecture("gemma2", norm_offset=1.0, sandwich=True, scaled_embedding=True),
+    "gemma3_text": Architecture("gemma3_text", norm_offset=1.0, qk_norm=True, sandwich=True, scaled_embedding=True),
+}
+
+#: Activations of the feed-forward part that the graph has operators for.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+#: Kinds of rotary embeddings that do not depend on how long a text is.
+_STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """One model's dimensions, as its configuration gives them.
+
+    - ``scale``: what products of queries and keys are multiplied by. ``softcap``, ``final_softcap``: 0 where there is
+      none.
+    - ``windows``: of each block, how many tokens are attended to, -1 for all.
+    - ``rotary``: of each block, the kind of its rotary embedding, where a model has several.
+    """
+
+    architecture: Architecture
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    epsilon: float
+    activation: str
+    scale: float
+    softcap: float
+    final_softcap: float
+    embedding_scale: float
+    tied: bool
+    windows: tuple[int, ...]
+    rotary: tuple[str | None, ...]
+
+
+def is_causal_config(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config.json names a causal language model."""
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in (config or {}).get("architectures") or [])
+
+
+def why_no_decoder(folder: Path) -> str | None:
+    """Why no graph with a key-value cache can be built of a folder, by its config.json alone; None where one can."""
+    config = load_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if not is_causal_config(config):
+        return f"{folder} is no causal language model"
+    if model_type not in ARCHITECTURES:
+        return f"{model_type} is no architecture that decoders are built of, which are {listed(list(ARCHITECTURES), 9)}"
+    return None
+
+
+def read_decoder(folder: Path) -> Decoder:
+    """A folder's decoder.
+
+    Raises:
+        InputError: it is of an architecture, or has a setting, that is not built; by name.
+        MissingExtraError: transformers is not installed.
+    """
+    from quantcli.models.hugging_face import read_config
+
+    reason = why_no_decoder(folder)
+    if reason:
+        raise _refused(reason)
+    config = read_config(folder)
+    architecture = ARCHITECTURES[config.model_type]
+    for reason in _unsupported(config):
+        raise _refused(f"{folder}: {reason}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    scale = (getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5
+    kinds = _layer_types(config)
+    by_kind = _rotary_by_kind(config)
+    return Decoder(
+        architecture=architecture,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=head_dim,
+        vocabulary=config.vocab_size,
+        context=config.max_position_embeddings,
+        epsilon=config.rms_norm_eps,
+        activation=ACTIVATIONS[_activation(config)],
+        scale=scale,
+        softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
+        final_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        embedding_scale=sqrt(config.hidden_size) if architecture.scaled_embedding else 1.0,
+        tied=bool(config.tie_word_embeddings),
+        windows=tuple(config.sliding_window if kind == "sliding_attention" else -1 for kind in kinds),
+        rotary=tuple(kind if by_kind else None for kind in kinds),
+    )
+
+
+def _refused(reason: str) -> InputError:
+    return InputError(
+        f"No decoder with a key-value cache can be built: {reason}.",
+        "Without a cache, for scoring alone, -o FILE.onnx --format onnx exports it; as a checkpoint, --format "
+        "compressed-tensors keeps it for transformers.",
+    )
+
+
+def _layer_types(config: Any) -> list[str]:
+    """What each block attends to: ``full_attention`` or ``sliding_attention``."""
+    named = getattr(config, "layer_types", None)
+    if named:
+        return list(named)
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
+
+
+def _rotary_by_kind(config: Any) -> bool:
+    """Whether blocks of different kinds have rotary embeddings of their own."""
+    return any(isinstance(value, Mapping) for value in (config.rope_parameters or {}).values())
+
+
+def _activation(config: Any) -> str:
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def _unsupported(config: Any) -> list[str]:
+    """What of a configuration has no place in the graph."""
+    found = []
+    parameters = config.rope_parameters or {}
+    for each in parameters.values() if _rotary_by_kind(config) else [parameters]:
+        kind = each.get("rope_type", "default")
+        if kind not in _STATIC_ROTARY:
+            found.append(f"its rotary embedding is {kind}, which depends on the length of a text")
+        if each.get("partial_rotary_factor", 1.0) != 1.0:
+            found.append("its rotary embedding turns a part of each head only")
+    if _activation(config) not in ACTIVATIONS:
+        found.append(f"its activation is {_activation(config)}, and known are {listed(list(ACTIVATIONS), 9)}")
+    kinds = set(_layer_types(config)) - {"full_attention", "sliding_attention"}
+    found += [f"its blocks attend by {kind}" for kind in sorted(kinds)]
+    if getattr(config, "use_bidirectional_attention", None):
+        found.append("it attends to what follows as well")
+    return found

@@ -1,0 +1,152 @@
+"""The weights of a decoder, one at a time: codes as the n-bit operators hold them, or values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.quantized import QuantizedCheckpoint
+from quantcli.core.scheme import Scheme
+from quantcli.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: The blocks that kernels of MatMulNBits take: powers of two between these.
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
+
+
+@dataclass(frozen=True)
+class NbitsMatrix:
+    """A matrix ``[rows, columns]`` as codes.
+
+    ``codes`` uint8 ``[rows, columns * bits / 8]``, ``scales`` float32 ``[rows, blocks]``, ``zero_points`` uint8
+    ``[rows, ceil(blocks * bits / 8)]`` or None where they are in the middle.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray | None
+    bits: int
+    block: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return len(self.codes), self.codes.shape[1] * 8 // self.bits
+
+    def rows(self, start: int, stop: int) -> NbitsMatrix:
+        """Some of its rows."""
+        points = None if self.zero_points is None else self.zero_points[start:stop]
+        return NbitsMatrix(self.codes[start:stop], self.scales[start:stop], points, self.bits, self.block)
+
+
+Matrix = NbitsMatrix | np.ndarray
+
+
+class DecoderWeights:
+    """What a graph is built of: a checkpoint, whose quantized weights, if any, are codes. Nothing is kept."""
+
+    def __init__(self, checkpoint: Checkpoint, quantized: QuantizedCheckpoint | None) -> None:
+        """Take a checkpoint; ``quantized`` are the codes in it.
+
+        Raises:
+            InputError: a code is of a kind that MatMulNBits does not hold.
+        """
+        self._quantized = quantized
+        self._infos = {info.name: info for info in checkpoint.infos()}
+        self._checkpoint = checkpoint
+        for name, reason in ((name, _reason(scheme)) for name, scheme in self.schemes.items()):
+            if reason:
+                raise InputError(
+                    f"{name} cannot become ONNX with equal codes: {reason}.",
+                    "Start from the original weights, or turn the codes into values first (--scheme bf16).",
+                )
+
+    @property
+    def schemes(self) -> Mapping[str, Scheme]:
+        """The scheme of every quantized weight."""
+        return {name: weight.scheme for name, weight in self._quantized.weights.items()} if self._quantized else {}
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._infos or name in self.schemes
+
+    def vector(self, name: str) -> np.ndarray:
+        """A tensor of one dimension, float32."""
+        return _array(self._load(name).float())
+
+    def matrix(self, name: str) -> Matrix:
+        """A weight, as codes or in float32 (float16 where it is stored so). Raises InputError where it is missing."""
+        if name in self.schemes:
+            assert self._quantized is not None
+            return _packed(self._quantized, name)
+        import torch
+
+        stored = self._load(name)
+        return _array(stored if stored.dtype == torch.float16 else stored.float())
+
+    def joined(self, names: Sequence[str]) -> list[Matrix]:
+        """Several weights of one input: joined by rows where one operator can hold all of them."""
+        matrices = [self.matrix(name) for name in names]
+        first, *others = matrices
+        if isinstance(first, np.ndarray):
+            same = all(isinstance(each, np.ndarray) and each.dtype == first.dtype for each in others)
+            return [np.concatenate(matrices)] if same else matrices  # type: ignore[arg-type]
+        alike = [each for each in matrices if isinstance(each, NbitsMatrix) and _kind(each) == _kind(first)]
+        if len(alike) < len(matrices):
+            return matrices
+        points = [each.zero_points for each in alike if each.zero_points is not None]
+        codes, scales = np.concatenate([each.codes for each in alike]), np.concatenate([each.scales for each in alike])
+        return [NbitsMatrix(codes, scales, np.concatenate(points) if points else None, first.bits, first.block)]
+
+    def _load(self, name: str) -> Tensor:
+        info = self._infos.get(name)
+        if info is None:
+            raise InputError(f"{self._checkpoint.path} lacks {name}, which its configuration needs.")
+        return self._checkpoint.read_rows(info, 0, info.rows)
+
+
+def _kind(matrix: NbitsMatrix) -> tuple[int, int, bool]:
+    return matrix.bits, matrix.block, matrix.zero_points is None
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.contiguous().numpy()
+    return array
+
+
+def _reason(scheme: Scheme) -> str | None:
+    """Why MatMulNBits cannot hold a weight, or None."""
+    weights, size = scheme.weights, scheme.weights.granularity.size
+    if scheme.inputs is not None:
+        return "its inputs are quantized as well"
+    if weights.dtype not in ("int4", "int8"):
+        return f"it is {weights.dtype}, and MatMulNBits holds integers"
+    if size is not None and size & -size < SMALLEST_BLOCK:
+        return f"no block of {SMALLEST_BLOCK} columns or more divides its groups of {size}"
+    return None
+
+
+def _packed(quantized: QuantizedCheckpoint, name: str) -> NbitsMatrix:
+    """A weight's codes, with a scale for each block of the operator. Raises InputError where no block divides it."""
+    from quantcli.formats.onnx import encode_codes
+
+    tensor, scheme = quantized.tensor(name), quantized.weights[name].scheme
+    columns = tensor.shape[1]
+    group = scheme.weights.granularity.size or columns
+    block = min(group & -group, LARGEST_BLOCK)
+    if block < SMALLEST_BLOCK:
+        raise InputError(f"{name} has {columns} columns, and MatMulNBits has blocks of {SMALLEST_BLOCK} or more.")
+    repeats, rows = group // block, tensor.shape[0]
+
+    def spread(values: Tensor) -> Tensor:
+        return values.expand(rows, -1).repeat_interleave(repeats, 1)
+
+    points = None if tensor.zero_point is None else _array(encode_codes(spread(tensor.zero_point), scheme))
+    codes = _array(encode_codes(tensor.codes, scheme))
+    return NbitsMatrix(codes, _array(spread(tensor.scale).float()), points, scheme.weights.bits, block)
