@@ -183,7 +183,8 @@ class OnnxSearch:
                 break
             recipe = self._recipe(mix)
             if most is not None and (excess := self.measured.size(recipe) - most) > 0:
-                room -= excess
+                # By a little more, so that few attempts are needed.
+                room -= excess + most // 4096
             elif self._keeps_outputs(recipe):
                 accepted, high = recipe, middle - 1
             else:
