@@ -106,7 +106,7 @@ class Budget:
 def _default_schemes(*, onnx: bool, data: bool) -> tuple[str, ...]:
     if not onnx:
         return ("int4", "int8", "bf16")
-    return (FLOAT, "fp16", *(("int8-static",) if data else ()), "int8-dynamic", "int4")
+    return (FLOAT, *(("int8-static",) if data else ()), "int8-dynamic", "int4")
 
 
 def parse_allow(text: str) -> tuple[str, ...]:

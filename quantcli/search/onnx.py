@@ -28,7 +28,7 @@ from quantcli.search.onnx_mixes import LEVELS, Limits, Mixes
 from quantcli.search.onnx_sensitivity import layer_costs
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.search.onnx_trials import key_of
-from quantcli.search.onnx_ways import Ways
+from quantcli.search.onnx_ways import Ways, uniform_recipe
 from quantcli.search.sensitivity_file import SensitivityStore
 from quantcli.search.solver import Column
 from quantcli.search.unmet import loses_too_much, too_few_samples, too_large, too_slow
@@ -121,7 +121,10 @@ class OnnxSearch:
         """One scheme for all layers, as if it had been asked for by itself."""
         for rule in ways_to_store(self.subject.recipe, self.budget.allow).values():
             if "scheme" in dict(rule):
-                yield chosen_recipe(self.subject.recipe, dict(rule))
+                # With a rule, `int8-static` is what was judged: by itself it would protect itself when converted again.
+                is_static = dict(rule)["scheme"] == "int8-static"
+                own = self.subject.recipe
+                yield uniform_recipe(own, rule) if is_static else chosen_recipe(own, dict(rule))
 
     def _converted_uniforms(self) -> list[Recipe]:
         """Those that can be converted, the smallest first."""
@@ -183,7 +186,8 @@ class OnnxSearch:
                 break
             recipe = self._recipe(mix)
             if most is not None and (excess := self.measured.size(recipe) - most) > 0:
-                room -= excess
+                # By a little more, so that few attempts are needed.
+                room -= excess + most // 4096
             elif self._keeps_outputs(recipe):
                 accepted, high = recipe, middle - 1
             else:

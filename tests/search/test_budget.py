@@ -35,7 +35,7 @@ def test_schemes_that_may_be_chosen() -> None:
 def test_what_may_be_chosen_where_nothing_is_named() -> None:
     budget = Budget(max_size=1)
     assert budget.checked(onnx=False, data=True).allow == ("int4", "int8", "bf16")
-    assert budget.checked(onnx=True, data=True).allow == ("float", "fp16", "int8-static", "int8-dynamic", "int4")
+    assert budget.checked(onnx=True, data=True).allow == ("float", "int8-static", "int8-dynamic", "int4")
     assert "int8-static" not in budget.checked(onnx=True, data=False).allow
 
 

@@ -250,6 +250,8 @@ def test_a_uniform_scheme_wins_where_it_loses_less(
         asked.append(count)
         return [0.5 * ((mix in self.uniforms()) != wins) + 0.01 * number for number in range(count)]
 
+    assert tried.evidence is not None
+    monkeypatch.setattr(tried.evidence.held_out.task, "METRICS", ("perplexity",))
     monkeypatch.setattr(CheckpointTrials, "_alone", alone)
     mix = CheckpointSearch(tried, tried.budget)._for_size()
     assert (mix in tried.uniforms()) == wins
