@@ -48,7 +48,7 @@ def test_operators_weights_inputs_and_outputs(home: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "scheme", "kind"),
     [
-        ("cnn", "int8-static", "QDQ"), ("cnn", "int8", "QDQ"), ("encoder", "int4", "n-bit"),
+        ("cnn", "int8-static", "QDQ"), ("cnn", "int8", "n-bit"), ("encoder", "int4", "n-bit"),
         ("encoder", "nf4", "n-bit"),
         ("encoder", "int8-dynamic", "QOperator"),
     ],
