@@ -92,6 +92,8 @@ class _Resolver:
         self.name = label_of(wish, scheme)
         self.steps = chain(recipe, scheme, data=data)
         self.bad_groups: dict[int, list[str]] = {}
+        #: Whether layers are left since no size of a group divides their columns.
+        self.indivisible = False
         self._check_combination(scheme)
         floats = [info for info in infos if info.is_float]
         by_dtype = Counter[str]()
@@ -186,7 +188,9 @@ class _Resolver:
         )
 
     def _other_schemes(self) -> str | None:
-        """What to try where the library that loads the result can have no layer's codes; None where it is not asked."""
+        """What to try where no layer can have codes of this scheme; None where nothing is known to be better."""
+        if self.indivisible:
+            return "--scheme int8 has one scale for a row, whatever its length."
         if self.loader.unpacked and self.scheme.weights.dtype != "int8":
             return "--scheme int8 is stored in codes that it reads, chosen from data or without (gptq, awq, mse)."
         if self.loader.leave or self.loader.unpacked:
@@ -278,6 +282,7 @@ class _Resolver:
                     return self._leave(info, role, "group size does not divide")
                 fitting = self._fitting(scheme, together) or self._fitting(scheme, columns)
                 if not fitting:
+                    self.indivisible = True
                     return self._leave(
                         info, role, f"no {kind} size of {', '.join(map(str, FALLBACK_GROUP_SIZES))} divides {columns}"
                     )

@@ -164,6 +164,9 @@ def test_the_largest_group_size_that_divides_is_taken_and_said(columns: int, siz
 def test_columns_that_no_group_size_divides_are_left() -> None:
     plan = plan_of(infos(LINEAR | {"odd.weight": (64, 100)}))
     assert layer(plan, "odd.weight").reason == "no group size of 128, 64, 32, 16 divides 100"
+    alone = infos({"odd.weight": (64, 100)})
+    assert "--scheme int8 has one scale for a row" in refusal(InputError, alone, scheme="int4")
+    assert plan_of(alone, scheme="int8").quantized
 
 
 def test_nf4_falls_back_to_a_block_that_bitsandbytes_has() -> None:

@@ -29,6 +29,7 @@ from quantcli.core.numerics import decoded as values_of
 from quantcli.core.scheme import Granularity, NumberFormat
 from quantcli.errors import UsageError
 from quantcli.planning.recipe import Recipe
+from quantcli.ptq import block as at_work
 from quantcli.ptq import engine
 from quantcli.reporting.report import Report
 
@@ -172,13 +173,13 @@ def test_blocks_learn_from_what_the_original_returns(
     lively: Path, tmp_path: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets: list[Tensor] = []
-    original = engine.round_block
+    original = at_work.round_block
 
     def round_block(block: nn.Module, layers: Any, calls: Any, wanted: Any, *others: Any) -> Any:
         targets.append(torch.cat([wanted[number] for number in range(len(calls))]))
         return original(block, layers, calls, wanted, *others)
 
-    monkeypatch.setattr(engine, "round_block", round_block)
+    monkeypatch.setattr(at_work, "round_block", round_block)
     quantize(lively / name, tmp_path / "out", data, **ALGORITHMS[1])
     model = network(lively / name)
     blocks = [block for path in LISTS[name] for block in model.get_submodule(path).children()]
@@ -259,8 +260,8 @@ def test_an_interrupted_run_continues(
     names = Counter(json.loads(line)["name"].split(".")[2] for line in lines[1:])
     assert names == {str(number): PARAMETERS for number in range(blocks)}
     chosen: list[str] = []
-    original = engine.round_block
-    monkeypatch.setattr(engine, "round_block", lambda *args: chosen.append("block") or original(*args))
+    original = at_work.round_block
+    monkeypatch.setattr(at_work, "round_block", lambda *args: chosen.append("block") or original(*args))
     quantize(lively / "llama", tmp_path / "out", data, **options)
     assert len(chosen) == 3 - blocks  # finished blocks only run
     assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
@@ -273,8 +274,8 @@ def test_an_interrupted_run_leaves_no_hidden_states(
     scratch = tmp_path / ".out.partial" / "scratch"
     monkeypatch.setattr(calibrated, "spare_memory", lambda *_: 0)
     seen: list[int] = []
-    original = engine.round_block
-    monkeypatch.setattr(engine, "round_block", lambda *args: seen.append(len([*scratch.iterdir()])) or original(*args))
+    original = at_work.round_block
+    monkeypatch.setattr(at_work, "round_block", lambda *args: seen.append(len([*scratch.iterdir()])) or original(*args))
     interrupted(monkeypatch, "_write", 1)
     with pytest.raises(KeyboardInterrupt):
         quantize(lively / "t5", tmp_path / "out", data)
@@ -310,12 +311,12 @@ def test_another_recipe_or_other_data_does_not_continue(
 
 def blanked(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Let a layer see no token."""
-    original = engine.observe
+    original = at_work.observe
 
     def observe(*args: Any) -> dict[str, LinearStats]:
         return original(*args) | {name: LinearStats()}
 
-    monkeypatch.setattr(engine, "observe", observe)
+    monkeypatch.setattr(at_work, "observe", observe)
 
 
 @pytest.mark.parametrize("steps", [["gptq"], ["awq"], ["smoothquant", "gptq"], [{"autoround": {"iterations": 2}}]])
@@ -378,8 +379,8 @@ def test_progress_moves_within_blocks(lively: Path, tmp_path: Path, data: Path, 
 def test_threads_are_those_asked_for(lively: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantcli.system.parallel.os.sched_getaffinity", lambda _: range(3), raising=False)
     seen: list[int] = []
-    original = engine.round_block
-    monkeypatch.setattr(engine, "round_block", lambda *args: seen.append(torch.get_num_threads()) or original(*args))
+    original = at_work.round_block
+    monkeypatch.setattr(at_work, "round_block", lambda *args: seen.append(torch.get_num_threads()) or original(*args))
     for threads, expected in ((2, 2), (None, 3)):
         seen.clear()
         quantize(lively / "llama", tmp_path / f"out{threads}", data, threads=threads)
