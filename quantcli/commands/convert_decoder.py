@@ -14,7 +14,7 @@ from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
-from quantcli.checkpoint.hugging_face import config_of, neighbours
+from quantcli.checkpoint.hugging_face import config_of, is_causal_config, neighbours
 from quantcli.checkpoint.quantized import QuantizedCheckpoint
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
@@ -25,7 +25,7 @@ from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
-from quantcli.export.decoder.architecture import Decoder, is_causal_config, read_decoder, why_no_decoder
+from quantcli.export.decoder.architecture import Decoder, read_decoder, why_no_decoder
 from quantcli.formats import quantized_format
 from quantcli.onnx.graph.model import is_onnx
 from quantcli.planning.recipe import Recipe, build_scheme
