@@ -17,6 +17,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import decoded_checkpoint
 from quantcli.errors import InputError, UsageError
 from quantcli.export.decoder.rotary import rotary_tables
+from quantcli.planning.recipe import Recipe
 
 PROMPT = [5, 17, 60, 33, 9, 71, 44]
 COUNT = 24
@@ -84,6 +85,27 @@ def test_codes_of_a_quantized_checkpoint_are_carried_over(made: Any, tmp_path: P
     theirs = decoded_checkpoint(open_checkpoint(tmp_path / "packed"))
     for name in ("model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.down_proj.weight"):
         assert torch.equal(ours[name], theirs.load(name))
+
+
+ASYMMETRIC = {"weights": {"dtype": "int4", "granularity": "group", "group_size": 16, "symmetric": False}}
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("gemma3", {"scheme": "fp16"}),
+        ("phi3", {"scheme": ASYMMETRIC, "rules": [{"match": "*.self_attn.*", "scheme": "int8", "group_size": 32}]}),
+        ("llama3", {"scheme": "int4", "skip": ["lm_head", "model.layers.1.self_attn.q_proj"]}),
+        ("llama", {"scheme": "int4", "rules": [{"match": "model.embed_tokens", "scheme": "int4"}]}),
+    ],
+    ids=["fp16", "asymmetric", "skipped", "four-bit-head"],
+)
+def test_schemes_and_rules_reach_the_graph(made: Any, tmp_path: Path, name: str, recipe: dict[str, Any]) -> None:
+    folder, _, _ = made(name)
+    wishes = Recipe(**recipe, format="onnx")
+    report = quantcli.convert(folder, tmp_path / "out", recipe=wishes)
+    assert report.details["verified"]["decoder"]["torch"]["compared"]
+    assert not report.warnings or "cache" not in " ".join(report.warnings)
 
 
 def test_what_is_no_decoder_is_refused_by_name(models: Path, made: Any, tmp_path: Path) -> None:
