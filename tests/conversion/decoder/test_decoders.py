@@ -13,6 +13,7 @@ import torch
 from support.decoders import TINY, greedy_in_genai, greedy_in_torch, tiny_decoder, torch_with_codes, without_rounding
 
 import quantcli
+from quantcli.benchmarking.probe import Probe
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import decoded_checkpoint
 from quantcli.errors import InputError, UsageError
@@ -56,8 +57,10 @@ def test_genai_says_what_torch_says_on_the_same_codes(made: Any, name: str, tmp_
     assert len(np.unique(said)) > 1
 
 
-def test_bench_reads_a_prompt_and_generates(made: Any) -> None:
+def test_bench_reads_a_prompt_and_generates(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, artifact, _ = made("llama")
+    # Processes that measure memory take seconds each.
+    monkeypatch.setattr("quantcli.benchmarking.probe.probe", lambda *_, **__: Probe(1.0, 2, 1))
     report = quantcli.bench(folder, [artifact], seq_len=16, runs=2)
     reference, candidate = (model.metrics for model in report.models)
     for metrics in (reference, candidate):
