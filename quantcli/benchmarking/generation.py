@@ -16,7 +16,7 @@ from quantcli.models.source import ModelSource
 #: Tokens generated in a turn.
 NEW_TOKENS = 8
 
-METRICS = ("prompt_tokens_per_s", "first_token_ms", "tokens_per_s")
+METRICS = ("prompt_tokens_per_s", "time_to_first_token_ms", "tokens_per_s")
 CANDIDATE_METRICS = ("prompt_speedup", "generation_speedup")
 
 
@@ -94,7 +94,7 @@ def _figures(
     first = read.percentile_ms(50)
     found: dict[str, float | None] = {
         "prompt_tokens_per_s": length / first * 1e3,
-        "first_token_ms": first,
+        "time_to_first_token_ms": first,
         "tokens_per_s": NEW_TOKENS / said.percentile_ms(50) * 1e3,
     }
     if reference[0] is not None and reference[1] is not None:

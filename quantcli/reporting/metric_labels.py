@@ -23,7 +23,7 @@ METRICS = {
     "throughput_per_s": ("Per second", "{:,.1f}"),
     "speedup": ("Speed-up", "{:.2f}"),
     "prompt_tokens_per_s": ("Prompt tokens/s", "{:,.0f}"),
-    "first_token_ms": ("First token, ms", "{:.3g}"),
+    "time_to_first_token_ms": ("First token, ms", "{:.3g}"),
     "tokens_per_s": ("Tokens/s", "{:.3g}"),
     "prompt_speedup": ("Prompt speed-up", "{:.2f}"),
     "generation_speedup": ("Generation speed-up", "{:.2f}"),

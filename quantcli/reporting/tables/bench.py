@@ -49,7 +49,7 @@ def _latency(report: Report) -> Table:
 
 def _generation(report: Report) -> list[Table]:
     """How fast models that generate read a prompt and continue it; nothing where none does."""
-    metrics = ("prompt_tokens_per_s", "first_token_ms", "tokens_per_s", "prompt_speedup", "generation_speedup")
+    metrics = ("prompt_tokens_per_s", "time_to_first_token_ms", "tokens_per_s", "prompt_speedup", "generation_speedup")
     shown = [model for model in report.models if "tokens_per_s" in model.metrics]
     if not shown:
         return []
