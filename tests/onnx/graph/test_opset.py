@@ -49,3 +49,16 @@ def test_a_model_of_a_newer_set_than_the_runtimes_own_quantizing_operators(tmp_p
     x = {"x": normal(8, 8, 6, 6)}
     expected, got = (Session(tmp_path / name).run(x)["y"] for name in ("m.onnx", "o.onnx"))
     assert np.square(expected - got).sum() / np.square(expected).sum() < (0.03 if scheme == "int4" else 2e-3)
+
+
+def test_what_no_upgrade_has_words_for_is_said_without_the_converters_source(tmp_path: Path) -> None:
+    """A BatchNormalization of statistics for each place left the standard with operator set 9."""
+    names = ("scale", "shift", "mean", "variance")
+    norm = node("BatchNormalization", ["x", *names], "n", spatial=0)
+    statistics = {name: np.abs(normal(4, 6, 6)) for name in names}
+    nodes = [norm, node("Conv", ["n", "w"], "y")]
+    proto = model(nodes, {"x": [1, 4, 6, 6]}, {"y": [1, 48, 4, 4]}, statistics | {"w": normal(48, 4, 3, 3)}, opset=7)
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(InputError, match="upgraded to 13: Attribute spatial must have value 1") as refused:
+        convert(tmp_path / "m.onnx", output=tmp_path / "q.onnx", scheme="int8-static", data=tmp_path / "d.npz")
+    assert "Assertion" not in str(refused.value)
