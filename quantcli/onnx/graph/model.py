@@ -119,7 +119,7 @@ def open_onnx(path: Path) -> OnnxModel:
     except Exception as error:
         # protobuf, and onnx-ir above it, raise whatever a damaged message makes them stumble over.
         raise InputError(
-            f"{path} is not a readable ONNX model: {first_line(error)}.", "It may be truncated, or of another kind."
+            f"{path} is not a readable ONNX model: {first_line(_cause(error))}.", "It may be truncated, or of another kind."
         ) from error
     if not len(model.graph) and not model.graph.outputs:
         raise InputError(f"{path} is not an ONNX model: it holds no graph.")
@@ -136,6 +136,13 @@ def open_onnx(path: Path) -> OnnxModel:
     # Before IR version 4 every initializer was an input as well; nobody feeds those.
     common.RemoveInitializersFromInputsPass()(model)
     return opened
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What an error began with; onnx-ir's own say only in which part of the file it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def load_graph(path: Path) -> ir.Model:
