@@ -12,6 +12,7 @@ from quantcli.core.manifest import MANIFEST_KEY, Manifest
 from quantcli.core.ports import Port
 from quantcli.errors import InputError
 from quantcli.onnx.graph.external import external_files, find_external
+from quantcli.onnx.graph.sparse import write_out_sparse
 from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def open_onnx(path: Path) -> OnnxModel:
     except Exception as error:
         # protobuf, and onnx-ir above it, raise whatever a damaged message makes them stumble over.
         raise InputError(
-            f"{path} is not a readable ONNX model: {first_line(error)}.", "It may be truncated, or of another kind."
+            f"{path} is not a readable ONNX model: {first_line(_cause(error))}.",
+            "It may be truncated, or of another kind.",
         ) from error
     if not len(model.graph) and not model.graph.outputs:
         raise InputError(f"{path} is not an ONNX model: it holds no graph.")
@@ -138,8 +140,18 @@ def open_onnx(path: Path) -> OnnxModel:
     return opened
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What an error began with; onnx-ir's own say only in which part of the file it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def load_graph(path: Path) -> ir.Model:
-    """Read a file as it is. Types of maps, which onnx-ir has not, are left out; onnxruntime infers them by itself."""
+    """Read a file as it is, but for what onnx-ir has not.
+
+    Types of maps are left out, which onnxruntime infers by itself; sparse constants are written out.
+    """
     import onnx
     import onnx_ir as ir
     from onnx_ir import external_data
@@ -148,6 +160,7 @@ def load_graph(path: Path) -> ir.Model:
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         if _holds_map(value.type):
             value.ClearField("type")
+    write_out_sparse(proto, path.parent)
     model = ir.from_proto(proto)
     external_data.set_base_dir(model.graph, path.parent)
     return model

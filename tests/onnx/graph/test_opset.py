@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import defs, helper
+from onnx import TensorProto, defs, helper
 from support.graphs import model, node, normal
 
 from quantcli import convert
@@ -62,3 +62,18 @@ def test_what_no_upgrade_has_words_for_is_said_without_the_converters_source(tmp
     with pytest.raises(InputError, match="upgraded to 13: Attribute spatial must have value 1") as refused:
         convert(tmp_path / "m.onnx", output=tmp_path / "q.onnx", scheme="int8-static", data=tmp_path / "d.npz")
     assert "Assertion" not in str(refused.value)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "fp16"])
+def test_tables_of_strings_are_kept(tmp_path: Path, scheme: str) -> None:
+    """A vocabulary larger than what an upgrade, or a run in memory, carries along."""
+    words = np.array([f"word {number} é" for number in range(80_000)], dtype=object)
+    nodes = [node("MatMul", ["x", "w"], "y"), node("ArgMax", ["y"], ["best"], axis=1, keepdims=0)]
+    nodes.append(node("Gather", ["words", "best"], ["word"]))
+    held = {"w": normal(64, 96), "words": words}
+    proto = model(nodes, {"x": ["n", 64]}, {"y": ["n", 96]}, held, opset=11)
+    proto.graph.output.append(helper.make_tensor_value_info("word", TensorProto.STRING, ["n"]))
+    onnx.save(proto, tmp_path / "m.onnx")
+    convert(tmp_path / "m.onnx", output=tmp_path / "q.onnx", scheme=scheme, allow_larger=True)
+    found = Session(tmp_path / "q.onnx").run({"x": normal(3, 64)})
+    assert list(found["word"]) == list(words[found["y"].argmax(1)])
