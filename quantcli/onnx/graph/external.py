@@ -33,6 +33,8 @@ def find_external(model: ir.Model, path: Path) -> None:
     """
     import onnx_ir as ir
 
+    from quantcli.onnx.graph.mapped import MappedTensor
+
     folders = {path.parent.resolve(), path.resolve().parent}
     for tensor, put in _tensors(model):
         if not isinstance(tensor, ir.ExternalTensor):
@@ -51,7 +53,7 @@ def find_external(model: ir.Model, path: Path) -> None:
             raise InputError(f"{file} is truncated: {name} ends at byte {needed}, the file has {real.stat().st_size}.")
         # onnx-ir would refuse links, which were judged here.
         put(
-            ir.ExternalTensor(
+            MappedTensor(
                 real, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name,
                 doc_string=tensor.doc_string, metadata_props=tensor.metadata_props,
             )
