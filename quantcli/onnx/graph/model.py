@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from quantcli.core.manifest import MANIFEST_KEY, Manifest
 from quantcli.core.ports import Port
 from quantcli.errors import InputError
-from quantcli.onnx.graph.external import external_files, find_external
+from quantcli.onnx.graph.external import LARGE_BYTES, external_files, find_external
+from quantcli.onnx.graph.wire import read_lean
 from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ class OnnxModel:
         return digest.hexdigest()
 
 
-def open_onnx(path: Path) -> OnnxModel:
-    """Open an ONNX file without reading external weights.
+def open_onnx(path: Path, *, mapped: bool = False) -> OnnxModel:
+    """Open an ONNX file without reading external weights; ``mapped``: nor those of the file itself, where large.
 
     Raises:
         InputError: the file is missing, is not ONNX, is truncated, is too old, or external data is missing,
@@ -113,7 +114,7 @@ def open_onnx(path: Path) -> OnnxModel:
     if not path.is_file():
         raise InputError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
     try:
-        model = load_graph(path)
+        model = load_graph(path, mapped=mapped)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:
@@ -138,13 +139,16 @@ def open_onnx(path: Path) -> OnnxModel:
     return opened
 
 
-def load_graph(path: Path) -> ir.Model:
-    """Read a file as it is. Types of maps, which onnx-ir has not, are left out; onnxruntime infers them by itself."""
+def load_graph(path: Path, *, mapped: bool = False) -> ir.Model:
+    """Read a file as it is. Types of maps, which onnx-ir has not, are left out; onnxruntime infers them by itself.
+
+    With ``mapped`` its large weights are tensors of an external file, which is the file itself.
+    """
     import onnx
     import onnx_ir as ir
     from onnx_ir import external_data
 
-    proto = onnx.load(path, load_external_data=False)
+    proto = read_lean(path, LARGE_BYTES) if mapped else onnx.load(path, load_external_data=False)
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         if _holds_map(value.type):
             value.ClearField("type")

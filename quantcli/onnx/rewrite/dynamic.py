@@ -107,7 +107,9 @@ class DynamicQuantizer:
         turned.meta[ORIGIN] = replace(origin, turned=not origin.turned)
         # Whoever asks what they stand for still wants them in the weight's own shape, and a copy would stay.
         before = codes.const_value
-        codes.const_value = ir.LazyTensor(partial(_turned_back, turned), dtype=before.dtype, shape=before.shape)
+        codes.const_value = ir.LazyTensor(
+            partial(_turned_back, turned), dtype=before.dtype, shape=ir.Shape(before.shape.numpy())
+        )
         return turned
 
 
