@@ -26,6 +26,9 @@ _NARROW = {
 }  # fmt: skip
 
 
+#: Weights from this size on are written beside a dumped graph.
+_LARGE_BYTES = 1 << 20
+
 #: What to do about operators that onnxruntime does not know.
 _CUSTOM_OPERATORS = "If it is a custom operator, name the library that has it: --custom-ops FILE.so."
 
@@ -58,9 +61,11 @@ class Session:
         optimize: False runs the graph as it is written, so that every value of it can be asked for.
         shared: threads rest as soon as a run ends; otherwise they spin for a while, waiting for the next one, and
             take cores from whatever else is measured.
-        dump: file that the runtime's own optimized graph is written to.
+        dump: file that the runtime's own optimized graph is written to; large weights go into one beside it.
         name: what errors call the model, where its file is not the user's own.
-        weights: constants that the model says to be elsewhere, by name; they are read where they are.
+        weights: constants that the model says to be elsewhere, by name.
+        folder: where a serialized model has its external data, which is read where it is.
+        prepack: False leaves weights as they are; laid out anew for its kernels they are a second copy of all of them.
 
     Raises:
         InputError: onnxruntime cannot load the model.
@@ -76,6 +81,8 @@ class Session:
         dump: Path | None = None,
         name: str | None = None,
         weights: Mapping[str, np.ndarray] | None = None,
+        folder: Path | None = None,
+        prepack: bool = True,
     ) -> None:
         ort = onnxruntime()
         options = ort.SessionOptions()
@@ -88,12 +95,17 @@ class Session:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if dump is not None:
             options.optimized_model_filepath = str(dump)
+            # In one file with its weights the graph would be held twice more, and could be no larger than 2 GB.
+            beside = "session.optimized_model_external_initializers"
+            options.add_session_config_entry(f"{beside}_file_name", f"{dump.name}.data")
+            options.add_session_config_entry(f"{beside}_min_size_in_bytes", str(_LARGE_BYTES))
         for library in custom_operators.registered():
             options.register_custom_ops_library(str(library))
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         if weights:
-            if not optimize:
-                # Weights that are laid out anew for its kernels would be a second copy of all of them.
-                options.add_session_config_entry("session.disable_prepacking", "1")
             # The runtime does not keep them alive.
             self._weights = [ort.OrtValue.ortvalue_from_numpy(values) for values in weights.values()]
             options.add_external_initializers(list(weights), self._weights)
@@ -177,8 +189,8 @@ def session_of(path: Path, **options: Any) -> Session:
         model = open_onnx(path)
         if len(model.files) == 1:
             raise
-        proto, weights = in_memory(model.ir)
-        return Session(proto, weights=weights, **{"name": str(path)} | options)
+        proto, weights, folder = in_memory(model.ir)
+        return Session(proto, weights=weights, folder=folder, **{"name": str(path)} | options)
 
 
 def _reason(error: Exception, model: Path | bytes, name: str) -> str:

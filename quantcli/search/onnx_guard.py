@@ -17,7 +17,7 @@ from quantcli.conversion.onnx.advice import GOOD_OUTPUT_SQNR_DB
 from quantcli.conversion.onnx.guard import Attempt, Protection
 from quantcli.core.ports import Arrays
 from quantcli.errors import InputError
-from quantcli.models.session import Session
+from quantcli.models.session import Session, session_of
 from quantcli.planning.recipe import Recipe
 from quantcli.search.choices import SKIP, Rule
 from quantcli.search.onnx_runs import GraphRuns
@@ -99,7 +99,7 @@ class StaticGuard:
         if attempt.recipe.scheme != "int8-static" or hint is None or hint >= _SLOWER:
             return
         feeds, _ = next(iter(attempt.outputs.feeds()))
-        sessions = [Session(path, shared=True) for path in (attempt.model, attempt.artifact)]
+        sessions = [session_of(attempt.model, shared=True), Session(attempt.artifact, shared=True)]
         reference, candidate = _timed(sessions, dict(feeds))
         found = speedup(reference, candidate)
         if reference.percentile_ms(50) >= _LEAST_MS and found.high < _SLOWER:

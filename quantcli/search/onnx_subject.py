@@ -130,7 +130,9 @@ class GraphSubject:
         found = made_up(reference, graph)
         if isinstance(found, NoFeeds):
             raise InputError(f"Nothing can be told of the outputs: {found.reason}", "Give --data.")
-        return OutputComparison(reference, found, folder, made_up=True, loose=True)
+        outputs = OutputComparison(model, found, folder, made_up=True, loose=True)
+        outputs.observe(reference)
+        return outputs
 
     @cached_property
     def ways(self) -> Ways:

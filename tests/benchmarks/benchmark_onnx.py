@@ -1,7 +1,7 @@
 """The figures quantcli stands for with ONNX, measured on this machine and printed beside their limits.
 
 Run: .venv/bin/python tests/benchmarks/benchmark_onnx.py [digits] [efficientnet] [detector] [weights] [minilm]
-     [ocr] [recurrent] [calibration]
+     [ocr] [recurrent] [calibration] [memory]
 
 digits        a CNN trained on the spot, int8-static: integer kernels, accuracy, size
 efficientnet  EfficientNet-Lite0, int8-static: output SQNR and latency beside onnxruntime's quantize_static. Images
@@ -16,6 +16,7 @@ recurrent     LSTM and GRU of two directions, weights as torch initializes them 
               output SQNR and latency beside quantize_dynamic's
 calibration   EfficientNet-Lite0, entropy: peak memory with 512 samples beside 64, and time beside that of
               onnxruntime's entropy calibrator on as many samples as it can hold
+memory        a graph of 1.07 GB in external data, int4 and int8-dynamic: peak memory of the conversion
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from harness import line, main, show
 from support import real_models
 from support.detector import save_detector
 from support.graphs import model, node, normal
+from support.onnx_models import save_products
 
 import quantcli
 from quantcli.reporting.report import Report
@@ -52,6 +54,15 @@ model, data, output, samples = sys.argv[1:]
 start = time.monotonic()
 report = calibrate(model, data=data, output=output, method="entropy", samples=int(samples), force=True)
 print(json.dumps([time.monotonic() - start, peak_rss_bytes(), len(report.details["tensors"])]))
+"""
+
+_CONVERTED = """
+import json, sys
+from quantcli import convert
+from quantcli.system.hardware import peak_rss_bytes
+model, output, scheme = sys.argv[1:]
+convert(model, output, scheme=scheme)
+print(json.dumps([peak_rss_bytes()]))
 """
 
 _THEIRS = """
@@ -356,6 +367,16 @@ def calibration(folder: Path) -> None:
     line(f"our time, {THEIRS} samples", f"{ours[0]:.1f} s ({share:.3f}x)", "at most 0.333x", share <= 1 / 3)
 
 
+def memory(folder: Path) -> None:
+    """Peak memory of a conversion: the runtime holds one model at a time, and quantcli one weight."""
+    plain = save_products(folder / "plain.onnx", layers=16, width=4096)
+    size = plain.with_name("plain.onnx.data").stat().st_size
+    for scheme in ("int4", "int8-dynamic"):
+        (peak,) = child(_CONVERTED, plain, folder / f"{scheme}.onnx", scheme)
+        shown = f"{peak / 1e9:.2f} GB ({peak / size:.2f}x)"
+        line(f"{scheme} of {size / 1e9:.2f} GB: peak memory", shown, "at most 1.6x", peak <= 1.6 * size)
+
+
 if __name__ == "__main__":
     prose = "prose, the help texts that come with Python"
     main(
@@ -369,5 +390,6 @@ if __name__ == "__main__":
             "ocr": (ocr, "PP-OCRv4 detector, recognizer and classifier on rendered pictures of text"),
             "recurrent": (recurrent, "LSTM and GRU, 128 inputs and 2 x 256 states, on random sequences of 50 steps"),
             "calibration": (calibration, "EfficientNet-Lite0 on synthetic images"),
+            "memory": (memory, "sixteen products of random 4096 x 4096 matrices"),
         },
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -59,3 +61,26 @@ def halved(proto: onnx.ModelProto) -> onnx.ModelProto:
         if each.type.tensor_type.elem_type == TensorProto.FLOAT:
             each.type.tensor_type.elem_type = TensorProto.FLOAT16
     return proto
+
+
+def save_products(path: Path, layers: int, width: int) -> Path:
+    """A chain of products of square float32 matrices, which lie in a file beside it: ``4 * layers * width ** 2`` bytes.
+
+    They are written one by one, so that whoever measures memory holds none.
+    """
+    nodes: list[onnx.NodeProto] = []
+    proto = model(nodes, {"x": ["n", width]}, {f"y{layers - 1}": ["n", width]}, {})
+    beside = path.with_name(f"{path.name}.data")
+    with beside.open("wb") as stream:
+        for layer in range(layers):
+            tensor = onnx.TensorProto(name=f"w{layer}", dims=[width, width], data_type=TensorProto.FLOAT)
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in {"location": beside.name, "offset": stream.tell(), "length": 4 * width**2}.items():
+                tensor.external_data.add(key=key, value=str(value))
+            stream.write(normal(width, width, seed=layer, scale=width**-0.5).tobytes())
+            proto.graph.initializer.append(tensor)
+            before = f"y{layer - 1}" if layer else "x"
+            proto.graph.node.append(node("MatMul", [before, tensor.name], [f"a{layer}"], name=f"product{layer}"))
+            proto.graph.node.append(node("Relu", [f"a{layer}"], [f"y{layer}"]))
+    onnx.save(proto, path)
+    return path

@@ -73,24 +73,40 @@ class Comparison:
 class OutputComparison:
     """Candidates against one reference on the same feeds.
 
-    The reference runs once; its outputs are kept in a folder, since those of a language model may not fit in memory.
+    The reference runs once, and is gone before a candidate is loaded, so that never two models are in memory; its
+    outputs are kept in a folder, since those of a language model may not fit there. ``name`` is what errors call it.
     ``loose``: an output may have another shape, where shapes follow from values; it is not compared then.
     """
 
     def __init__(
         self,
-        reference: Path | Session,
+        reference: Path,
         feeds: Feeds,
         folder: Path,
         *,
+        name: str | None = None,
         made_up: bool = False,
         loose: bool = False,
     ) -> None:
         self.reference, self.feeds, self.folder, self.made_up, self.loose = reference, feeds, folder, made_up, loose
+        self.name = name or str(reference)
         self._kept: list[list[str]] = []
+        self._ports: dict[str, list[str]] | None = None
+        self._times: list[float] = []
+        self._has_numbers = False
+
+    def observe(self, reference: Session | None = None) -> None:
+        """Run the reference, by a session of it where there is one already."""
+        session = reference or session_of(self.reference, name=self.name)
+        self._ports = _ports(session)
+        for feeds, _ in self.feeds():
+            outputs, seconds = _timed(session, feeds)
+            self._times.append(seconds)
+            self._keep(outputs)
+            self._has_numbers = self._has_numbers or has_numbers(outputs)
 
     def against(self, candidate: Path, name: str | None = None, *, literal: bool = False) -> Comparison:
-        """Run a candidate; the first one in turn with the reference, so that ``speed`` is known of that one alone.
+        """Run a candidate; the first one right after the reference, so that ``speed`` is known of that one alone.
 
         ``name`` is what errors call it. ``literal`` runs it as it is written, without kernels that the runtime would
         put in the place of its operators.
@@ -99,39 +115,34 @@ class OutputComparison:
             InputError: a model does not run, the reference returns nothing that could be compared, the candidate's
                 outputs are others than the reference's, or they are not finite where the reference's are.
         """
+        if self._ports is None:
+            self.observe()
+        assert self._ports is not None
         session = Session(candidate, optimize=not literal, name=name)
-        reference = None
-        if not self._kept:
-            reference = self.reference if isinstance(self.reference, Session) else session_of(self.reference)
-            _require_ports(reference, session)
+        _require_ports(self._ports, _ports(session))
         losses: dict[str, _Loss] = {}
-        times: list[tuple[float, float]] = []
-        samples, compared = 0, reference is None
+        ours, self._times = self._times, []
+        theirs: list[float] = []
+        samples = 0
         for number, (feeds, count) in enumerate(self.feeds()):
             samples += count
-            if reference is None:
-                expected, (got, _) = self._load(number), _candidate(session, feeds)
-            else:
-                outputs, ours = _timed(reference, feeds)
-                got, theirs = _candidate(session, feeds)
-                expected = self._keep(outputs)
-                times.append((ours, theirs))
-                compared = compared or has_numbers(outputs)
-            found = _tensors(got)
+            got, seconds = _candidate(session, feeds)
+            theirs.append(seconds)
+            expected, found = self._load(number), _tensors(got)
             for key in _same_kinds(expected, found, loose=self.loose):
                 losses.setdefault(key, _Loss()).add(key, expected[key], found[key])
-        if not compared:
+        if not self._has_numbers:
             raise InputError(
                 f"The model returns no finite number for {samples} samples: nothing shows what its artifact computes.",
                 "Give --data for which it returns numbers.",
             )
-        return _summary(samples, losses, times, made_up=self.made_up)
+        return _summary(samples, losses, list(zip(ours, theirs, strict=False)), made_up=self.made_up)
 
     def repeats(self) -> bool:
         """Whether the reference returns the same when it is run again; random numbers are others in each run."""
         import numpy as np
 
-        session = self.reference if isinstance(self.reference, Session) else session_of(self.reference)
+        session = session_of(self.reference, name=self.name)
         feeds, _ = next(iter(self.feeds()))
         again, before = _tensors(session.run(feeds)), self._load(0)
         return again.keys() == before.keys() and all(
@@ -140,14 +151,13 @@ class OutputComparison:
             for key, values in before.items()
         )
 
-    def _keep(self, outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Set the outputs of the next sample aside, and return them."""
+    def _keep(self, outputs: Mapping[str, Any]) -> None:
+        """Set the outputs of the next sample aside."""
         import numpy as np
 
         tensors = _tensors(outputs)
         np.savez(self._file(len(self._kept)), *tensors.values())
         self._kept.append(list(tensors))
-        return tensors
 
     def _load(self, number: int) -> dict[str, np.ndarray]:
         import numpy as np
@@ -247,13 +257,16 @@ def _is_float(values: np.ndarray) -> bool:
     return dtype_family(values.dtype) == "float"
 
 
-def _require_ports(reference: Session, candidate: Session) -> None:
+def _ports(session: Session) -> dict[str, list[str]]:
+    """Names and types of a model's inputs, and of its outputs."""
+    sides = {"inputs": session.inputs, "outputs": session.outputs}
+    return {what: [f"{port.name} ({port.kind or port.dtype})" for port in ports] for what, ports in sides.items()}
+
+
+def _require_ports(reference: Mapping[str, list[str]], candidate: Mapping[str, list[str]]) -> None:
     """Raise InputError where inputs or outputs have other names, another order or other types."""
-    for what in ("inputs", "outputs"):
-        before, after = (
-            [f"{port.name} ({port.kind or port.dtype})" for port in getattr(session, what)]
-            for session in (reference, candidate)
-        )
+    for what, before in reference.items():
+        after = candidate[what]
         if before != after:
             raise InputError(
                 f"The artifact's {what} would be {', '.join(after) or 'none'}; those of the model are "

@@ -101,8 +101,8 @@ def upgraded(graph: ir.Model, opset: int, data: Data = no_data) -> ir.Model:
 
 def _session(graph: ir.Model) -> Session:
     """A graph as it is written; its large weights stay where they are."""
-    proto, weights = in_memory(graph)
-    return Session(proto, optimize=False, weights=weights)
+    proto, weights, folder = in_memory(graph)
+    return Session(proto, optimize=False, weights=weights, folder=folder, prepack=False)
 
 
 class _Reference:
@@ -121,7 +121,7 @@ class _Reference:
             InputError: a constant is damaged, the runtime does not load the file, or it does not run on the data.
         """
         try:
-            session = _session(graph) if path is None else session_of(path, optimize=False)
+            session = _session(graph) if path is None else session_of(path, optimize=False, prepack=False)
         except InputError as error:
             if path is None:
                 return NoFeeds(error.message)

@@ -205,7 +205,8 @@ def _build(job: _Job, staging: Staging, material: Material, graph: ir.Model, pla
     unquantized = graph.clone() if job.trains else None
     honest = Honest(graph, gathered.plan, gathered.evidence)
     with torch_threads():
-        outcomes = transform(graph, gathered.plan, gathered.evidence)
+        scratch = None if job.trains else staging.root / "codes"
+        outcomes = transform(graph, gathered.plan, gathered.evidence, scratch)
     history = None
     if unquantized is not None and samples is not None:
         outcomes, history = _train(job, staging, source.model, unquantized, graph, samples, outcomes)
@@ -279,14 +280,16 @@ def _outputs(source: Source, honest: Honest, samples: Samples | None, folder: Pa
     Raises:
         InputError: there is no data, and the model runs on nothing that is made up.
     """
-    model, loose = source.model.path, honest.shapes_depend_on_values
+    model, name, loose = source.model.path, source.subject.path, honest.shapes_depend_on_values
     if samples is not None:
-        return OutputComparison(model, of_samples(samples, COMPARED_SAMPLES), folder, loose=loose)
-    reference = session_of(model, name=source.subject.path)
+        return OutputComparison(model, of_samples(samples, COMPARED_SAMPLES), folder, name=name, loose=loose)
+    reference = session_of(model, name=name)
     feeds = made_up(reference, honest.graph)
     if isinstance(feeds, NoFeeds):
         raise feeds.refusal()
-    return OutputComparison(reference, feeds, folder, made_up=True, loose=loose)
+    outputs = OutputComparison(model, feeds, folder, name=name, made_up=True, loose=loose)
+    outputs.observe(reference)
+    return outputs
 
 
 def _check_request(job: _Job) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 #: Constants up to this size may be shapes or axes, whose values tell the shapes of others.
 SMALL_BYTES = 4096
+
+#: Weights from this size on stay in their files when a model is run, written or read back.
+LARGE_BYTES = 1 << 20
 
 
 def external_files(model: ir.Model) -> list[Path]:
@@ -32,6 +35,8 @@ def find_external(model: ir.Model, path: Path) -> None:
             downloads links to the model and to its data, which lie in one other folder.
     """
     import onnx_ir as ir
+
+    from quantcli.onnx.graph.mapped import MappedTensor
 
     folders = {path.parent.resolve(), path.resolve().parent}
     for tensor, put in _tensors(model):
@@ -51,29 +56,65 @@ def find_external(model: ir.Model, path: Path) -> None:
             raise InputError(f"{file} is truncated: {name} ends at byte {needed}, the file has {real.stat().st_size}.")
         # onnx-ir would refuse links, which were judged here.
         put(
-            ir.ExternalTensor(
+            MappedTensor(
                 real, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name,
                 doc_string=tensor.doc_string, metadata_props=tensor.metadata_props,
             )
         )  # fmt: skip
 
 
-def take_in(model: ir.Model, limit: int | None = None) -> None:
-    """Make external tensors, those of at most ``limit`` bytes, a part of the model itself; read when they are used."""
+def take_in(model: ir.Model, limit: int | None = None, *, leave: Collection[object] = ()) -> None:
+    """Make external tensors, those of at most ``limit`` bytes, a part of the model itself; read when they are used.
+
+    Those in ``leave`` stay external.
+    """
     import onnx_ir as ir
 
     for tensor, put in _tensors(model):
-        if isinstance(tensor, ir.ExternalTensor) and (limit is None or tensor.nbytes <= limit):
+        if not isinstance(tensor, ir.ExternalTensor) or any(tensor is each for each in leave):
+            continue
+        if limit is None or tensor.nbytes <= limit:
             read = partial(_itself, tensor)
             put(ir.LazyTensor(read, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name))
 
 
-def elsewhere(tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+class Scratch:
+    """A file that a model's large constants are moved into while it is being made, so that memory holds one at a time.
+
+    Args:
+        path: the file, which must outlive the model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: set[ir.Value] = set()
+
+    def take(self, model: ir.Model) -> None:
+        """Move the constants that are new since the last time."""
+        import onnx_ir as ir
+
+        from quantcli.onnx.graph.mapped import MappedTensor
+
+        for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+            tensor = value.const_value
+            if value in self._seen or not isinstance(tensor, ir.Tensor) or tensor.nbytes < LARGE_BYTES:
+                continue
+            self._seen.add(value)
+            with self.path.open("ab") as stream:
+                offset = stream.tell()
+                tensor.tofile(stream)
+            value.const_value = MappedTensor(
+                self.path.resolve(), offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()),
+                name=tensor.name or "", doc_string=tensor.doc_string, metadata_props=tensor.metadata_props,
+            )  # fmt: skip
+
+
+def elsewhere(tensor: ir.TensorProtocol, where: str = "elsewhere", offset: int = 0) -> ir.ExternalTensor:
     """Stands for a constant that is kept outside of a model for a while: its dtype and shape, without values."""
     import onnx_ir as ir
 
     shape = ir.Shape(tensor.shape.numpy())
-    return ir.ExternalTensor("elsewhere", 0, tensor.nbytes, tensor.dtype, shape=shape, name=tensor.name or "")
+    return ir.ExternalTensor(where, offset, tensor.nbytes, tensor.dtype, shape=shape, name=tensor.name or "")
 
 
 def _itself(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

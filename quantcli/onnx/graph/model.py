@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from quantcli.core.manifest import MANIFEST_KEY, Manifest
 from quantcli.core.ports import Port
 from quantcli.errors import InputError
-from quantcli.onnx.graph.external import external_files, find_external
+from quantcli.onnx.graph.external import LARGE_BYTES, external_files, find_external
 from quantcli.onnx.graph.sparse import write_out_sparse
+from quantcli.onnx.graph.wire import read_lean
 from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
@@ -101,8 +102,8 @@ class OnnxModel:
         return digest.hexdigest()
 
 
-def open_onnx(path: Path) -> OnnxModel:
-    """Open an ONNX file without reading external weights.
+def open_onnx(path: Path, *, mapped: bool = False) -> OnnxModel:
+    """Open an ONNX file without reading external weights; ``mapped``: nor those of the file itself, where large.
 
     Raises:
         InputError: the file is missing, is not ONNX, is truncated, is too old, or external data is missing,
@@ -114,7 +115,7 @@ def open_onnx(path: Path) -> OnnxModel:
     if not path.is_file():
         raise InputError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
     try:
-        model = load_graph(path)
+        model = load_graph(path, mapped=mapped)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:
@@ -147,16 +148,17 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def load_graph(path: Path) -> ir.Model:
+def load_graph(path: Path, *, mapped: bool = False) -> ir.Model:
     """Read a file as it is, but for what onnx-ir has not.
 
-    Types of maps are left out, which onnxruntime infers by itself; sparse constants are written out.
+    Types of maps are left out, which onnxruntime infers by itself; sparse constants are written out. With ``mapped``
+    its large weights are tensors of an external file, which is the file itself.
     """
     import onnx
     import onnx_ir as ir
     from onnx_ir import external_data
 
-    proto = onnx.load(path, load_external_data=False)
+    proto = read_lean(path, LARGE_BYTES) if mapped else onnx.load(path, load_external_data=False)
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         if _holds_map(value.type):
             value.ClearField("type")

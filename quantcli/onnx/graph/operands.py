@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,8 +50,14 @@ class Operand:
         return np.dtype(self.tensor.dtype.numpy())
 
     def slab(self, start: int, stop: int) -> np.ndarray:
-        """Some rows, float32 and contiguous. Nothing else is copied: external data stays mapped."""
-        stored = self.tensor.numpy()
+        """Some rows, float32 and contiguous."""
+        return self.slabs()(start, stop)
+
+    def slabs(self) -> Callable[[int, int], np.ndarray]:
+        """What gives one slab after the other of a matrix that is mapped, or turned, once for all of them."""
+        return partial(self._slab, self.tensor.numpy())
+
+    def _slab(self, stored: np.ndarray, start: int, stop: int) -> np.ndarray:
         rows = stored[:, start:stop].T if self.transposed else stored[start:stop]
         values = np.array(rows, dtype=np.float32, order="C")
         return values if self.factor == 1.0 else values * np.float32(self.factor)

@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import VerificationError
-from quantcli.onnx.graph.external import elsewhere, take_in
+from quantcli.onnx.graph.external import LARGE_BYTES, elsewhere, external_files, take_in
 from quantcli.onnx.graph.model import constants, open_onnx
 from quantcli.onnx.graph.opset import needed_ir_version, spell_for_runtime
+from quantcli.onnx.graph.wire import write_model
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
     import onnx_ir as ir
 
 #: A protobuf message ends at 2 GB; weights above this go into a file beside it.
 SINGLE_FILE_LIMIT_BYTES = 1_500_000_000
-
-#: Weights above this stay where they are when a model is run without being written.
-_LARGE_BYTES = 1 << 20
 
 
 def save_graph(model: ir.Model, path: Path, data: str | None = None) -> list[Path]:
@@ -36,25 +35,72 @@ def save_graph(model: ir.Model, path: Path, data: str | None = None) -> list[Pat
     if not large:
         # What stays as it was may lie in a file of the model's own.
         take_in(model)
-    ir.save(model, path, external_data=beside, max_workers=1)
-    return [path, path.with_name(beside)] if beside else [path]
+    if beside:
+        ir.save(model, path, external_data=beside, max_workers=1)
+        return [path, path.with_name(beside)]
+    proto, weights = _apart(model)
+    write_model(proto, weights, path)
+    return [path]
 
 
-def in_memory(model: ir.Model) -> tuple[bytes, dict[str, np.ndarray]]:
-    """A model's bytes without its large weights, and these, for `Session`: nothing is written or copied."""
+def _apart(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
+    """A model as protobuf without the bytes of its large weights, and these; it is left as it is."""
+    import onnx_ir as ir
+
+    lean, weights = model.clone(), {}
+    for name, value in lean.graph.initializers.items():
+        tensor = value.const_value
+        # Tensors that were read with the model hold a message of their own, and are written as that one is.
+        if tensor is None or isinstance(tensor, ir.TensorProtoTensor | ir.StringTensor) or tensor.nbytes < LARGE_BYTES:
+            continue
+        weights[name] = tensor
+        value.const_value = _unfilled(tensor)
+    proto = ir.to_proto(lean)
+    for each in proto.graph.initializer:
+        if each.name in weights:
+            each.ClearField("external_data")
+            each.ClearField("data_location")
+    return proto, weights
+
+
+def _unfilled(tensor: ir.TensorProtocol, where: str | Path = "elsewhere", offset: int = 0) -> ir.ExternalTensor:
+    """A tensor without its values, which lie in a file ``where``."""
+    stand_in = elsewhere(tensor, str(where), offset)
+    stand_in.doc_string = tensor.doc_string
+    stand_in.metadata_props.update(tensor.metadata_props)
+    return stand_in
+
+
+def in_memory(model: ir.Model) -> tuple[bytes, dict[str, np.ndarray], Path | None]:
+    """A model's bytes without its large weights, and these, for `Session`: nothing is written or copied.
+
+    Weights that lie in files stay there, as external data of the folder that is returned: the runtime copies what it
+    is given otherwise.
+    """
     import onnx_ir as ir
 
     lean = model.clone()
     _for_runtime(lean)
-    take_in(lean)
-    weights = {}
+    folder, weights, stay = _folder(lean), {}, []
     for name, value in lean.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes <= _LARGE_BYTES or tensor.dtype.numpy().kind not in "fiub":
+        if tensor is None or tensor.nbytes <= LARGE_BYTES or tensor.dtype.numpy().kind not in "fiub":
+            continue
+        if folder is not None and isinstance(tensor, ir.ExternalTensor):
+            where = Path(tensor.path).relative_to(folder)
+            value.const_value = _unfilled(tensor, where, tensor.offset or 0)
+            stay.append(value.const_value)
             continue
         weights[name] = tensor.numpy()
         value.const_value = elsewhere(tensor)
-    return ir.to_proto(lean).SerializeToString(), weights
+    take_in(lean, leave=stay)
+    return ir.to_proto(lean).SerializeToString(), weights, folder
+
+
+def _folder(model: ir.Model) -> Path | None:
+    """The folder of a model's external data; None where there are several, or none."""
+    folders = {file.parent for file in external_files(model)}
+    return folders.pop() if len(folders) == 1 else None
 
 
 def _for_runtime(model: ir.Model) -> None:
@@ -98,7 +144,7 @@ def _content(tensor: ir.TensorProtocol) -> bytes:
 
 def read_back(graph: ir.Model, target: Path) -> dict[str, Any]:
     """Reopen what was written, and compare every tensor. Raises VerificationError."""
-    meant, stored = checksums(graph), checksums(open_onnx(target).ir)
+    meant, stored = checksums(graph), checksums(open_onnx(target, mapped=True).ir)
     if meant != stored:
         wrong = sorted(name for name in meant.keys() | stored.keys() if meant.get(name) != stored.get(name))
         raise VerificationError(

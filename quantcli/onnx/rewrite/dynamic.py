@@ -97,13 +97,27 @@ class DynamicQuantizer:
         return self._inputs[value]
 
     def _transposed(self, codes: ir.Value) -> ir.Value:
+        import onnx_ir as ir
+
         assert codes.const_value is not None and codes.name is not None and codes.graph is not None
         graph = codes.graph
         values, origin = np.ascontiguousarray(codes.const_value.numpy().T), codes.meta[ORIGIN]
         del graph.initializers[codes.name]
         turned = add_initializer(graph, codes.name, values)
         turned.meta[ORIGIN] = replace(origin, turned=not origin.turned)
+        # Whoever asks what they stand for still wants them in the weight's own shape, and a copy would stay.
+        before = codes.const_value
+        codes.const_value = ir.LazyTensor(
+            partial(_turned_back, turned), dtype=before.dtype, shape=ir.Shape(before.shape.numpy())
+        )
         return turned
+
+
+def _turned_back(codes: ir.Value) -> ir.TensorProtocol:
+    import onnx_ir as ir
+
+    assert codes.const_value is not None
+    return ir.tensor(codes.const_value.numpy().T)
 
 
 def _taken_for_bias(node: ir.Node) -> bool:

@@ -157,14 +157,24 @@ def _make_form(
         in_blocks = replace(weights, granularity=Granularity("group", block))
         axis, matrix = int(operand.transposed), (operand.rows, operand.columns)
         stored.meta[ORIGIN] = Origin(operand.value.name or "", in_blocks, axis, matrix, factor=operand.factor)
+    parts = [add_initializer(graph, free_name(graph, f"{name}_{key}"), values) for key, values in scales.items()]
     return _Form(
         block,
         stored,
-        [add_initializer(graph, free_name(graph, f"{name}_{key}"), array) for key, array in scales.items()],
-        codes.nbytes + sum(array.nbytes for array in scales.values()),
+        parts,
+        codes.nbytes + sum(values.nbytes for values in scales.values()),
         packed.rounding,
-        partial(packed.decoded, operand, weights, block),
+        partial(_decoded, [stored, *parts], operand, weights, block),
     )
+
+
+def _decoded(parts: Sequence[ir.Value], operand: Operand, weights: NumberFormat, block: int) -> np.ndarray:
+    """What codes and scales stand for, as the graph holds them now: they are not kept in memory for it."""
+    from quantcli.onnx.weights.blocks import Packed
+
+    codes, scales, *zero_points = (value.const_value.numpy() for value in parts if value.const_value is not None)
+    packed = Packed(codes, scales, zero_points[0] if zero_points else None, Rounding(""))
+    return packed.decoded(operand, weights, block)
 
 
 def _shaped(node: ir.Node, form: _Form, shape: tuple[int, ...]) -> tuple[ir.Value, list[ir.Node]]:

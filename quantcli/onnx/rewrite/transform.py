@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.onnx.graph.casts import restore_casts
+from quantcli.onnx.graph.external import Scratch
 from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.forms import FORMS, form
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
@@ -17,17 +19,19 @@ if TYPE_CHECKING:
 _ON_INTEGERS = ("static", "dynamic", "recurrent")
 
 
-def transform(model: ir.Model, plan: GraphPlan, evidence: Evidence) -> list[LayerOutcome]:
+def transform(model: ir.Model, plan: GraphPlan, evidence: Evidence, scratch: Path | None = None) -> list[LayerOutcome]:
     """Rewrite a prepared graph in place.
 
     Args:
         model: the graph.
         plan: made for this very graph, in the operator set `needed_opset`.
         evidence: what its layers are quantized by.
+        scratch: a file that large constants are moved into as soon as they are made; None keeps them in memory.
     """
     from onnx_ir.passes import common
 
     outcomes: dict[int, LayerOutcome] = {}
+    moved = Scratch(scratch) if scratch else None
     for mode in dict.fromkeys(form(name).mode for name in FORMS):
         layers = plan.of_mode(mode)
         rewriters = {
@@ -35,7 +39,11 @@ def transform(model: ir.Model, plan: GraphPlan, evidence: Evidence) -> list[Laye
             for name in dict.fromkeys(layer.form for layer in layers)
             if name
         }
-        outcomes |= {id(layer): rewriters[layer.form](layer) for layer in layers if layer.form}
+        for layer in layers:
+            if layer.form:
+                outcomes[id(layer)] = rewriters[layer.form](layer)
+                if moved is not None:
+                    moved.take(model)
     if any(layer.form in _ON_INTEGERS for layer in plan.nodes):
         part_sums_from_norms(model)
     restore_casts(model)

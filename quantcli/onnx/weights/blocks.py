@@ -88,9 +88,10 @@ def pack_rows(
     step = rows if hessian else max(1, _SLAB_ELEMENTS // (blocks * size))
     start_algorithm = default_rounding(in_blocks) if hessian else algorithm
     compensated: list[RoundedTensor] = []
+    slabs = operand.slabs()
 
     def pack(start: int) -> tuple[float, float]:
-        slab = _finite(operand, start, min(start + step, rows))
+        slab = _finite(operand, slabs(start, min(start + step, rows)))
         slab = torch.nn.functional.pad(slab, (0, blocks * size - operand.columns))
         tensor = algorithms.rounding(start_algorithm).run(slab, in_blocks, _torch_dtype(operand))
         if hessian is not None:
@@ -131,9 +132,10 @@ def pack_nf4(operand: Operand, number_format: NumberFormat, algorithm: str) -> P
     # Slabs begin where a block begins, and where a byte does.
     whole = size // gcd(size, columns)
     step = max(1, _SLAB_ELEMENTS // (whole * columns)) * whole
+    slabs = operand.slabs()
 
     def pack(start: int) -> tuple[float, float]:
-        flat = _finite(operand, start, min(start + step, rows)).reshape(-1)
+        flat = _finite(operand, slabs(start, min(start + step, rows))).reshape(-1)
         blocks = torch.nn.functional.pad(flat, (0, -len(flat) % size)).reshape(-1, size)
         tensor = algorithms.rounding(algorithm).run(blocks, number_format, _torch_dtype(operand))
         packed = pack_nibbles_high_first(tensor.codes.reshape(-1)[: len(flat)]).numpy()
@@ -171,8 +173,7 @@ def unpack_codes(stored: np.ndarray, bits: int) -> Tensor:
     return unpack_int4_low_nibble_first(torch.from_numpy(stored.copy()), 2 * stored.shape[1])
 
 
-def _finite(operand: Operand, start: int, stop: int) -> Tensor:
-    slab = operand.slab(start, stop)
+def _finite(operand: Operand, slab: np.ndarray) -> Tensor:
     if not np.isfinite(slab).all():
         raise InputError(
             f"{operand.value.name} holds NaN or infinite values, which cannot be quantized.",

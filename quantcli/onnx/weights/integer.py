@@ -96,8 +96,8 @@ class IntegerWeight:
 
     def decoded(self) -> np.ndarray:
         """What the codes stand for, float32 of the weight's own shape."""
-        codes = array(self.codes)
-        assert codes is not None
+        assert self.codes.const_value is not None
+        codes = self.codes.const_value.numpy()
         along = [-1 if axis == self.axis else 1 for axis in range(codes.ndim)]
         values: np.ndarray = codes.astype(np.float32) * self.scales.reshape(along)
         return values
@@ -140,8 +140,9 @@ def integer_weight(
     weight = array(value)
     assert value is not None and weight is not None
     axis = channel_axis(node)
-    rows = np.moveaxis(weight, axis, 0).astype(np.float32)
-    matrix = torch.from_numpy(np.ascontiguousarray(rows).reshape(rows.shape[0], -1))
+    rows = np.array(np.moveaxis(weight, axis, 0), np.float32, order="C")
+    del weight
+    matrix = torch.from_numpy(rows.reshape(rows.shape[0], -1))
     number_format = replace(number_format, narrow=True)
     start = default_rounding(number_format) if hessian else algorithm
     tensor = algorithms.rounding(start).run(matrix, number_format, torch.float32)
@@ -166,6 +167,8 @@ def integer_weight(
             tensor.codes = torch.from_numpy(codes.reshape(matrix.shape))
     signal, noise = numerics.error_powers(groups, tensor)
     codes = np.moveaxis(_numpy(tensor.codes).reshape(rows.shape), 0, axis)
+    shape = rows.shape
+    del rows, matrix, groups
     scales = _numpy(tensor.scale).reshape(-1)
     # A single scale is written as a scalar: one entry of a list would have to match the channels.
     stored = scales if len(scales) > 1 else scales.reshape(())
@@ -176,7 +179,7 @@ def integer_weight(
         return add_initializer(graph, free_name(graph, f"{value.name}_{part}"), values)
 
     stored_codes = register("quantized", np.ascontiguousarray(codes))
-    stored_codes.meta[ORIGIN] = Origin(value.name or "", number_format, axis, tuple(rows.shape), kind)
+    stored_codes.meta[ORIGIN] = Origin(value.name or "", number_format, axis, tuple(shape), kind)
     return IntegerWeight(
         stored_codes,
         register("scale", stored),

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 #: Two neighbouring codes may sum to this: 255 * 128 is below 2 ** 15.
 _EXACT_PAIR_SUM = 128
 
+#: Values looked at together.
+_CHUNK = 1 << 20
+
 
 def exact_scale(node: ir.Node, rows: np.ndarray) -> np.ndarray:
     """Scales, float32 ``[channels]``, from which on no product of codes can saturate; 0 where none can.
@@ -27,9 +30,12 @@ def exact_scale(node: ir.Node, rows: np.ndarray) -> np.ndarray:
     kind = pairing(node, rows)
     if kind is None:
         return most
-    pairs = _pairs(kind, rows)
-    for sign in (1, -1):
-        most = np.maximum(most, np.maximum(sign * pairs, 0).sum(-1).max(-1, initial=0))
+    step = max(1, _CHUNK * len(rows) // max(1, rows.size))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        pairs = _pairs(kind, rows[part])
+        for sign in (1, -1):
+            most[part] = np.maximum(most[part], np.maximum(sign * pairs, 0).sum(-1).max(-1, initial=0))
     # Rounding may add half a code to each of the two.
     return (most / (_EXACT_PAIR_SUM - 1)).astype(np.float32)
 
