@@ -24,7 +24,7 @@ from quantcli.planning.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 #: Pages whose examples export a model or train one.
-SLOW = {"onnx", "qat", "algorithms", "bench", "containers", "recipes", "transformers-js"}
+SLOW = {"onnx", "qat", "algorithms", "bench", "containers", "recipes", "decoders", "transformers-js"}
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 MODULE = """

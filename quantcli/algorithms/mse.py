@@ -11,11 +11,16 @@ all-MiniLM-L6-v2 the cosine of the embeddings went from 0.939 to 0.954, and with
 -8..7 reaches one step further down than up. So the scale of a group of four-bit codes takes the sign that turns the
 longer side to the weight of the largest magnitude, as in llama.cpp's Q4_0 and in AutoRound: on SmolLM2-135M that
 saves 12% of the squared error. It changes no kernel, since a group's scale only multiplies.
+
+Where scales may be negative, nothing is clipped: the search goes from the step that meets the largest weight exactly,
+as code -8, to wider ones, and by the squared error. What clipping takes from the largest weights costs more than its
+square: on SmolLM2-135M the KL divergence of its outputs is 0.350 in place of 0.383 in groups of 32, and 0.493 in place
+of 0.672 in groups of 64 (4096 tokens of prose).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +37,9 @@ ERROR_POWER = 3
 
 #: Fractions of the full range that are tried. Above 1 the step grows until no value is clipped at all.
 RANGE_FRACTIONS = (1.0, *(1.06 - 0.03 * i for i in range(20)))
+#: The same where scales may be negative, and the p of the norm: the smallest meets the largest weight exactly.
+SIGNED_FRACTIONS = (1.0, 7.5 / 8, 0.95, 0.97, 1.03, 1.06)
+SIGNED_ERROR_POWER = 2
 
 
 def supports(number_format: NumberFormat) -> str | None:
@@ -57,12 +65,15 @@ def run(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -
     """Quantize ``weight``, float32 ``[rows, columns]``, with scales stored as ``scale_dtype``."""
     groups = in_groups(weight, number_format)
     buffer = torch.empty_like(groups)
+    signed = has_signed_scales(number_format)
+    power = SIGNED_ERROR_POWER if signed else ERROR_POWER
 
     def error(scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """L_p error of each group, to the power p, computed without allocating."""
-        return rounding_error(groups, scale, zero_point, number_format, buffer).abs_().pow_(ERROR_POWER).sum(-1)
+        return rounding_error(groups, scale, zero_point, number_format, buffer).abs_().pow_(power).sum(-1)
 
-    scale, zero_point = clip_search(groups, number_format, scale_dtype, error)
+    fractions = SIGNED_FRACTIONS if signed else RANGE_FRACTIONS
+    scale, zero_point = clip_search(groups, number_format, scale_dtype, error, fractions)
     codes = quantize(groups, scale, zero_point, number_format).reshape(weight.shape)
     return QuantizedTensor(codes, scale, zero_point, tuple(weight.shape), number_format)
 
@@ -72,12 +83,13 @@ def clip_search(
     number_format: NumberFormat,
     scale_dtype: torch.dtype,
     error: Callable[[Tensor, Tensor | None], Tensor],
+    fractions: Sequence[float] = RANGE_FRACTIONS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of each group, those of the `RANGE_FRACTIONS` with the least ``error`` of all groups."""
+    """Scale and zero point of each group: of those for ``fractions`` of its range, what has the least ``error``."""
     low, high = group_range(groups, number_format)
     best = torch.full_like(high, torch.inf)
     scale, zero_point = choose_qparams(low, high, number_format, scale_dtype)
-    for fraction in RANGE_FRACTIONS:
+    for fraction in fractions:
         low_part = None if low is None else low * fraction
         candidate, offset = choose_qparams(low_part, high * fraction, number_format, scale_dtype)
         errors = error(candidate, offset)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quantcli.benchmarking import probe
+from quantcli.benchmarking import generation, probe
 from quantcli.benchmarking.timing import Timing, speedup
 from quantcli.core.ports import Arrays
 from quantcli.models.inputs import fit
@@ -17,11 +17,11 @@ from quantcli.reporting.report import ModelRow
 
 METRICS = (
     "latency_ms_p50", "latency_ms_p90", "latency_ms_p99", "throughput_per_s", "load_ms", "peak_rss_bytes",
-    "size_bytes", "size_ratio",
+    "size_bytes", "size_ratio", *generation.METRICS,
 )  # fmt: skip
 #: Enough of them to draw a distribution by.
 PERCENTILES = range(0, 101, 5)
-CANDIDATE_METRICS = ("speedup", "speedup_low", "speedup_high")
+CANDIDATE_METRICS = ("speedup", "speedup_low", "speedup_high", *generation.CANDIDATE_METRICS)
 
 
 def load_and_peak(source: ModelSource, feeds: Arrays, threads: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from quantcli.errors import InputError
 from quantcli.models.session import Session
 from quantcli.onnx.graph.model import constants, load_graph
 from quantcli.onnx.graph.save import SINGLE_FILE_LIMIT_BYTES
+from quantcli.onnx.graph.simplify import remove_unused
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,8 +62,6 @@ class ActivationCapture:
 
         ``shared``: see `Session`.
         """
-        from onnx_ir.passes import common
-
         model = self._graph.clone()
         values = _values(model)
         outputs = [values[name] for name in names if not values[name].is_graph_input()]
@@ -70,7 +69,7 @@ class ActivationCapture:
             return None
         model.graph.outputs.clear()
         model.graph.outputs.extend(outputs)
-        common.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
         return self._load(model, shared=shared)
 
     def sizes(self, names: Sequence[str], feeds: Mapping[str, np.ndarray]) -> dict[str, int]:

@@ -48,6 +48,11 @@ def weights_stem(config: Mapping[str, Any] | None) -> str:
     return DIFFUSERS_STEM if is_diffusers(config) else "model"
 
 
+def is_causal_config(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config.json names a causal language model."""
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in (config or {}).get("architectures") or [])
+
+
 def config_of(model: Path) -> dict[str, Any] | None:
     """The config.json of a model, None where that is no folder with one. Raises InputError where it is damaged."""
     file = model / "config.json"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.benchmarking.feeds import load_feeds
+from quantcli.benchmarking.generation import measure_generation
 from quantcli.benchmarking.measure import (
     CANDIDATE_METRICS,
     METRICS,
@@ -51,7 +52,8 @@ def bench(
     the machine does falls on all of them. The speed-up is the median over rounds of the ratio of times, with
     an interval of 95%; its verdict is "no difference" where the interval holds 1. Load time and peak memory are
     measured in a process of its own for every model. Every model's ``metrics`` are those of the first batch
-    size; ``batches`` in its row has them all.
+    size; ``batches`` in its row has them all. Where one is a decoder with a key-value cache, all that have one also
+    read a prompt and generate.
 
     Args:
         model: the reference: a Hugging Face folder, an ONNX file or a folder with model.onnx, a ``.pt2``, or
@@ -116,6 +118,9 @@ def bench(
         model_row(source, index, runner, batches[index], probed)
         for index, (source, runner, probed) in enumerate(zip(sources, runners, probes, strict=True))
     ]
+    generated = measure_generation(sources, runners, next(iter(feeds.by_size.values())), runs=runs, seed=seed)
+    for row, figures in zip(rows, generated, strict=True):
+        row.metrics |= figures
     size_metrics(rows)
     details = {
         "data": feeds.source,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.hugging_face import neighbours
-from quantcli.commands.convert_decoder import convert_decoder, wants_decoder
+from quantcli.commands.convert_decoder import convert_decoder, wants_decoder, why_without_cache
 from quantcli.commands.convert_pipeline import convert_pipeline, is_pipeline
 from quantcli.conversion.checkpoint.gguf_packing import Packing
 from quantcli.conversion.checkpoint.layout import plan_layout
@@ -169,7 +169,7 @@ def convert(
         if max_memory is not None:
             raise UsageError("--max-memory does not apply to ONNX, whose graph is worked on as a whole.")
         with at_most(threads):
-            return convert_graph(
+            report = convert_graph(
                 model,
                 place,
                 wishes,
@@ -184,6 +184,8 @@ def convert(
                 histograms=histograms,
                 progress=progress,
             )
+        report.warnings += why_without_cache(model, place, wishes, budget, calibration)
+        return report
     if calibration:
         raise UsageError(
             "Statistics of `calibrate` are for ONNX: a checkpoint's layers are calibrated one block after the other.",

@@ -14,7 +14,7 @@ from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
-from quantcli.checkpoint.hugging_face import config_of, neighbours
+from quantcli.checkpoint.hugging_face import config_of, is_causal_config, neighbours
 from quantcli.checkpoint.quantized import QuantizedCheckpoint
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
@@ -25,10 +25,11 @@ from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
-from quantcli.export.decoder.architecture import Decoder, is_causal_config, read_decoder, why_no_decoder
+from quantcli.export.decoder.architecture import Decoder, read_decoder, why_no_decoder
 from quantcli.formats import quantized_format
 from quantcli.onnx.graph.model import is_onnx
 from quantcli.planning.recipe import Recipe, build_scheme
+from quantcli.planning.steps import training_step
 from quantcli.planning.targets import onnx_layout, require_onnx
 from quantcli.planning.targets.base import OnnxLayout
 from quantcli.reporting.report import Report
@@ -87,6 +88,17 @@ def wants_decoder(
     return reason is None and why_no_decoder(path) is None
 
 
+def why_without_cache(
+    model: str | Path, output: Path, recipe: Recipe, budget: Budget | None, statistics: str | Path | None
+) -> list[str]:
+    """What is to be said of a folder's graph that could be a decoder, and is none: it has no key-value cache."""
+    path = Path(model)
+    if output.suffix == ".onnx" or is_function(str(model)) or is_onnx(path) or not is_causal_config(config_of(path)):
+        return []
+    reason = _usage_reason(output, recipe, budget, statistics) or why_no_decoder(path)
+    return [f"The graph has no key-value cache, and serves for scoring alone: {reason}."]
+
+
 def _usage_reason(output: Path, recipe: Recipe, budget: Budget | None, statistics: str | Path | None) -> str | None:
     """What of a command does not go with a decoder, or None."""
     schemes = [each for each in (recipe.scheme, *(rule.scheme for rule in recipe.rules)) if each is not None]
@@ -99,7 +111,7 @@ def _usage_reason(output: Path, recipe: Recipe, budget: Budget | None, statistic
         return "a budget is not searched for decoders; name a scheme"
     if statistics is not None:
         return "statistics of `calibrate` are for ranges of activations, which a decoder has none of"
-    if any(step in ("qat",) for step in (recipe.algorithm, *map(str, recipe.steps))):
+    if training_step(recipe):
         return "qat trains a checkpoint or a graph; train a checkpoint first (--format compressed-tensors)"
     return next((why for scheme in schemes if (why := named.supports(build_scheme(scheme)))), None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -13,9 +14,22 @@ from quantcli.core.ports import Arrays, Port, cache_ports
 from quantcli.errors import InputError
 from quantcli.models.session import Session
 
+if TYPE_CHECKING:
+    from torch import nn
+
 #: What onnxruntime-genai opens a folder by.
 GENAI_CONFIG = "genai_config.json"
 LOGITS = "logits"
+
+
+class Decoder(Protocol):
+    """A language model in the middle of a text."""
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Logits ``[1, length, vocabulary]`` of the next tokens, int64 ``[1, length]``; all are remembered."""
 
 
 def sized_cache(inputs: Iterable[Port], path: Path) -> tuple[Port, ...]:
@@ -48,42 +62,56 @@ def _empty_shape(port: Port, batch: int) -> tuple[int, int, int, int]:
 
 
 class CachedDecoder:
-    """A decoder in onnxruntime that keeps the cache of what it has read. Raises InputError where it cannot be loaded.
+    """A decoder in onnxruntime that remembers what it has read of one text.
 
-    ``threads`` is for each operator, by default the usable cores.
+    ``room`` is for so many tokens at the most: the cache has its place from the start, as runtimes of language models
+    have it, and is written where it lies.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None, shared: bool = False) -> None:
-        self.session = Session(path, threads=threads, shared=shared)
-        self._past = sized_cache(self.session.inputs, path)
-        self._takes = {port.name for port in self.session.inputs}
-        present = [port.name for port in self.session.outputs if port.name.startswith("present.")]
-        self._outputs = [LOGITS, *present]
-        self.forget(1)
+    def __init__(self, session: Session, path: Path, room: int) -> None:
+        self.session, self.length = session, 0
+        ports = sized_cache(session.inputs, path)
+        shapes = (_empty_shape(port, 1) for port in ports)
+        cache = {
+            port.name: np.zeros((*shape[:2], room, shape[3]), port.dtype)
+            for port, shape in zip(ports, shapes, strict=True)
+        }
+        self._binding = session.bind(cache, {name: name.replace("past_key_values.", "present.") for name in cache})
+        self._takes = {port.name for port in session.inputs}
 
-    def forget(self, batch: int) -> None:
-        """Begin anew, with so many texts side by side."""
-        self._cache = list(empty_cache(self._past, batch).values())
-
-    @property
-    def length(self) -> int:
-        """How many tokens of each text are in the cache."""
-        return int(self._cache[0].shape[2])
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        self.length = length
 
     def read(self, ids: np.ndarray) -> np.ndarray:
-        """Logits ``[batch, length, vocabulary]`` of the next tokens, int64 ``[batch, length]``; all are remembered."""
-        logits, *self._cache = self.session.run(self._feeds(ids), self._outputs).values()
-        return np.asarray(logits)
+        """Logits ``[1, length, vocabulary]`` of the next tokens, int64 ``[1, length]``; all are remembered."""
+        total = self.length + ids.shape[1]
+        positions = np.arange(self.length, total, dtype=np.int64)[None]
+        known = {"input_ids": ids, "attention_mask": np.ones((1, total), np.int64), "position_ids": positions}
+        self.length = total
+        return self._binding.run({name: value for name, value in known.items() if name in self._takes}, LOGITS)
 
-    def score(self, ids: np.ndarray) -> np.ndarray:
-        """Logits of whole texts, from an empty cache, of which nothing is kept."""
-        self.forget(len(ids))
-        return self.session.run(self._feeds(ids), [LOGITS])[LOGITS]
 
-    def _feeds(self, ids: np.ndarray) -> Arrays:
-        batch, length = ids.shape
-        total = self.length + length
-        positions = np.broadcast_to(np.arange(self.length, total, dtype=np.int64), ids.shape)
-        known = {"input_ids": ids, "attention_mask": np.ones((batch, total), np.int64), "position_ids": positions}
-        feeds = {name: np.ascontiguousarray(value, np.int64) for name, value in known.items() if name in self._takes}
-        return feeds | {port.name: value for port, value in zip(self._past, self._cache, strict=True)}
+class TorchDecoder:
+    """A causal language model of transformers that remembers what it has read of one text."""
+
+    def __init__(self, module: nn.Module) -> None:
+        from quantcli.models.hugging_face import transformers_library
+
+        self._module, self._empty = module, transformers_library().DynamicCache
+        self._cache = self._empty()
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        if not length:
+            self._cache = self._empty()
+        elif surplus := self._cache.get_seq_length() - length:
+            self._cache.crop(-surplus)
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Logits ``[1, length, vocabulary]`` of the next tokens, int64 ``[1, length]``; all are remembered."""
+        import torch
+
+        with torch.inference_mode():
+            found = self._module(torch.from_numpy(ids), past_key_values=self._cache, use_cache=True)
+        return np.asarray(found.logits)

@@ -12,7 +12,7 @@ import numpy as np
 
 from quantcli.core.ports import Arrays, Port, without_cache
 from quantcli.errors import InputError
-from quantcli.models.decoder import LOGITS, empty_cache, sized_cache
+from quantcli.models.decoder import LOGITS, CachedDecoder, Decoder, TorchDecoder, empty_cache, sized_cache
 from quantcli.models.inputs import decoder_inputs, fit, hugging_face_ports, require_shape, signature_ports
 from quantcli.models.outputs import named
 from quantcli.onnx.graph.model import is_onnx, onnx_file
@@ -61,6 +61,10 @@ class OnnxRunner:
         batch = len(next(iter(fitting.values())))
         return self._session.run(fitting | empty_cache(self._cache, batch), [LOGITS])
 
+    def decoder(self, room: int) -> Decoder | None:
+        """The model, to read a text of so many tokens at the most bit by bit; None where it has no cache."""
+        return CachedDecoder(self._session, onnx_file(self.path), room) if self._cache else None
+
 
 class TorchRunner:
     """A torch module; ``name`` is what errors call it."""
@@ -75,6 +79,11 @@ class TorchRunner:
         start = decoder_start(self.module) if self.hugging_face else None
         found = fit(feeds, self.inputs, self.name)
         return found if start is None else found | decoder_inputs(found, start)
+
+    def decoder(self) -> Decoder | None:
+        """The model, to read a text bit by bit; None where it has no cache."""
+        caches = "past_key_values" in inspect.signature(self.module.forward).parameters
+        return TorchDecoder(self.module) if self.hugging_face and caches else None
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         """One forward pass. Raises InputError where the inputs do not fit."""

@@ -136,6 +136,36 @@ class Session:
             raise InputError(f"onnxruntime could not run the model: {first_line(error)}.") from error
         return dict(zip(names, values, strict=True))
 
+    def bind(self, state: Mapping[str, np.ndarray], outputs: Mapping[str, str]) -> Binding:
+        """Runs that keep a state where it lies: inputs ``state``, each written over by the output that it names."""
+        return Binding(self._session, state, outputs)
+
+
+class Binding:
+    """Runs of a session whose state stays in one place. Use `Session.bind`."""
+
+    def __init__(self, session: Any, state: Mapping[str, np.ndarray], outputs: Mapping[str, str]) -> None:
+        self._session, self._binding = session, session.io_binding()
+        self._arrays = dict(state)  # the runtime does not keep them alive
+        for name, values in self._arrays.items():
+            place = onnxruntime().OrtValue.ortvalue_from_numpy(values)
+            self._binding.bind_ortvalue_input(name, place)
+            self._binding.bind_ortvalue_output(outputs[name], place)
+
+    def run(self, feeds: Mapping[str, np.ndarray], output: str) -> np.ndarray:
+        """One forward pass; the one output that is no state. Raises InputError where the runtime refuses the inputs."""
+        self._feeds = dict(feeds)
+        for name, values in self._feeds.items():
+            self._binding.bind_cpu_input(name, values)
+        self._binding.bind_output(output)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise InputError(f"onnxruntime could not run the model: {first_line(error)}.") from error
+        # Outputs come in the order in which they were bound first.
+        found: np.ndarray = self._binding.get_outputs()[-1].numpy()
+        return found
+
 
 def session_of(path: Path, **options: Any) -> Session:
     """A session of a user's file.

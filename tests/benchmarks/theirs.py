@@ -37,7 +37,10 @@ class _Reader(CalibrationDataReader):
 def prepared(model: Path, folder: Path, *, symbolic: bool = True) -> Path:
     """The model after their preparation: graph optimized, shapes inferred, symbolic ones where that succeeds."""
     path = folder / f"{model.stem}-prepared.onnx"
-    quant_pre_process(str(model), str(path), skip_symbolic_shape=not symbolic)
+    # Where symbolic shapes fail, it leaves the graph and its weights in the working directory.
+    source, target = str(model.resolve()), str(path.resolve())
+    with contextlib.chdir(folder):
+        quant_pre_process(source, target, skip_symbolic_shape=not symbolic)
     return path
 
 

@@ -66,7 +66,7 @@ def test_help_fits_and_is_whole(columns: int, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_lists_the_choices(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([name, "--help"])
-    words = set(capsys.readouterr().out.replace(",", " ").replace(".", " ").replace(";", " ").split())
+    words = {word.strip(".,;") for word in capsys.readouterr().out.split()}
     for parameter in COMMANDS[name].params:
         assert set(CHOICES.get(parameter.name, list)()) <= words
 

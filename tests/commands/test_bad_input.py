@@ -148,7 +148,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "absent": (lambda folder: folder / "absent", "does not exist. A MODEL is a folder"),
     "empty folder": (lambda folder: folder, "is not a model: it holds no safetensors or pytorch_model.bin file"),
     "text file": (written("notes.txt", b"hello"), "is not a kind of model that quantcli knows"),
-    "gguf": (written("model.gguf", b"GGUF"), "is a GGUF file; quantcli starts from the original weights"),
+    "gguf": (written("model.gguf", b"GGUF"), "is damaged: its version takes 4 bytes, and 0 are left"),
     "damaged index": (written("model.safetensors.index.json", b"{"), "is not valid JSON"),
 }  # fmt: skip
 
@@ -301,9 +301,9 @@ def test_a_file_that_may_not_grow(tmp_path: Path, refused: Run, output: str) -> 
     [
         (["--scheme", "int5"], 2, "unknown scheme 'int5'"),
         (
-            ["--format", "gguf"],
+            ["--format", "ggml"],
             2,
-            "Unknown format 'gguf'. Known: compressed-tensors, gptq, awq, bitsandbytes, safetensors.",
+            "Unknown format 'ggml'. Known: compressed-tensors, gptq, awq, bitsandbytes, safetensors, gguf.",
         ),
         (["--algorithm", "quip"], 2, "Unknown algorithm 'quip'"),
         (["--rest", "fp8"], 2, "rest: "),

@@ -11,6 +11,7 @@ from quantcli.errors import UsageError
 from quantcli.planning.recipe import Recipe, validate
 from quantcli.planning.targets import completed, onnx_layout, onnxruntime_version, require_onnx
 
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 BERT = {"model_type": "bert", "architectures": ["BertModel"]}
 
 
@@ -64,6 +65,7 @@ def test_what_goes_without_saying() -> None:
         (BERT, {"scheme": "bf16"}, "out", "no name for files of bf16"),
         (BERT, {"scheme": "int4", "rest": "bf16"}, "out", "no bf16"),
         (BERT, {"scheme": "int4", "target": "transformers.js==2.17"}, "out", "releases before 3"),
+        (LLAMA, {"scheme": "int4", "target": "transformers.js==3.8.1"}, "out", "releases before 4"),
         (
             {"model_type": "longformer", "architectures": ["LongformerForTokenClassification"]},
             {"scheme": "int4"}, "out", "no LongformerForTokenClassification",

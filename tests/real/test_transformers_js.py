@@ -127,7 +127,8 @@ def test_decoders_say_the_same_tokens(tmp_path: Path) -> None:
 
 def greedy(artifact: Path) -> list[int]:
     """The prompt, and the likeliest tokens after it."""
-    decoder, ids = CachedDecoder(artifact), list(PROMPT)
+    ids = list(PROMPT)
+    decoder = CachedDecoder(Session(artifact), artifact, len(ids) + COUNT)
     logits = decoder.read(np.array([ids]))
     for _ in range(COUNT):
         ids.append(int(logits[0, -1].argmax()))

@@ -14,6 +14,7 @@ from quantcli.errors import InputError, MissingExtraError
 from quantcli.export.decoder.architecture import Decoder
 from quantcli.models.decoder import CachedDecoder
 from quantcli.models.kernels import prove
+from quantcli.models.session import Session
 from quantcli.system.hardware import free_memory_bytes
 from quantcli.system.text import format_bytes
 
@@ -49,15 +50,15 @@ def prove_decoder(artifact: Path, decoder: Decoder, values: Checkpoint) -> dict[
     exact = artifact.with_name("exact.onnx")
     try:
         _without_rounding(artifact, exact)
-        plain = CachedDecoder(exact)
-        expected = plain.score(ids)
+        plain = CachedDecoder(Session(exact), exact, ids.shape[1])
+        expected = plain.read(ids)
         found: dict[str, Any] = {"tokens": ids.shape[1], "cache_sqnr_db": _require_cache(plain, ids, LEAST_SQNR_DB)}
         del plain
     finally:
         exact.unlink(missing_ok=True)
     found |= _beside_torch(expected, ids, values)
-    rounded = CachedDecoder(artifact)
-    logits = rounded.score(ids)
+    rounded = CachedDecoder(Session(artifact), artifact, ids.shape[1])
+    logits = rounded.read(ids)
     found["rounded_cache_sqnr_db"] = _require_cache(rounded, ids, LEAST_ROUNDED_SQNR_DB)
     found |= {"input_rounding": {"kl": divergence(expected, logits), "equal_tokens": _agreement(expected, logits)}}
     return {"runtime": prove(artifact).to_json(), "decoder": found}
@@ -97,9 +98,10 @@ def _agreement(expected: np.ndarray, got: np.ndarray) -> float:
 
 def _require_cache(model: CachedDecoder, ids: np.ndarray, least: float) -> float | None:
     """SQNR of logits read half at once and then token by token, against those of the whole text; None where equal."""
-    whole = model.score(ids)
+    model.rewind(0)
+    whole = model.read(ids)
     half = ids.shape[1] // 2
-    model.forget(1)
+    model.rewind(0)
     parts = [model.read(ids[:, :half])] + [model.read(ids[:, at : at + 1]) for at in range(half, ids.shape[1])]
     found = sqnr_db(whole, np.concatenate(parts, 1))
     if found < least:

@@ -12,7 +12,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint.hugging_face import load_json
+from quantcli.checkpoint.hugging_face import is_causal_config, load_json
 from quantcli.errors import InputError
 from quantcli.system.text import listed
 
@@ -83,11 +83,6 @@ class Decoder:
     tied: bool
     windows: tuple[int, ...]
     rotary: tuple[str | None, ...]
-
-
-def is_causal_config(config: Mapping[str, Any] | None) -> bool:
-    """Whether a config.json names a causal language model."""
-    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in (config or {}).get("architectures") or [])
 
 
 def why_no_decoder(folder: Path) -> str | None:

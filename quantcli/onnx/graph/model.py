@@ -12,6 +12,7 @@ from quantcli.core.manifest import MANIFEST_KEY, Manifest
 from quantcli.core.ports import Port
 from quantcli.errors import InputError
 from quantcli.onnx.graph.external import LARGE_BYTES, external_files, find_external
+from quantcli.onnx.graph.sparse import write_out_sparse
 from quantcli.onnx.graph.wire import read_lean
 from quantcli.system.text import first_line
 
@@ -120,7 +121,8 @@ def open_onnx(path: Path, *, mapped: bool = False) -> OnnxModel:
     except Exception as error:
         # protobuf, and onnx-ir above it, raise whatever a damaged message makes them stumble over.
         raise InputError(
-            f"{path} is not a readable ONNX model: {first_line(error)}.", "It may be truncated, or of another kind."
+            f"{path} is not a readable ONNX model: {first_line(_cause(error))}.",
+            "It may be truncated, or of another kind.",
         ) from error
     if not len(model.graph) and not model.graph.outputs:
         raise InputError(f"{path} is not an ONNX model: it holds no graph.")
@@ -139,10 +141,18 @@ def open_onnx(path: Path, *, mapped: bool = False) -> OnnxModel:
     return opened
 
 
-def load_graph(path: Path, *, mapped: bool = False) -> ir.Model:
-    """Read a file as it is. Types of maps, which onnx-ir has not, are left out; onnxruntime infers them by itself.
+def _cause(error: BaseException) -> BaseException:
+    """What an error began with; onnx-ir's own say only in which part of the file it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
-    With ``mapped`` its large weights are tensors of an external file, which is the file itself.
+
+def load_graph(path: Path, *, mapped: bool = False) -> ir.Model:
+    """Read a file as it is, but for what onnx-ir has not.
+
+    Types of maps are left out, which onnxruntime infers by itself; sparse constants are written out. With ``mapped``
+    its large weights are tensors of an external file, which is the file itself.
     """
     import onnx
     import onnx_ir as ir
@@ -152,6 +162,7 @@ def load_graph(path: Path, *, mapped: bool = False) -> ir.Model:
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         if _holds_map(value.type):
             value.ClearField("type")
+    write_out_sparse(proto, path.parent)
     model = ir.from_proto(proto)
     external_data.set_base_dir(model.graph, path.parent)
     return model

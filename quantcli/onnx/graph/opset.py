@@ -61,7 +61,7 @@ def upgrade(model: ir.Model, opset: int) -> ir.Model:
         converted = ir.from_proto(version_converter.convert_version(ir.to_proto(working), opset))
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"The model's operator set {old} cannot be upgraded to {opset}: {first_line(error)}.",
+            f"The model's operator set {old} cannot be upgraded to {opset}: {_why(error)}.",
             "Export the model with a newer operator set.",
         ) from error
     for name, tensor in weights.items():
@@ -73,6 +73,11 @@ def upgrade(model: ir.Model, opset: int) -> ir.Model:
             node.domain = ""
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(converted)
     return converted
+
+
+def _why(error: Exception) -> str:
+    """What the converter says, without the place in its own source that some of its messages begin with."""
+    return first_line(error).rpartition("` failed: ")[2]
 
 
 def restamp(model: ir.Model, opset: int) -> ir.Model | None:
@@ -152,10 +157,13 @@ def _spell_out_flattening(model: ir.Model) -> None:
 
 def _set_aside(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     """Take the weights out of a graph, leaving their shapes: converting needs no more, and stops at 2 GB."""
+    import onnx_ir as ir
+
     weights = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and tensor.nbytes > SMALL_BYTES:
+        # Strings have no bytes that could lie elsewhere.
+        if tensor is not None and tensor.nbytes > SMALL_BYTES and not isinstance(tensor, ir.StringTensor):
             weights[name] = tensor
             value.const_value = elsewhere(tensor)
     return weights

@@ -18,7 +18,7 @@ from quantcli.onnx.graph.model import OnnxModel
 from quantcli.onnx.graph.operands import is_matrix_transpose
 from quantcli.onnx.graph.products import plain_products
 from quantcli.onnx.graph.regroup import regroup_constants
-from quantcli.onnx.graph.simplify import drop_identities, fold_constants, infer_shapes, lift_constants
+from quantcli.onnx.graph.simplify import drop_identities, fold_constants, infer_shapes, lift_constants, remove_unused
 from quantcli.onnx.graph.values import (
     add_initializer,
     array,
@@ -74,7 +74,7 @@ def prepare(model: OnnxModel, *, fold: bool = True, without: Collection[str] = (
         # What failed halfway may be anything now: the next try begins anew.
         left_out.add(failed)
     try:
-        common.RemoveUnusedNodesPass()(graph_model)
+        remove_unused(graph_model)
         common.NameFixPass()(graph_model)
     except _STUMBLES as error:
         raise InputError(f"{model.path} is not a consistent ONNX graph: {first_line(error)}") from error

@@ -129,8 +129,17 @@ def checksums(model: ir.Model) -> dict[str, int]:
             tensor = value.const_value
             if tensor is not None:
                 head = f"{tensor.dtype.name} {tuple(tensor.shape.numpy())}"
-                sums[name] = zlib.crc32(tensor.tobytes(), zlib.crc32(head.encode()))
+                sums[name] = zlib.crc32(_content(tensor), zlib.crc32(head.encode()))
     return sums
+
+
+def _content(tensor: ir.TensorProtocol) -> bytes:
+    """A tensor's bytes; strings with their lengths, since they have no bytes of one size."""
+    import onnx_ir as ir
+
+    if not isinstance(tensor, ir.StringTensor):
+        return tensor.tobytes()
+    return b"".join(len(text).to_bytes(8, "little") + text for text in tensor.string_data())
 
 
 def read_back(graph: ir.Model, target: Path) -> dict[str, Any]:

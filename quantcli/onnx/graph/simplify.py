@@ -46,6 +46,23 @@ def lift_constants(model: ir.Model) -> None:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 
+def remove_unused(model: ir.Model) -> None:
+    """Remove nodes, constants and optional outputs that nobody reads, but for outputs that a kernel insists on."""
+    from onnx_ir.passes import common
+
+    # Given an earlier state, onnxruntime's Attention demands to return the next one, read or not.
+    names = {
+        node: [output.name for output in node.outputs]
+        for node in model.graph.all_nodes()
+        if is_standard(node, "Attention")
+    }
+    common.RemoveUnusedNodesPass()(model)
+    for node, outputs in names.items():
+        node.resize_outputs(len(outputs))
+        for output, name in zip(node.outputs, outputs, strict=True):
+            output.name = name
+
+
 def drop_identities(model: ir.Model) -> None:
     """Remove every Identity but those that tell an output of a graph, or of a body, apart from another value."""
     import onnx_ir as ir

@@ -98,6 +98,8 @@ class _Planner:
         if rule and rule.skip:
             return plan.left(SKIPPED)
         scheme, label = self.scheme, self.name
+        if not info.numel:
+            return plan.left("it holds no values")
         note = None
         if rule and rule.scheme:
             scheme = build_scheme(rule.scheme)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 #: Matrices below this many bytes, and vectors below this many, stay: they weigh nothing.
 _SMALLEST_MATRIX, _SMALLEST_VECTOR = 1 << 10, 1 << 16
 
+#: Of a tensor's power. Rounding alone is far below; beyond, values have fallen under the smallest number.
+_MOST_NOISE = 1e-3
+
 #: The operator set whose Cast knows bf16.
 _BF16_OPSET = 13
 
@@ -37,12 +40,12 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class CastWeight:
-    """A weight that was cast; or one that stayed float32, and ``overflow`` says why."""
+    """A weight that was cast; or one that stayed float32, and ``stays`` says why."""
 
     name: str
     nbytes: int
     rounding: Rounding | None = None
-    overflow: str | None = None
+    stays: str | None = None
     decoded: Callable[[], np.ndarray] | None = None
 
 
@@ -97,7 +100,10 @@ def _cast(value: ir.Value, dtype: str) -> CastWeight:
     if overflows:
         largest = float(np.finfo(np.float16).max) if dtype == "fp16" else 3.39e38
         note = f"stays fp32: {overflows} values lie beyond {largest:.6g}, the largest {dtype} number"
-        return CastWeight(name, tensor.nbytes, overflow=note)
+        return CastWeight(name, tensor.nbytes, stays=note)
+    if noise > signal * _MOST_NOISE:
+        note = f"stays fp32: its values are too small for {dtype}, which rounds most of them to zero"
+        return CastWeight(name, tensor.nbytes, stays=note)
     stored = ir.Value(
         name=free_name(graph, f"{name}_{dtype}"),
         shape=ir.Shape(tensor.shape.numpy()),
@@ -162,7 +168,7 @@ def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -
 
     def rewrite(layer: NodePlan) -> LayerOutcome:
         weight = written[layer.name]
-        plan = layer.left(weight.overflow) if weight.overflow else layer
+        plan = layer.left(weight.stays) if weight.stays else layer
         return LayerOutcome(plan, weight.nbytes, weight.rounding, weight.decoded)
 
     return rewrite

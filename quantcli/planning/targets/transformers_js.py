@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantcli.checkpoint.hugging_face import is_causal_config
 from quantcli.core.scheme import Scheme
 from quantcli.planning.recipe import Recipe, build_scheme
 from quantcli.planning.targets.base import GraphRequest, OnnxLayout, Refusal, no_checkpoint
@@ -111,7 +112,16 @@ def supported_release(request: GraphRequest) -> Refusal | None:
     return None
 
 
-GRAPH_RULES = (only_folders, supported_release, named_dtypes, known_classes)
+def decoders(request: GraphRequest) -> Refusal | None:
+    """A rule for language models in releases whose onnxruntime does not run lookups in codes of a byte (tried: 3.8)."""
+    if is_causal_config(request.config) and request.target.is_before("4"):
+        return Refusal(
+            "releases before 4 do not run decoders as they are written here", "Use transformers.js 4 or newer."
+        )
+    return None
+
+
+GRAPH_RULES = (only_folders, supported_release, named_dtypes, decoders, known_classes)
 
 
 def completed(recipe: Recipe) -> Recipe:

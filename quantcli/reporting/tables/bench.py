@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quantcli.reporting.metric_labels import metric_label, metric_text
 from quantcli.reporting.report import ModelRow, Report, Table
 from quantcli.reporting.tables.baseline import baseline_tables
 from quantcli.reporting.tables.common import MODEL_NAMES, gate_table, scheme_text, short_names
@@ -12,7 +13,7 @@ _RIGHT = frozenset({"Batch", "p50 ms", "p90 ms", "p99 ms", "Per second", "Size",
 
 def bench_tables(report: Report) -> list[Table]:
     """Latency of every model and batch size; what models take and run on; gates."""
-    tables = [_latency(report), _resources(report), *baseline_tables(report)]
+    tables = [_latency(report), *_generation(report), _resources(report), *baseline_tables(report)]
     return [*tables, gate_table(report)] if report.gates else tables
 
 
@@ -44,6 +45,19 @@ def _latency(report: Report) -> Table:
     )
     columns = ("Model", "Scheme", "Batch", "p50 ms", "p90 ms", "p99 ms", "Per second", "Speed-up")
     return Table(f"Latency{folder}", columns, rows, _RIGHT, note, MODEL_NAMES)
+
+
+def _generation(report: Report) -> list[Table]:
+    """How fast models that generate read a prompt and continue it; nothing where none does."""
+    metrics = ("prompt_tokens_per_s", "time_to_first_token_ms", "tokens_per_s", "prompt_speedup", "generation_speedup")
+    shown = [model for model in report.models if "tokens_per_s" in model.metrics]
+    if not shown:
+        return []
+    names, folder = short_names(report.models)
+    rows = [(names[model.path], *(metric_text(model.metrics, name) for name in metrics)) for model in shown]
+    note = "One text at a time, from its key-value cache; interleaved rounds, speed-ups paired with the reference."
+    columns = ("Model", *map(metric_label, metrics))
+    return [Table(f"Generation{folder}", columns, rows, frozenset(columns[1:]), note, MODEL_NAMES)]
 
 
 def _resources(report: Report) -> Table:

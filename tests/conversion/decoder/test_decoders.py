@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.decoders import TINY, greedy_in_genai, greedy_in_torch, tiny_decoder, torch_with_codes, without_rounding
 
 import quantcli
+from quantcli.benchmarking.probe import Probe
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.decoded import decoded_checkpoint
+from quantcli.errors import InputError, UsageError
+from quantcli.export.decoder.rotary import rotary_tables
+from quantcli.planning.recipe import Recipe
 
 PROMPT = [5, 17, 60, 33, 9, 71, 44]
 COUNT = 24
@@ -46,3 +55,108 @@ def test_genai_says_what_torch_says_on_the_same_codes(made: Any, name: str, tmp_
     said = greedy_in_genai(without_rounding(artifact, tmp_path / "exact"), PROMPT, COUNT)
     assert said == greedy_in_torch(torch_with_codes(folder, artifact), PROMPT, COUNT, banned=[2])
     assert len(np.unique(said)) > 1
+
+
+def test_bench_reads_a_prompt_and_generates(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, artifact, _ = made("llama")
+    # Processes that measure memory take seconds each.
+    monkeypatch.setattr("quantcli.benchmarking.probe.probe", lambda *_, **__: Probe(1.0, 2, 1))
+    report = quantcli.bench(folder, [artifact], seq_len=16, runs=2)
+    reference, candidate = (model.metrics for model in report.models)
+    for metrics in (reference, candidate):
+        assert all(
+            (metrics[name] or 0) > 0 for name in ("prompt_tokens_per_s", "time_to_first_token_ms", "tokens_per_s")
+        )
+    assert (candidate["generation_speedup"] or 0) > 0 and "generation_speedup" not in reference
+
+
+def test_eval_scores_a_decoder_as_torch_scores_its_codes(made: Any, tmp_path: Path) -> None:
+    folder, artifact, _ = made("qwen3")
+    exact = without_rounding(artifact, tmp_path / "exact")
+    torch_with_codes(folder, artifact).save_pretrained(tmp_path / "decoded")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i % 53}" for i in range(900)) + "\n")
+    report = quantcli.evaluate(tmp_path / "decoded", [exact], data=text, seq_len=32, samples=8, tokenizer=folder)
+    ours, theirs = (model.metrics["perplexity"] for model in report.models)
+    assert ours is not None and theirs == pytest.approx(ours, rel=1e-4)
+
+
+def test_codes_of_a_quantized_checkpoint_are_carried_over(made: Any, tmp_path: Path) -> None:
+    folder, _, _ = made("mistral")
+    quantcli.convert(folder, tmp_path / "packed", scheme="int4", group_size=16, verify="codes")
+    report = quantcli.convert(tmp_path / "packed", tmp_path / "out", target="onnxruntime-genai")
+    assert report.details["verified"]["decoder"]["torch"]["compared"]
+    ours = torch_with_codes(folder, tmp_path / "out").state_dict()
+    theirs = decoded_checkpoint(open_checkpoint(tmp_path / "packed"))
+    for name in ("model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.down_proj.weight"):
+        assert torch.equal(ours[name], theirs.load(name))
+
+
+ASYMMETRIC = {"weights": {"dtype": "int4", "granularity": "group", "group_size": 16, "symmetric": False}}
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("gemma3", {"scheme": "fp16"}),
+        ("phi3", {"scheme": ASYMMETRIC, "rules": [{"match": "*.self_attn.*", "scheme": "int8", "group_size": 32}]}),
+        ("llama3", {"scheme": "int4", "skip": ["lm_head", "model.layers.1.self_attn.q_proj"]}),
+        ("llama", {"scheme": "int4", "rules": [{"match": "model.embed_tokens", "scheme": "int4"}]}),
+    ],
+    ids=["fp16", "asymmetric", "skipped", "four-bit-head"],
+)
+def test_schemes_and_rules_reach_the_graph(made: Any, tmp_path: Path, name: str, recipe: dict[str, Any]) -> None:
+    folder, _, _ = made(name)
+    wishes = Recipe(**recipe, format="onnx")
+    report = quantcli.convert(folder, tmp_path / "out", recipe=wishes)
+    assert report.details["verified"]["decoder"]["torch"]["compared"]
+    assert not report.warnings or "cache" not in " ".join(report.warnings)
+
+
+def test_what_is_no_decoder_is_refused_by_name(models: Path, made: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gpt2 is no architecture that decoders are built of"):
+        quantcli.convert(models / "gpt2", tmp_path / "out", scheme="int8", target="onnxruntime-genai")
+    folder, _, _ = made("llama")
+    with pytest.raises(UsageError, match="nf4"):
+        quantcli.convert(folder, tmp_path / "out", scheme="nf4", target="onnxruntime-genai")
+    config = json.loads((folder / "config.json").read_text())
+    other = tmp_path / "longrope"
+    shutil.copytree(folder, other)
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="dynamic, which depends on the length of a text"):
+        quantcli.convert(other, tmp_path / "out", scheme="int8", target="onnxruntime-genai")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_conversion_is_continued(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, artifact, _ = made("llama")
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("quantcli.export.decoder.graph._Builder.graph", lambda *_: _interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            quantcli.convert(folder, out, scheme="int8", target="onnxruntime-genai")
+    assert not out.exists()
+    rounded: list[str] = []
+    monkeypatch.setattr("quantcli.algorithms.rtn.run", lambda *_: rounded.append("again"))
+    quantcli.convert(folder, out, scheme="int8", target="onnxruntime-genai")
+    assert not rounded
+    assert (out / "model.onnx.data").read_bytes() == (artifact / "model.onnx.data").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_decoder_that_forgets_is_found_out(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _, _ = made("llama")
+    monkeypatch.setattr("quantcli.export.decoder.graph.rotary_tables", _turned_twice)
+    with pytest.raises(InputError, match="does not compute what torch computes"):
+        quantcli.convert(folder, tmp_path / "out", scheme="int8", target="onnxruntime-genai")
+    assert not (tmp_path / "out").exists()
+
+
+def _turned_twice(folder: Path, kind: str | None, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    cosines, sines = rotary_tables(folder, kind, 2 * positions)
+    return cosines[::2], sines[::2]

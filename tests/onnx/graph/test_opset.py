@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import defs, helper
+from onnx import TensorProto, defs, helper
 from support.graphs import model, node, normal
 
 from quantcli import convert
@@ -49,3 +49,31 @@ def test_a_model_of_a_newer_set_than_the_runtimes_own_quantizing_operators(tmp_p
     x = {"x": normal(8, 8, 6, 6)}
     expected, got = (Session(tmp_path / name).run(x)["y"] for name in ("m.onnx", "o.onnx"))
     assert np.square(expected - got).sum() / np.square(expected).sum() < (0.03 if scheme == "int4" else 2e-3)
+
+
+def test_what_no_upgrade_has_words_for_is_said_without_the_converters_source(tmp_path: Path) -> None:
+    """A BatchNormalization of statistics for each place left the standard with operator set 9."""
+    names = ("scale", "shift", "mean", "variance")
+    norm = node("BatchNormalization", ["x", *names], "n", spatial=0)
+    statistics = {name: np.abs(normal(4, 6, 6)) for name in names}
+    nodes = [norm, node("Conv", ["n", "w"], "y")]
+    proto = model(nodes, {"x": [1, 4, 6, 6]}, {"y": [1, 48, 4, 4]}, statistics | {"w": normal(48, 4, 3, 3)}, opset=7)
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(InputError, match="upgraded to 13: Attribute spatial must have value 1") as refused:
+        convert(tmp_path / "m.onnx", output=tmp_path / "q.onnx", scheme="int8-static", data=tmp_path / "d.npz")
+    assert "Assertion" not in str(refused.value)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "fp16"])
+def test_tables_of_strings_are_kept(tmp_path: Path, scheme: str) -> None:
+    """A vocabulary larger than what an upgrade, or a run in memory, carries along."""
+    words = np.array([f"word {number} é" for number in range(80_000)], dtype=object)
+    nodes = [node("MatMul", ["x", "w"], "y"), node("ArgMax", ["y"], ["best"], axis=1, keepdims=0)]
+    nodes.append(node("Gather", ["words", "best"], ["word"]))
+    held = {"w": normal(64, 96), "words": words}
+    proto = model(nodes, {"x": ["n", 64]}, {"y": ["n", 96]}, held, opset=11)
+    proto.graph.output.append(helper.make_tensor_value_info("word", TensorProto.STRING, ["n"]))
+    onnx.save(proto, tmp_path / "m.onnx")
+    convert(tmp_path / "m.onnx", output=tmp_path / "q.onnx", scheme=scheme, allow_larger=True)
+    found = Session(tmp_path / "q.onnx").run({"x": normal(3, 64)})
+    assert list(found["word"]) == list(words[found["y"].argmax(1)])

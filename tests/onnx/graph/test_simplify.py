@@ -237,3 +237,21 @@ def test_a_map_is_an_output(tmp_path: Path) -> None:
     expected, got = run(proto, X), run(after, X)
     assert list(got) == ["z", "y"]
     assert [list(row) for row in got["y"]] == [list(row) for row in expected["y"]]
+
+
+@pytest.mark.parametrize("coordinates", [False, True])
+def test_sparse_constants_are_written_out(tmp_path: Path, coordinates: bool) -> None:
+    """As initializers and in Constant nodes, of a body, too."""
+    dense = np.where(normal(8, 8) > 1, normal(8, 8, seed=1), np.float32(0))
+    places = np.argwhere(dense) if coordinates else np.flatnonzero(dense)
+    values, indices = numpy_helper.from_array(dense[dense != 0], "w"), numpy_helper.from_array(places)
+    sparse = helper.make_sparse_tensor(values, indices, [8, 8])
+    body = [helper.make_node("Constant", [], ["v"], sparse_value=sparse), node("MatMul", ["a", "v"], ["b"])]
+    branch = helper.make_graph(body, "then", [], [info("b")])
+    other = helper.make_graph([node("Neg", ["a"], ["c"])], "else", [], [info("c")])
+    choice = helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=other)
+    proto = model([node("MatMul", ["x", "w"], ["a"]), choice], {"x": ["n", 8]}, {"y": None}, {"yes": np.array(True)})
+    proto.graph.sparse_initializer.append(sparse)
+    onnx.save(proto, tmp_path / "m.onnx")
+    found = run(prepare(open_onnx(tmp_path / "m.onnx")), X)["y"]
+    np.testing.assert_allclose(found, X["x"] @ dense @ dense, rtol=1e-4, atol=1e-5)

