@@ -87,7 +87,6 @@ class Scratch:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._seen: set[ir.Value] = set()
 
     def take(self, model: ir.Model) -> None:
         """Move the constants that are new since the last time."""
@@ -97,9 +96,8 @@ class Scratch:
 
         for value in (value for graph in model.graphs() for value in graph.initializers.values()):
             tensor = value.const_value
-            if value in self._seen or not isinstance(tensor, ir.Tensor) or tensor.nbytes < LARGE_BYTES:
+            if not isinstance(tensor, ir.Tensor) or tensor.nbytes < LARGE_BYTES:
                 continue
-            self._seen.add(value)
             with self.path.open("ab") as stream:
                 offset = stream.tell()
                 tensor.tofile(stream)
