@@ -112,7 +112,7 @@ def run(
 
 def initial(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
     """Where the scales come from: clip search at four bits, the full range at eight."""
-    return by_rows(mse.run if number_format.bits == 4 else rtn.run, weight, number_format, scale_dtype)
+    return by_rows(mse.clipped if number_format.bits == 4 else rtn.run, weight, number_format, scale_dtype)
 
 
 def _factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float] | None:

@@ -15,7 +15,8 @@ saves 12% of the squared error. It changes no kernel, since a group's scale only
 Where scales may be negative, nothing is clipped: the search goes from the step that meets the largest weight exactly,
 as code -8, to wider ones, and by the squared error. What clipping takes from the largest weights costs more than its
 square: on SmolLM2-135M the KL divergence of its outputs is 0.350 in place of 0.383 in groups of 32, and 0.493 in place
-of 0.672 in groups of 64 (4096 tokens of prose).
+of 0.672 in groups of 64 (4096 tokens of prose). gptq makes up for it, and begins with the clipped range: 0.110 against
+0.117.
 """
 
 from __future__ import annotations
@@ -63,16 +64,26 @@ def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor | N
 
 def run(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
     """Quantize ``weight``, float32 ``[rows, columns]``, with scales stored as ``scale_dtype``."""
+    if has_signed_scales(number_format):
+        return _searched(weight, number_format, scale_dtype, SIGNED_FRACTIONS, SIGNED_ERROR_POWER)
+    return clipped(weight, number_format, scale_dtype)
+
+
+def clipped(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
+    """As `run`, but whatever the sign of scales: for algorithms that make up for what clipping takes, as gptq does."""
+    return _searched(weight, number_format, scale_dtype, RANGE_FRACTIONS, ERROR_POWER)
+
+
+def _searched(
+    weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype, fractions: Sequence[float], power: int
+) -> QuantizedTensor:
     groups = in_groups(weight, number_format)
     buffer = torch.empty_like(groups)
-    signed = has_signed_scales(number_format)
-    power = SIGNED_ERROR_POWER if signed else ERROR_POWER
 
     def error(scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """L_p error of each group, to the power p, computed without allocating."""
         return rounding_error(groups, scale, zero_point, number_format, buffer).abs_().pow_(power).sum(-1)
 
-    fractions = SIGNED_FRACTIONS if signed else RANGE_FRACTIONS
     scale, zero_point = clip_search(groups, number_format, scale_dtype, error, fractions)
     codes = quantize(groups, scale, zero_point, number_format).reshape(weight.shape)
     return QuantizedTensor(codes, scale, zero_point, tuple(weight.shape), number_format)
