@@ -88,13 +88,13 @@ def run(
         damping: what is added to its diagonal, as a fraction of the diagonal's mean; more where it is singular.
         grid: the weight as it is without compensation, where scales are chosen elsewhere; by default `initial`.
     """
-    base = grid or initial(weight, number_format, scale_dtype)
     diagonal = hessian.diagonal()
     dead = int((diagonal == 0).sum())
     order = torch.argsort(diagonal, descending=True, stable=True)
     factored = _factor(hessian, order, damping) if dead < len(order) else None
     if factored is None:
-        return Solved(base, None, dead)
+        return Solved(grid or uncompensated(weight, number_format, scale_dtype), None, dead)
+    base = grid or initial(weight, number_format, scale_dtype)
     inverse_root, damping = factored
     scale = base.scale.expand(len(weight), -1)
     zero_point = None if base.zero_point is None else base.zero_point.expand(len(weight), -1)
@@ -113,6 +113,11 @@ def run(
 def initial(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
     """Where the scales come from: clip search at four bits, the full range at eight."""
     return by_rows(mse.clipped if number_format.bits == 4 else rtn.run, weight, number_format, scale_dtype)
+
+
+def uncompensated(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
+    """What takes its place where its matrix cannot be used."""
+    return by_rows(mse.run if number_format.bits == 4 else rtn.run, weight, number_format, scale_dtype)
 
 
 def _factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float] | None:
@@ -227,7 +232,7 @@ def round_layers(layers: BlockLayers, options: Options) -> dict[str, RoundedTens
 
 def _told(solved: Solved, damping: float) -> Rounding:
     if solved.damping is None:
-        fallback = "mse" if solved.tensor.number_format.bits == 4 else "rtn"  # as `initial`
+        fallback = "mse" if solved.tensor.number_format.bits == 4 else "rtn"  # as `uncompensated`
         return Rounding(fallback, f"singular Hessian: {fallback} in place of gptq")
     note = f"damping {solved.damping:g} for a Hessian that is nearly singular" if solved.damping > damping else None
     return Rounding("gptq", note)
