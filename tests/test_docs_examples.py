@@ -125,7 +125,7 @@ def test_every_recipe_in_configs_is_on_the_page_about_recipes() -> None:
 def test_only_known_languages_mark_blocks() -> None:
     """Another mark would leave an example out without a word."""
     marks = {tag for page in PAGES for tag, _ in _BLOCK.findall(page.read_text())}
-    assert marks <= {"console", "yaml", "text", "python"}
+    assert marks <= {"console", "yaml", "text", "python", "js"}
 
 
 def test_links_between_pages_lead_somewhere() -> None:

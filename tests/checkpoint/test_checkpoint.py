@@ -81,7 +81,6 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("name", "reason"),
         [
-            ("m.gguf", "a GGUF file"),
             ("tf_model.h5", "Keras or TensorFlow"),
             ("flax_model.msgpack", "Flax"),
             ("m.tflite", "TFLite"),

@@ -303,7 +303,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path, refused: Run, output: str) -> 
         (
             ["--format", "ggml"],
             2,
-            "Unknown format 'ggml'. Known: compressed-tensors, gptq, awq, bitsandbytes, safetensors, gguf.",
+            "Unknown format 'ggml'. Known: compressed-tensors, gptq, awq, bitsandbytes, safetensors, gguf, onnx.",
         ),
         (["--algorithm", "quip"], 2, "Unknown algorithm 'quip'"),
         (["--rest", "fp8"], 2, "rest: "),

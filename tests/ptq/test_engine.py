@@ -143,7 +143,7 @@ def naive_gptq(
                 seen[name] = tokens.T @ tokens
             for name, linear in linears.items():
                 full = f"{path}.{number}.{name}.weight"
-                grid = mse.run(linear.weight.detach(), INT4, torch.bfloat16)
+                grid = mse.clipped(linear.weight.detach(), INT4, torch.bfloat16)
                 expected = oracles.gptq(linear.weight.detach(), seen[name], grid, 0.01)
                 step = grid.scale.repeat_interleave(GROUP, 1).double().numpy()
                 off[full] = float(np.mean(np.abs(artifact[full].double().numpy() - expected) > 0.5 * np.abs(step)))
@@ -415,7 +415,7 @@ def test_images(models: Path, tmp_path: Path) -> None:
     with recorded([query]) as calls, torch.no_grad():
         model(pixel_values=torch.from_numpy(pixels))
     tokens = calls[0][0][0].reshape(-1, 64).double()
-    base = mse.run(query.weight.detach(), INT4, torch.bfloat16)
+    base = mse.clipped(query.weight.detach(), INT4, torch.bfloat16)
     expected = oracles.gptq(query.weight.detach(), tokens.T @ tokens, base, 0.01)
     found = weights["vit.encoder.layer.0.attention.attention.query.weight"].double().numpy()
     assert np.mean(np.abs(found - expected) > 1e-3) < 0.01

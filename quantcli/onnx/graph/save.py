@@ -93,6 +93,7 @@ def in_memory(model: ir.Model) -> tuple[bytes, dict[str, np.ndarray], Path | Non
             continue
         weights[name] = tensor.numpy()
         value.const_value = elsewhere(tensor)
+        stay.append(value.const_value)
     take_in(lean, leave=stay)
     return ir.to_proto(lean).SerializeToString(), weights, folder
 

@@ -297,14 +297,14 @@ def test_language_models(artifact: Artifacts, tmp_path: Path, kind: str, model: 
     source = artifact(kind, model)
     ids = np.arange(48).reshape(4, 12)
     np.savez(tmp_path / "data.npz", input_ids=ids, attention_mask=np.ones_like(ids))
-    report = convert(source, tmp_path / "out", format="onnx", data=tmp_path / "data.npz")
-    require_carried(source, tmp_path / "out" / "model.onnx")
+    report = convert(source, tmp_path / "out.onnx", format="onnx", data=tmp_path / "data.npz")
+    require_carried(source, tmp_path / "out.onnx")
     assert report.models[1].metrics["output_sqnr_db"] > 30
-    session = Session(tmp_path / "out" / "model.onnx", threads=1)
+    session = Session(tmp_path / "out.onnx", threads=1)
     (found,) = session.run({"input_ids": ids, "attention_mask": np.ones_like(ids)}).values()
     wanted = logits(hugging_face.load_model(source, causal=True, decoded=True)).numpy()
     assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)
-    evaluated = evaluate(source, [tmp_path / "out"], data=tmp_path / "data.npz", task="fidelity")
+    evaluated = evaluate(source, [tmp_path / "out.onnx"], data=tmp_path / "data.npz", task="fidelity")
     assert evaluated.models[1].metrics["sqnr_db"] > 25
 
 
