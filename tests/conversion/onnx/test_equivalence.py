@@ -17,6 +17,7 @@ from quantcli.conversion.onnx.equivalence import simplified, upgraded
 from quantcli.errors import InputError
 from quantcli.models.session import Session
 from quantcli.onnx.graph import prepare as steps
+from quantcli.onnx.graph.external import LARGE_BYTES
 from quantcli.onnx.graph.model import open_onnx
 from quantcli.onnx.graph.prepare import STEPS
 from quantcli.onnx.graph.save import in_memory, save_graph
@@ -212,3 +213,13 @@ def test_sequences_and_optionals_are_made_up(tmp_path: Path, kind: str) -> None:
     proto.graph.input.append(taken)
     report = convert(saved(proto, tmp_path), output=tmp_path / "q.onnx", scheme="int8")
     assert report.details["outputs"]["sqnr_db"] > 30
+
+
+def test_large_weights_inside_a_file_are_given_to_the_runtime(tmp_path: Path) -> None:
+    """They are not looked for in files, of which there are none."""
+    weight = normal(8, LARGE_BYTES // 32 + 1)
+    path = saved(model([node("MatMul", ["x", "w"], ["y"])], {"x": ["n", 8]}, {"y": None}, {"w": weight}), tmp_path)
+    lean, given, folder = in_memory(open_onnx(path).ir)
+    assert (len(lean) < 100_000, list(given), folder) == (True, ["w"], None)
+    np.testing.assert_array_equal(given["w"], weight)
+    assert convert(path, tmp_path / "o.onnx", scheme="int8").details["verified"]["codes"] == "equal"
