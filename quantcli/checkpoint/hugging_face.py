@@ -50,7 +50,8 @@ def weights_stem(config: Mapping[str, Any] | None) -> str:
 
 def is_causal_config(config: Mapping[str, Any] | None) -> bool:
     """Whether a config.json names a causal language model."""
-    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in (config or {}).get("architectures") or [])
+    names = map(str, (config or {}).get("architectures") or [])
+    return any("CausalLM" in name or name.endswith("LMHeadModel") for name in names)
 
 
 def config_of(model: Path) -> dict[str, Any] | None:

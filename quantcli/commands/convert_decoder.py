@@ -161,7 +161,7 @@ def convert_decoder(
             details = _quantize(conversion, staging, force=force)
             place = onnx_layout(plan.recipe, ((each.scheme, each.info.numel) for each in plan.layers))
             proof = _pack(decoder, model, staging, place)
-            manifest = _publish(details.pop("manifest"), proof, checkpoint, staging, place)
+            manifest = _publish(details.pop("manifest"), proof, decoder, checkpoint, staging, place)
         except OSError as error:
             raise explain(error, output) from error
     details["verified"] |= proof
@@ -224,7 +224,12 @@ def _pack(decoder: Decoder, model: Path, staging: Staging, place: OnnxLayout) ->
 
 
 def _publish(
-    made: dict[str, Any], proof: dict[str, Any], checkpoint: Checkpoint, staging: Staging, place: OnnxLayout
+    made: dict[str, Any],
+    proof: dict[str, Any],
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    staging: Staging,
+    place: OnnxLayout,
 ) -> dict[str, Any]:
     """Write what goes beside the graph, say in the graph how it was made, and put all in place."""
     from quantcli.export.decoder.genai import genai_config
@@ -240,7 +245,7 @@ def _publish(
     config = {k: v for k, v in (checkpoint.config or {}).items() if k != "quantization_config"}
     write_json(out / "config.json", place.config(config, True) if place.config else config)
     if place.config is None:
-        write_json(out / GENAI_CONFIG, genai_config(read_decoder(folder), folder, place.file))
+        write_json(out / GENAI_CONFIG, genai_config(decoder, folder, place.file))
     manifest = Manifest.of(made | {"verified": {**made["verified"], **proof}}, staging.target).to_json()
     add_metadata(out / place.file, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
     staging.publish()

@@ -120,25 +120,33 @@ def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor | N
 
 def quantize(groups: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat) -> Tensor:
     """Codes of ``groups`` (see `in_groups`), int8 of the same shape; one scale per group."""
-    loops = _loops_for(groups, scale)
-    codes = torch.empty(groups.shape if loops else 0, dtype=torch.int8)
+    if loops := _loops_for(groups, scale):
+        return _looped_codes(loops, groups, scale, zero_point, number_format)
     if number_format.dtype == "nf4":
-        # The reciprocal, not the quotient: bitsandbytes rounds this way and codes must equal its own.
-        inverse = 1.0 / scale.clamp(min=1e-38)
-        if loops:
-            loops.nf4_codes(_rows(groups), _flat(inverse), _rows(codes))
-            return codes
-        return torch.bucketize(groups * inverse.unsqueeze(-1), nf4_bounds(), out_int32=True).to(torch.int8)
+        return torch.bucketize(groups * _inverse(scale).unsqueeze(-1), nf4_bounds(), out_int32=True).to(torch.int8)
     qmin, qmax = code_range(number_format)
-    if loops:
-        limits = float32(qmin), float32(qmax)
-        loops.integer_codes(_rows(groups), _flat(scale), _offsets(scale, zero_point), *limits, _rows(codes))
-        return codes
     scaled = groups / scale.unsqueeze(-1)
     scaled.round_()
     if zero_point is not None:
         scaled += zero_point.unsqueeze(-1)
     return scaled.clamp_(qmin, qmax).to(torch.int8)
+
+
+def _looped_codes(
+    loops: ModuleType, groups: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat
+) -> Tensor:
+    codes = torch.empty(groups.shape, dtype=torch.int8)
+    if number_format.dtype == "nf4":
+        loops.nf4_codes(_rows(groups), _flat(_inverse(scale)), _rows(codes))
+    else:
+        low, high = map(float32, code_range(number_format))
+        loops.integer_codes(_rows(groups), _flat(scale), _offsets(scale, zero_point), low, high, _rows(codes))
+    return codes
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """What NF4 multiplies by: bitsandbytes does not divide, and codes must equal its own."""
+    return 1.0 / scale.clamp(min=1e-38)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat) -> Tensor:

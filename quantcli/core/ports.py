@@ -34,13 +34,13 @@ class Port:
 Arrays: TypeAlias = "dict[str, np.ndarray]"
 
 
-#: What inputs of a decoder begin with that hold the cache of the tokens before.
-_CACHE = "past_key_values."
+#: What inputs of a decoder begin with that hold the cache of the tokens before, and outputs that hold the next one.
+CACHE_INPUT, CACHE_OUTPUT = "past_key_values.", "present."
 
 
 def cache_ports(ports: Iterable[Port]) -> tuple[Port, ...]:
     """Those inputs of a decoder that hold a key-value cache ``[batch, heads, tokens so far, head size]``."""
-    return tuple(port for port in ports if port.name.startswith(_CACHE) and len(port.shape or ()) == 4)
+    return tuple(port for port in ports if port.name.startswith(CACHE_INPUT) and len(port.shape or ()) == 4)
 
 
 def without_cache(ports: Iterable[Port]) -> tuple[Port, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from quantcli.checkpoint.hugging_face import load_json
-from quantcli.core.ports import Arrays, Port, cache_ports
+from quantcli.core.ports import CACHE_INPUT, CACHE_OUTPUT, Arrays, Port, cache_ports
 from quantcli.errors import InputError
 from quantcli.models.session import Session
 
@@ -76,7 +76,7 @@ class CachedDecoder:
             port.name: np.zeros((*shape[:2], room, shape[3]), port.dtype)
             for port, shape in zip(ports, shapes, strict=True)
         }
-        self._binding = session.bind(cache, {name: name.replace("past_key_values.", "present.") for name in cache})
+        self._binding = session.bind(cache, {name: name.replace(CACHE_INPUT, CACHE_OUTPUT) for name in cache})
         self._takes = {port.name for port in session.inputs}
 
     def rewind(self, length: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.decoded import decoded_checkpoint
-from quantcli.checkpoint.hugging_face import load_json
+from quantcli.checkpoint.hugging_face import is_causal_config, load_json
 from quantcli.checkpoint.quantized import FLOATS, section_of
 from quantcli.errors import InputError, MissingExtraError
 from quantcli.models.stored_parameters import computed_tables
@@ -131,20 +131,9 @@ def load_values(checkpoint: Checkpoint) -> nn.Module:
     return model.eval()
 
 
-def read_config(path: Path) -> Any:
-    """A folder's configuration as transformers reads it. Raises InputError where it does not."""
-    transformers = transformers_library()
-    try:
-        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"transformers {transformers.__version__} cannot read {path / 'config.json'}: {first_line(error)}"
-        ) from error
-
-
 def rotary_module(path: Path) -> nn.Module:
     """The module of a causal language model that makes its rotary embedding; no weight is read."""
-    transformers, config = transformers_library(), read_config(path)
+    transformers, config = transformers_library(), load_config(path)
     with torch.device("meta"), quiet():
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     found = next(module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding"))
@@ -268,10 +257,7 @@ def require_vocabulary(model: nn.Module, ids: Sequence[Any], data: str) -> None:
 def is_causal(path: Path) -> bool:
     """Whether a folder's architecture is a causal language model, or holds one that also sees or hears."""
     config = load_json(require_folder(path) / "config.json")
-    architectures = config.get("architectures") or []
-    return _reads_more_than_text(config) or any(
-        "CausalLM" in str(name) or str(name).endswith("LMHeadModel") for name in architectures
-    )
+    return _reads_more_than_text(config) or is_causal_config(config)
 
 
 def _reads_more_than_text(config: Mapping[str, Any]) -> bool:
@@ -321,7 +307,7 @@ def load_config(path: Path) -> Any:
     transformers = transformers_library()
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
         raise InputError(f"transformers {transformers.__version__} cannot read {path}: {first_line(error)}") from error
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.core.ports import Port
 from quantcli.errors import InputError
 from quantcli.models import custom_operators
+from quantcli.onnx.graph.external import LARGE_BYTES
 from quantcli.system.parallel import usable_cores
 from quantcli.system.text import first_line
 
@@ -25,9 +26,6 @@ _NARROW = {
     "float8e5m2fnuz": "float8_e5m2fnuz", "float8e8m0": "float8_e8m0fnu", "float4e2m1": "float4_e2m1fn",
 }  # fmt: skip
 
-
-#: Weights from this size on are written beside a dumped graph.
-_LARGE_BYTES = 1 << 20
 
 #: What to do about operators that onnxruntime does not know.
 _CUSTOM_OPERATORS = "If it is a custom operator, name the library that has it: --custom-ops FILE.so."
@@ -98,7 +96,7 @@ class Session:
             # In one file with its weights the graph would be held twice more, and could be no larger than 2 GB.
             beside = "session.optimized_model_external_initializers"
             options.add_session_config_entry(f"{beside}_file_name", f"{dump.name}.data")
-            options.add_session_config_entry(f"{beside}_min_size_in_bytes", str(_LARGE_BYTES))
+            options.add_session_config_entry(f"{beside}_min_size_in_bytes", str(LARGE_BYTES))
         for library in custom_operators.registered():
             options.register_custom_ops_library(str(library))
         if not prepack:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from support.artifacts import codes_of, decoded, loaded, tensors_of
-from support.graphs import model, node, normal
+from support.graphs import model, node, normal, with_accuracy_level
 from torch import Tensor
 
 from quantcli import convert
@@ -146,10 +146,7 @@ def test_onnxruntime_computes_with_them(tmp_path: Path, half: bool) -> None:
     written = onnx.load(tmp_path / "o.onnx")
     scales = [numpy_helper.to_array(each) for each in written.graph.initializer if each.name.endswith("_scales")]
     assert len(scales) == 2 and all((each < 0).any() and (each > 0).any() for each in scales)
-    for each in written.graph.node:
-        for attribute in each.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 1
+    with_accuracy_level(written, 1)
     dtype = torch.float16 if half else torch.float32
     matrix, rows = (
         numerics.decoded(mse.run(torch.from_numpy(each.astype(np.float32)), SIGNED, dtype)).numpy()

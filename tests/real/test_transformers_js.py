@@ -18,6 +18,7 @@ import pytest
 from support import real_models
 from support import transformers_js as node
 from support.decoders import tiny_decoder
+from support.graphs import with_accuracy_level
 
 from quantcli.commands.convert import convert
 from quantcli.core.ports import cache_ports
@@ -49,11 +50,7 @@ def unrounded_output(artifact: Path, feeds: Mapping[str, np.ndarray], place: Pat
     shutil.copytree(artifact / "onnx", place)
     (file,) = place.glob("*.onnx")
     model = onnx.load(file, load_external_data=False)
-    for node_of_graph in model.graph.node:
-        for attribute in node_of_graph.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
-    file.write_bytes(model.SerializeToString())
+    file.write_bytes(with_accuracy_level(model, 0).SerializeToString())
     return session_output(file, feeds)
 
 

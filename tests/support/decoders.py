@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from support.graphs import with_accuracy_level
+
 #: Sizes that all share: small enough for seconds, and heads that are queried in groups.
 _SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -91,11 +93,7 @@ def without_rounding(artifact: Path, target: Path) -> Path:
 
     shutil.copytree(artifact, target)
     model = onnx.load(target / "model.onnx", load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
-    (target / "model.onnx").write_bytes(model.SerializeToString())
+    (target / "model.onnx").write_bytes(with_accuracy_level(model, 0).SerializeToString())
     return target
 
 

@@ -26,6 +26,15 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
 
 
+def with_accuracy_level(proto: onnx.ModelProto, level: int) -> onnx.ModelProto:
+    """A model, changed in place: what its n-bit products may round inputs to; 0 and 1 leave them as they are."""
+    for each in proto.graph.node:
+        for attribute in each.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = level
+    return proto
+
+
 def model(
     nodes: Sequence[onnx.NodeProto],
     inputs: Mapping[str, Shape],

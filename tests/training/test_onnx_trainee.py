@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from support.graphs import with_accuracy_level
 from support.oracles import pair_sum
 from support.small_nets import CLASSES, SHAPES
 from support.trained_graphs import SCHEMES, checkpoints_in_every_step, decibels, inputs_of, interrupting
@@ -97,12 +98,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Seen]]:
 
 def float_products(path: Path) -> bytes:
     """The artifact, its n-bit products computed in float32: what its codes and scales stand for."""
-    proto = onnx.load(path)
-    for each in proto.graph.node:
-        for attribute in each.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 1
-    return proto.SerializeToString()  # type: ignore[no-any-return]
+    return with_accuracy_level(onnx.load(path), 1).SerializeToString()  # type: ignore[no-any-return]
 
 
 def agreement(home: Path, name: str, out: Path, found: np.ndarray | None) -> list[float]:

@@ -65,10 +65,8 @@ class GgufCheckpoint(Checkpoint):
         self._orders = {name: architectures.row_order(self._architecture, name, config) for name in self._tensors}
         self._schemes = self._known_schemes()
         infos = [info for name, tensor in self._tensors.items() for info in self._infos_of(name, tensor)]
-        metadata = {
-            key: value for key, value in header.metadata.items() if isinstance(value, str) and key == MANIFEST_KEY
-        }
-        super().__init__(path, tuple(infos), metadata=metadata)
+        told = header.metadata.get(MANIFEST_KEY)
+        super().__init__(path, tuple(infos), metadata={MANIFEST_KEY: told} if isinstance(told, str) else {})
         self.config = config
         decoded = Counter(each.kind for each in self._tensors.values() if self._is_decoded(each))
         if decoded:

@@ -178,10 +178,10 @@ class _Header:
     def _checked(self, name: str, shape: tuple[int, ...], number: int, start: int, offset: int) -> GgufTensor:
         if number not in TYPES:
             raise InputError(f"{self._path}: {name} is of ggml's type {number}, which is not known.")
-        kind, block, size = TYPES[number]
+        kind, block, _ = TYPES[number]
         if any(side < 1 for side in shape) or shape[-1] % block:
             raise self._damaged(f"{name} {list(shape)} does not divide into {kind}'s blocks of {block}")
-        nbytes = prod(shape) // block * size
+        nbytes = nbytes_of(kind, shape)
         if start + offset + nbytes > self._size:
             raise self._damaged(
                 f"{name} {list(shape)} ({kind}) ends at byte {start + offset + nbytes:,} of {self._size:,}"

@@ -104,23 +104,23 @@ class GgufFile:
             manifest: what the file will say of itself.
         """
         import gguf
+        import numpy as np
 
-        artifact = open_checkpoint(made)
+        artifact, float32 = open_checkpoint(made), np.dtype(np.float32)
+        factors = None if self.factors is None else np.asarray(self.factors, float32)
         writer = gguf.GGUFWriter(path, self.architecture.name)
         self._add_metadata(writer, manifest)
-        if self.factors is not None:
-            writer.add_tensor_info(
-                architectures.ROPE_FACTORS, (len(self.factors),), _numpy("float32"), 4 * len(self.factors)
-            )
+        if factors is not None:
+            writer.add_tensor_info(architectures.ROPE_FACTORS, factors.shape, float32, factors.nbytes)
         for tensor in self.tensors:
             kind = gguf.GGMLQuantizationType[tensor.kind]
             # With a dtype that is not bytes the shape is taken as that of the values.
-            writer.add_tensor_info(tensor.name, tensor.shape, _numpy("float32"), tensor.nbytes, raw_dtype=kind)
+            writer.add_tensor_info(tensor.name, tensor.shape, float32, tensor.nbytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if self.factors is not None:
-            writer.write_tensor_data(_numpy_array(self.factors))
+        if factors is not None:
+            writer.write_tensor_data(factors)
         for tensor in self.tensors:
             writer.write_tensor_data(self._stored(tensor, artifact).numpy())
         writer.close()
@@ -155,17 +155,12 @@ class GgufFile:
     def finish(self, path: Path, manifest: Manifest) -> None:
         """Put what became known since into the room that the manifest has in the file."""
         at, length = _place_of_manifest(path)
-        text = json.dumps(manifest.to_json(), separators=(",", ":"), allow_nan=False).encode()
+        text = _text(manifest).encode()
         if len(text) > length:
             raise AssertionError(f"the manifest outgrew its room by {len(text) - length} bytes")
         with path.open("r+b") as stream:
             stream.seek(at)
             stream.write(text.ljust(length))
-
-    @staticmethod
-    def _manifest_text(manifest: Manifest) -> str:
-        text = json.dumps(manifest.to_json(), separators=(",", ":"), allow_nan=False)
-        return text + " " * _RESERVE
 
     def _add_metadata(self, writer: Any, manifest: Manifest) -> None:
         import gguf
@@ -189,7 +184,7 @@ class GgufFile:
         special = gguf.SpecialVocab(self.folder, load_merges=words.model == "gpt2", n_vocab=len(words.tokens))
         special.add_special_token.setdefault("bos", False)
         special.add_to_gguf(writer, quiet=True)
-        writer.add_string(MANIFEST_KEY, self._manifest_text(manifest))
+        writer.add_string(MANIFEST_KEY, _text(manifest) + " " * _RESERVE)
 
     def _quantized(self, tensor: StoredTensor, artifact: Checkpoint) -> Any:
         from quantcli.conversion.checkpoint.writer import read_codes
@@ -216,21 +211,13 @@ class GgufFile:
         return (values + tensor.shift) - tensor.shift
 
 
+def _text(manifest: Manifest) -> str:
+    return json.dumps(manifest.to_json(), separators=(",", ":"), allow_nan=False)
+
+
 def _turned(values: Tensor, tensor: StoredTensor) -> Tensor:
     turned: Tensor = architectures.stored_rows(values, tensor.order)
     return turned.contiguous()
-
-
-def _numpy(name: str) -> Any:
-    import numpy as np
-
-    return np.dtype(name)
-
-
-def _numpy_array(values: tuple[float, ...]) -> Any:
-    import numpy as np
-
-    return np.asarray(values, dtype=np.float32)
 
 
 def _place_of_manifest(path: Path) -> tuple[int, int]:

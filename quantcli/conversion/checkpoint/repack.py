@@ -23,6 +23,7 @@ from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import RoundedTensor, Rounding, TensorInfo
 from quantcli.errors import UsageError
 from quantcli.formats.base import QuantizedFormat
+from quantcli.formats.gguf import exact_minimum
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.planning.recipe import Recipe, dequantizes
 from quantcli.planning.requantization import refuse_wishes
@@ -32,8 +33,6 @@ from quantcli.planning.targets import for_target
 from quantcli.system.parallel import in_parallel
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quantcli.conversion.checkpoint.writer import Output
     from quantcli.training.loop import History
 
@@ -107,12 +106,6 @@ class Repacking:
             output.tick(next(done) / len(layers))
 
         in_parallel((partial(carry, layer) for layer in layers), output.workers)
-
-
-def _exact_minimum(scale: Tensor, zero_point: Tensor) -> bool:
-    from quantcli.formats.gguf import exact_minimum
-
-    return exact_minimum(scale, zero_point)
 
 
 class _Planner:
@@ -195,7 +188,7 @@ class _Planner:
             lowest, _ = code_range(weight.scheme.weights)
             if zero_point is not None and not self.form.STORAGE.lowest_zero_point and (zero_point == lowest).any():
                 zeros[name] = f"it has a zero point of 0, and {self.form.NAME} stores zero points less one"
-            if zero_point is not None and self.form.STORAGE.coarse_scales and not _exact_minimum(scale, zero_point):
+            if zero_point is not None and self.form.STORAGE.coarse_scales and not exact_minimum(scale, zero_point):
                 zeros[name] = "its zero points times its scales are no numbers of FP16, as Q4_1 stores them"
             for dtype in candidates:
                 if not bool((scale.to(torch_dtype(dtype)).float() == scale).all()):

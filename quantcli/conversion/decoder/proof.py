@@ -28,8 +28,6 @@ LEAST_ROUNDED_SQNR_DB = 20.0
 
 #: Tokens of the made-up text, unless a window of attention is to be passed.
 _LENGTH, _LONGEST = 24, 300
-#: How much of the memory that is free torch may take.
-_SHARE = 0.5
 
 
 def prove_decoder(artifact: Path, decoder: Decoder, values: Checkpoint) -> dict[str, Any]:
@@ -116,8 +114,7 @@ def _require_cache(model: CachedDecoder, ids: np.ndarray, least: float) -> float
 def _beside_torch(expected: np.ndarray, ids: np.ndarray, values: Checkpoint) -> dict[str, Any]:
     """How logits compare with torch's on the same values; or why torch was not asked."""
     needed = sum(info.numel for info in values.infos()) * 4
-    allowed = int(_SHARE * free_memory_bytes())
-    if needed > allowed:
+    if needed > free_memory_bytes() // 2:
         reason = f"torch takes {format_bytes(needed)} for these weights, more than half of the memory that is free"
         return {"torch": {"compared": False, "reason": reason}}
     from quantcli.models.hugging_face import load_values

@@ -103,12 +103,12 @@ def read_decoder(folder: Path) -> Decoder:
         InputError: it is of an architecture, or has a setting, that is not built; by name.
         MissingExtraError: transformers is not installed.
     """
-    from quantcli.models.hugging_face import read_config
+    from quantcli.models.hugging_face import load_config
 
     reason = why_no_decoder(folder)
     if reason:
         raise _refused(reason)
-    config = read_config(folder)
+    config = load_config(folder)
     architecture = ARCHITECTURES[config.model_type]
     for reason in _unsupported(config):
         raise _refused(f"{folder}: {reason}")

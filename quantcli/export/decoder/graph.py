@@ -6,22 +6,25 @@ GatherBlockQuantized where weights are codes (all of domain com.microsoft, in on
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantcli.core.ports import CACHE_INPUT, CACHE_OUTPUT
 from quantcli.export.decoder.architecture import Decoder
-from quantcli.export.decoder.nodes import Nodes
+from quantcli.export.decoder.nodes import Nodes, Table
 from quantcli.export.decoder.rotary import rotary_tables
 from quantcli.export.decoder.weights import DecoderWeights, Matrix
 from quantcli.system.progress import Progress
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch import nn
 
 #: What every runtime of language models knows inputs and outputs by.
-PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
+PAST, PRESENT = f"{CACHE_INPUT}{{}}.{{}}", f"{CACHE_OUTPUT}{{}}.{{}}"
 
 _OPSET, _IR_VERSION = 21, 10
 
@@ -121,12 +124,10 @@ class _Builder:
         length = nodes.add("Gather", [shape, index], "lengths.gather", axis=0)
         return rows, nodes.add("Cast", [length], "lengths.all", to=ir.DataType.INT32.value)
 
-    def _embedded(self, ids: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
-        """Embeddings of tokens, and the constants of their table."""
+    def _embedded(self, ids: ir.Value) -> tuple[ir.Value, Table]:
+        """Embeddings of tokens, and their table."""
         nodes, name = self.nodes, "model.embed_tokens"
-        matrix = self.weights.matrix(f"{name}.weight")
-        found, table = nodes.lookup(name, matrix, ids)
-        self._table_shape = matrix
+        found, table = nodes.lookup(name, self.weights.matrix(f"{name}.weight"), ids)
         if self.decoder.embedding_scale != 1.0:
             factor = nodes.constant(f"{name}.scale", np.array(self.decoder.embedding_scale, np.float32))
             found = nodes.add("Mul", [found, factor], f"{name}.scaled")
@@ -207,7 +208,7 @@ class _Builder:
     def _rotary(self, kind: str | None) -> tuple[ir.Value, ir.Value]:
         """The tables of a kind of rotary embedding, which blocks share."""
         if kind not in self.tables:
-            tables = rotary_tables(self.folder, kind, self.decoder.context)
+            tables = rotary_tables(self._rotary_module, kind, self.decoder.context)
             suffix = "" if kind is None else f"_{kind}"
             cosines, sines = (
                 self.nodes.weight(f"{name}{suffix}", table)
@@ -215,6 +216,12 @@ class _Builder:
             )
             self.tables[kind] = cosines, sines
         return self.tables[kind]
+
+    @cached_property
+    def _rotary_module(self) -> nn.Module:
+        from quantcli.models.hugging_face import rotary_module
+
+        return rotary_module(self.folder)
 
     def _feed_forward(self, layer: int, value: ir.Value) -> ir.Value:
         nodes, name = self.nodes, f"model.layers.{layer}.mlp"
@@ -242,10 +249,10 @@ class _Builder:
             ]
         return [self._product(part, value, self.weights.matrix(f"{part}.weight"), [part]) for part in parts]
 
-    def _logits(self, value: ir.Value, table: list[ir.Value]) -> ir.Value:
+    def _logits(self, value: ir.Value, table: Table) -> ir.Value:
         decoder, nodes = self.decoder, self.nodes
         if decoder.tied:
-            logits = nodes.product_with("lm_head", self._table_shape, table, value)
+            logits = nodes.product_with("lm_head", table, value)
         else:
             logits = self._product("lm_head", value, self.weights.matrix("lm_head.weight"), ["lm_head"])
         if decoder.final_softcap:

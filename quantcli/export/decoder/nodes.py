@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quantcli.export.decoder.external import ExternalData
-from quantcli.export.decoder.weights import Matrix, NbitsMatrix
+from quantcli.export.decoder.weights import Blocks, Matrix, NbitsMatrix
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _CONTRIB = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of words in the graph: its constants, and how codes lie in the first; None where it is of floats."""
+
+    constants: Sequence[ir.Value]
+    blocks: Blocks | None
 
 
 class Nodes:
@@ -82,33 +91,32 @@ class Nodes:
         """A value times a matrix ``[outputs, inputs]``."""
         if isinstance(matrix, NbitsMatrix):
             rows, columns = matrix.shape
-            blocks = columns // matrix.block
-            codes = self.weight(f"{name}.codes", matrix.codes.reshape(rows, blocks, -1))
-            return self._nbits_product(name, matrix, [codes, *self._scales(name, matrix)], value)
+            codes = self.weight(f"{name}.codes", matrix.codes.reshape(rows, columns // matrix.block, -1))
+            return self._nbits_product(name, matrix.blocks, [codes, *self._scales(name, matrix)], value)
         return self._float_product(name, self.weight(f"{name}.weight", matrix), value)
 
-    def lookup(self, name: str, matrix: Matrix, ids: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
-        """Rows of a table, and the constants that it consists of."""
+    def lookup(self, name: str, matrix: Matrix, ids: ir.Value) -> tuple[ir.Value, Table]:
+        """Rows of a table, and the table itself."""
         if not isinstance(matrix, NbitsMatrix):
             table = self.weight(f"{name}.weight", matrix)
-            return self._widened(self.add("Gather", [table, ids], name), matrix.dtype, name), [table]
+            return self._widened(self.add("Gather", [table, ids], name), matrix.dtype, name), Table([table], None)
         codes = self.weight(f"{name}.codes", matrix.codes)
-        constants = [codes, *self._scales(name, matrix)]
-        inputs = [codes, ids, *constants[1:]]
+        scales = self._scales(name, matrix)
         found = self.add(
-            "GatherBlockQuantized", inputs, name, _CONTRIB, bits=matrix.bits, block_size=matrix.block, gather_axis=0,
-            quantize_axis=1,
+            "GatherBlockQuantized", [codes, ids, *scales], name, _CONTRIB, bits=matrix.bits, block_size=matrix.block,
+            gather_axis=0, quantize_axis=1,
         )  # fmt: skip
-        return found, constants
+        return found, Table([codes, *scales], matrix.blocks)
 
-    def product_with(self, name: str, matrix: Matrix, table: Sequence[ir.Value], value: ir.Value) -> ir.Value:
-        """A value times the matrix of a lookup, whose bytes serve both; ``table`` is what `lookup` returned."""
-        if not isinstance(matrix, NbitsMatrix):
-            return self._float_product(name, table[0], value)
-        rows, columns = matrix.shape
-        shape = (rows, columns // matrix.block, matrix.block * matrix.bits // 8)
-        again = self.data.again(f"{name}.codes", table[0].const_value, shape)  # type: ignore[arg-type]
-        return self._nbits_product(name, matrix, [self._initializer(again), *table[1:]], value)
+    def product_with(self, name: str, table: Table, value: ir.Value) -> ir.Value:
+        """A value times the table of a lookup, whose bytes serve both."""
+        codes, *scales = table.constants
+        if table.blocks is None:
+            return self._float_product(name, codes, value)
+        (rows, columns), block = table.blocks.shape, table.blocks.block
+        shape = (rows, columns // block, block * table.blocks.bits // 8)
+        again = self.data.again(f"{name}.codes", codes.const_value, shape)  # type: ignore[arg-type]
+        return self._nbits_product(name, table.blocks, [self._initializer(again), *scales], value)
 
     def _scales(self, name: str, matrix: NbitsMatrix) -> list[ir.Value]:
         found = [self.weight(f"{name}.scales", matrix.scales)]
@@ -116,11 +124,11 @@ class Nodes:
             found.append(self.weight(f"{name}.zero_points", matrix.zero_points))
         return found
 
-    def _nbits_product(self, name: str, matrix: NbitsMatrix, constants: list[ir.Value], value: ir.Value) -> ir.Value:
-        rows, columns = matrix.shape
+    def _nbits_product(self, name: str, blocks: Blocks, constants: list[ir.Value], value: ir.Value) -> ir.Value:
+        rows, columns = blocks.shape
         return self.add(
-            "MatMulNBits", [value, *constants], name, _CONTRIB, N=rows, K=columns, bits=matrix.bits,
-            block_size=matrix.block, accuracy_level=self._accuracy_level,
+            "MatMulNBits", [value, *constants], name, _CONTRIB, N=rows, K=columns, bits=blocks.bits,
+            block_size=blocks.block, accuracy_level=self._accuracy_level,
         )  # fmt: skip
 
     def _float_product(self, name: str, weight: ir.Value, value: ir.Value) -> ir.Value:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def rotary_tables(folder: Path, kind: str | None, positions: int) -> tuple[np.ndarray, np.ndarray]:
+
+def rotary_tables(rotary: nn.Module, kind: str | None, positions: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines, float32 ``[positions, head_dim / 2]``; ``kind`` is that of blocks with tables of their own."""
     import torch
 
-    from quantcli.models.hugging_face import rotary_module
-
-    rotary = rotary_module(folder)
     options = {} if kind is None else {"layer_type": kind}
     with torch.inference_mode():
         found = rotary(torch.zeros(1), torch.arange(positions)[None], **options)

@@ -12,12 +12,22 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.quantized import QuantizedCheckpoint
 from quantcli.core.scheme import Scheme
 from quantcli.errors import InputError
+from quantcli.formats.onnx import SMALLEST_BLOCK, encode_codes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: The blocks that kernels of MatMulNBits take: powers of two between these.
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
+#: The blocks that kernels of MatMulNBits take: powers of two up to this.
+LARGEST_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How codes of a matrix ``shape``, rows and columns, lie in blocks of so many columns."""
+
+    shape: tuple[int, int]
+    bits: int
+    block: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,11 @@ class NbitsMatrix:
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
         return len(self.codes), self.codes.shape[1] * 8 // self.bits
+
+    @property
+    def blocks(self) -> Blocks:
+        """How its codes lie."""
+        return Blocks(self.shape, self.bits, self.block)
 
     def rows(self, start: int, stop: int) -> NbitsMatrix:
         """Some of its rows."""
@@ -134,8 +149,6 @@ def _reason(scheme: Scheme) -> str | None:
 
 def _packed(quantized: QuantizedCheckpoint, name: str) -> NbitsMatrix:
     """A weight's codes, with a scale for each block of the operator. Raises InputError where no block divides it."""
-    from quantcli.formats.onnx import encode_codes
-
     tensor, scheme = quantized.tensor(name), quantized.weights[name].scheme
     columns = tensor.shape[1]
     group = scheme.weights.granularity.size or columns

@@ -15,6 +15,9 @@ from quantcli.onnx.rewrite.residual import part_sums_from_norms
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+#: Bytes of weights after which what was made of them is moved: to look for it takes a walk over the whole graph.
+_MOVED_EVERY = 32 << 20
+
 #: Forms of layers that run on integers: as a processor's kernels have them, so that the graph is written for one.
 _ON_INTEGERS = ("static", "dynamic", "recurrent")
 
@@ -39,11 +42,14 @@ def transform(model: ir.Model, plan: GraphPlan, evidence: Evidence, scratch: Pat
             for name in dict.fromkeys(layer.form for layer in layers)
             if name
         }
+        made = 0
         for layer in layers:
             if layer.form:
                 outcomes[id(layer)] = rewriters[layer.form](layer)
-                if moved is not None:
-                    moved.take(model)
+                made += layer.info.nbytes
+            if moved is not None and (made >= _MOVED_EVERY or layer is layers[-1]):
+                moved.take(model)
+                made = 0
     if any(layer.form in _ON_INTEGERS for layer in plan.nodes):
         part_sums_from_norms(model)
     restore_casts(model)

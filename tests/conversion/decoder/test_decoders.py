@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.decoders import TINY, greedy_in_genai, greedy_in_torch, tiny_decoder, torch_with_codes, without_rounding
+from torch import nn
 
 import quantcli
 from quantcli.benchmarking.probe import Probe
@@ -157,6 +158,6 @@ def test_a_decoder_that_forgets_is_found_out(made: Any, tmp_path: Path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
-def _turned_twice(folder: Path, kind: str | None, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    cosines, sines = rotary_tables(folder, kind, 2 * positions)
+def _turned_twice(rotary: nn.Module, kind: str | None, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    cosines, sines = rotary_tables(rotary, kind, 2 * positions)
     return cosines[::2], sines[::2]
