@@ -157,13 +157,10 @@ def _spell_out_flattening(model: ir.Model) -> None:
 
 def _set_aside(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     """Take the weights out of a graph, leaving their shapes: converting needs no more, and stops at 2 GB."""
-    import onnx_ir as ir
-
     weights = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        # Strings have no bytes that could lie elsewhere.
-        if tensor is not None and tensor.nbytes > SMALL_BYTES and not isinstance(tensor, ir.StringTensor):
+        if tensor is not None and tensor.nbytes > SMALL_BYTES:
             weights[name] = tensor
             value.const_value = elsewhere(tensor)
     return weights
