@@ -14,7 +14,7 @@ from quantcli.commands.convert_decoder import convert_decoder, wants_decoder, wh
 from quantcli.commands.convert_pipeline import convert_pipeline, is_pipeline
 from quantcli.conversion.checkpoint.gguf_packing import Packing
 from quantcli.conversion.checkpoint.layout import plan_layout
-from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
+from quantcli.conversion.checkpoint.pipeline import Conversion, Work, use_loops, worker_count
 from quantcli.conversion.checkpoint.repack import planned_conversion
 from quantcli.conversion.checkpoint.rows import conversion_report
 from quantcli.conversion.staging import open_staging
@@ -303,6 +303,7 @@ def _convert_checkpoint(
             told = packing.as_reported(layout) if packing else layout
             return conversion_report(checkpoint, output, plan, told, {}, None, {"dry_run": True, "runtime": planned})
         workers = worker_count(plan, checkpoint, threads, max_memory)
+        use_loops(plan, checkpoint, workers, max_memory)
         conversion = Conversion(checkpoint, plan, layout, workers, work, progress, check)
         with open_staging(output) as staging:
             done = staging.begin(conversion.fingerprint(), force=force)

@@ -17,7 +17,7 @@ from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.hugging_face import config_of, is_causal_config, neighbours
 from quantcli.checkpoint.quantized import QuantizedCheckpoint
 from quantcli.conversion.checkpoint.layout import plan_layout
-from quantcli.conversion.checkpoint.pipeline import Conversion, Work, worker_count
+from quantcli.conversion.checkpoint.pipeline import Conversion, Work, use_loops, worker_count
 from quantcli.conversion.checkpoint.repack import planned_conversion
 from quantcli.conversion.checkpoint.rows import conversion_report
 from quantcli.conversion.decoder.recipe import decoder_recipe
@@ -154,6 +154,7 @@ def convert_decoder(
         planned = _NotAsked().result(output)
         return conversion_report(checkpoint, output, plan, layout, {}, None, {"dry_run": True, "runtime": planned})
     workers = worker_count(plan, checkpoint, threads, max_memory)
+    use_loops(plan, checkpoint, workers, max_memory)
     conversion = Conversion(checkpoint, plan, layout, workers, work, progress, _NotAsked())
     with open_staging(output) as staging:
         try:

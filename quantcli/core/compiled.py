@@ -1,4 +1,4 @@
-"""Whether the compiled loops of `quantcli.core.loops` are used: where numba is installed, for many weights.
+"""Whether the compiled loops of `quantcli.core.loops` are used: where numba is installed, and they pay.
 
 `quantcli.core.numerics` and `quantcli.core.packing` ask here; without the loops they take torch's own operations, which
 give the same codes.
@@ -13,25 +13,32 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Weights from which on the loops save more than the time that it takes to import them.
-WORTHWHILE = 1 << 26
+#: Weights from which on the loops save more than the second or two that importing them takes. For 1e9 weights (2 GB)
+#: NF4, whose codes torch looks for, takes 10 s in place of 23 s, and integers, rounded to nearest, 11 s either way.
+WORTHWHILE_NF4, WORTHWHILE_INTEGERS = 1 << 26, 1 << 31
+#: What numba and its compiler take of memory.
+NBYTES = 130 << 20
 #: Values below which a call of torch is as quick.
 _FEW = 1 << 10
 
 
 class _InUse:
-    """The loops that are in use, in the whole process: they are chosen once, by the first large model."""
+    """The loops that are in use, in the whole process."""
 
     loops: ModuleType | None = None
 
 
-def use_for(weights: int) -> bool:
-    """From now on use the loops, if a model of so many weights is worth it; whether they are in use."""
-    if _InUse.loops is None and weights >= WORTHWHILE and importlib.util.find_spec("numba"):
-        from quantcli.core import loops
+def pays(*, nf4: int, integers: int) -> bool:
+    """Whether a model is worth the loops: of so many weights that become NF4, and that become integers."""
+    worthwhile = nf4 >= WORTHWHILE_NF4 or integers >= WORTHWHILE_INTEGERS
+    return worthwhile and importlib.util.find_spec("numba") is not None
 
-        _InUse.loops = loops
-    return _InUse.loops is not None
+
+def use() -> None:
+    """From now on use the loops. Raises ImportError without numba."""
+    from quantcli.core import loops
+
+    _InUse.loops = loops
 
 
 def stop() -> None:

@@ -32,6 +32,7 @@ from torch import Tensor
 from quantcli import convert
 from quantcli.checkpoint.positional import PositionalFile
 from quantcli.cli.app import main
+from quantcli.core import compiled
 from quantcli.errors import UsageError, VerificationError
 from quantcli.planning.recipe import Recipe, validate
 
@@ -441,6 +442,25 @@ def test_threads_are_given_up_for_memory(models: Path, tmp_path: Path) -> None:
     tight = convert(models / "llama", tmp_path / "b", scheme="int8", threads=64, max_memory=317_000_000)
     assert roomy.details["threads"] == 64 and 1 <= tight.details["threads"] < 10
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_compiled_loops_are_used_where_they_pay_and_there_is_room(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba", reason="the extra 'fast' is not installed")
+    used: list[str] = []
+    monkeypatch.setattr(compiled, "use", lambda: used.append("loops"))
+
+    def loops(name: str, **options: Any) -> bool:
+        used.clear()
+        convert(models / "llama", tmp_path / name, threads=1, verify="codes", **options)
+        return bool(used)
+
+    assert not loops("few", scheme="nf4")
+    monkeypatch.setattr(compiled, "WORTHWHILE_NF4", 1)
+    assert loops("many", scheme="nf4") and loops("roomy", scheme="nf4", max_memory=10**9)
+    assert not loops("tight", scheme="nf4", max_memory=420_000_000)
+    assert not loops("integers", scheme="int4", group_size=32)
 
 
 def test_file_modes_follow_the_umask(models: Path, tmp_path: Path) -> None:

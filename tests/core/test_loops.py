@@ -31,7 +31,7 @@ def loops() -> Iterator[Callable[[Callable[[], object]], tuple[object, object]]]
     def both(call: Callable[[], object]) -> tuple[object, object]:
         compiled.stop()
         without = call()
-        assert compiled.use_for(compiled.WORTHWHILE)
+        compiled.use()
         return without, call()
 
     yield both
@@ -115,6 +115,8 @@ def test_values_that_the_loops_cannot_take_go_to_torch(loops: Callable) -> None:
 
 
 def test_small_models_do_without() -> None:
+    few, many = compiled.WORTHWHILE_NF4 - 1, compiled.WORTHWHILE_INTEGERS
+    assert not compiled.pays(nf4=few, integers=many - 1)
+    assert compiled.pays(nf4=few + 1, integers=0) and compiled.pays(nf4=0, integers=many)
     compiled.stop()
-    assert not compiled.use_for(compiled.WORTHWHILE - 1)
     assert compiled.loops_for(torch.randn(1 << 12)) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -115,7 +116,6 @@ class Conversion:
         self._write_companions(staging.out)
         # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
         hashing = Background(self.checkpoint.sha256)
-        compiled.use_for(sum(layer.info.numel for layer in self.plan.layers if layer.has_codes))
         if self.work:
             self._require_finite(output)
             self.work.run(output)
@@ -231,18 +231,36 @@ def worker_count(plan: Plan, checkpoint: Checkpoint, threads: int | None, max_me
     workers = threads or usable_cores()
     if max_memory is None:
         return workers
+    largest, fixed, per_worker = _memory(plan, checkpoint)
+    fitting = (max_memory - fixed) // max(1, per_worker)
+    if fitting < 1:
+        needed = format_bytes(fixed + per_worker)
+        raise UsageError(
+            f"--max-memory {format_bytes(max_memory)} is too little: {largest} needs {needed} in all.",
+            hint="Raise the limit, or --skip this layer.",
+        )
+    return int(min(workers, fitting))
+
+
+def use_loops(plan: Plan, checkpoint: Checkpoint, workers: int, max_memory: int | None) -> None:
+    """Use compiled loops where a conversion is worth them, and there is room for them beside its workers."""
+    counts = Counter[bool]()
+    for layer in plan.quantized:
+        if layer.scheme is not None and layer.has_codes:
+            counts[layer.scheme.weights.dtype == "nf4"] += layer.info.numel
+    if not compiled.pays(nf4=counts[True], integers=counts[False]):
+        return
+    _, fixed, per_worker = _memory(plan, checkpoint)
+    if max_memory is None or fixed + workers * per_worker + compiled.NBYTES <= max_memory:
+        compiled.use()
+
+
+def _memory(plan: Plan, checkpoint: Checkpoint) -> tuple[str, int, int]:
+    """The layer that takes most, and bytes that a conversion takes: once, and for every worker."""
     from quantcli.conversion.checkpoint.writer import working_set_bytes
 
     largest = max(plan.layers, key=working_set_bytes)
     decoding = checkpoint.held_bytes if isinstance(checkpoint, DecodedCheckpoint) else 0
-    per_worker = working_set_bytes(largest) + decoding
     # A scale in float32 for every 16 values is the most there is.
     scales = max((layer.info.numel // 4 for layer in plan.layers if layer.has_codes), default=0)
-    fitting = (max_memory - BASE_MEMORY_BYTES - scales) // max(1, per_worker)
-    if fitting < 1:
-        needed = format_bytes(BASE_MEMORY_BYTES + scales + per_worker)
-        raise UsageError(
-            f"--max-memory {format_bytes(max_memory)} is too little: {largest.info.name} needs {needed} in all.",
-            hint="Raise the limit, or --skip this layer.",
-        )
-    return int(min(workers, fitting))
+    return largest.info.name, BASE_MEMORY_BYTES + scales, working_set_bytes(largest) + decoding
