@@ -19,7 +19,7 @@ from quantcli.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 MAX_OPEN_FILES = 64
 
 #: What a folder's weights are looked for as, in the order in which transformers does.
@@ -36,10 +36,11 @@ _OTHER_FORMATS = {
     ".h5": "a Keras or TensorFlow file",
     ".msgpack": "a Flax file",
     ".tflite": "a TFLite file",
+    ".jit": "a TorchScript archive",
+    ".ort": "a file in onnxruntime's own format",
 }
 
-
-_KINDS = "A MODEL is a folder, .safetensors, .pt, .pth, .bin, .gguf or .onnx."
+_KINDS = "A MODEL is a folder, .safetensors, .pt, .pth, .bin, .ckpt, .gguf, .onnx, .pt2 or package.module:function."
 _LFS_POINTER = b"version https://git-lfs"
 
 

@@ -259,27 +259,38 @@ def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 def _named_tensors(loaded: Any, path: Path) -> dict[str, _TensorRecord]:
-    """The state dict inside what a file holds: one well-known entry of it, or the top level itself."""
+    """The state dict inside what a file holds: an entry of it, or the top level itself."""
     top = loaded if isinstance(loaded, Mapping) else {}
     # Entries first: beside a state dict there may be tensors of the training run, such as its random state.
-    candidates = {key: _tensors_of(top.get(key)) for key in _NESTED_KEYS}
-    nested = [key for key, tensors in candidates.items() if tensors]
-    if len(nested) > 1:
+    candidates = {key: tensors for key in _NESTED_KEYS if (tensors := _tensors_of(top.get(key)))}
+    if not candidates:
+        candidates = {str(key): _tensors_of(value) for key, value in top.items() if _is_state_dict(value)}
+        if tensors := _tensors_of(top):
+            candidates["its top level"] = tensors
+    if len(candidates) > 1:
         raise InputError(
-            f"{path} holds several state dicts ({', '.join(nested)}).",
+            f"{path} holds several state dicts ({', '.join(candidates)}).",
             hint="Save the one you mean to a file of its own.",
         )
-    tensors = candidates[nested[0]] if nested else _tensors_of(top)
-    if not tensors:
+    if not candidates:
+        held = f" It holds {', '.join(map(repr, list(top)[:8]))}." if top else ""
         raise InputError(
-            f"{path} holds no state dict (a mapping of names to tensors).",
+            f"{path} holds no state dict (a mapping of names to tensors).{held}",
             hint="Save model.state_dict() instead.",
         )
+    (tensors,) = candidates.values()
     try:
         "".join(tensors).encode()
     except (TypeError, UnicodeEncodeError) as error:
         raise InputError(f"{path} has tensors whose names are not text.") from error
     return tensors
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Whether an entry of a name that is not well known maps names to tensors and holds nothing else."""
+    return (
+        isinstance(value, Mapping) and bool(value) and all(isinstance(entry, _TensorRecord) for entry in value.values())
+    )
 
 
 def _tensors_of(mapping: Any) -> dict[str, _TensorRecord]:

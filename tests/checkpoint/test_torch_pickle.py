@@ -130,14 +130,22 @@ def test_state_dict_of_a_training_run(save: Save, key: str) -> None:
     assert_reads(save(run | {key: OrderedDict(tensors)}), tensors)
 
 
+def test_state_dict_under_a_name_of_its_own(save: Save) -> None:
+    tensors = {"a": numbered(2, 2)}
+    optimizer = {"state": {0: {"exp_avg": numbered(2, 2)}}, "param_groups": []}
+    assert_reads(save({"step": 7, "speaker_encoder": tensors, "optimizer": optimizer}), tensors)
+
+
 @pytest.mark.parametrize(
     ("contents", "reason"),
     [
+        ({"g": {"a": torch.zeros(1)}, "d": {"a": torch.zeros(1)}}, r"several state dicts \(g, d\)"),
+        ({"g": {"a": torch.zeros(1)}, "a": torch.zeros(1)}, r"several state dicts \(g, its top level\)"),
         (
             {"model": {"a": torch.zeros(1)}, "state_dict": {"b": torch.zeros(1)}},
             r"several state dicts \(state_dict, model\)",
         ),
-        ({"epoch": 3}, "no state dict"),
+        ({"epoch": 3}, r"no state dict.*It holds 'epoch'"),
         ({"model": {}}, "no state dict"),
         ({}, "no state dict"),
         ([torch.zeros(1)], "no state dict"),
