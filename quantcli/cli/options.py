@@ -40,7 +40,8 @@ Model = Annotated[
     Path,
     _argument(
         "MODEL",
-        "A Hugging Face folder, .safetensors, .index.json, .pt, .pth, .bin, .ckpt, .onnx, .gguf, .pt2, or package.module:function.",
+        "A Hugging Face folder, .safetensors, .index.json, .pt, .pth, .bin, .ckpt, .onnx, .gguf, .pt2, "
+        "or package.module:function.",
     ),
 ]
 RunnableModel = Annotated[
