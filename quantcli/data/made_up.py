@@ -71,14 +71,14 @@ def made_up_feeds(
     from quantcli.models.inputs import derived_inputs
 
     generator = np.random.default_rng(seed)
-    lengths = _lengths(ports, size, seq_len or DEFAULT_LENGTH, side)
+    shapes = lengths(ports, size, seq_len or DEFAULT_LENGTH, side)
     found: Arrays = {}
     for port in ports:
         if port.optional and port.shape is None:
             continue
         if port.shape is None or port.dtype.kind not in "iufbVO":
             raise InputError(f"The model does not tell the shape of its input {port}.", "Give real ones with --data.")
-        shape = lengths[port.name]
+        shape = shapes[port.name]
         most = (tables or {}).get(port.name)
         if port.dtype.kind == "O":
             found[port.name] = np.full(shape, "text", dtype=object)
@@ -115,8 +115,8 @@ def counts_samples(ports: Sequence[Port]) -> str | None:
     return next((port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], str)), None)
 
 
-def _lengths(ports: Sequence[Port], size: int, length: int, side: int) -> dict[str, list[int]]:
-    """The shape of every input, by name."""
+def lengths(ports: Sequence[Port], size: int, length: int, side: int) -> dict[str, list[int]]:
+    """The shape of every made-up input, by name."""
     batch = counts_samples(ports)
     known = {} if batch is None else {batch: size}
     shapes: dict[str, list[int]] = {}

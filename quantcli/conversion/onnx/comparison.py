@@ -225,7 +225,7 @@ def _summary(
         sum(loss.same for loss in others) / sum(loss.values for loss in others) if others else None,
         median(ours for ours, _ in later) / median(theirs for _, theirs in later) if later else None,
         {key: loss.db for key, loss in floats.items()},
-        [key for key, loss in floats.items() if loss.values and not loss.finite],
+        [key for key, loss in floats.items() if not loss.finite],
         made_up,
     )
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quantcli.core.ports import Arrays, Port, dtype_family
-from quantcli.data.made_up import FILLS, SPREADS, made_up_feeds, table_sizes
+from quantcli.data.made_up import FILLS, SPREADS, lengths, made_up_feeds, table_sizes
 from quantcli.data.samples import Samples, batches
 from quantcli.errors import InputError
 from quantcli.models.session import Session
@@ -19,13 +20,20 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 #: Numbers of samples, lengths of sequences and sides of images that are tried in turn where the model leaves them open.
+#: What follows the second is for sound: a frame of it, and a second.
 _SIZES = (
-    (1, 16, 64), (1, 128, 224), (1, 8, 8), (1, 4, 4), (1, 2, 2), (1, 3, 3), (1, 1, 1), (1, 32, 32), (1, 64, 128),
-    (2, 2, 2), (3, 3, 3), (4, 4, 4), (8, 8, 8), (16, 16, 16), (2, 16, 64),
+    (1, 16, 64), (1, 128, 224), (1, 1024, 320), (1, 16000, 640), (1, 8, 8), (1, 4, 4), (1, 2, 2), (1, 3, 3),
+    (1, 1, 1), (1, 32, 32), (1, 64, 128), (2, 2, 2), (3, 3, 3), (4, 4, 4), (8, 8, 8), (16, 16, 16), (2, 16, 64),
 )  # fmt: skip
+
+#: Elements of made-up inputs; more are made only where the model's own shapes ask for them.
+_MOST_ELEMENTS = 1 << 22
 
 #: Numbers of dimensions that are tried in turn where the model does not tell it.
 _RANKS = (2, 3, 4, 1, 0)
+
+#: What outputs show that hold no finite float, and yet something to compare.
+_SOMETHING = 0.001
 
 #: Feeds with the number of samples in each, anew for each pass.
 Feeds = Callable[[], Iterable[tuple[Mapping[str, "np.ndarray"], int]]]
@@ -67,21 +75,25 @@ def made_up(reference: Session, graph: ir.Model, *, mixed: bool = False) -> Feed
         graph: its graph, which tells the tables that an input is looked up in.
         mixed: whether zeros and ones at random are to follow integers and truth values that are all ones.
     """
-    reasons = []
+    reasons: list[str] = []
+    ran: _Trial | None = None
     for maker in _makers(_ports(reference, graph), table_sizes(graph)):
-        for fill, spread in product(FILLS[:2] if _has_integers(maker.ports) else FILLS[:1], SPREADS):
-            make = partial(maker.feeds, spread=spread)
-            try:
-                first = make(fill=fill)
-                outputs = reference.run(first)
-            except InputError as error:
-                reasons.append(f"on made-up inputs, {error.message[0].lower()}{error.message[1:]}")
-                break
-            if has_numbers(outputs):
-                return _with_others(reference, maker, make, fill, first, mixed=mixed)
-        else:
-            return NoFeeds("it returns no finite number for made-up inputs.")
-    return NoFeeds(reasons[0])
+        if ran is not None and not maker.is_larger_than(ran.maker):
+            continue  # what ran and left an output without a number may fill it at a larger size alone
+        try:
+            trial = _first_with_numbers(reference, maker)
+        except InputError as error:
+            reasons.append(f"on made-up inputs, {error.message[0].lower()}{error.message[1:]}")
+            continue
+        if ran is None or trial.shows > ran.shows:
+            ran = trial
+        if ran.shows == 1:
+            break
+    if ran is None:
+        return NoFeeds(reasons[0])
+    if ran.shows == 0:
+        return NoFeeds("it returns no finite number for made-up inputs.")
+    return _with_others(reference, ran, mixed=mixed)
 
 
 def has_numbers(outputs: Mapping[str, Any]) -> bool:
@@ -89,6 +101,18 @@ def has_numbers(outputs: Mapping[str, Any]) -> bool:
     arrays = [array for value in outputs.values() for array in tensors_of(value)]
     floats = [array for array in arrays if array.size and dtype_family(array.dtype) == "float"]
     return len(floats) < len(arrays) or not arrays or any(_is_finite(array) for array in floats)
+
+
+def _shown(outputs: Mapping[str, Any]) -> float:
+    """Of outputs that are floats, the part that holds a finite number; of an output without any there is no proof."""
+    if not has_numbers(outputs):
+        return 0
+    arrays = [array for value in outputs.values() for array in tensors_of(value)]
+    floats = [array for array in arrays if dtype_family(array.dtype) == "float"]
+    if not floats:
+        return 1
+    # Without any there is still something to compare: an integer, or an output that is empty by its shape.
+    return max(sum(map(_is_finite, floats)) / len(floats), _SOMETHING)
 
 
 def tensors_of(value: Any) -> Iterator[np.ndarray]:
@@ -121,12 +145,42 @@ class _Maker:
     length: int
     side: int
 
+    def is_larger_than(self, other: _Maker) -> bool:
+        """Whether it makes longer sequences or larger images."""
+        return self.length > other.length or self.side > other.side
+
     def feeds(self, *, spread: str, fill: str, more: int = 0) -> Arrays:
         """Inputs of so many samples more."""
         samples = self.samples + more
         return made_up_feeds(
             self.ports, samples, self.length, samples, side=self.side, tables=self.tables, fill=fill, spread=spread
         )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A maker's inputs that a model ran on, and how much of what it returned can be compared, from 0 to 1."""
+
+    maker: _Maker
+    make: Callable[..., Arrays]
+    fill: str
+    feeds: Arrays
+    shows: float
+
+
+def _first_with_numbers(reference: Session, maker: _Maker) -> _Trial:
+    """The first filling for which a model returns numbers, or the last one where it does for none.
+
+    Raises:
+        InputError: the model does not run on what the maker makes.
+    """
+    for fill, spread in product(FILLS[:2] if _has_integers(maker.ports) else FILLS[:1], SPREADS):
+        make = partial(maker.feeds, spread=spread)
+        feeds = make(fill=fill)
+        trial = _Trial(maker, make, fill, feeds, _shown(reference.run(feeds)))
+        if trial.shows:
+            break
+    return trial
 
 
 def _ports(reference: Session, graph: ir.Model) -> list[Port]:
@@ -137,24 +191,24 @@ def _ports(reference: Session, graph: ir.Model) -> list[Port]:
 
 def _makers(ports: Sequence[Port], tables: Mapping[str, int]) -> Iterator[_Maker]:
     """Makers of inputs, none of which makes the shapes of an earlier one."""
-    seen = []
+    seen: list[dict[str, list[int]]] = []
     for rank in _RANKS if any(port.shape is None for port in ports) else (0,):
         known = [port if port.shape is not None else replace(port, shape=(None,) * rank) for port in ports]
         for samples, length, side in _SIZES:
             maker = _Maker(known, tables, samples, length, side)
-            shapes = _shapes(maker.feeds(spread=SPREADS[0], fill=FILLS[0]))
-            if shapes not in seen:
+            shapes = lengths(known, samples, length, side)
+            is_small = sum(map(prod, shapes.values())) <= _MOST_ELEMENTS
+            if shapes not in seen and (is_small or not seen):
                 seen.append(shapes)
                 yield maker
 
 
-def _with_others(
-    reference: Session, maker: _Maker, make: Callable[..., Arrays], fill: str, first: Arrays, *, mixed: bool
-) -> Feeds:
+def _with_others(reference: Session, trial: _Trial, *, mixed: bool) -> Feeds:
     """Feeds that a model runs on, and others that are made likewise as far as it runs on them."""
-    found = [(first, maker.samples)]
-    more = make(fill=fill, more=1)
-    if _shapes(more) != _shapes(first) and _runs(reference, more):
+    maker, make = trial.maker, trial.make
+    found = [(trial.feeds, maker.samples)]
+    more = make(fill=trial.fill, more=1)
+    if _shapes(more) != _shapes(trial.feeds) and _runs(reference, more):
         found.append((more, maker.samples + 1))
     if mixed and _has_integers(maker.ports):
         samples = found[-1][1]

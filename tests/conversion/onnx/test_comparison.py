@@ -159,6 +159,47 @@ def test_made_up_inputs_are_ones_for_which_there_are_numbers(tmp_path: Path, ope
     assert 30 < report.details["outputs"]["sqnr_db"] < 70
 
 
+def framed(path: Path, frame: int) -> Path:
+    """A model of sound that takes frames of its input, of any length: none where that is shorter than a frame."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["size"]),
+        helper.make_node("Gather", ["size", "one"], ["length"]),
+        helper.make_node("Div", ["length", "frame"], ["frames"]),
+        helper.make_node("Mul", ["frames", "frame"], ["used"]),
+        helper.make_node("Slice", ["x", "zero", "used", "one"], ["cut"]),
+        helper.make_node("Concat", ["minus_one", "frame"], ["rows"], axis=0),
+        helper.make_node("Reshape", ["cut", "rows"], ["framed"]),
+        helper.make_node("MatMul", ["framed", "w"], ["y"]),
+    ]
+    numbers = {"zero": 0, "one": 1, "minus_one": -1, "frame": frame}
+    weights = {"w": weight(frame, 96)} | {name: np.array([number]) for name, number in numbers.items()}
+    return save(path, nodes, weights, {"x": (TensorProto.FLOAT, ["n", "length"])})
+
+
+def test_made_up_sounds_are_long_enough_for_a_number(tmp_path: Path) -> None:
+    report = convert(framed(tmp_path / "m.onnx", 400), tmp_path / "out.onnx", scheme="int8")
+    assert report.details["outputs"]["sqnr_db"] > 30
+    assert not report.warnings
+
+
+def test_an_output_that_stays_empty_is_told(tmp_path: Path) -> None:
+    report = convert(framed(tmp_path / "m.onnx", 20000), tmp_path / "out.onnx", scheme="int8")
+    assert report.details["outputs"]["sqnr_db"] is None
+    assert any("The output y was not compared" in warning for warning in report.warnings)
+
+
+def test_a_sound_that_is_padded_by_what_mirrors_it(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Pad", ["x", "pads"], ["wide"], mode="reflect"),
+        helper.make_node("Unsqueeze", ["wide", "axis"], ["channel"]),
+        helper.make_node("Conv", ["channel", "w"], ["y"], strides=[160]),
+    ]
+    weights = {"pads": np.array([0, 200, 0, 200]), "axis": np.array([1]), "w": weight(64, 1, 400)}
+    model = save(tmp_path / "m.onnx", nodes, weights, {"x": (TensorProto.FLOAT, ["n", "length"])}, opset=18)
+    report = convert(model, tmp_path / "out.onnx", scheme="int8")
+    assert report.details["outputs"]["sqnr_db"] > 30
+
+
 def test_masks_whose_ones_mean_padding(tmp_path: Path) -> None:
     """All of it masked, a softmax is NaN: the model has numbers for zeros."""
     nodes = [
