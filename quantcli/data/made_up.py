@@ -29,8 +29,9 @@ _LOOKUPS = {
 }
 
 #: What integers and truth values are. All ones are what a text without padding has, and let a model do all of its
-#: work; where a one means padding, zeros do. Neither tells one branch, or one masked value, from another: mixed do.
-FILLS = ("ones", "zeros", "mixed")
+#: work; where a one means padding, zeros do; where they say how much of a sound there is, lengths do. None tells one
+#: branch, or one masked value, from another: mixed do.
+FILLS = ("ones", "zeros", "lengths", "mixed")
 
 #: What floats are drawn from. Logarithms and roots have no value below zero, others none beyond one or below it.
 SPREADS = ("normal", "below one", "above one")
@@ -71,7 +72,8 @@ def made_up_feeds(
     from quantcli.models.inputs import derived_inputs
 
     generator = np.random.default_rng(seed)
-    shapes = lengths(ports, size, seq_len or DEFAULT_LENGTH, side)
+    length = seq_len or DEFAULT_LENGTH
+    shapes = lengths(ports, size, length, side)
     found: Arrays = {}
     for port in ports:
         if port.optional and port.shape is None:
@@ -85,7 +87,8 @@ def made_up_feeds(
         elif port.dtype.kind in "iu" and most is not None:
             found[port.name] = generator.integers(0, max(most, 1), shape).astype(port.dtype)
         elif port.dtype.kind in "iub":
-            filled = generator.integers(0, 2, shape) if fill == "mixed" else np.full(shape, fill == "ones")
+            value = {"ones": 1, "lengths": length}.get(fill, 0)
+            filled = generator.integers(0, 2, shape) if fill == "mixed" else np.full(shape, value)
             found[port.name] = filled.astype(port.dtype)
         else:
             found[port.name] = _floats(generator, shape, spread).astype(port.dtype)

@@ -59,8 +59,9 @@ class Honest:
 
     def __init__(self, graph: ir.Model, plan: GraphPlan, evidence: Evidence) -> None:
         self.graph, self.evidence = graph.clone(), evidence
-        # Rewriting takes the names from the nodes.
-        self._outputs = {id(layer.node): layer.node.outputs[0].name for layer in plan.nodes}
+        # Rewriting changes the nodes of the plan; a clone has its own in the same order. Names would not do: two
+        # branches may use the same ones.
+        self._places = {id(node): place for place, node in enumerate(graph.graph.all_nodes())}
         self._names = {layer.name for layer in plan.nodes if layer.form}
         self.outcomes: list[LayerOutcome] = []
 
@@ -143,15 +144,15 @@ class Honest:
         for outcome in self.outcomes:
             if outcome.plan.name in weights:
                 _replace(weights[outcome.plan.name], outcome)
-        nodes = {value.name: node for node in model.graph for value in node.outputs}
+        nodes = list(model.graph.all_nodes())
         static, dynamic = (
-            [nodes[self._outputs[id(outcome.plan.node)]] for outcome in self.outcomes if outcome.plan.form == form]
+            [nodes[self._places[id(outcome.plan.node)]] for outcome in self.outcomes if outcome.plan.form == form]
             for form in ("static", "dynamic")
         )
         if static and self.evidence.statistics is not None:
             StaticQuantizer(model, place(model, static), self.evidence.statistics.range).insert_pairs()
         for node in dynamic:
-            _round_input(model.graph, node)
+            _round_input(node)
         model.graph.sort()
         return model
 
@@ -179,10 +180,11 @@ def _replace(value: ir.Value, outcome: LayerOutcome) -> None:
     value.const_value = ir.tensor(values.astype(original.dtype).reshape(original.shape), name=value.name)
 
 
-def _round_input(graph: ir.Graph, node: ir.Node) -> None:
+def _round_input(node: ir.Node) -> None:
     import onnx_ir as ir
 
-    data = node.inputs[0]
+    graph, data = node.graph, node.inputs[0]
+    assert graph is not None
     quantize = ir.Node("", "DynamicQuantizeLinear", [data], num_outputs=3, name=f"{node.name}_honest_quantize")
     restore = ir.Node("", "DequantizeLinear", quantize.outputs, name=f"{node.name}_honest_dequantize")
     for value, part in zip((*quantize.outputs, *restore.outputs), ("codes", "scale", "zero", "values"), strict=True):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quantcli.core.ports import Arrays, Port, dtype_family
-from quantcli.data.made_up import FILLS, SPREADS, lengths, made_up_feeds, table_sizes
+from quantcli.data.made_up import FILLS, SPREADS, counts_samples, lengths, made_up_feeds, table_sizes
 from quantcli.data.samples import Samples, batches
 from quantcli.errors import InputError
 from quantcli.models.session import Session
@@ -20,10 +19,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 #: Numbers of samples, lengths of sequences and sides of images that are tried in turn where the model leaves them open.
-#: What follows the second is for sound: a frame of it, and a second.
+#: What follows the second is for sound: a frame of it, and longer ones up to a second.
 _SIZES = (
-    (1, 16, 64), (1, 128, 224), (1, 1024, 320), (1, 16000, 640), (1, 8, 8), (1, 4, 4), (1, 2, 2), (1, 3, 3),
-    (1, 1, 1), (1, 32, 32), (1, 64, 128), (2, 2, 2), (3, 3, 3), (4, 4, 4), (8, 8, 8), (16, 16, 16), (2, 16, 64),
+    (1, 16, 64), (1, 128, 224), (1, 512, 256), (1, 1024, 320), (1, 16000, 640), (1, 8, 8), (1, 4, 4), (1, 2, 2),
+    (1, 3, 3), (1, 1, 1), (1, 32, 32), (1, 64, 128), (2, 2, 2), (3, 3, 3), (4, 4, 4), (8, 8, 8), (16, 16, 16),
+    (2, 16, 64),
 )  # fmt: skip
 
 #: Elements of made-up inputs; more are made only where the model's own shapes ask for them.
@@ -81,7 +81,7 @@ def made_up(reference: Session, graph: ir.Model, *, mixed: bool = False) -> Feed
         if ran is not None and not maker.is_larger_than(ran.maker):
             continue  # what ran and left an output without a number may fill it at a larger size alone
         try:
-            trial = _first_with_numbers(reference, maker)
+            trial = _fullest(reference, maker)
         except InputError as error:
             reasons.append(f"on made-up inputs, {error.message[0].lower()}{error.message[1:]}")
             continue
@@ -104,15 +104,15 @@ def has_numbers(outputs: Mapping[str, Any]) -> bool:
 
 
 def _shown(outputs: Mapping[str, Any]) -> float:
-    """Of outputs that are floats, the part that holds a finite number; of an output without any there is no proof."""
+    """Of outputs that are floats, the part that holds a number: what is empty, zero or not finite proves nothing."""
     if not has_numbers(outputs):
         return 0
     arrays = [array for value in outputs.values() for array in tensors_of(value)]
     floats = [array for array in arrays if dtype_family(array.dtype) == "float"]
     if not floats:
         return 1
-    # Without any there is still something to compare: an integer, or an output that is empty by its shape.
-    return max(sum(map(_is_finite, floats)) / len(floats), _SOMETHING)
+    # Without any there is still something to compare, such as an integer.
+    return max(sum(map(_is_signal, floats)) / len(floats), _SOMETHING)
 
 
 def tensors_of(value: Any) -> Iterator[np.ndarray]:
@@ -133,6 +133,14 @@ def _is_finite(values: np.ndarray) -> bool:
     import numpy as np
 
     return bool(np.isfinite(values.astype(np.float64)).any())
+
+
+def _is_signal(values: np.ndarray) -> bool:
+    """Whether any of some values is finite and not zero."""
+    import numpy as np
+
+    wide = values.astype(np.float64)
+    return bool((np.isfinite(wide) & (wide != 0)).any())
 
 
 @dataclass(frozen=True)
@@ -168,19 +176,31 @@ class _Trial:
     shows: float
 
 
-def _first_with_numbers(reference: Session, maker: _Maker) -> _Trial:
-    """The first filling for which a model returns numbers, or the last one where it does for none.
+def _fullest(reference: Session, maker: _Maker) -> _Trial:
+    """The first filling for which a model fills every output, or the one for which it fills most.
 
     Raises:
         InputError: the model does not run on what the maker makes.
     """
-    for fill, spread in product(FILLS[:2] if _has_integers(maker.ports) else FILLS[:1], SPREADS):
-        make = partial(maker.feeds, spread=spread)
-        feeds = make(fill=fill)
-        trial = _Trial(maker, make, fill, feeds, _shown(reference.run(feeds)))
-        if trial.shows:
-            break
-    return trial
+    best: _Trial | None = None
+    problem: InputError | None = None
+    for fill in FILLS[:-1] if _has_integers(maker.ports) else FILLS[:1]:
+        for spread in SPREADS:
+            make = partial(maker.feeds, spread=spread)
+            feeds = make(fill=fill)
+            try:
+                shows = _shown(reference.run(feeds))
+            except InputError as error:
+                problem = problem or error
+                break  # what the model does not take is a shape, or an integer
+            if best is None or shows > best.shows:
+                best = _Trial(maker, make, fill, feeds, shows)
+            if shows == 1:
+                return best
+    if best is None:
+        assert problem is not None
+        raise problem
+    return best
 
 
 def _ports(reference: Session, graph: ir.Model) -> list[Port]:
@@ -192,15 +212,34 @@ def _ports(reference: Session, graph: ir.Model) -> list[Port]:
 def _makers(ports: Sequence[Port], tables: Mapping[str, int]) -> Iterator[_Maker]:
     """Makers of inputs, none of which makes the shapes of an earlier one."""
     seen: list[dict[str, list[int]]] = []
-    for rank in _RANKS if any(port.shape is None for port in ports) else (0,):
-        known = [port if port.shape is not None else replace(port, shape=(None,) * rank) for port in ports]
+    ranked = [
+        [port if port.shape is not None else replace(port, shape=(None,) * rank) for port in ports]
+        for rank in (_RANKS if any(port.shape is None for port in ports) else (0,))
+    ]
+    for known in (*ranked, *map(_with_states, ranked)):
         for samples, length, side in _SIZES:
-            maker = _Maker(known, tables, samples, length, side)
             shapes = lengths(known, samples, length, side)
             is_small = sum(map(prod, shapes.values())) <= _MOST_ELEMENTS
             if shapes not in seen and (is_small or not seen):
                 seen.append(shapes)
-                yield maker
+                yield _Maker(known, tables, samples, length, side)
+
+
+def _with_states(ports: Sequence[Port]) -> list[Port]:
+    """Inputs of which a recurrent net's states, ``[layers, ?, units]``, have as many samples as the others.
+
+    Only axes without a name are given one.
+    """
+    batch = counts_samples(ports) or "samples"
+    found = []
+    for port in ports:
+        shape = list(port.shape or ())
+        is_state = len(shape) == 3 and isinstance(shape[0], int) and isinstance(shape[2], int)
+        axis = 1 if is_state else 0
+        if shape and shape[axis] is None:
+            shape[axis] = batch
+        found.append(replace(port, shape=tuple(shape)))
+    return found
 
 
 def _with_others(reference: Session, trial: _Trial, *, mixed: bool) -> Feeds:

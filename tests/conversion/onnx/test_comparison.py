@@ -182,6 +182,56 @@ def test_made_up_sounds_are_long_enough_for_a_number(tmp_path: Path) -> None:
     assert not report.warnings
 
 
+def test_an_input_that_says_how_long_a_sound_is(tmp_path: Path) -> None:
+    """A sound of one sample has no frame, and all zeros are equal to all zeros."""
+    nodes = [
+        helper.make_node("Range", ["zero", "width", "one"], ["steps"]),
+        helper.make_node("Unsqueeze", ["lengths", "axis"], ["column"]),
+        helper.make_node("Sub", ["column", "one"], ["last"]),
+        helper.make_node("Less", ["steps", "last"], ["inside"]),
+        helper.make_node("Cast", ["inside"], ["mask"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Mul", ["h", "mask"], ["y"]),
+    ]
+    numbers = {"zero": np.int64(0), "one": np.int64(1), "width": np.int64(96), "axis": np.array([1])}
+    inputs = {"x": (TensorProto.FLOAT, ["n", 64]), "lengths": (TensorProto.INT64, ["n"])}
+    model = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 96)} | numbers, inputs)
+    report = convert(model, tmp_path / "out.onnx", scheme="int8")
+    assert 30 < report.details["outputs"]["sqnr_db"] < 70
+
+
+def test_a_state_without_names_has_as_many_samples_as_the_input(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Unsqueeze", ["h", "axis"], ["row"]),
+        helper.make_node("Concat", ["state", "row"], ["y"], axis=0),
+    ]
+    inputs = {"x": (TensorProto.FLOAT, [None, 64]), "state": (TensorProto.FLOAT, [2, None, 96])}
+    model = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 96), "axis": np.array([0])}, inputs)
+    report = convert(model, tmp_path / "out.onnx", scheme="int8")
+    assert report.details["outputs"]["sqnr_db"] > 30
+
+
+def test_a_loss_within_a_branch_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both branches use the same names; every artifact is looked at closely here."""
+    monkeypatch.setattr(explained, "_FIRST_LOOK_DB", -1000.0)
+    branches = [
+        helper.make_graph(
+            [helper.make_node("MatMul", ["x", name], ["h"]), helper.make_node("Relu", ["h"], [f"{name}_y"])],
+            name,
+            [],
+            [helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(weight(64, 96), name)],
+        )
+        for name in ("a", "b")
+    ]
+    nodes = [helper.make_node("If", ["c"], ["y"], then_branch=branches[0], else_branch=branches[1])]
+    inputs = {"x": (TensorProto.FLOAT, ["n", 64]), "c": (TensorProto.BOOL, [])}
+    model = save(tmp_path / "m.onnx", nodes, {}, inputs)
+    report = convert(model, tmp_path / "out.onnx", scheme="int8-dynamic")
+    assert 25 < report.details["outputs"]["sqnr_db"] < 60
+
+
 def test_an_output_that_stays_empty_is_told(tmp_path: Path) -> None:
     report = convert(framed(tmp_path / "m.onnx", 20000), tmp_path / "out.onnx", scheme="int8")
     assert report.details["outputs"]["sqnr_db"] is None
