@@ -9,7 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from quantcli.core.ports import Arrays, Port, dtype_family
-from quantcli.data.made_up import FILLS, SPREADS, made_up_feeds, table_sizes
+from quantcli.data.made_up import FILLS, SPREADS, Draw, made_up_feeds, table_sizes
 from quantcli.data.samples import Samples, batches
 from quantcli.errors import InputError
 from quantcli.models.session import Session
@@ -59,16 +59,20 @@ def of_samples(samples: Samples, most: int) -> Feeds:
     return feeds
 
 
-def made_up(reference: Session, graph: ir.Model, *, mixed: bool = False) -> Feeds | NoFeeds:
+def made_up(
+    reference: Session, graph: ir.Model, *, mixed: bool = False, draws: Mapping[str, Draw] | None = None
+) -> Feeds | NoFeeds:
     """Feeds that a model returns numbers for, with one sample more where it takes that; or why there are none.
 
     Args:
         reference: the model.
         graph: its graph, which tells the tables that an input is looked up in.
         mixed: whether zeros and ones at random are to follow integers and truth values that are all ones.
+        draws: what makes up values like those of real data, by input: outside of the ranges that a calibration saw,
+            an artifact's outputs tell nothing of its use.
     """
     reasons = []
-    for maker in _makers(_ports(reference, graph), table_sizes(graph)):
+    for maker in _makers(_ports(reference, graph), table_sizes(graph), draws or {}):
         for fill, spread in product(FILLS[:2] if _has_integers(maker.ports) else FILLS[:1], SPREADS):
             make = partial(maker.feeds, spread=spread)
             try:
@@ -120,13 +124,15 @@ class _Maker:
     samples: int
     length: int
     side: int
+    draws: Mapping[str, Draw]
 
     def feeds(self, *, spread: str, fill: str, more: int = 0) -> Arrays:
         """Inputs of so many samples more."""
         samples = self.samples + more
         return made_up_feeds(
-            self.ports, samples, self.length, samples, side=self.side, tables=self.tables, fill=fill, spread=spread
-        )
+            self.ports, samples, self.length, samples, side=self.side, tables=self.tables, fill=fill, spread=spread,
+            draws=self.draws,
+        )  # fmt: skip
 
 
 def _ports(reference: Session, graph: ir.Model) -> list[Port]:
@@ -135,13 +141,13 @@ def _ports(reference: Session, graph: ir.Model) -> list[Port]:
     return [replace(port, shape=None) if port.name in unknown else port for port in reference.inputs]
 
 
-def _makers(ports: Sequence[Port], tables: Mapping[str, int]) -> Iterator[_Maker]:
+def _makers(ports: Sequence[Port], tables: Mapping[str, int], draws: Mapping[str, Draw]) -> Iterator[_Maker]:
     """Makers of inputs, none of which makes the shapes of an earlier one."""
     seen = []
     for rank in _RANKS if any(port.shape is None for port in ports) else (0,):
         known = [port if port.shape is not None else replace(port, shape=(None,) * rank) for port in ports]
         for samples, length, side in _SIZES:
-            maker = _Maker(known, tables, samples, length, side)
+            maker = _Maker(known, tables, samples, length, side, draws)
             shapes = _shapes(maker.feeds(spread=SPREADS[0], fill=FILLS[0]))
             if shapes not in seen:
                 seen.append(shapes)
