@@ -6,7 +6,7 @@ The grid that all of this is about is the usual asymmetric one: ``levels`` value
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import log10
@@ -85,6 +85,14 @@ class Distribution:
 
         values, below = self._cumulative
         return float(np.interp(share * self.total, below, values))
+
+    def draw(self, generator: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
+        """Independent values of this distribution, float32 of a shape; zeros where it holds none."""
+        import numpy as np
+
+        values, below = self._cumulative
+        shares = generator.random(tuple(shape))
+        return (np.interp(shares * self.total, below, values) if self.total else 0 * shares).astype(np.float32)
 
     def rebinned(self, edges: np.ndarray) -> np.ndarray:
         """Counts between other edges, float64 ``[len(edges) - 1]``."""

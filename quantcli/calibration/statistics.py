@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from quantcli.calibration.observers import TensorStats
 from quantcli.calibration.statistics_file import Provenance, read, write
+from quantcli.data.made_up import Draw
 from quantcli.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ class CalibrationStats:
     def channel_mean(self, name: str) -> np.ndarray | None:
         """Mean of each channel of a tensor, float32 ``[channels]``; None where channels cannot be told."""
         return self[name].channel_mean
+
+    def draws(self) -> dict[str, Draw]:
+        """What makes up values like those seen, by tensor; of tensors that were never finite none."""
+        return {name: stats.distribution.draw for name, stats in self.tensors.items() if len(stats.bins)}
 
     def warnings(self, names: Collection[str] | None = None) -> list[str]:
         """A sentence for each tensor (of ``names``) with values that quantization cannot mean well."""

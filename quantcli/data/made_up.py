@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from quantcli.core.ports import Arrays, Port
 from quantcli.errors import InputError
@@ -11,6 +11,9 @@ from quantcli.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
+
+#: Makes up float32 values of a shape.
+Draw: TypeAlias = "Callable[[np.random.Generator, Sequence[int]], np.ndarray]"
 
 #: Tokens of a sequence, and pixels of a side, where neither the user nor the model says it.
 DEFAULT_LENGTH, DEFAULT_SIDE = 128, 224
@@ -47,6 +50,7 @@ def made_up_feeds(
     tables: Mapping[str, int] | None = None,
     fill: str = "ones",
     spread: str = "normal",
+    draws: Mapping[str, Draw] | None = None,
 ) -> Arrays:
     """Inputs of ``size`` samples: normal floats from a seed, ones for integers (ids, masks) and truth values.
 
@@ -63,6 +67,7 @@ def made_up_feeds(
         tables: entries of the table that an input is looked up in, by its name.
         fill: one of `FILLS`, for integers that are no indices, and truth values.
         spread: one of `SPREADS`.
+        draws: what makes up floats of an input, by its name, in place of ``spread``.
 
     Raises:
         InputError: the model does not tell how many dimensions an input has, or what its elements are.
@@ -91,7 +96,9 @@ def made_up_feeds(
             filled = generator.integers(0, 2, shape) if fill == "mixed" else np.full(shape, value)
             found[port.name] = filled.astype(port.dtype)
         else:
-            found[port.name] = _floats(generator, shape, spread).astype(port.dtype)
+            draw = (draws or {}).get(port.name)
+            values = draw(generator, shape) if draw else _floats(generator, shape, spread)
+            found[port.name] = values.astype(port.dtype)
         if "seq(" in port.kind:
             found[port.name] = [found[port.name]] * 2  # type: ignore[assignment]
     derived = derived_inputs(found["input_ids"]) if "input_ids" in found else {}

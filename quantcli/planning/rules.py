@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+import re
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase, translate
 
 from quantcli import algorithms
 from quantcli.checkpoint.roles import module_of
@@ -11,6 +12,7 @@ from quantcli.core.scheme import PRESETS, NumberFormat, Scheme
 from quantcli.errors import UsageError
 from quantcli.planning.recipe import Recipe, Rule, SchemeSpec
 
+_WILDCARD = re.compile(r"[*?\[]")
 #: Why a layer is left that the user named.
 SKIPPED = "skipped as asked"
 
@@ -21,16 +23,19 @@ class Rules:
     def __init__(self, recipe: Recipe) -> None:
         self._size = recipe.group_size
         self._rules = [*(Rule(match=glob, skip=True) for glob in recipe.skip), *recipe.rules]
+        self._matchers = [Matcher(rule.globs) for rule in self._rules]
 
     def first(self, *names: str) -> Rule | None:
         """The rule that holds for a layer with these names, or None."""
-        return next((rule for rule in self._rules if rule_matches(rule, names)), None)
+        pairs = zip(self._rules, self._matchers, strict=True)
+        return next((rule for rule, is_meant in pairs if is_meant(*names)), None)
 
     def require_matches(self, names: Iterable[str], hint: Callable[[str], str]) -> None:
         """Raise UsageError, with a hint, for a glob that means none of the ``names`` of all layers."""
         names = list(names)
+        literal = {*names, *map(module_of, names)}
         for glob in (glob for rule in self._rules for glob in rule.globs):
-            if not any(means(glob, name) for name in names):
+            if glob not in literal and not any(means(glob, name) for name in names):
                 raise UsageError(f"{glob!r} matches no layer.", hint(glob))
 
     def group_size(self, rule: Rule | None) -> int | None:
@@ -38,9 +43,26 @@ class Rules:
         return (rule.group_size if rule else None) or self._size
 
 
+class Matcher:
+    """Several globs at once, each of which `means` some layers."""
+
+    def __init__(self, globs: Sequence[str]) -> None:
+        # A search names layers by the hundred: what has no wildcard is looked up.
+        self._names = {glob for glob in globs if not _WILDCARD.search(glob)}
+        self._patterns = [re.compile(translate(glob)) for glob in globs if glob not in self._names]
+
+    def __call__(self, *names: str) -> bool:
+        """Whether any of the globs means a layer with these names."""
+        return any(
+            each in self._names or any(pattern.match(each) for pattern in self._patterns)
+            for name in names
+            for each in (name, module_of(name))
+        )
+
+
 def rule_matches(rule: Rule, names: Iterable[str]) -> bool:
     """Whether a rule means a layer with these names."""
-    return any(means(glob, name) for name in names for glob in rule.globs)
+    return Matcher(rule.globs)(*names)
 
 
 def means(glob: str, name: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil, inf, sqrt
 from statistics import fmean, stdev
 
-from scipy.stats import beta, t
+from scipy.special import betaincinv, stdtrit
 
 #: A bound holds in 95 of 100 cases.
 CONFIDENCE = 0.95
@@ -42,10 +42,10 @@ def drop_of(losses: Sequence[float]) -> Drop:
     count = len(losses)
     mean = fmean(losses)
     deviation = stdev(losses) if count > 1 else inf
-    bound = mean + float(t.ppf(CONFIDENCE, count - 1)) * deviation / sqrt(count) if count > 1 else inf
+    bound = mean + float(stdtrit(count - 1, CONFIDENCE)) * deviation / sqrt(count) if count > 1 else inf
     if set(losses) <= {-1.0, 0.0, 1.0}:
         worse, better = sum(loss > 0 for loss in losses), sum(loss < 0 for loss in losses)
-        most = float(beta.ppf(CONFIDENCE, worse + 1, count - worse)) if worse < count else 1.0
+        most = float(betaincinv(worse + 1, count - worse, CONFIDENCE)) if worse < count else 1.0
         exact = most - better / count
         bound = exact if count == 1 else max(bound, exact)
     return Drop(mean, bound, count, deviation if count > 1 else 1.0)

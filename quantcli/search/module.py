@@ -31,10 +31,7 @@ _KEPT_BYTES = 256 << 20
 
 
 class SearchedModel:
-    """The original in float32, and the samples that a search looks at.
-
-    ``measure`` is what `distance` is: ``kl_nats`` for a model with logits, else ``relative_error`` of its first output.
-    """
+    """The original in float32, and the samples that a search looks at."""
 
     def __init__(self, model: SequentialModel, samples: Samples) -> None:
         """Load the weights. Raises InputError where a sample cannot be read."""
@@ -47,8 +44,12 @@ class SearchedModel:
         self._parameters: dict[str, list[str]] = {}
         for parameter, info in parameters.items():
             self._parameters.setdefault(info.name, []).append(parameter)
+
+    @cached_property
+    def measure(self) -> str:
+        """What `distance` is: ``kl_nats`` for a model with logits, else ``relative_error`` of its first output."""
         with torch.no_grad():
-            self.measure = "kl_nats" if self.output(self.samples[0])[1] else "relative_error"
+            return "kl_nats" if self.output(self.samples[0])[1] else "relative_error"
 
     def output(self, sample: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
         """What the model returns first, float32 ``[1, ...]``, and whether these are logits over classes."""

@@ -12,7 +12,7 @@ from quantcli.calibration.capture import capture_activations
 from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, OutputComparison
 from quantcli.conversion.onnx.evidence import Material
 from quantcli.conversion.onnx.source import open_source
-from quantcli.conversion.onnx.trial_inputs import NoFeeds, made_up, of_samples
+from quantcli.conversion.onnx.trial_inputs import NoFeeds, of_samples
 from quantcli.data.request import DataRequest
 from quantcli.errors import BudgetError, InputError, UsageError
 from quantcli.models.session import Session
@@ -127,7 +127,7 @@ class GraphSubject:
             feeds = of_samples(self.evidence.searched.samples, COMPARED_SAMPLES)
             return OutputComparison(model, feeds, folder, loose=True)
         reference = Session(model)
-        found = made_up(reference, graph)
+        found = self.material.made_up(reference, graph)
         if isinstance(found, NoFeeds):
             raise InputError(f"Nothing can be told of the outputs: {found.reason}", "Give --data.")
         outputs = OutputComparison(model, found, folder, made_up=True, loose=True)

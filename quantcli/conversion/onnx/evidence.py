@@ -12,8 +12,10 @@ from quantcli.calibration.collect import DEFAULT_SAMPLES, collect
 from quantcli.calibration.hessians import collect_hessians
 from quantcli.calibration.statistics import CalibrationStats
 from quantcli.conversion.onnx.source import Source, planned_graph
+from quantcli.conversion.onnx.trial_inputs import Feeds, NoFeeds, made_up
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
+from quantcli.models.session import Session
 from quantcli.models.source import source_sha256
 from quantcli.onnx.graph.opset import default_opset
 from quantcli.onnx.plan.evidence import Evidence
@@ -68,6 +70,14 @@ class Material:
             folder = self.source.subject.folder
             self._samples[request.samples] = load_samples(request, self.source.model.inputs, folder=folder)
         return self._samples[request.samples]
+
+    def made_up(self, reference: Session, graph: ir.Model) -> Feeds | NoFeeds:
+        """Inputs where there is no data: like those that the statistics are of, where there are some.
+
+        Raises:
+            InputError: the statistics are damaged.
+        """
+        return made_up(reference, graph, draws=CalibrationStats.load(self.stats).draws() if self.stats else None)
 
     def loader(self, data: DataRequest | None, *, trains: bool = False) -> Callable[[], Samples | None]:
         """What loads the samples when they are first needed."""

@@ -22,7 +22,7 @@ from quantcli.conversion.onnx.guard import Attempt, Guard, Protection
 from quantcli.conversion.onnx.histograms import weight_histograms
 from quantcli.conversion.onnx.result import Result
 from quantcli.conversion.onnx.source import Source, open_source
-from quantcli.conversion.onnx.trial_inputs import NoFeeds, made_up, of_samples
+from quantcli.conversion.onnx.trial_inputs import NoFeeds, of_samples
 from quantcli.conversion.staging import Staging, open_staging, refuse_to_overwrite
 from quantcli.core.manifest import MANIFEST_KEY
 from quantcli.data.fingerprint import fingerprint
@@ -218,7 +218,7 @@ def _build(job: _Job, staging: Staging, material: Material, graph: ir.Model, pla
     target = staging.out / layout.file
     files = _save(graph, target, layout, job.output)
     verified = {**read_back(graph, target), "runtime": prove(target, str(job.output)).to_json()}
-    outputs = _outputs(source, honest, calibrating, staging.root)
+    outputs = _outputs(material, honest, calibrating, staging.root)
     compared = outputs.against(target, str(job.output))
     doubts = [] if job.trains else honest.require(outcomes, outputs, compared, target)
     attempt = None
@@ -274,17 +274,18 @@ def _histograms(job: _Job, honest: Honest, outcomes: Sequence[LayerOutcome], gat
     return {"histograms": found}
 
 
-def _outputs(source: Source, honest: Honest, samples: Samples | None, folder: Path) -> OutputComparison:
+def _outputs(material: Material, honest: Honest, samples: Samples | None, folder: Path) -> OutputComparison:
     """What outputs are compared on: the data, or made-up inputs.
 
     Raises:
         InputError: there is no data, and the model runs on nothing that is made up.
     """
-    model, name, loose = source.model.path, source.subject.path, honest.shapes_depend_on_values
+    source, loose = material.source, honest.shapes_depend_on_values
+    model, name = source.model.path, source.subject.path
     if samples is not None:
         return OutputComparison(model, of_samples(samples, COMPARED_SAMPLES), folder, name=name, loose=loose)
     reference = session_of(model, name=name)
-    feeds = made_up(reference, honest.graph)
+    feeds = material.made_up(reference, honest.graph)
     if isinstance(feeds, NoFeeds):
         raise feeds.refusal()
     outputs = OutputComparison(model, feeds, folder, name=name, made_up=True, loose=loose)

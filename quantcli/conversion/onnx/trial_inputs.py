@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quantcli.core.ports import Arrays, Port, dtype_family
-from quantcli.data.made_up import FILLS, SPREADS, counts_samples, lengths, made_up_feeds, table_sizes
+from quantcli.data.made_up import FILLS, SPREADS, Draw, counts_samples, lengths, made_up_feeds, table_sizes
 from quantcli.data.samples import Samples, batches
 from quantcli.errors import InputError
 from quantcli.models.session import Session
@@ -67,17 +67,21 @@ def of_samples(samples: Samples, most: int) -> Feeds:
     return feeds
 
 
-def made_up(reference: Session, graph: ir.Model, *, mixed: bool = False) -> Feeds | NoFeeds:
+def made_up(
+    reference: Session, graph: ir.Model, *, mixed: bool = False, draws: Mapping[str, Draw] | None = None
+) -> Feeds | NoFeeds:
     """Feeds that a model returns numbers for, with one sample more where it takes that; or why there are none.
 
     Args:
         reference: the model.
         graph: its graph, which tells the tables that an input is looked up in.
         mixed: whether zeros and ones at random are to follow integers and truth values that are all ones.
+        draws: what makes up values like those of real data, by input: outside of the ranges that a calibration saw,
+            an artifact's outputs tell nothing of its use.
     """
     reasons: list[str] = []
     ran: _Trial | None = None
-    for maker in _makers(_ports(reference, graph), table_sizes(graph)):
+    for maker in _makers(_ports(reference, graph), table_sizes(graph), draws or {}):
         if ran is not None and not maker.is_larger_than(ran.maker):
             continue  # what ran and left an output without a number may fill it at a larger size alone
         try:
@@ -152,6 +156,7 @@ class _Maker:
     samples: int
     length: int
     side: int
+    draws: Mapping[str, Draw]
 
     def is_larger_than(self, other: _Maker) -> bool:
         """Whether it makes longer sequences or larger images."""
@@ -161,8 +166,9 @@ class _Maker:
         """Inputs of so many samples more."""
         samples = self.samples + more
         return made_up_feeds(
-            self.ports, samples, self.length, samples, side=self.side, tables=self.tables, fill=fill, spread=spread
-        )
+            self.ports, samples, self.length, samples, side=self.side, tables=self.tables, fill=fill, spread=spread,
+            draws=self.draws,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,7 @@ def _ports(reference: Session, graph: ir.Model) -> list[Port]:
     return [replace(port, shape=None) if port.name in unknown else port for port in reference.inputs]
 
 
-def _makers(ports: Sequence[Port], tables: Mapping[str, int]) -> Iterator[_Maker]:
+def _makers(ports: Sequence[Port], tables: Mapping[str, int], draws: Mapping[str, Draw]) -> Iterator[_Maker]:
     """Makers of inputs, none of which makes the shapes of an earlier one."""
     seen: list[dict[str, list[int]]] = []
     ranked = [
@@ -222,7 +228,7 @@ def _makers(ports: Sequence[Port], tables: Mapping[str, int]) -> Iterator[_Maker
             is_small = sum(map(prod, shapes.values())) <= _MOST_ELEMENTS
             if shapes not in seen and (is_small or not seen):
                 seen.append(shapes)
-                yield _Maker(known, tables, samples, length, side)
+                yield _Maker(known, tables, samples, length, side, draws)
 
 
 def _with_states(ports: Sequence[Port]) -> list[Port]:

@@ -11,7 +11,7 @@ from quantcli import formats
 from quantcli.checkpoint.roles import module_of
 from quantcli.core.scheme import Scheme
 from quantcli.planning.plan import LayerPlan, Plan, quantization_config
-from quantcli.planning.rules import rule_matches
+from quantcli.planning.rules import Matcher
 from quantcli.planning.targets.fused import scheme_of
 from quantcli.system.text import listed
 
@@ -127,7 +127,8 @@ def no_checkpoint(plan: Plan, target: Target) -> Refusal | None:
 def heads_of_embeddings(plan: Plan, target: Target) -> Refusal | None:
     """A rule for a head that is the embedding."""
     for rule in plan.recipe.rules if quantization_config(plan) else ():
-        meant = [layer for layer in plan.layers if rule_matches(rule, [layer.info.name])]
+        is_meant = Matcher(rule.globs)
+        meant = [layer for layer in plan.layers if is_meant(layer.info.name)]
         if rule.scheme and not rule.skip and meant and all(layer.role == "tied head" for layer in meant):
             return Refusal(
                 f"a rule quantizes {listed([module_of(layer.info.name) for layer in meant])}, which is the embedding's "

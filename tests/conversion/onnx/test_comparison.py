@@ -12,7 +12,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from quantcli import convert
+from quantcli import calibrate, convert
+from quantcli.calibration.statistics import CalibrationStats
 from quantcli.conversion.onnx import comparison, explained
 from quantcli.conversion.onnx.equivalence import upgraded
 from quantcli.data.made_up import made_up_feeds, table_sizes
@@ -380,3 +381,17 @@ def test_weights_that_are_not_finite(tmp_path: Path, scheme: str, value: float, 
 def test_far_below_needs_more_than_a_few_decibels() -> None:
     decoded = comparison.Comparison(1, 30.0, outputs={"a": 30.0, "b": 30.0, "c": None})
     assert explained._far_below({"a": 25.0, "b": 10.0, "c": 5.0}, decoded) == ["b", "c"]
+
+
+def test_made_up_inputs_lie_in_calibrated_ranges(tmp_path: Path) -> None:
+    """Outside of them, clipping alone decides what comes out: a sound artifact would look broken."""
+    model = product(tmp_path / "m.onnx")
+    data = RANDOM.uniform(0, 0.01, (64, 64)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=data)
+    calibrate(model, data=tmp_path / "d.npz", output=tmp_path / "stats.safetensors")
+    stats = tmp_path / "stats.safetensors"
+    outputs = convert(model, tmp_path / "o.onnx", scheme="int8-static", calibration=stats).details["outputs"]
+    assert outputs["made_up"]
+    assert outputs["sqnr_db"] > 30
+    drawn = CalibrationStats.load(stats).draws()["x"](np.random.default_rng(0), (3, 64))
+    assert (drawn.min() >= data.min(), drawn.max() <= data.max(), drawn.std() > 0.5 * data.std()) == (True,) * 3
