@@ -127,18 +127,18 @@ import json, sys
 import numpy as np, onnxruntime_genai as genai
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-def generate(folder):
+def generate(folder, length):
     model = genai.Model(folder)
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=216, min_length=216, do_sample=False)
+    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
     generator = genai.Generator(model, parameters)
     generator.append_tokens(np.arange(5, 21, dtype=np.int32)[None])
     while not generator.is_done():
         generator.generate_next_token()
 imported = peak()
-generate(sys.argv[1])
+generate(sys.argv[1], 32)
 before = peak()
-generate(sys.argv[2])
+generate(sys.argv[2], 216)
 print(json.dumps([imported, before, peak()]))
 """
 
