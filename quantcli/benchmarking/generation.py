@@ -12,16 +12,14 @@ from quantcli.core.ports import Arrays, cache_ports
 from quantcli.models.decoder import Decoder
 from quantcli.models.runner import OnnxRunner, Runner, TorchRunner
 from quantcli.models.source import ModelSource
+from quantcli.reporting.metric_labels import GENERATION_METRICS, GENERATION_SPEEDUPS
 
 #: Tokens generated in a turn.
 NEW_TOKENS = 8
 
-METRICS = ("prompt_tokens_per_s", "time_to_first_token_ms", "tokens_per_s")
-CANDIDATE_METRICS = ("prompt_speedup", "generation_speedup")
-
 
 @dataclass
-class _Generating:
+class Generating:
     """A model that reads a prompt ``[1, length]`` and says the likeliest tokens after it."""
 
     decoder: Decoder
@@ -62,23 +60,31 @@ def measure_generation(
         seed: what the order in rounds is shuffled by.
     """
     ids = feeds[0].get("input_ids")
-    if ids is None or not any(source.onnx and cache_ports(source.onnx.inputs) for source in sources):
+    if ids is None or not wants_generation(sources):
         return [{} for _ in sources]
-    prompt = np.ascontiguousarray(ids[:1], np.int64)
-    decoders = [_decoder(runner, prompt.shape[1] + NEW_TOKENS) for runner in runners]
-    models = [_Generating(decoder, prompt) if decoder else None for decoder in decoders]
+    models = [generating(runner, ids) for runner in runners]
     reading = _timed([model.read if model else None for model in models], runs, seed)
     saying = _timed([model.generate if model else None for model in models], runs, seed)
     return [
-        _figures(prompt.shape[1], read, said, (reading[0], saying[0]) if index else (None, None), seed)
+        _figures(ids.shape[1], read, said, (reading[0], saying[0]) if index else (None, None), seed)
         for index, (read, said) in enumerate(zip(reading, saying, strict=True))
     ]
 
 
-def _decoder(runner: Runner, room: int) -> Decoder | None:
+def wants_generation(sources: Sequence[ModelSource]) -> bool:
+    """Whether one of several models is a decoder with a cache, so that all that have one are to generate."""
+    return any(source.onnx is not None and cache_ports(source.onnx.inputs) for source in sources)
+
+
+def generating(runner: Runner, ids: np.ndarray) -> Generating | None:
+    """A model that generates after the first text of a batch of token ids; None where it has no cache."""
+    prompt = np.ascontiguousarray(ids[:1], np.int64)
+    decoder: Decoder | None = None
     if isinstance(runner, OnnxRunner):
-        return runner.decoder(room)
-    return runner.decoder() if isinstance(runner, TorchRunner) else None
+        decoder = runner.decoder(prompt.shape[1] + NEW_TOKENS)
+    elif isinstance(runner, TorchRunner):
+        decoder = runner.decoder()
+    return Generating(decoder, prompt) if decoder else None
 
 
 def _timed(functions: Sequence[Callable[[int], None] | None], runs: int | None, seed: int) -> list[Timing | None]:
@@ -92,12 +98,10 @@ def _figures(
     if read is None or said is None:
         return {}
     first = read.percentile_ms(50)
-    found: dict[str, float | None] = {
-        "prompt_tokens_per_s": length / first * 1e3,
-        "time_to_first_token_ms": first,
-        "tokens_per_s": NEW_TOKENS / said.percentile_ms(50) * 1e3,
-    }
+    values: list[float | None] = [length / first * 1e3, first, NEW_TOKENS / said.percentile_ms(50) * 1e3]
+    found = dict(zip(GENERATION_METRICS, values, strict=True))
     if reference[0] is not None and reference[1] is not None:
-        found["prompt_speedup"] = speedup(reference[0], read, seed).ratio
-        found["generation_speedup"] = speedup(reference[1], said, seed).ratio
+        pairs = ((reference[0], read), (reference[1], said))
+        gains = [speedup(theirs, ours, seed).ratio for theirs, ours in pairs]
+        found |= dict(zip(GENERATION_SPEEDUPS, gains, strict=True))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quantcli.benchmarking import generation, probe
+from quantcli.benchmarking import probe
 from quantcli.benchmarking.timing import Timing, speedup
 from quantcli.core.ports import Arrays
 from quantcli.models.inputs import fit
@@ -13,20 +13,24 @@ from quantcli.models.kernels import prove
 from quantcli.models.runner import Runner
 from quantcli.models.source import ModelSource
 from quantcli.onnx.graph.model import onnx_file
+from quantcli.reporting.metric_labels import GENERATION_METRICS, GENERATION_SPEEDUPS
 from quantcli.reporting.report import ModelRow
 
 METRICS = (
     "latency_ms_p50", "latency_ms_p90", "latency_ms_p99", "throughput_per_s", "load_ms", "peak_rss_bytes",
-    "size_bytes", "size_ratio", *generation.METRICS,
+    "size_bytes", "size_ratio", *GENERATION_METRICS,
 )  # fmt: skip
 #: Enough of them to draw a distribution by.
 PERCENTILES = range(0, 101, 5)
-CANDIDATE_METRICS = ("speedup", "speedup_low", "speedup_high", *generation.CANDIDATE_METRICS)
+CANDIDATE_METRICS = ("speedup", "speedup_low", "speedup_high", *GENERATION_SPEEDUPS)
 
 
-def load_and_peak(source: ModelSource, feeds: Arrays, threads: int) -> dict[str, float]:
-    """Load time and peak memory of a model in a process of its own."""
-    return vars(probe.probe(source.path, source.kind, feeds, threads=threads, weights=source.weights))
+def load_and_peak(source: ModelSource, feeds: Arrays, threads: int, *, generates: bool) -> dict[str, float]:
+    """Load time and peak memory of a model in a process of its own, where it also generates if it is to."""
+    found = probe.probe(
+        source.path, source.kind, feeds, threads=threads, weights=source.weights, generates=generates
+    )  # fmt: skip
+    return vars(found)
 
 
 def timed_call(runner: Runner, pool: Sequence[Arrays], name: str) -> Callable[[int], object]:

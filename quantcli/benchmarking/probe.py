@@ -38,9 +38,17 @@ class Probe:
 
 
 def probe(
-    model: str, kind: str, feeds: Mapping[str, np.ndarray], *, threads: int | None, weights: Path | None = None
+    model: str,
+    kind: str,
+    feeds: Mapping[str, np.ndarray],
+    *,
+    threads: int | None,
+    weights: Path | None = None,
+    generates: bool = False,
 ) -> Probe:
     """Load a model in a child process, run it a few times, and see what that took.
+
+    With ``generates``, a model that has a cache also says a few tokens after the first text of ``input_ids``.
 
     Raises:
         InputError: the child failed.
@@ -51,6 +59,7 @@ def probe(
         folder = Path(name)
         np.savez(folder / "feeds.npz", **dict(feeds))  # type: ignore[arg-type]
         request = {"model": model, "kind": kind, "threads": threads, "weights": weights and str(weights)}
+        request["generates"] = generates and "input_ids" in feeds
         given = {"feeds": str(folder / "feeds.npz"), "custom_ops": [str(library) for library in registered()]}
         child = Child(f"{__name__}:load_and_run", request | given)
         try:
@@ -72,6 +81,7 @@ def load_and_run(request: dict[str, Any]) -> dict[str, float]:
 
     import numpy as np
 
+    from quantcli.benchmarking.generation import generating
     from quantcli.models.runner import open_runner
 
     register(Path(library) for library in request["custom_ops"])
@@ -85,6 +95,10 @@ def load_and_run(request: dict[str, Any]) -> dict[str, float]:
     runner = open_runner(request["model"], threads=request["threads"], weights=weights)
     for _ in range(_RUNS):
         runner.run(feeds)
+    model = generating(runner, feeds["input_ids"]) if request["generates"] else None
+    if model is not None:
+        model.read(0)
+        model.generate(0)
     peak = peak_rss_bytes()
     del runner
     # The first load also imported what the libraries import late.

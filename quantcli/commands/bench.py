@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.benchmarking.feeds import load_feeds
-from quantcli.benchmarking.generation import measure_generation
+from quantcli.benchmarking.generation import measure_generation, wants_generation
 from quantcli.benchmarking.measure import (
     CANDIDATE_METRICS,
     METRICS,
@@ -102,7 +102,8 @@ def bench(
     )
     if earlier:
         require_batch_size(earlier, next(iter(feeds.by_size)))
-    probes = [load_and_peak(source, next(iter(feeds.by_size.values()))[0], threads) for source in sources]
+    first = next(iter(feeds.by_size.values()))[0]
+    probes = [load_and_peak(source, first, threads, generates=wants_generation(sources)) for source in sources]
     runners = [source.runner(threads=threads, shared=True) for source in sources]
     batches: list[list[dict[str, Any]]] = [[] for _ in sources]
     for size, pool in feeds.by_size.items():

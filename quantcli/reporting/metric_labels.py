@@ -31,6 +31,9 @@ METRICS = {
     "peak_rss_bytes": ("Peak memory, bytes", "{:,.0f}"),
     "size_bytes": ("Size, bytes", "{:,.0f}"),
 }
+#: Of models that generate, and of those that are compared with one.
+GENERATION_METRICS = ("prompt_tokens_per_s", "time_to_first_token_ms", "tokens_per_s")
+GENERATION_SPEEDUPS = ("prompt_speedup", "generation_speedup")
 
 
 def decibel_text(value: float | None) -> str:

@@ -54,6 +54,6 @@ def test_weights_reach_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "feeds.npz", **FEEDS)
     request = {"model": "probe_user:slow", "kind": "function", "threads": 1, "weights": "none.pt"}
-    request |= {"feeds": "feeds.npz", "custom_ops": []}
+    request |= {"feeds": "feeds.npz", "custom_ops": [], "generates": False}
     with pytest.raises(InputError, match=r"none\.pt"):
         load_and_run(request)

@@ -39,10 +39,11 @@ class ExternalData:
         self._end = offset + array.nbytes
         return self._tensor(name, ir.DataType.from_numpy(array.dtype), array.shape, offset, array.nbytes)
 
-    def again(self, name: str, tensor: ir.ExternalTensor, shape: tuple[int, ...]) -> ir.ExternalTensor:
-        """The bytes of a tensor that is written already, in another shape."""
+    def rows(self, name: str, tensor: ir.ExternalTensor, start: int, shape: tuple[int, ...]) -> ir.ExternalTensor:
+        """The bytes of some rows of a tensor that is written already, from ``start`` on, in another shape."""
         assert tensor.offset is not None and tensor.length is not None
-        return self._tensor(name, tensor.dtype, shape, tensor.offset, tensor.length)
+        of_one = tensor.length // tensor.shape.numpy()[0]
+        return self._tensor(name, tensor.dtype, shape, tensor.offset + start * of_one, shape[0] * of_one)
 
     def close(self) -> None:
         """Finish the file."""

@@ -15,6 +15,9 @@ _SEARCH: dict[str, Any] = {
     "no_repeat_ngram_size": 0, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0,
     "temperature": 1.0, "top_k": 50, "top_p": 1.0,
 }  # fmt: skip
+#: Tokens of a prompt that are read at once. The graph returns logits of all of them, which of a long prompt would be
+#: several times the model.
+CHUNK_SIZE = 64
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -54,10 +57,8 @@ def genai_config(decoder: Decoder, folder: Path, filename: str) -> dict[str, Any
             "num_key_value_heads": decoder.kv_heads,
         },
     }
-    return {
-        "model": model,
-        "search": search | {"max_length": decoder.context, "past_present_share_buffer": True},
-    }
+    cache = {"max_length": decoder.context, "past_present_share_buffer": True, "chunk_size": CHUNK_SIZE}
+    return {"model": model, "search": search | cache}
 
 
 def _generation(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,11 @@ PAST, PRESENT = f"{CACHE_INPUT}{{}}.{{}}", f"{CACHE_OUTPUT}{{}}.{{}}"
 
 _OPSET, _IR_VERSION = 21, 10
 
+#: A head of more bytes is made of so many products. Kernels of MatMulNBits keep a copy of their weights in an order of
+#: their own, and the runtime holds weight and copy of one node at a time: of a whole head, which may be a third of a
+#: small model, that would be the peak.
+LARGE_HEAD_BYTES, HEAD_PARTS = 4 << 20, 4
+
 
 def build_decoder(
     decoder: Decoder,
@@ -127,7 +132,8 @@ class _Builder:
     def _embedded(self, ids: ir.Value) -> tuple[ir.Value, Table]:
         """Embeddings of tokens, and their table."""
         nodes, name = self.nodes, "model.embed_tokens"
-        found, table = nodes.lookup(name, self.weights.matrix(f"{name}.weight"), ids)
+        table = nodes.table(name, self.weights.matrix(f"{name}.weight"))
+        found = nodes.lookup(name, table, ids)
         if self.decoder.embedding_scale != 1.0:
             factor = nodes.constant(f"{name}.scale", np.array(self.decoder.embedding_scale, np.float32))
             found = nodes.add("Mul", [found, factor], f"{name}.scaled")
@@ -162,7 +168,10 @@ class _Builder:
         ]
 
     def _product(self, name: str, value: ir.Value, matrix: Matrix, parts: list[str]) -> ir.Value:
-        product = self.nodes.product(name, matrix, value)
+        return self._with_bias(name, self.nodes.product(name, matrix, value), parts)
+
+    def _with_bias(self, name: str, product: ir.Value, parts: list[str]) -> ir.Value:
+        """A product, with the biases of its parts added to it if there are any."""
         if not any(self.weights.has(f"{part}.bias") for part in parts):
             return product
         bias = np.concatenate([self.weights.vector(f"{part}.bias") for part in parts])
@@ -251,10 +260,12 @@ class _Builder:
 
     def _logits(self, value: ir.Value, table: Table) -> ir.Value:
         decoder, nodes = self.decoder, self.nodes
-        if decoder.tied:
-            logits = nodes.product_with("lm_head", table, value)
-        else:
-            logits = self._product("lm_head", value, self.weights.matrix("lm_head.weight"), ["lm_head"])
+        if not decoder.tied:
+            table = nodes.table("lm_head", self.weights.matrix("lm_head.weight"))
+        large = table.nbytes > LARGE_HEAD_BYTES and table.blocks is not None
+        logits = nodes.product_with("lm_head", table, value, HEAD_PARTS if large else 1)
+        if not decoder.tied:
+            logits = self._with_bias("lm_head", logits, ["lm_head"])
         if decoder.final_softcap:
             cap = nodes.constant("softcap", np.array(decoder.final_softcap, np.float32))
             flat = nodes.add("Tanh", [nodes.add("Div", [logits, cap], "lm_head.divided")], "lm_head.tanh")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,18 @@ _CONTRIB = "com.microsoft"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of words in the graph: its constants, and how codes lie in the first; None where it is of floats."""
+    """A matrix in the file of weights: its tensors, and how codes lie in the first; None where it holds values.
 
-    constants: Sequence[ir.Value]
+    ``tensors`` are codes, scales and zero points, each with a row for every row of the matrix, or the values alone.
+    """
+
+    tensors: Sequence[ir.ExternalTensor]
     blocks: Blocks | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its codes or values."""
+        return self.tensors[0].nbytes
 
 
 class Nodes:
@@ -79,9 +88,7 @@ class Nodes:
         """A small constant within the graph's own file, where runtimes look for axes; one for all uses of a name."""
         import onnx_ir as ir
 
-        if name not in self._constants:
-            self._constants[name] = self._initializer(ir.tensor(array, name=name))
-        return self._constants[name]
+        return self._initializer(ir.tensor(array, name=name))
 
     def weight(self, name: str, array: np.ndarray) -> ir.Value:
         """A constant in the file of weights."""
@@ -89,46 +96,57 @@ class Nodes:
 
     def product(self, name: str, matrix: Matrix, value: ir.Value) -> ir.Value:
         """A value times a matrix ``[outputs, inputs]``."""
-        if isinstance(matrix, NbitsMatrix):
-            rows, columns = matrix.shape
-            codes = self.weight(f"{name}.codes", matrix.codes.reshape(rows, columns // matrix.block, -1))
-            return self._nbits_product(name, matrix.blocks, [codes, *self._scales(name, matrix)], value)
-        return self._float_product(name, self.weight(f"{name}.weight", matrix), value)
+        return self.product_with(name, self.table(name, matrix), value)
 
-    def lookup(self, name: str, matrix: Matrix, ids: ir.Value) -> tuple[ir.Value, Table]:
-        """Rows of a table, and the table itself."""
+    def table(self, name: str, matrix: Matrix) -> Table:
+        """A matrix, written."""
         if not isinstance(matrix, NbitsMatrix):
-            table = self.weight(f"{name}.weight", matrix)
-            return self._widened(self.add("Gather", [table, ids], name), matrix.dtype, name), Table([table], None)
-        codes = self.weight(f"{name}.codes", matrix.codes)
-        scales = self._scales(name, matrix)
-        found = self.add(
-            "GatherBlockQuantized", [codes, ids, *scales], name, _CONTRIB, bits=matrix.bits, block_size=matrix.block,
-            gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
-        return found, Table([codes, *scales], matrix.blocks)
+            return Table([self.data.add(f"{name}.weight", matrix)], None)
+        parts = {"codes": matrix.codes, "scales": matrix.scales, "zero_points": matrix.zero_points}
+        written = [self.data.add(f"{name}.{kind}", part) for kind, part in parts.items() if part is not None]
+        return Table(written, matrix.blocks)
 
-    def product_with(self, name: str, table: Table, value: ir.Value) -> ir.Value:
-        """A value times the table of a lookup, whose bytes serve both."""
-        codes, *scales = table.constants
+    def lookup(self, name: str, table: Table, ids: ir.Value) -> ir.Value:
+        """Rows of a table."""
+        first, *scales = (self._initializer(tensor) for tensor in table.tensors)
         if table.blocks is None:
-            return self._float_product(name, codes, value)
-        (rows, columns), block = table.blocks.shape, table.blocks.block
-        shape = (rows, columns // block, block * table.blocks.bits // 8)
-        again = self.data.again(f"{name}.codes", codes.const_value, shape)  # type: ignore[arg-type]
-        return self._nbits_product(name, table.blocks, [self._initializer(again), *scales], value)
-
-    def _scales(self, name: str, matrix: NbitsMatrix) -> list[ir.Value]:
-        found = [self.weight(f"{name}.scales", matrix.scales)]
-        if matrix.zero_points is not None:
-            found.append(self.weight(f"{name}.zero_points", matrix.zero_points))
-        return found
-
-    def _nbits_product(self, name: str, blocks: Blocks, constants: list[ir.Value], value: ir.Value) -> ir.Value:
-        rows, columns = blocks.shape
+            return self._widened(self.add("Gather", [first, ids], name), table.tensors[0].dtype.numpy(), name)
         return self.add(
-            "MatMulNBits", [value, *constants], name, _CONTRIB, N=rows, K=columns, bits=blocks.bits,
-            block_size=blocks.block, accuracy_level=self._accuracy_level,
+            "GatherBlockQuantized", [first, ids, *scales], name, _CONTRIB, bits=table.blocks.bits,
+            block_size=table.blocks.block, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+
+    def product_with(self, name: str, table: Table, value: ir.Value, parts: int = 1) -> ir.Value:
+        """A value times a table, whose bytes may serve a lookup as well; by so many nodes, each with some of its rows.
+
+        A table of values is always one node's.
+        """
+        if table.blocks is None:
+            return self._float_product(name, self._initializer(table.tensors[0]), value)
+        if parts == 1:
+            return self._nbits_product(name, table, (0, table.blocks.shape[0]), value)
+        edges = [table.blocks.shape[0] * part // parts for part in range(parts + 1)]
+        made = [self._nbits_product(f"{name}.{part}", table, rows, value) for part, rows in enumerate(pairwise(edges))]
+        return self.add("Concat", made, name, axis=-1)
+
+    def _nbits_product(self, name: str, table: Table, rows: tuple[int, int], value: ir.Value) -> ir.Value:
+        """A value times rows of a table of codes, from the first number up to the second."""
+        assert table.blocks is not None
+        whole, columns = table.blocks.shape
+        bits, block, (start, stop) = table.blocks.bits, table.blocks.block, rows
+        codes, *scales = table.tensors
+        by_block = (stop - start, columns // block, block * bits // 8)
+        constants = [self.data.rows(f"{name}.codes", codes, start, by_block)]
+        if stop - start == whole:
+            constants += scales
+        else:
+            constants += [
+                self.data.rows(f"{name}.{kind}", tensor, start, (stop - start, tensor.shape.numpy()[1]))
+                for kind, tensor in zip(("scales", "zero_points"), scales, strict=False)
+            ]
+        return self.add(
+            "MatMulNBits", [value, *map(self._initializer, constants)], name, _CONTRIB, N=stop - start, K=columns,
+            bits=bits, block_size=block, accuracy_level=self._accuracy_level,
         )  # fmt: skip
 
     def _float_product(self, name: str, weight: ir.Value, value: ir.Value) -> ir.Value:
@@ -146,10 +164,13 @@ class Nodes:
         return self.add("Cast", [value], f"{name}.widened", to=ir.DataType.FLOAT.value)
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """A tensor as a constant of the graph; the same one for all uses of a name."""
         import onnx_ir as ir
 
-        value = ir.Value(
-            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
-        )
-        self.initializers.append(value)
-        return value
+        name = tensor.name
+        assert name is not None
+        if name not in self._constants:
+            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+            self._constants[name] = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
+            self.initializers.append(self._constants[name])
+        return self._constants[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantcli.reporting.metric_labels import metric_label, metric_text
+from quantcli.reporting.metric_labels import GENERATION_METRICS, GENERATION_SPEEDUPS, metric_label, metric_text
 from quantcli.reporting.report import ModelRow, Report, Table
 from quantcli.reporting.tables.baseline import baseline_tables
 from quantcli.reporting.tables.common import MODEL_NAMES, gate_table, scheme_text, short_names
@@ -49,8 +49,8 @@ def _latency(report: Report) -> Table:
 
 def _generation(report: Report) -> list[Table]:
     """How fast models that generate read a prompt and continue it; nothing where none does."""
-    metrics = ("prompt_tokens_per_s", "time_to_first_token_ms", "tokens_per_s", "prompt_speedup", "generation_speedup")
-    shown = [model for model in report.models if "tokens_per_s" in model.metrics]
+    metrics = (*GENERATION_METRICS, *GENERATION_SPEEDUPS)
+    shown = [model for model in report.models if GENERATION_METRICS[0] in model.metrics]
     if not shown:
         return []
     names, folder = short_names(report.models)

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from support.decoders import TINY, greedy_in_genai, greedy_in_torch, tiny_decoder, torch_with_codes, without_rounding
 from torch import nn
 
 import quantcli
-from quantcli.benchmarking.probe import Probe
+from quantcli.benchmarking.generation import NEW_TOKENS
+from quantcli.benchmarking.probe import Probe, load_and_run
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import decoded_checkpoint
 from quantcli.errors import InputError, UsageError
 from quantcli.export.decoder.rotary import rotary_tables
+from quantcli.models.runner import OnnxRunner
 from quantcli.planning.recipe import Recipe
 
 PROMPT = [5, 17, 60, 33, 9, 71, 44]
@@ -69,6 +72,37 @@ def test_bench_reads_a_prompt_and_generates(made: Any, monkeypatch: pytest.Monke
             (metrics[name] or 0) > 0 for name in ("prompt_tokens_per_s", "time_to_first_token_ms", "tokens_per_s")
         )
     assert (candidate["generation_speedup"] or 0) > 0 and "generation_speedup" not in reference
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3"])
+def test_a_large_head_is_several_products_of_the_same_codes(
+    made: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, whole, _ = made(name)
+    monkeypatch.setattr("quantcli.export.decoder.graph.LARGE_HEAD_BYTES", 0)
+    quantcli.convert(folder, tmp_path / "out", scheme="int8", target="onnxruntime-genai")
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    (joined,) = (node for node in graph.node if "logits" in node.output)
+    assert joined.op_type == "Concat" and len(joined.input) == 4
+    assert (tmp_path / "out" / "model.onnx.data").stat().st_size == (whole / "model.onnx.data").stat().st_size
+    ids = np.array([PROMPT], np.int64)
+    ours, theirs = (OnnxRunner(each).run({"input_ids": ids})["logits"] for each in (tmp_path / "out", whole))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_memory_is_measured_while_a_decoder_generates(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, artifact, _ = made("llama")
+    np.savez(tmp_path / "feeds.npz", input_ids=np.array([PROMPT], np.int64))
+    read = list[int]()
+    monkeypatch.setattr(
+        "quantcli.models.decoder.CachedDecoder.read",
+        lambda self, ids: read.append(ids.shape[1]) or np.zeros((1, ids.shape[1], 96), np.float32),
+    )
+    request = {"model": str(artifact), "kind": "onnx", "threads": 1, "weights": None, "custom_ops": []}
+    load_and_run(request | {"feeds": str(tmp_path / "feeds.npz"), "generates": True})
+    assert read == [len(PROMPT), *[1] * NEW_TOKENS]
 
 
 def test_eval_scores_a_decoder_as_torch_scores_its_codes(made: Any, tmp_path: Path) -> None:
