@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from quantcli.errors import InputError, NotProvenError, UsageError
+from quantcli.errors import InputError, NotProvenError, RankError, UsageError
 from quantcli.system.files import explain
 
 _LOCK = "lock"
@@ -167,7 +167,7 @@ def open_staging(target: Path) -> Iterator[Staging]:
         with lock:
             try:
                 yield staging
-            except (KeyboardInterrupt, NotProvenError):
+            except (KeyboardInterrupt, NotProvenError, RankError):
                 staging.close()
                 raise
             except UsageError:

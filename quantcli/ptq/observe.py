@@ -45,20 +45,26 @@ def observe(
     apart: set[str] = set()
     gathering = _Gathering(frozenset(needs), linears, apart)
     with torch.no_grad():
-        for number, call in enumerate(calls):
-            while True:
-                try:
-                    gathering.begin(first=number == 0)
-                    with _hooked(block, linears, gathering), suppress(_SeenAll):
-                        call.run(block)
-                    gathering.require_shared()
-                    break
-                except _NotSharedError as error:
-                    if number or error.name in apart:
-                        raise error.told() from error
-                    # One of the two is given more than the other (DeBERTa: positions, too): it counts for itself.
-                    apart.add(error.name)
-                    gathering = _Gathering(frozenset(needs), linears, apart)
+        for run, numbers in ranks.runs(len(calls)):
+            gathering.begin_run(run)
+            for number in numbers:
+                while True:
+                    try:
+                        gathering.begin(first=not gathering.seen)
+                        with _hooked(block, linears, gathering), suppress(_SeenAll):
+                            calls[number].run(block)
+                        gathering.require_shared()
+                        break
+                    except _NotSharedError as error:
+                        if gathering.seen or error.name in apart:
+                            raise error.told() from error
+                        # One of the two is given more than the other (DeBERTa: positions, too): it counts for itself.
+                        apart.add(error.name)
+                        gathering = _Gathering(frozenset(needs), linears, apart)
+                        gathering.begin_run(run)
+                gathering.seen += 1
+                report((number + 1) / len(calls))
+            gathering.end_run()
             if not gathering.needs and gathering.every_layer_saw_a_token:
                 break  # all that was asked for is whether every layer sees a token
     return gathering.results(linears)
