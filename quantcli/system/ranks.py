@@ -29,6 +29,7 @@ from quantcli.errors import InputError, QuantcliError, RankError, UsageError
 if TYPE_CHECKING:
     from quantcli.system.messages import Messages
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 #: Batches are added up in at most so many runs of neighbours, and the runs' sums in their order. More ranks than this
@@ -179,7 +180,16 @@ def joined() -> Iterator[None]:
         return
     from quantcli.system.messages import meet
 
-    messages, store = meet(_PATIENCE)
+    with sharing(*meet(_PATIENCE)):
+        yield
+
+
+@contextmanager
+def sharing(messages: Messages, store: Any) -> Iterator[None]:
+    """Meanwhile this process is one of several that can send each other messages; for errors see `joined`.
+
+    ``store``: what all of them read and write by keys, as a store of torch.distributed.
+    """
     team = _Team(messages, store)
     token = _team.set(team)
     try:
@@ -222,7 +232,7 @@ def first(make: Callable[[], T]) -> T:
     return broadcast(make() if is_first() else None, 0)  # type: ignore[return-value]
 
 
-def in_order(parts: Mapping[str, T]) -> Iterator[tuple[str, T]]:
+def in_order(parts: Mapping[K, T]) -> Iterator[tuple[K, T]]:
     """The entries of every rank's mapping, rank after rank: one at a time, since they may be large."""
     for source in range(world()):
         for name in broadcast(list(parts), source):
@@ -246,6 +256,11 @@ def runs(count: int) -> Iterator[tuple[int, range]]:
     for turn in range(0, total, world()):
         number = turn + rank()
         yield number, range(count * number // total, count * (number + 1) // total) if number < total else range(0)
+
+
+def own_batches(count: int) -> list[int]:
+    """Numbers of the batches in this rank's runs, in order."""
+    return [number for _, numbers in runs(count) for number in numbers]
 
 
 def share(costs: Mapping[T, int]) -> set[T]:
