@@ -85,7 +85,7 @@ class BlockQuantizer:
         stats = observe(block, observed, layers, self._needs(layers), runs)
         release_freed()
         if self._transforms.steps:
-            self._transforms.apply(block, layers, calls, stats)
+            self._transforms.apply(block, layers, calls[0] if ranks.is_first() else None, stats)
         part = part_of(report, _OBSERVED, ROUNDED)
         rounded = round_block(block, layers, calls, targets, stats, self.plan, seed, part)
         fix_input_scales(rounded, layers, stats, torch_dtype(self.plan.scale_dtype))

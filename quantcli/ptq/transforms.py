@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 from torch import Tensor, nn
@@ -27,23 +27,24 @@ class Transforms:
         self._by_structure: dict[str, list[Fold]] = {}
 
     def apply(
-        self, block: nn.Module, layers: Mapping[str, LayerPlan], calls: Sequence[Call], stats: Mapping[str, LinearStats]
+        self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call | None, stats: Mapping[str, LinearStats]
     ) -> None:
         """Change a block's weights, and the statistics with them; what it computes stays the same.
 
         Args:
             block: one transformer layer, in float32.
             layers: its layers that get codes, by their names in it.
-            calls: its inputs, batch by batch.
+            call: one batch of its inputs; None on ranks that the first one tells what it found.
             stats: what was observed of the layers' inputs.
         """
         # What is found by trial, or searched for, is so once: on another processor, last bits may be others.
-        folds = ranks.first(lambda: self._folds(block, layers, calls[0]))
+        folds = ranks.first(lambda: self._folds(block, layers, call))
         for step in self.steps:
             for fold in folds:
                 self._fold(step, block, fold, layers, stats)
 
-    def _folds(self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call) -> list[Fold]:
+    def _folds(self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call | None) -> list[Fold]:
+        assert call is not None
         # A trial runs the block some twenty times, and blocks that are built alike mostly are folded alike.
         key = f"{block} {sorted(layers)}"
         if key not in self._by_structure:

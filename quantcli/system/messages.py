@@ -33,7 +33,7 @@ class Messages:
     def broadcast(self, value: Any, source: int) -> Any:
         """A rank's value, for all; tensors in it are sent as they are, and arrive where theirs lie."""
         mine = self.rank == source
-        pickler = _Pickler()
+        pickler = Pickler()
         content = bytearray(pickler.pickled(value) if mine else b"")
         size = torch.tensor([len(content)])
         dist.broadcast(size, source)
@@ -43,15 +43,11 @@ class Messages:
             for tensor in pickler.tensors:
                 self._send(tensor, source)
             return value
-        unpickler = _Unpickler(buffer.numpy().tobytes())
+        unpickler = Unpickler(buffer.numpy().tobytes())
         received = unpickler.load()
         for tensor in unpickler.tensors.values():
             self._send(tensor, source)
         return received
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in their order, for all."""
-        return [self.broadcast(value, source) for source in range(self.world)]
 
     def _send(self, tensor: Tensor, source: int) -> None:
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -69,7 +65,7 @@ class Messages:
             dist.destroy_process_group()
 
 
-class _Pickler(pickle.Pickler):
+class Pickler(pickle.Pickler):
     """Sets tensors aside, each once."""
 
     def __init__(self) -> None:
@@ -93,7 +89,7 @@ class _Pickler(pickle.Pickler):
         return self._numbers[id(value)], value.dtype, tuple(value.shape), value.device.type
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
     """Makes room for the tensors of a value, in the order in which they arrive."""
 
     def __init__(self, content: bytes) -> None:

@@ -51,7 +51,8 @@ class _Team:
 
     def __init__(self, messages: Messages, store: Any) -> None:
         self.messages, self._store = messages, store
-        self._members: list[tuple[str, int]] = messages.gather((_machine(), os.getpid()))
+        #: Machine and process of each rank, once they are known.
+        self.members: list[tuple[str, int]] = []
         self._over = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
@@ -87,9 +88,9 @@ class _Team:
             words = self._left()
             if words is not None:
                 return _as_error(words, self.messages.rank)
-            dead = [number for number, member in enumerate(self._members) if _is_dead(*member)]
+            dead = [number for number, member in enumerate(self.members) if _is_dead(*member)]
             if dead:
-                return _lost(f"Rank {dead[0]} (process {self._members[dead[0]][1]})")
+                return _lost(f"Rank {dead[0]} (process {self.members[dead[0]][1]})")
             time.sleep(_LOOK_EVERY / 5)
         return None
 
@@ -193,6 +194,7 @@ def sharing(messages: Messages, store: Any) -> Iterator[None]:
     team = _Team(messages, store)
     token = _team.set(team)
     try:
+        team.members = gather((_machine(), os.getpid()))
         yield
     except Dismissed:
         raise

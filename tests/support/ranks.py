@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import Context
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantcli.system import ranks
-from quantcli.system.messages import _Pickler, _Unpickler
+from quantcli.system.messages import Pickler, Unpickler
 
 
 class Store(dict[str, str]):
@@ -37,18 +32,15 @@ class Messages:
 
     def broadcast(self, value: Any, source: int) -> Any:
         if self.rank == source:
-            pickler = _Pickler()
+            pickler = Pickler()
             self._board["content"], self._board["tensors"] = pickler.pickled(value), pickler.tensors
         self._wait()
-        unpickler = _Unpickler(self._board["content"])
+        unpickler = Unpickler(self._board["content"])
         received = value if self.rank == source else unpickler.load()
         for tensor, sent in zip(unpickler.tensors.values(), self._board["tensors"], strict=False):
             tensor.copy_(sent)
         self._wait()
         return received
-
-    def gather(self, value: Any) -> list[Any]:
-        return [self.broadcast(value, source) for source in range(self.world)]
 
     def _wait(self) -> None:
         try:
@@ -60,16 +52,28 @@ class Messages:
         pass
 
 
-def as_ranks(world: int, work: Callable[[int], Any]) -> list[Any]:
-    """What each of so many ranks returns, or raises, or None where it ends early; ``work`` is given its number."""
+def free_port() -> int:
+    """A port where nobody listens."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def as_ranks(world: int, work: Callable[[int], Any], *, ends: bool = True) -> list[Any]:
+    """What each of so many ranks returns, or None where it ends early, as all but the first do if a command ``ends``.
+
+    ``work`` is given its number. Raises what rank 0 raises.
+    """
     barrier, board, store = threading.Barrier(world), dict[str, Any](), Store()
     outcomes: list[Any] = [None] * world
 
     def run(number: int) -> None:
         try:
             with ranks.sharing(Messages(number, world, barrier, board), store):  # type: ignore[arg-type]
-                outcomes[number] = work(number)
-                ranks.finish()
+                found = work(number)
+                if ends:
+                    ranks.finish()
+                outcomes[number] = found
         except ranks.Dismissed:
             pass
         except BaseException as error:
@@ -82,7 +86,6 @@ def as_ranks(world: int, work: Callable[[int], Any]) -> list[Any]:
     for thread in threads:
         thread.join()
     torch.set_num_threads(1)
-    for outcome in outcomes[:1]:
-        if isinstance(outcome, BaseException):
-            raise outcome
+    if isinstance(outcomes[0], BaseException):
+        raise outcomes[0]
     return outcomes
