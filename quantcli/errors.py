@@ -49,6 +49,12 @@ class NotProvenError(InputError):
     """An artifact is written, and what was to prove that it works gave no answer: it is kept aside, to be continued."""
 
 
+class RankError(QuantcliError):
+    """Another process that shared the work ended: what is written so far stays, and the same command continues."""
+
+    exit_code = 130
+
+
 class MissingExtraError(InputError):
     """A package that this work needs is not installed."""
 

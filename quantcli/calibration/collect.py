@@ -18,9 +18,10 @@ from quantcli.calibration.ranges import DEFAULT_METHOD
 from quantcli.calibration.statistics import CalibrationStats
 from quantcli.calibration.statistics_file import Provenance
 from quantcli.data.fingerprint import Sketch
-from quantcli.data.samples import Samples, batches
+from quantcli.data.samples import Samples, batches, own_batches
 from quantcli.models.session import Session
 from quantcli.onnx.plan.plan import observed_tensors
+from quantcli.system import ranks
 from quantcli.system.parallel import usable_cores
 from quantcli.system.progress import Progress, Tracker
 
@@ -76,15 +77,25 @@ def collect(
         sizes = {name: nbytes + _OBSERVER_BYTES for name, nbytes in capture.sizes(names, first).items()}
         chunks = list(in_chunks(sizes, chunk_bytes))
         tensors: dict[str, TensorStats] = {}
-        tracker = Tracker(len(samples) * len(chunks), progress)
+        tracker = Tracker(len(ranks.part(len(samples))) * len(chunks), progress)
         sketch = Sketch()
         for number, chunk in enumerate(chunks):
-            groups = batches(samples, batch_size)
+            groups = own_batches(samples, batch_size)
             groups = groups if number else _sketched(groups, sketch)
             tensors |= _observe(capture.session(chunk), chunk, groups, tracker)
     tensors = {name: tensors[name] for name in names if name in tensors}
-    provenance = Provenance(method, len(samples), seed, model_sha256, samples.sha256, sketch.to_json())
+    provenance = Provenance(
+        method, len(samples), seed, model_sha256, ranks.first(lambda: samples.sha256), _merged(sketch).to_json()
+    )
     return CalibrationStats(provenance, tensors)
+
+
+def _merged(sketch: Sketch) -> Sketch:
+    """What all ranks have seen."""
+    merged = Sketch()
+    for each in ranks.gather(sketch):
+        merged.merge(each)
+    return merged
 
 
 def _sketched(groups: Iterator[Group], sketch: Sketch) -> Iterator[Group]:
@@ -103,7 +114,7 @@ def _observe(
     groups: Iterator[Group],
     tracker: Tracker,
 ) -> dict[str, TensorStats]:
-    """Statistics of one chunk's values over all samples; None: they are all inputs."""
+    """Statistics of one chunk's values over all ranks' samples; None: they are all inputs."""
     observers = {name: Observer() for name in names}
     with ThreadPoolExecutor(usable_cores()) as pool:
         for feeds, labels in groups:
@@ -114,4 +125,7 @@ def _observe(
             for done in [pool.submit(observers[name].update, value) for name, value in values.items()]:
                 done.result()
             tracker.add(len(labels))
-    return {name: observer.result() for name, observer in observers.items()}
+    totals = {name: Observer() for name in names}
+    for name, observer in ranks.in_order(observers):
+        totals[name].merge(observer)
+    return {name: observer.result() for name, observer in totals.items()}

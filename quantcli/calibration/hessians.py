@@ -18,6 +18,7 @@ from quantcli.core.tensors import Hessian
 from quantcli.data.samples import Samples, batches
 from quantcli.onnx.plan.layer_inputs import LayerInput
 from quantcli.onnx.plan.plan import GraphPlan, NodePlan
+from quantcli.system import ranks
 from quantcli.system.files import require_space
 from quantcli.system.parallel import torch_threads
 from quantcli.system.progress import Progress, Tracker
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-#: Bytes of sums, and of the values they are taken of, that are held at a time.
-CHUNK_BYTES = 1 << 30
+#: Bytes of sums, and of the values they are taken of, that are held at a time; the sums of some of the samples, which
+#: are added to the rest afterwards, take as much once more.
+CHUNK_BYTES = 1 << 29
 
 #: What weight a Hessian is of: its name, whether it is turned, and in how many groups it is read.
 _Layer = tuple[str, bool, int]
@@ -100,14 +102,14 @@ def collect_hessians(
     inputs = list(dict.fromkeys(_of_value(node.input) for node in plan.nodes if node.input))
     # One that was interrupted may have left it.
     folder.mkdir(exist_ok=True)
-    require_space(folder, sum(read.gram_bytes for read in inputs))
+    require_space(folder, sum(read.gram_bytes for read in inputs) if ranks.is_first() else 0)
     capture = capture_activations(graph, folder)
     nbytes = capture.sizes(list(dict.fromkeys(read.value for read in inputs)), next(batches(samples, 1))[0])
     # In graph order, so that early chunks need little of the graph.
     order = {name: number for number, name in enumerate(nbytes)}
     inputs.sort(key=lambda read: order[read.value])
     chunks = list(in_chunks({read: read.gram_bytes + nbytes[read.value] for read in inputs}, chunk_bytes))
-    tracker = Tracker(len(samples) * len(chunks), progress)
+    tracker = Tracker(len(samples) * len(chunks) // ranks.world(), progress)
     files: dict[LayerInput, Path] = {}
     problems: dict[LayerInput, str] = {}
     for chunk in chunks:
@@ -117,32 +119,60 @@ def collect_hessians(
             if problem:
                 problems[read] = problem
             files[read] = folder / f"{len(files)}.npy"
-            _save(files[read], total)
+            if ranks.is_first():
+                _save(files[read], total)
     return CollectedHessians(files, problems, plan)
+
+
+class _Sums:
+    """Sums of x x^T, float32 ``[groups, columns, columns]``, and numbers of rows x, of each input of a chunk."""
+
+    def __init__(self, chunk: Iterable[LayerInput]) -> None:
+        import torch
+
+        self.totals = {read: torch.zeros(read.groups, read.columns, read.columns) for read in chunk}
+        self.counts = dict.fromkeys(self.totals, 0)
+
+    def clear(self) -> None:
+        """Begin anew in the same memory."""
+        for read, total in self.totals.items():
+            total.zero_()
+            self.counts[read] = 0
+
+    def add(self, values: Mapping[str, np.ndarray]) -> None:
+        """One batch."""
+        for read, total in self.totals.items():
+            for rows in read.rows(values[read.value]):
+                total.baddbmm_(rows.mT, rows)
+                self.counts[read] += rows.shape[1]
+
+    def merge(self, other: _Sums) -> None:
+        """Add those of every rank, in their order."""
+        parts = {read: (total, other.counts[read]) for read, total in other.totals.items()}
+        for read, (total, count) in ranks.in_order(parts):
+            self.totals[read] += total
+            self.counts[read] += count
 
 
 def _summed(
     capture: ActivationCapture, chunk: Iterable[LayerInput], samples: Samples, tracker: Tracker
 ) -> dict[LayerInput, tuple[np.ndarray, int]]:
-    """Sum of x x^T, float32 ``[groups, columns, columns]``, and number of rows x, of each input of a chunk."""
-    import torch
-
-    totals = {read: torch.zeros(read.groups, read.columns, read.columns) for read in chunk}
-    counts = dict.fromkeys(totals, 0)
-    names = list(dict.fromkeys(read.value for read in totals))
+    """Sums and numbers of rows over all samples; those of each run of samples are added in the runs' order."""
+    sums, own = _Sums(chunk), _Sums(chunk)
+    names = list(dict.fromkeys(read.value for read in sums.totals))
     # Products take all cores between the runs.
-    session = capture.session(names, shared=True)
+    session, size = capture.session(names, shared=True), samples.fixed_batch or 1
     with torch_threads():
-        for feeds, labels in batches(samples, 1):
-            values = {name: feeds[name] for name in names if name in feeds}
-            if session is not None:
-                values |= session.run(feeds)
-            for read, total in totals.items():
-                for rows in read.rows(values[read.value]):
-                    total.baddbmm_(rows.mT, rows)
-                    counts[read] += rows.shape[1]
-            tracker.add(len(labels))
-    return {read: (total.numpy(), counts[read]) for read, total in totals.items()}
+        for _, numbers in ranks.runs(len(samples) // size):
+            own.clear()
+            for feeds, labels in batches(samples.part(range(numbers.start * size, numbers.stop * size)), 1):
+                values = {name: feeds[name] for name in names if name in feeds}
+                if session is not None:
+                    values |= session.run(feeds)
+                own.add(values)
+                tracker.add(len(labels))
+            sums.merge(own)
+    return {read: (total.numpy(), sums.counts[read]) for read, total in sums.totals.items()}
 
 
 def _problem(total: np.ndarray, rows: int) -> str | None:

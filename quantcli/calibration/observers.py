@@ -156,6 +156,7 @@ class Observer:
             _, high = _channel_ranges(np.where(finite, values, np.float32(-np.inf)))
             values = np.where(finite, values, np.float32(0))
         self._take_ranges(low, high)
+        self._low, self._high = min(self._low, low.min()), max(self._high, high.max())
         if 1 < len(low) <= MAX_CHANNELS and not self._channels_differ:
             means = np.clip(_channel_means(values), -_MEAN_LIMIT, _MEAN_LIMIT)
             sums = np.rint(means / _MEAN_STEP).astype(np.int64).sum(axis=0)
@@ -165,13 +166,24 @@ class Observer:
     def _take_ranges(self, low: np.ndarray, high: np.ndarray) -> None:
         import numpy as np
 
-        self._low, self._high = min(self._low, low.min()), max(self._high, high.max())
         if self._channels is None:
             self._channels = low, high
         elif len(self._channels[0]) == len(low):
             self._channels = np.minimum(self._channels[0], low), np.maximum(self._channels[1], high)
         else:
             self._channels_differ = True
+
+    def merge(self, other: Observer) -> None:
+        """Take in what another one has seen: as if it had been seen here, in any order."""
+        self._histogram += other._histogram
+        self._nans, self._infinities = self._nans + other._nans, self._infinities + other._infinities
+        self._low, self._high = min(self._low, other._low), max(self._high, other._high)
+        if other._channels is not None:
+            self._take_ranges(*other._channels)
+        self._channels_differ |= other._channels_differ
+        if other._sums is not None and not self._channels_differ:
+            self._sums = other._sums if self._sums is None else self._sums + other._sums
+            self._rows += other._rows
 
     def result(self) -> TensorStats:
         """The statistics so far."""

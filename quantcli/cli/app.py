@@ -16,6 +16,7 @@ from quantcli.cli import completion
 from quantcli.cli.commands import app
 from quantcli.cli.terminal import Ui
 from quantcli.errors import InputError, QuantcliError
+from quantcli.system import ranks
 
 #: Exit status after Ctrl-C or a termination signal; newer versions of typer return it themselves.
 _INTERRUPTED = 130
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given is missing, corrupt or not supported, or an extra is not installed; 4 a defect of quantcli; 130 interrupted.
     """
     ui = Ui()
+    ranks.silence()
     if not sys.warnoptions:
         # What libraries warn of is for developers; `python -W` still shows it.
         warnings.simplefilter("ignore")
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise KeyboardInterrupt
         if isinstance(status, int):
             return status
+    except ranks.Dismissed:
+        return 0
     except typer.Exit as stop:
         return int(stop.exit_code)
     except _CommandLineError as error:

@@ -60,8 +60,10 @@ def _root(
         typer.echo(context.get_help())
 
 
-def _command(usage: str, *examples: str) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
-    """Register a command: what stands before its arguments in the usage line, and examples of its use."""
+def _command(
+    usage: str, *examples: str, shared: bool = False
+) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
+    """Register a command: what stands before its arguments in the usage line, examples of its use; see `reported`."""
 
     def register(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
         register_as = app.command(
@@ -70,7 +72,7 @@ def _command(usage: str, *examples: str) -> Callable[[Callable[..., Outcome]], C
             options_metavar=usage,
             epilog="\n".join(f"quantcli {example}" for example in examples),
         )
-        register_as(reported(function))
+        register_as(reported(function, shared=shared))
         return function
 
     return register
@@ -95,7 +97,7 @@ def inspect(
     return Outcome(report, inspect_tables(report, layers=layers), next_step)
 
 
-@_command("--data DATA -o STATS [OPTIONS]", "calibrate net.onnx --data train.npz -o ranges.safetensors")
+@_command("--data DATA -o STATS [OPTIONS]", "calibrate net.onnx --data train.npz -o ranges.safetensors", shared=True)
 def calibrate(
     ui: Ui,
     model: options.RunnableModel,
@@ -147,6 +149,7 @@ def calibrate(
     "convert model/ -o model-gptq --scheme int4 --data text.txt",
     "convert model/ -o model-80MB --max-size 80MB --data text.txt",
     "convert net.onnx -o int8.onnx --scheme int8-static --data train.npz",
+    shared=True,
 )
 def convert(
     ui: Ui,
@@ -248,6 +251,7 @@ def convert(
     "--data DATA [OPTIONS]",
     "eval model/ model-int4 model-gptq --data held-out.txt",
     'eval net.onnx int8.onnx --data test.npz --require "top1_drop <= 0.01"',
+    shared=True,
 )
 def evaluate(
     ui: Ui,

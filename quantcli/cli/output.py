@@ -6,6 +6,7 @@ import gc
 import inspect
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import Parameter
 from pathlib import Path
@@ -16,6 +17,7 @@ import typer
 from quantcli.cli import options
 from quantcli.cli.terminal import Ui
 from quantcli.errors import InputError
+from quantcli.system import ranks
 
 if TYPE_CHECKING:
     from quantcli.reporting.report import Report, Table
@@ -45,10 +47,11 @@ _FLAGS = (
 )
 
 
-def reported(command: Callable[..., Outcome]) -> Callable[..., None]:
+def reported(command: Callable[..., Outcome], *, shared: bool) -> Callable[..., None]:
     """A command with the options of reports, which shows and writes what it returns.
 
     Its first parameter is the `Ui`, which is set up before. A command with gates (``require``) has ``--junit`` too.
+    Of the processes that torchrun starts, all work on a ``shared`` one, and the first alone on others.
     """
     _, *own = inspect.signature(command, eval_str=True).parameters.values()
     has_gates = any(parameter.name == "require" for parameter in own)
@@ -56,11 +59,15 @@ def reported(command: Callable[..., Outcome]) -> Callable[..., None]:
     context = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
 
     def run(context: typer.Context, **given: Any) -> None:
+        if ranks.started()[0] and not shared:
+            raise ranks.Dismissed
         gc.enable()
         chosen = {flag.name: given.pop(flag.name) for flag in flags}
         ui: Ui = context.obj
         ui.json, ui.quiet, ui.debug, ui.html = (chosen[name] for name in ("json", "quiet", "debug", "html"))
-        outcome = command(ui, **given)
+        with ranks.joined() if shared else nullcontext():
+            outcome = command(ui, **given)
+            ranks.finish()
         asked = _command_line(context)
         next_step = outcome.next_step if outcome.report.passed else _nearest(context, outcome.report)
         ui.show(outcome.report, outcome.tables)

@@ -21,12 +21,10 @@ from quantcli.onnx.graph.model import OnnxModel, open_onnx
 from quantcli.onnx.graph.opset import QDQ_OPSET
 from quantcli.onnx.plan.plan import graph_quantization, observed_tensors
 from quantcli.reporting.report import ModelRow, Report
+from quantcli.system import ranks
 from quantcli.system.files import check_target
 from quantcli.system.progress import Progress
 from quantcli.system.text import suggestion
-
-if TYPE_CHECKING:
-    pass
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -110,6 +108,7 @@ def calibrate(
             batch_size=batch_size,
             progress=progress,
         )
+    ranks.finish()
     stats.save(target)
     report = _report(source, chosen, stats, target, [*warnings, *chosen.warnings])
     if histograms:

@@ -29,6 +29,7 @@ from quantcli.planning.steps import training_step
 from quantcli.planning.targets import completed, for_target
 from quantcli.reporting.report import Report
 from quantcli.search.budget import Budget
+from quantcli.system import ranks
 from quantcli.system.files import check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
 from quantcli.system.parallel import at_most
@@ -142,6 +143,7 @@ def convert(
     if wants_decoder(model, place, wishes, request, budget, calibration):
         if verify is not None:
             raise UsageError("--verify is for checkpoints; what becomes ONNX is always run.")
+        ranks.require_single("A conversion to a decoder in ONNX")
         with at_most(threads):
             return convert_decoder(
                 Path(model),
@@ -196,6 +198,7 @@ def convert(
         verify=verify, histograms=histograms, progress=progress,
     )  # fmt: skip
     if budget is not None and budget != Budget():
+        ranks.require_single("The search for a budget")
         return _within(budget, str(model), place, wishes, request, weights, one, dry_run=dry_run, force=force)
     return one(place, wishes, request, dry_run=dry_run, force=force)
 

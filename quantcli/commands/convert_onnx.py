@@ -17,6 +17,7 @@ from quantcli.search.budget import Budget
 from quantcli.search.onnx import GraphSearches
 from quantcli.search.onnx_guard import StaticGuard
 from quantcli.search.onnx_subject import GraphSubject
+from quantcli.system import ranks
 from quantcli.system.progress import Progress
 
 
@@ -47,6 +48,7 @@ def convert_graph(
     )  # fmt: skip
     if budget is None or budget == Budget():
         return by_recipe(output, recipe, request, statistics, dry_run=dry_run, force=force, guard=StaticGuard())
+    ranks.require_single("The search for a budget")
     if recipe.runtime[0] == "transformers.js":
         raise UsageError(
             "A budget mixes schemes, and transformers.js has names for files of one.", "Name one with --scheme."

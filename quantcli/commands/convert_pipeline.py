@@ -20,6 +20,7 @@ from quantcli.errors import InputError, UsageError
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.rules import SKIPPED, means
 from quantcli.reporting.report import ModelRow, Report
+from quantcli.system import ranks
 from quantcli.system.files import check_target
 
 #: Converts one component into a folder by its own recipe; the flag says whether it is only planned.
@@ -107,6 +108,7 @@ def convert_pipeline(
     Raises:
         UsageError, InputError: what `convert` raises for one of the models, before any is converted where it can.
     """
+    ranks.require_single("The conversion of a pipeline")
     names, copied = components(folder)
     if output.suffix == ".safetensors":
         raise UsageError(f"{folder} is a pipeline, so the output is a folder; {output} names a file.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from quantcli.errors import InputError, NotProvenError, UsageError
+from quantcli.errors import InputError, NotProvenError, RankError, UsageError
+from quantcli.system import ranks
 from quantcli.system.files import explain
 
 _LOCK = "lock"
@@ -27,6 +29,7 @@ class Staging:
     def __init__(self, target: Path) -> None:
         self.target = target
         self.root = partial_folder(target)
+        #: Where the output is built, which all ranks see.
         self.out = self.root / "out"
         self._journal_path = self.root / "journal.jsonl"
         #: For what does not fit into memory, and what was learned.
@@ -35,13 +38,18 @@ class Staging:
         self.checkpoint = self.root / "training.pt"
         self._journal: IO[str] | None = None
 
+    @property
+    def journals(self) -> list[Path]:
+        """Journals of what other ranks have done."""
+        return sorted(self.root.glob("journal-*.jsonl"))
+
     def begin(self, fingerprint: str, *, force: bool) -> dict[str, dict[str, Any]]:
         """Start, or continue an interrupted run; returns the journal's records by tensor name.
 
         Raises:
             UsageError: what lies there was begun with another recipe or input, and ``force`` is False.
         """
-        records = self._read_journal()
+        records = _records(self._journal_path)
         if records and records[0].get("fingerprint") != fingerprint:
             if not force:
                 raise UsageError(
@@ -58,7 +66,19 @@ class Staging:
         self._journal = self._journal_path.open("a", encoding="utf-8")
         if not records:
             self.record({"fingerprint": fingerprint})
-        return {record["name"]: record for record in records[1:]}
+            records = [{}]
+        else:
+            records += self._taken_over()
+        for journal in self.journals:
+            journal.unlink()
+        return ranks.broadcast({record["name"]: record for record in records[1:]})
+
+    def _taken_over(self) -> list[dict[str, Any]]:
+        """The records of other ranks, now in the journal."""
+        others = [record for journal in self.journals for record in _records(journal)]
+        for record in others:
+            self.record(record)
+        return others
 
     def begin_anew(self) -> None:
         """Start over whatever lies there: for work that is not continued."""
@@ -68,22 +88,6 @@ class Staging:
             elif left.name != _LOCK:
                 left.unlink()
         self.out.mkdir()
-
-    def _read_journal(self) -> list[dict[str, Any]]:
-        if not self._journal_path.exists():
-            return []
-        records = []
-        text = self._journal_path.read_text(encoding="utf-8")
-        # A kill can leave half a line at the end; what follows would then be appended to it.
-        complete = text[: text.rfind("\n") + 1]
-        if complete != text:
-            self._journal_path.write_text(complete, encoding="utf-8")
-        for line in complete.splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                return []
-        return records
 
     def record(self, entry: dict[str, Any]) -> None:
         """Append one line to the journal."""
@@ -110,6 +114,55 @@ class Staging:
         """Remove everything that is not the output."""
         self.close()
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+class _Beside(Staging):
+    """The folder as a rank other than the first sees it, which only adds to ``out``, and to a journal of its own."""
+
+    def __init__(self, target: Path, own: Path) -> None:
+        super().__init__(target)
+        self._journal_path = self.root / f"journal-{ranks.rank()}.jsonl"
+        self.root, self.scratch, self.checkpoint = own, own / "scratch", own / "training.pt"
+
+    def begin(self, fingerprint: str, *, force: bool) -> dict[str, dict[str, Any]]:
+        """Wait for the first rank to start or continue.
+
+        Raises:
+            InputError: this rank does not see its folder.
+        """
+        records: dict[str, dict[str, Any]] = ranks.broadcast({})
+        if not self.out.is_dir():
+            raise InputError(
+                f"{self.target.absolute().parent} is not one folder for all processes of torchrun.",
+                "Choose an output that all machines see, such as one on a network file system.",
+            )
+        self._journal = self._journal_path.open("w", encoding="utf-8")
+        return records
+
+    def begin_anew(self) -> None:
+        """Leave that to the first rank."""
+
+    def discard(self) -> None:
+        """Leave what is shared to the first rank."""
+        self.close()
+
+
+def _records(journal: Path) -> list[dict[str, Any]]:
+    """A journal's lines; none where one of them is damaged."""
+    if not journal.exists():
+        return []
+    records = []
+    text = journal.read_text(encoding="utf-8")
+    # A kill can leave half a line at the end; what follows would then be appended to it.
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        journal.write_text(complete, encoding="utf-8")
+    for line in complete.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            return []
+    return records
 
 
 def put_in_place(built: Path, target: Path, single_file: str | None, aside: Path) -> None:
@@ -155,11 +208,15 @@ def partial_folder(target: Path) -> Path:
 def open_staging(target: Path) -> Iterator[Staging]:
     """A locked staging folder. An error removes it; an interruption, or a proof without an answer, leaves it.
 
-    What is left is continued by the next run.
+    What is left is continued by the next run. Of ranks that share the work, the first has it, and the others help.
 
     Raises:
         InputError: the place cannot be written, the disk is full, or another process builds this output.
     """
+    if not ranks.is_first():
+        with tempfile.TemporaryDirectory(prefix="quantcli-") as own:
+            yield _Beside(target, Path(own))
+        return
     staging = Staging(target)
     try:
         staging.root.mkdir(parents=True, exist_ok=True)
@@ -167,7 +224,7 @@ def open_staging(target: Path) -> Iterator[Staging]:
         with lock:
             try:
                 yield staging
-            except (KeyboardInterrupt, NotProvenError):
+            except (KeyboardInterrupt, NotProvenError, RankError):
                 staging.close()
                 raise
             except UsageError:

@@ -39,9 +39,17 @@ class Sketch:
 
     def add(self, sample: Mapping[str, ArrayLike] | ArrayLike) -> None:
         """One sample: token ids ``[tokens]`` or ``[samples, tokens]``, or arrays by the names of inputs."""
+        self._take(*hashes(sample))
+
+    def merge(self, other: Sketch) -> None:
+        """What another one has seen."""
+        for kind, found in other.hashes.items():
+            self._take(kind, found)
+        self._cut |= other._cut
+
+    def _take(self, kind: str, found: np.ndarray) -> None:
         import numpy as np
 
-        kind, found = hashes(sample)
         known = self.hashes.get(kind, np.zeros(0, np.uint64))
         merged = np.union1d(known, found)
         if len(merged) > SKETCH_SIZE:

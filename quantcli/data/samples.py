@@ -15,11 +15,15 @@ from quantcli.data.request import DataRequest
 from quantcli.data.sources import kinds_of, source_kinds
 from quantcli.data.sources.base import Labels, Sample, SampleSource, evenly
 from quantcli.errors import InputError, UsageError
+from quantcli.system import ranks
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Sample", "Samples", "batches", "choose_samples", "load_samples", "open_source"]
+    #: Samples stacked by the names of inputs, and their labels.
+    Batch = tuple[dict[str, np.ndarray], list[int | str | None]]
+
+__all__ = ["Sample", "Samples", "batches", "choose_samples", "load_samples", "open_source", "own_batches"]
 
 
 class Samples:
@@ -49,6 +53,12 @@ class Samples:
         """At most so many of the samples, evenly spread: one or more times as many as the model takes at a time."""
         most = max(most, self.fixed_batch or 1)
         found = Samples(self.source, self._data, [self._chosen[index] for index in evenly(len(self), most)])
+        found.warnings = []
+        return found
+
+    def part(self, numbers: range) -> Samples:
+        """Some of the samples that follow each other."""
+        found = Samples(self.source, self._data, self._chosen[numbers.start : numbers.stop])
         found.warnings = []
         return found
 
@@ -131,7 +141,18 @@ def open_source(request: DataRequest, inputs: Sequence[Port], *, folder: Path | 
     return kinds.popitem()[1].open_source(request, inputs, folder)
 
 
-def batches(samples: Samples, size: int) -> Iterator[tuple[dict[str, np.ndarray], list[int | str | None]]]:
+def own_batches(samples: Samples, size: int) -> Iterator[Batch]:
+    """This rank's share of `batches`: neighbours where that can be told beforehand."""
+    if size == 1 or samples.fixed_batch:
+        yield from batches(samples.part(ranks.part(len(samples), samples.fixed_batch or 1)), size)
+        return
+    # Where a batch ends is known once all samples before it are read.
+    for number, batch in enumerate(batches(samples, size)):
+        if number % ranks.world() == ranks.rank():
+            yield batch
+
+
+def batches(samples: Samples, size: int) -> Iterator[Batch]:
     """Samples stacked along the batch axis, at most ``size`` of them, neighbours of equal shape only; and labels.
 
     Raises:

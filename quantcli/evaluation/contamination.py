@@ -43,6 +43,12 @@ class Overlap:
         if kind == self._kind:
             self._met = np.union1d(self._met, found[found <= self._limit])
 
+    def merge(self, other: Overlap) -> None:
+        """Evaluation data that another one has seen."""
+        import numpy as np
+
+        self._met = np.union1d(self._met, other._met)
+
     @property
     def share(self) -> float:
         """Estimated share of the evaluation data, 0 to 1, that the calibration data held."""
@@ -88,6 +94,11 @@ class LeakCheck:
         """One sample of the evaluation data."""
         for _, found in self._overlaps:
             found.add(sample)
+
+    def merge(self, other: LeakCheck) -> None:
+        """Evaluation data that another one of the same models has seen."""
+        for (_, own), (_, theirs) in zip(self._overlaps, other._overlaps, strict=True):
+            own.merge(theirs)
 
     def warnings(self) -> list[str]:
         """A sentence for each model that saw some of the data."""

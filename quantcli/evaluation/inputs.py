@@ -10,7 +10,7 @@ from typing import Any
 from quantcli.core.ports import Arrays
 from quantcli.data.for_models import input_ports, source_for
 from quantcli.data.request import DataRequest
-from quantcli.data.samples import Samples, batches, choose_samples
+from quantcli.data.samples import Samples, batches, choose_samples, own_batches
 from quantcli.data.sources import is_text
 from quantcli.data.sources.base import Labels
 from quantcli.errors import InputError
@@ -33,9 +33,17 @@ class Inputs:
 
     def batches(self) -> Iterator[tuple[Arrays, list[Any]]]:
         """Feeds and labels, one sample at a time, or as many as the model takes where it takes a fixed number."""
-        for feeds, labels in batches(self.samples, 1):
-            derived = derived_inputs(feeds["input_ids"]) if "input_ids" in feeds else {}
-            yield derived | feeds, labels
+        yield from map(_completed, batches(self.samples, 1))
+
+    def own_batches(self) -> Iterator[tuple[Arrays, list[Any]]]:
+        """This rank's share of them, neighbours."""
+        yield from map(_completed, own_batches(self.samples, 1))
+
+
+def _completed(batch: tuple[Arrays, list[Any]]) -> tuple[Arrays, list[Any]]:
+    feeds, labels = batch
+    derived = derived_inputs(feeds["input_ids"]) if "input_ids" in feeds else {}
+    return derived | feeds, labels
 
 
 def load_inputs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import exp, inf, sqrt
+from math import exp, fsum, inf, sqrt
 from statistics import fmean, stdev
 
 import torch
@@ -34,6 +34,10 @@ class Mean:
         """One sample."""
         self.values.append(value)
 
+    def merge(self, other: Mean) -> None:
+        """The samples that come after these."""
+        self.values += other.values
+
     @property
     def mean(self) -> float:
         """The mean."""
@@ -54,6 +58,10 @@ class Ratio:
     def add(self, value: float, count: float) -> None:
         """One sample: its share of the sum, and of the sum that it is divided by."""
         self.parts.append((value, count))
+
+    def merge(self, other: Ratio) -> None:
+        """The samples that come after these."""
+        self.parts += other.parts
 
     @property
     def ratio(self) -> float:
@@ -90,6 +98,10 @@ class Perplexity:
             total += torch.nn.functional.cross_entropy(rows, wanted, reduction="sum").item()
         self._nll.add(total, len(targets))
 
+    def merge(self, other: Perplexity) -> None:
+        """The sequences that come after these."""
+        self._nll.merge(other._nll)
+
     def metrics(self) -> dict[str, float | None]:
         """Perplexity, and its standard error by the delta method."""
         # Beyond 700 nats a token, the exponential is no float any more.
@@ -111,6 +123,11 @@ class Divergence:
             agreement += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
         self._kl.add(kl / len(reference))
         self._agreement.add(agreement / len(reference))
+
+    def merge(self, other: Divergence) -> None:
+        """The samples that come after these."""
+        self._kl.merge(other._kl)
+        self._agreement.merge(other._agreement)
 
     @property
     def kl_nats(self) -> float:
@@ -150,7 +167,7 @@ class Fidelity:
     """
 
     def __init__(self) -> None:
-        self._signal = self._noise = 0.0
+        self._powers: list[tuple[float, float]] = []
         self._cosine = Mean()
         self.not_finite = 0
 
@@ -162,14 +179,21 @@ class Fidelity:
             same = (ours == theirs) | (ours.isnan() & theirs.isnan())
             self.not_finite += int((~theirs.isfinite() & ~same).sum())
             ours, theirs = ours[finite], theirs[finite]
-        self._signal += torch.dot(ours, ours).item()
-        self._noise += torch.dot(ours - theirs, ours - theirs).item()
+        self._powers.append((torch.dot(ours, ours).item(), torch.dot(ours - theirs, ours - theirs).item()))
         self._cosine.add(cosine(ours, theirs))
+
+    def merge(self, other: Fidelity) -> None:
+        """The samples that come after these."""
+        self._powers += other._powers
+        self._cosine.merge(other._cosine)
+        self.not_finite += other.not_finite
 
     @property
     def sqnr_db(self) -> float | None:
         """Signal to quantization noise; None where the outputs are equal, or the candidate's are not finite."""
-        return None if self.not_finite else decibels(self._signal, self._noise)
+        if self.not_finite:
+            return None
+        return decibels(fsum(signal for signal, _ in self._powers), fsum(noise for _, noise in self._powers))
 
     def metrics(self) -> dict[str, float | None]:
         """Signal to noise, mean cosine and its standard error, and how many values are not finite."""

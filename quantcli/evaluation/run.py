@@ -18,6 +18,7 @@ from quantcli.models.inputs import TOKEN_INPUTS
 from quantcli.models.runner import Runner, TorchRunner
 from quantcli.models.source import ModelSource
 from quantcli.reporting.report import LayerRow, ModelRow
+from quantcli.system import ranks
 from quantcli.system.hardware import free_memory_bytes
 from quantcli.system.progress import Progress
 
@@ -42,13 +43,16 @@ def run_models(
     by_layer: bool,
     progress: Progress | None,
 ) -> list[LayerRow]:
-    """Feed all samples to all models, and return the rows of ``--by-layer``."""
+    """Feed all samples to all models, and return the rows of ``--by-layer``; a rank feeds its share of them.
+
+    Rank 0 returns once the scores are those of all samples; the others end.
+    """
     groups = list(_groups(sources))
     layers: dict[int, list[LayerRow]] = {}
-    done = 0
+    done, total = 0, len(ranks.part(len(inputs), inputs.samples.fixed_batch or 1)) * len(groups)
     for number, group in enumerate(groups):
         loaded = {index: sources[index].runner(**inputs.task.LOADING) for index in (0, *group)}
-        for feeds, labels in inputs.batches():
+        for feeds, labels in inputs.own_batches():
             outputs = {index: runner.run(feeds) for index, runner in loaded.items()}
             for position, label in enumerate(labels):
                 single = {index: single_sample(found, position, len(labels)) for index, found in outputs.items()}
@@ -59,11 +63,22 @@ def run_models(
                     scores[index].add(sample, label, single[index], single[0] if index else None)
             done += len(labels)
             if progress:
-                progress(done, len(inputs) * len(groups))
-        for index in group if by_layer else ():
+                progress(done, total)
+        for index in group if by_layer and ranks.is_first() else ():
             if layers_compare(sources[0], sources[index]):
                 layers[index] = _compare_layers(sources[0], sources[index], loaded[0], loaded[index], inputs)
+    _merge(scores, leaks)
+    ranks.finish()
     return [row for index in sorted(layers) for row in layers[index]]
+
+
+def _merge(scores: Sequence[Scorer], leaks: LeakCheck) -> None:
+    """Add what the other ranks have seen, in the order of their samples."""
+    for source, (theirs, seen) in enumerate(ranks.gather((scores, leaks))):
+        if source != ranks.rank():
+            leaks.merge(seen)
+            for own, their in zip(scores, theirs, strict=True):
+                own.merge(their)
 
 
 def single_sample(arrays: Arrays, position: int, count: int) -> Arrays:

@@ -19,6 +19,7 @@ from quantcli.ptq.input_quantization import fix_input_scales
 from quantcli.ptq.observe import observe
 from quantcli.ptq.rounding import round_block, round_unobserved
 from quantcli.ptq.transforms import Transforms
+from quantcli.system import ranks
 from quantcli.system.hardware import release_freed
 
 #: Called with the fraction that is done.
@@ -70,7 +71,7 @@ class BlockQuantizer:
         Args:
             path: its name in the model, empty for the model itself.
             block: its weights, float32; transforms change them.
-            calls: its calibration inputs, one batch each.
+            calls: its calibration inputs, one batch each; of ranks that share the work, each has its own of them.
             targets: what the original block returns for each of them, for algorithms that learn from it.
             seed: what is drawn at random is drawn by it.
             report: told the fraction that is done.
@@ -80,10 +81,11 @@ class BlockQuantizer:
         """
         layers = self.inside(path)
         observed = counted(calls, part_of(report, 0.0, _OBSERVED))
-        stats = observe(block, observed, layers, self._needs(layers))
+        runs = ((number, len(batches)) for number, batches in ranks.runs(len(calls)))
+        stats = observe(block, observed, layers, self._needs(layers), runs)
         release_freed()
         if self._transforms.steps:
-            self._transforms.apply(block, layers, calls[0], stats)
+            self._transforms.apply(block, layers, calls[0] if ranks.is_first() else None, stats)
         part = part_of(report, _OBSERVED, ROUNDED)
         rounded = round_block(block, layers, calls, targets, stats, self.plan, seed, part)
         fix_input_scales(rounded, layers, stats, torch_dtype(self.plan.scale_dtype))
@@ -114,11 +116,12 @@ def part_of(report: Tick, start: float, stop: float) -> Tick:
 
 
 def counted(calls: Sequence[Call], report: Tick | None) -> Iterator[Call]:
-    """The same calls; each one is reported as done when the next is asked for."""
-    for number, call in enumerate(calls, 1):
-        yield call
+    """This rank's calls; each one is reported as done when the next is asked for."""
+    own = ranks.own_batches(len(calls))
+    for done, number in enumerate(own, 1):
+        yield calls[number]
         if report:
-            report(number / len(calls))
+            report(done / len(own))
 
 
 def linear_layers(skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:

@@ -24,6 +24,7 @@ from quantcli.errors import InputError
 from quantcli.planning.plan import Plan
 from quantcli.ptq.block import ROUNDED, BlockOutcome, BlockQuantizer, Tick, counted, part_of
 from quantcli.ptq.input_quantization import quantized_inputs
+from quantcli.system import ranks
 from quantcli.system.devices import full_precision, has_bfloat16
 from quantcli.system.hardware import release_freed
 
@@ -38,19 +39,21 @@ class Chain:
 
     def __init__(self, hidden: Activations) -> None:
         self.hidden = hidden
-        self.arguments: list[list[Arguments]] = []
+        #: By number of batch: those that this rank has.
+        self.arguments: dict[int, list[Arguments]] = {}
         #: For each block, what is known of which arguments' rows belong to which samples; see `Call`.
         self.per_sample: list[Mapping[int | str, int]] = []
-        self.returned: list[tuple[Any, ...] | None] = []
+        self.returned: dict[int, tuple[Any, ...] | None] = {}
 
     def enter(self, batch: int, captured: Captured) -> None:
         """Take one batch in."""
         self.hidden[batch] = captured.hidden
         # Masks and positions mostly are those of the batch before: then they are held once.
-        same = self.arguments and alike(self.arguments[-1], captured.arguments)
-        self.arguments.append(self.arguments[-1] if same else captured.arguments)
-        same_returned = bool(self.returned) and alike(self.returned[-1], captured.returned)
-        self.returned.append(self.returned[-1] if same_returned else captured.returned)
+        before = next(reversed(self.arguments), None)
+        same = before is not None and alike(self.arguments[before], captured.arguments)
+        self.arguments[batch] = self.arguments[before] if before is not None and same else captured.arguments
+        same = before is not None and alike(self.returned[before], captured.returned)
+        self.returned[batch] = self.returned[before] if before is not None and same else captured.returned
 
     @contextmanager
     def replaying(self, modules: Sequence[nn.Module], batch: int, rows: slice | None = None) -> Iterator[None]:
@@ -63,13 +66,16 @@ class Chain:
 
 
 class _Calls(Sequence[Call]):
-    """Every batch's call of one block, made when it is asked for: hidden states may lie on disk."""
+    """Every batch's call of one block, made when it is asked for: hidden states may lie on disk.
 
-    def __init__(self, chain: Chain, block: int, device: torch.device) -> None:
-        self._chain, self._block, self._device = chain, block, device
+    Of ranks that share the work, each can make those of its own batches.
+    """
+
+    def __init__(self, chain: Chain, block: int, count: int, device: torch.device) -> None:
+        self._chain, self._block, self._count, self._device = chain, block, count, device
 
     def __len__(self) -> int:
-        return len(self._chain.arguments)
+        return self._count
 
     def __getitem__(self, batch: Any) -> Any:
         arguments = self._chain.arguments[batch][self._block]
@@ -170,7 +176,8 @@ class BlockEngine:
         capture = Capture(self.skeleton.module, modules)
         with self.skeleton.loading_others(everything):
             self.skeleton.load(blocks.blocks[0])
-            for number, batch in enumerate(self.batches):
+            for number in ranks.own_batches(len(self.batches)):
+                batch = self.batches[number]
                 captured = None
                 for name, chain in chains.items():
                     # Before the first list the chains are one, and only their hidden states part later.
@@ -217,18 +224,16 @@ class BlockEngine:
         self, index: int, path: str, chains: Mapping[str, Chain], finished: BlockOutcome | None, report: Tick
     ) -> BlockOutcome:
         block = self.skeleton.load(path).to(self.device)
-        with self._precision(block, _Calls(chains["quantized"], index, self.device)):
+        with self._precision(block, self._calls(chains["quantized"], index)):
             return self._run_block(index, path, block, chains, finished, report)
 
     def _precision(self, block: nn.Module, calls: Sequence[Call]) -> AbstractContextManager[None]:
         """Full precision where a block's own code fails on bfloat16 products, as one that adds in place may."""
-        if has_bfloat16(self.device):
-            try:
-                with torch.no_grad():
-                    calls[0].run(block)
-            except BlockError:
-                return full_precision()
-        return nullcontext()
+        fails = has_bfloat16(self.device) and ranks.first(lambda: _fails(block, calls[0]))
+        return full_precision() if fails else nullcontext()
+
+    def _calls(self, chain: Chain, index: int) -> _Calls:
+        return _Calls(chain, index, len(self.batches), self.device)
 
     def _run_block(
         self,
@@ -244,7 +249,7 @@ class BlockEngine:
             self._advance(index, block, original)
         outcome = finished
         if outcome is None:
-            calls, targets = _Calls(quantized, index, self.device), original.hidden if original else None
+            calls, targets = self._calls(quantized, index), original.hidden if original else None
             outcome = self._quantizer.run(path, block, calls, targets, self.seed + index, report)
         for name, info in self.skeleton.parameters(path).items():
             if info.name in outcome.quantized:
@@ -263,6 +268,16 @@ class BlockEngine:
 
     def _advance(self, index: int, block: nn.Module, chain: Chain, report: Tick | None = None) -> None:
         """Run a block on every batch; its outputs take the place of its inputs."""
+        own = ranks.own_batches(len(self.batches))
         with torch.no_grad():
-            for number, call in enumerate(counted(_Calls(chain, index, self.device), report)):
+            for number, call in zip(own, counted(self._calls(chain, index), report), strict=True):
                 chain.hidden[number] = call.run(block).cpu()
+
+
+def _fails(block: nn.Module, call: Call) -> bool:
+    try:
+        with torch.no_grad():
+            call.run(block)
+    except BlockError:
+        return True
+    return False

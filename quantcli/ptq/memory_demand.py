@@ -12,6 +12,7 @@ from quantcli.blocks.skeleton import Skeleton
 from quantcli.blocks.structure import BlockList
 from quantcli.core.tensors import TensorInfo
 from quantcli.planning.plan import Plan
+from quantcli.system.ranks import world
 
 #: Of a float32, and a tenth for what the C library holds back of freed memory.
 _FLOAT_BYTES = 4.4
@@ -42,11 +43,15 @@ def foresee(
     names = {name for parameters in inside.values() for name in parameters}
     # Around the blocks: the largest tensor, which mostly is the embedding, is held while the first block is run.
     around = max((info.numel for name, info in skeleton.parameters().items() if name not in names), default=0)
-    demands = [_block(path, parameters, plan, tokens, around) for path, parameters in inside.items()]
+    # Sums of one run of batches are made beside those of all before, and another rank's arrive beside both.
+    held_sums = min(2, len(batches)) + (world() > 1)
+    demands = [_block(path, parameters, plan, tokens, around, held_sums) for path, parameters in inside.items()]
     return max(demands, key=lambda demand: demand.nbytes)
 
 
-def _block(path: str, parameters: Mapping[str, TensorInfo], plan: Plan, tokens: int, around: int) -> Demand:
+def _block(
+    path: str, parameters: Mapping[str, TensorInfo], plan: Plan, tokens: int, around: int, held_sums: int
+) -> Demand:
     needs = plan.steps.needs
     quantized_names = {layer.info.name for layer in plan.layers if layer.has_codes}
     size = sum(info.numel for info in parameters.values())
@@ -56,7 +61,8 @@ def _block(path: str, parameters: Mapping[str, TensorInfo], plan: Plan, tokens: 
     learned = "original" in needs
     held = sum(outputs if learned else outputs[:_OUTPUTS_HELD]) * tokens
     # One Hessian is factored at a time, in a copy.
-    quantized = (_COPIES_LEARNED if learned else _COPIES) * size + sum(grams) + max(grams, default=0) + held
+    own = sum(grams) + max((held_sums - 1) * sum(grams), max(grams, default=0))
+    quantized = (_COPIES_LEARNED if learned else _COPIES) * size + own + held
     return Demand(path or "the whole model", round(_FLOAT_BYTES * max(quantized, size + around + held)))
 
 

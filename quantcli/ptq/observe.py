@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from quantcli.algorithms.base import LinearStats
 from quantcli.algorithms.gptq import add_hessian
 from quantcli.blocks.calls import Call, Interruption
 from quantcli.errors import InputError
+from quantcli.system import ranks
 
 #: Tokens kept as they are, at the most.
 SAMPLE_TOKENS = 512
@@ -23,18 +26,26 @@ _CHUNK_TOKENS = 4096
 #: Its multiples, modulo one, spread evenly over 0..1 however many there are: tokens picked by them are spread evenly
 #: too, but not in step with the length of a sequence, whose first token is often unlike all others.
 _GOLDEN = 0.6180339887498949
+#: Tokens of each run of calls are counted on from the run's number times this: the counts of others are not known yet.
+_RUN_TOKENS = 1 << 22
 
 
 def observe(
-    block: nn.Module, calls: Iterable[Call], linears: Collection[str], needs: Collection[str]
+    block: nn.Module,
+    calls: Iterable[Call],
+    linears: Collection[str],
+    needs: Collection[str],
+    runs: Iterable[tuple[int, int | None]] = ((0, None),),
 ) -> dict[str, LinearStats]:
     """Run a block and gather statistics of the inputs of some of its linear layers.
 
     Args:
         block: one transformer layer.
-        calls: what to run it with; each is run once.
+        calls: what to run it with; each is run once. Of ranks that share the work, each has calls of its own.
         linears: names of layers in the block.
         needs: fields of `LinearStats`; others are ignored.
+        runs: number of each run of calls, and how many they are; None: all. What a run adds up to is added to the rest
+            in the order of the runs: see `quantcli.system.ranks.runs`.
 
     Returns:
         Statistics by layer. Layers that are always given the same tensor (query, key and value) share one object.
@@ -42,26 +53,34 @@ def observe(
     Raises:
         InputError: a layer's inputs are not finite, or two layers share their input in some calls only.
     """
-    apart: set[str] = set()
-    gathering = _Gathering(frozenset(needs), linears, apart)
+    gathering, left = _Gathering(frozenset(needs), linears), iter(calls)
     with torch.no_grad():
-        for number, call in enumerate(calls):
-            while True:
-                try:
-                    gathering.begin(first=number == 0)
-                    with _hooked(block, linears, gathering), suppress(_SeenAll):
-                        call.run(block)
-                    gathering.require_shared()
+        for number, count in runs:
+            gathering.begin_run(number)
+            for call in islice(left, count):
+                gathering = _gathered(block, call, gathering)
+                if not gathering.needs and gathering.every_layer_saw_a_token:
                     break
-                except _NotSharedError as error:
-                    if number or error.name in apart:
-                        raise error.told() from error
-                    # One of the two is given more than the other (DeBERTa: positions, too): it counts for itself.
-                    apart.add(error.name)
-                    gathering = _Gathering(frozenset(needs), linears, apart)
+            gathering.end_run()
             if not gathering.needs and gathering.every_layer_saw_a_token:
                 break  # all that was asked for is whether every layer sees a token
-    return gathering.results(linears)
+    return gathering.results()
+
+
+def _gathered(block: nn.Module, call: Call, gathering: _Gathering) -> _Gathering:
+    """Run a block once; at the first call, two layers may turn out to share no input, and it is gathered anew."""
+    while True:
+        try:
+            gathering.begin_call()
+            with _hooked(block, gathering.linears, gathering), suppress(_SeenAll):
+                call.run(block)
+            gathering.end_call()
+            return gathering
+        except _NotSharedError as error:
+            if gathering.calls or error.name in gathering.apart:
+                raise error.told() from error
+            # One of the two is given more than the other (DeBERTa: positions, too): it counts for itself.
+            gathering = gathering.anew(error.name)
 
 
 @contextmanager
@@ -96,26 +115,38 @@ class _NotSharedError(Interruption):
 class _Gathering:
     """Which layer adds to which statistics: the one that is given a tensor first, on behalf of all others."""
 
-    def __init__(self, needs: frozenset[str], linears: Collection[str], apart: Collection[str]) -> None:
+    def __init__(self, needs: frozenset[str], linears: Collection[str], apart: frozenset[str] = frozenset()) -> None:
         self.needs, self.linears, self.apart = needs, linears, apart
         self.owners: dict[str, str] = {}
-        self.sums: dict[str, _Sums] = {}
-        self.tokens: dict[str, int] = {}
+        self.totals: dict[str, _Sums] = {}
+        self.tokens: Counter[str] = Counter()
         # Weak, so that a block's inputs do not all stay in memory until the call ends.
         self.latest: dict[str, weakref.ref[Tensor]] = {}
         self.order: list[str] = []
-        self.first = True
+        self.calls = 0
+        self.begin_run(0)
 
-    def begin(self, *, first: bool) -> None:
+    def anew(self, name: str) -> _Gathering:
+        """The same before its first call, with a layer that shares its input with none."""
+        other = _Gathering(self.needs, self.linears, self.apart | {name})
+        other.begin_run(self.run)
+        return other
+
+    def begin_run(self, number: int) -> None:
+        """Some neighbouring calls begin, whose sums are made on their own."""
+        self.run = number
+        self.sums: dict[str, _Sums] = {}
+
+    def begin_call(self) -> None:
         """A call begins."""
-        self.first = first
+        self._updates: Counter[str] = Counter()
 
     def take(self, name: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:
         """The hook before a layer."""
         inputs: Tensor = arguments[0]
         with torch.autocast(inputs.device.type, enabled=False):
             self._add(name, inputs)
-        if self.first:
+        if not self.calls:
             self.order.append(name)
         elif name == self.order[-1] and self.every_call_is_alike:
             raise _SeenAll
@@ -127,39 +158,74 @@ class _Gathering:
 
     def _add(self, name: str, inputs: Tensor) -> None:
         if name not in self.owners:
-            alone = name in self.apart
-            first = (owner for owner, sums in self.sums.items() if sums.updates == 1 and not alone)
-            self.owners[name] = next((owner for owner in first if self.latest[owner]() is inputs), name)
+            self.owners[name] = next((owner for owner in self._fresh(name) if self._is_latest(owner, inputs)), name)
         owner = self.owners[name]
-        self.tokens[name] = self.tokens.get(name, 0) + inputs.shape[:-1].numel()
+        self.tokens[name] += inputs.shape[:-1].numel()
         if owner == name:
             self.latest[name] = weakref.ref(inputs)
-            self.sums.setdefault(name, _Sums(self.needs)).add(inputs)
-        elif self.latest[owner]() is not inputs:
+            self._updates[name] += 1
+            self.sums.setdefault(name, _Sums(self.needs, self.run)).add(inputs)
+        elif not self._is_latest(owner, inputs):
             raise _NotSharedError(owner, name)
 
-    @property
-    def every_layer_saw_a_token(self) -> bool:
-        """Whether there is something to say of every layer."""
-        return len(self.tokens) == len(self.linears) and all(sums.tokens for sums in self.sums.values())
+    def _fresh(self, name: str) -> Iterator[str]:
+        """Layers that were given their first tensor by this call, as the one that asks is now."""
+        if name not in self.apart:
+            new = (owner for owner, seen in self._updates.items() if seen == 1)
+            yield from (owner for owner in new if self.sums[owner].updates == 1 and owner not in self.totals)
 
-    def require_shared(self) -> None:
+    def _is_latest(self, owner: str, inputs: Tensor) -> bool:
+        return owner in self.latest and self.latest[owner]() is inputs
+
+    def end_call(self) -> None:
         """Raise where one of two layers that share their input was given more."""
         for name, owner in self.owners.items():
             if self.tokens[name] != self.tokens[owner]:
                 raise _NotSharedError(owner, name)
+        self.calls += 1
 
-    def results(self, linears: Collection[str]) -> dict[str, LinearStats]:
-        """Statistics by layer, once every call is through."""
-        results = {owner: sums.result(owner) for owner, sums in self.sums.items()}
-        return {name: results[self.owners[name]] if name in self.owners else LinearStats() for name in linears}
+    def end_run(self) -> None:
+        """Add what this run came to, and those that other ranks have come to meanwhile.
+
+        Raises:
+            InputError: layers share their input on one rank only.
+        """
+        for owners in ranks.gather(self.owners):
+            for name, owner in owners.items():
+                if self.owners.setdefault(name, owner) != owner:
+                    raise _NotSharedError(owner, name).told()
+        for name, sums in ranks.in_order(self.sums):
+            if name in self.totals:
+                self.totals[name].merge(sums)
+            else:
+                self.totals[name] = sums
+        self.sums = {}
+
+    @property
+    def every_layer_saw_a_token(self) -> bool:
+        """Whether there is something to say of every layer."""
+        saw = {name for seen in (self.totals, self.sums) for name, sums in seen.items() if sums.tokens}
+        return all(self.owners.get(name) in saw for name in self.linears)
+
+    def results(self) -> dict[str, LinearStats]:
+        """Statistics by layer, once every call is through.
+
+        Raises:
+            InputError: they are not finite, or a layer that shares its input with another saw less of it.
+        """
+        tokens = sum(ranks.gather(self.tokens), Counter[str]())
+        for name, owner in self.owners.items():
+            if tokens[name] != tokens[owner]:
+                raise _NotSharedError(owner, name).told()
+        results = {owner: sums.result(owner) for owner, sums in self.totals.items()}
+        return {name: results[self.owners[name]] if name in self.owners else LinearStats() for name in self.linears}
 
 
 class _Sums:
     """Running statistics of one tensor."""
 
-    def __init__(self, needs: frozenset[str]) -> None:
-        self.needs = needs
+    def __init__(self, needs: frozenset[str], run: int) -> None:
+        self.needs, self._first_number = needs, run * _RUN_TOKENS
         self.updates = self.tokens = 0
         self.gram = self.absmax = self.sum_abs = torch.empty(0)
         self.sample, self.keys, self.share = torch.empty(0), torch.empty(0), 1.0
@@ -183,6 +249,19 @@ class _Sums:
         self.updates += 1
         self.tokens += len(rows)
 
+    def merge(self, other: _Sums) -> None:
+        """Add those of calls that come after these."""
+        if "gram" in self.needs:
+            self.gram += other.gram
+        torch.maximum(self.absmax, other.absmax, out=self.absmax)
+        self.sum_abs += other.sum_abs
+        if other.share < self.share:
+            self.share, chosen = other.share, self.keys < other.share
+            self.sample, self.keys = self.sample[chosen], self.keys[chosen]
+        self._take_sample(other.sample, other.keys)
+        self.updates += other.updates
+        self.tokens += other.tokens
+
     def _allocate(self, rows: Tensor) -> None:
         columns, device = rows.shape[1], rows.device
         if "gram" in self.needs:
@@ -194,8 +273,11 @@ class _Sums:
 
     def _keep(self, rows: Tensor) -> None:
         """Keep the tokens whose key is below a limit, which is halved whenever that leaves too many."""
-        numbers = torch.arange(self.tokens, self.tokens + len(rows), dtype=torch.float64, device=rows.device)
-        keys = numbers * _GOLDEN % 1.0
+        first = self._first_number + self.tokens
+        numbers = torch.arange(first, first + len(rows), dtype=torch.float64, device=rows.device)
+        self._take_sample(rows, numbers * _GOLDEN % 1.0)
+
+    def _take_sample(self, rows: Tensor, keys: Tensor) -> None:
         chosen = keys < self.share
         self.sample = torch.cat([self.sample, rows[chosen]])
         self.keys = torch.cat([self.keys, keys[chosen]])

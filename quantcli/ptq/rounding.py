@@ -19,6 +19,7 @@ from quantcli.core.numerics import error_powers, in_groups
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import RoundedTensor, Rounding
 from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.system import ranks
 
 
 def round_block(
@@ -31,7 +32,7 @@ def round_block(
     seed: int,
     report: Callable[[float], None],
 ) -> dict[str, RoundedTensor]:
-    """Codes of every layer of a block, by the layer's name in it.
+    """Codes of every layer of a block, by the layer's name in it. Ranks share the layers, and tell each other.
 
     Args:
         block: its weights, already transformed; they are not changed.
@@ -52,17 +53,33 @@ def round_block(
         # An expert, say, that no token was sent to.
         unseen = not needs_no_data(layer.algorithm) and not stats[name].tokens
         by_algorithm.setdefault("" if unseen else layer.algorithm or "", {})[name] = layer
-    for algorithm, own in by_algorithm.items():
+    mine = _shared(layers, weights, stats)
+    for algorithm, planned in by_algorithm.items():
+        own = {name: layer for name, layer in planned.items() if name in mine}
         if not algorithm or needs_no_data(algorithm):
             for name, layer in own.items():
                 rounded[name] = _round_without_data(weights[name].cpu(), layer, dtype, "no token seen")
-            continue
-        own_weights = {name: weights[name] for name in own}
-        formats = {name: _format(layer) for name, layer in own.items()}
-        work = BlockLayers(block, own_weights, formats, stats, calls, targets, dtype, seed, report)
-        rounded |= algorithms.calibrated_rounding(algorithm).round_layers(work, plan.steps.options(algorithm))
-    measured = {name: _measured(rounded[name], weights[name].cpu()) for name in layers}
-    return {name: _noted(found, notes.get(name)) for name, found in measured.items()}
+        elif own:
+            own_weights = {name: weights[name] for name in own}
+            formats = {name: _format(layer) for name, layer in own.items()}
+            work = BlockLayers(block, own_weights, formats, stats, calls, targets, dtype, seed, report)
+            rounded |= algorithms.calibrated_rounding(algorithm).round_layers(work, plan.steps.options(algorithm))
+    measured = {name: _measured(found, weights[name].cpu()) for name, found in rounded.items()}
+    everywhere = {name: found for part in ranks.gather(measured) for name, found in part.items()}
+    return {name: _noted(everywhere[name], notes.get(name)) for name in layers}
+
+
+def _shared(
+    layers: Mapping[str, LayerPlan], weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]
+) -> set[str]:
+    """The layers that this rank rounds: those that share an input, and so a Hessian, stay together."""
+    together: dict[int, list[str]] = {}
+    for name in layers:
+        together.setdefault(id(stats[name]), []).append(name)
+    # What a weight takes grows with its size times its columns.
+    cost = {name: weight.numel() * weight.shape[1] for name, weight in weights.items()}
+    costs = {tuple(names): sum(cost[name] for name in names) for names in together.values()}
+    return {name for names in ranks.share(costs) for name in names}
 
 
 def _tokens_of_experts(stats: Mapping[str, LinearStats]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from quantcli.core.scheme import Scheme
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.planning.steps import Step
 from quantcli.ptq.folds import Fold, apply_fold, find_folds, holds, matrix
+from quantcli.system import ranks
 
 
 class Transforms:
@@ -26,22 +27,24 @@ class Transforms:
         self._by_structure: dict[str, list[Fold]] = {}
 
     def apply(
-        self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call, stats: Mapping[str, LinearStats]
+        self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call | None, stats: Mapping[str, LinearStats]
     ) -> None:
         """Change a block's weights, and the statistics with them; what it computes stays the same.
 
         Args:
             block: one transformer layer, in float32.
             layers: its layers that get codes, by their names in it.
-            call: one batch of its inputs.
+            call: one batch of its inputs; None on ranks that the first one tells what it found.
             stats: what was observed of the layers' inputs.
         """
-        folds = self._folds(block, layers, call)
+        # What is found by trial, or searched for, is so once: on another processor, last bits may be others.
+        folds = ranks.first(lambda: self._folds(block, layers, call))
         for step in self.steps:
             for fold in folds:
                 self._fold(step, block, fold, layers, stats)
 
-    def _folds(self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call) -> list[Fold]:
+    def _folds(self, block: nn.Module, layers: Mapping[str, LayerPlan], call: Call | None) -> list[Fold]:
+        assert call is not None
         # A trial runs the block some twenty times, and blocks that are built alike mostly are folded alike.
         key = f"{block} {sorted(layers)}"
         if key not in self._by_structure:
@@ -66,7 +69,7 @@ class Transforms:
         weights = [matrix(block.get_submodule(target)).detach() for target in targets]
         schemes = [_scheme(layers[target]) for target in targets]
         readers = Readers(observed, weights, schemes, self._scale_dtype, partial(_tied, fold))
-        scale = algorithms.transform(step.name).input_scale(readers, step.options)
+        scale = ranks.first(lambda: algorithms.transform(step.name).input_scale(readers, step.options))
         if bool((scale == 1).all()):
             return
         apply_fold(block, fold, fold.largest(scale))

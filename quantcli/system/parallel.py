@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from quantcli.system.ranks import on_this_machine
+
 
 class Background(threading.Thread):
     """A call under way in a thread of its own, which nobody waits for when the rest fails."""
@@ -103,6 +105,6 @@ def at_most(threads: int | None) -> Iterator[None]:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, or fewer within `at_most`."""
+    """Cores this process may run on, shared with the ranks beside it; or as many as `at_most` allows."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _limit.get() or cores)
+    return min(cores, _limit.get() or max(1, cores // on_this_machine()))

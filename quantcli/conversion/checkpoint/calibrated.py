@@ -38,10 +38,12 @@ from quantcli.ptq.block import BlockOutcome, linear_layers
 from quantcli.ptq.engine import BlockEngine, Chain
 from quantcli.ptq.memory_demand import Demand, foresee
 from quantcli.ptq.whole import quantize_whole
+from quantcli.system import ranks
 from quantcli.system.devices import check_device
 from quantcli.system.files import whole_file
 from quantcli.system.hardware import free_memory_bytes, resident_bytes
 from quantcli.system.parallel import torch_threads
+from quantcli.system.ranks import on_this_machine
 from quantcli.system.text import format_bytes
 from quantcli.training.checkpoint import load_trained, save_trained, train_checkpoint
 from quantcli.training.loop import History
@@ -84,6 +86,8 @@ def prepare_calibration(
         MissingExtraError: transformers is not installed.
     """
     check_device(device)
+    if "original" in plan.steps.needs or plan.steps.final:
+        ranks.require_single(f"{plan.steps}, which learns from what the original model returns,")
     model = _open_model(checkpoint, function)
     data = load_batches(model, request, trains=_learns(plan, "qat"))
     linear = linear_layers(model.skeleton, plan)
@@ -120,6 +124,7 @@ def spare_memory(demand: Demand, limit: int | None) -> int:
             f"through it, {format_bytes(taken + demand.nbytes)} are needed.",
             hint="Raise the limit, or use an algorithm without data, such as mse.",
         )
+    free //= on_this_machine()
     if demand.nbytes > free:
         raise InputError(
             f"{demand.block}, its Hessians and what goes through it need {format_bytes(demand.nbytes)} of memory, "
@@ -206,8 +211,7 @@ class CalibratedWork:
         )
         artifact = open_checkpoint(output.staging.out) if output.results else None
         for outcome in engine.run(lambda path: self._finished(path, artifact, output.results)):
-            for name, result in self._write(outcome, output.destinations).items():
-                output.record(name, result)
+            self._record(outcome, output)
         return engine.final["original" if self._tunes else "quantized"]
 
     def _run_whole(self, output: Output) -> None:
@@ -221,8 +225,13 @@ class CalibratedWork:
             seed=self.seed,
             tick=output.tick,
         )
-        for name, result in self._write(outcome, output.destinations).items():
-            output.record(name, result)
+        self._record(outcome, output)
+
+    def _record(self, outcome: BlockOutcome, output: Output) -> None:
+        """Write a block, which every rank knows and the first one writes."""
+        if ranks.is_first():
+            for name, result in self._write(outcome, output.destinations).items():
+                output.record(name, result)
 
     @property
     def _tunes(self) -> bool:

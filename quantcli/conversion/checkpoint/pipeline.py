@@ -19,7 +19,8 @@ from quantcli.conversion.staging import Staging
 from quantcli.core import compiled
 from quantcli.core.manifest import Manifest, ManifestLayer
 from quantcli.errors import UsageError
-from quantcli.planning.plan import Plan
+from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.system import ranks
 from quantcli.system.parallel import Background, in_parallel, usable_cores
 from quantcli.system.progress import Fractions, Progress, Tracker
 from quantcli.system.text import format_bytes
@@ -113,17 +114,20 @@ class Conversion:
             done: records of the tensors that an interrupted run has written, by name.
         """
         output = self._open_output(staging, done)
-        self._write_companions(staging.out)
+        if ranks.is_first():
+            self._write_companions(staging.out)
         # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
-        hashing = Background(self.checkpoint.sha256)
+        hashing = Background(self.checkpoint.sha256 if ranks.is_first() else str)
         if self.work:
             self._require_finite(output)
             self.work.run(output)
+            output.results.update(ranks.broadcast(output.results))
         self._stream(output)
         self.sha256 = hashing.result()
         for destination in output.destinations.values():
             destination.file.close()
         verified = self._verify(staging.out / (self.layout.single_file or ""))
+        ranks.finish()
         verified["runtime"] = self._check.result(staging.out)
         manifest = self._manifest(verified)
         self.layout.write_manifest(staging.out, manifest)
@@ -136,7 +140,7 @@ class Conversion:
         from quantcli.conversion.checkpoint.stream import require_finite
 
         if not isinstance(self.checkpoint, DecodedCheckpoint):
-            infos = [layer.info for layer in self.plan.layers if layer.info.name not in output.results]
+            infos = [layer.info for layer in self._own_layers() if layer.info.name not in output.results]
             in_parallel(
                 (partial(require_finite, info, self.checkpoint) for info in infos if info.is_float and info.shape),
                 self.workers,
@@ -145,7 +149,11 @@ class Conversion:
     def _open_output(self, staging: Staging, done: Mapping[str, Mapping[str, Any]]) -> Output:
         from quantcli.conversion.checkpoint.writer import LayerResult, Output
 
-        destinations = self.layout.create_files(staging.out)
+        if ranks.is_first():
+            destinations = self.layout.create_files(staging.out)
+        ranks.gather(None)
+        if not ranks.is_first():
+            destinations = self.layout.create_files(staging.out)  # the same bytes once more
         self.results = {name: LayerResult.from_json(record) for name, record in done.items()}
         own = sum(layer.info.nbytes for layer in self.plan.layers if layer.info.name in self._own_names)
         streamed = sum(layer.info.nbytes for layer in self.plan.layers) - own
@@ -154,11 +162,11 @@ class Conversion:
         return Output(staging, destinations, self.results, self.workers, tracker, tick)
 
     def _stream(self, output: Output) -> None:
-        """Write all tensors that are not done, on worker threads."""
+        """Write all tensors that are not done, on worker threads; ranks share them, and tell each other."""
         from quantcli.conversion.checkpoint.stream import LayerJob
 
         jobs = []
-        for layer in self.plan.layers:
+        for layer in self._own_layers():
             if not layer.dropped and layer.info.name not in output.results:
                 jobs.append(LayerJob(layer, self.plan, self.checkpoint, output.destinations))
             elif layer.info.name not in self._own_names:
@@ -167,6 +175,13 @@ class Conversion:
             (partial(self._stream_slab, output, job, index) for job in jobs for index in range(len(job.slabs))),
             self.workers,
         )
+        for results in ranks.gather(output.results):
+            output.results.update(results)
+
+    def _own_layers(self) -> list[LayerPlan]:
+        """This rank's share of the layers, in order."""
+        own = ranks.share({layer.info.name: layer.info.nbytes for layer in self.plan.layers})
+        return [layer for layer in self.plan.layers if layer.info.name in own]
 
     def _stream_slab(self, output: Output, job: LayerJob, index: int) -> None:
         result = job.run_slab(index)
@@ -180,7 +195,8 @@ class Conversion:
 
         verifier = Verifier(artifact, self.plan, self.layout.specs)
         layers = [layer for layer in self.plan.layers if not layer.dropped]
-        in_parallel((partial(verifier.check, layer, self.results[layer.info.name]) for layer in layers), self.workers)
+        own = [layer for layer in self._own_layers() if not layer.dropped]
+        in_parallel((partial(verifier.check, layer, self.results[layer.info.name]) for layer in own), self.workers)
         return {"tensors": len(layers), "codes": "equal", "names_and_shapes": "as planned"}
 
     def _write_companions(self, out: Path) -> None:

@@ -30,6 +30,7 @@ from quantcli.planning.requantization import refuse_wishes
 from quantcli.planning.resolve import resolve
 from quantcli.planning.steps import parse_steps
 from quantcli.planning.targets import for_target
+from quantcli.system import ranks
 from quantcli.system.parallel import in_parallel
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def planned_conversion(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tup
         checkpoint = decoded if dequantizes(recipe) or (decoded and decoded.is_read_only) else None
     if checkpoint is not None:
         return checkpoint, for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=data)), None
+    ranks.require_single("A change of container")
     work = prepare_repacking(stored, recipe, data=data)
     return work.checkpoint, for_target(work.plan), work
 

@@ -28,6 +28,7 @@ from quantcli.errors import InputError, NotProvenError
 from quantcli.planning.plan import Loader, Plan
 from quantcli.planning.rules import Rules
 from quantcli.planning.targets.transformers import mixtures
+from quantcli.system import ranks
 from quantcli.system.child import ChildFailedError, Service
 from quantcli.system.parallel import usable_cores
 
@@ -61,7 +62,7 @@ class RuntimeCheck:
         self._scope = Scope()
         self._other = "int8" if plan.format == "bitsandbytes" else "nf4"
         # Where the child imports what it needs, this process goes on.
-        self._service = None if self._skipped else _service()
+        self._service = _service() if ranks.is_first() and not self._skipped else None
         if self._service:
             self._start("loader_survey:survey", self._survey_request(plan))
 
@@ -179,17 +180,24 @@ class RuntimeCheck:
         self._rehearsed |= answer
 
     def _start(self, function: str, request: dict[str, Any]) -> None:
-        assert self._service is not None
-        self._service.start(f"{_HERE}.{function}", request)
+        if self._service is not None:
+            self._service.start(f"{_HERE}.{function}", request)
 
     def _result(self, doing: str) -> dict[str, Any]:
         """The answer to the last request; empty where the library is not asked, and then nothing more is.
 
+        Rank 0 asks, and tells the others.
+
         Raises:
             InputError: it ends without one.
         """
-        if self._skipped or self._service is None:
+        if self._skipped:
             return {}
+        answer, self._skipped = ranks.first(lambda: (self._answer(doing), self._skipped))
+        return answer
+
+    def _answer(self, doing: str) -> dict[str, Any]:
+        assert self._service is not None
         try:
             answer = self._service.result(TIMEOUT_SECONDS)
         except ChildFailedError as error:

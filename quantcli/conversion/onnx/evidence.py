@@ -23,6 +23,7 @@ from quantcli.onnx.plan.judge import without_inputs, without_outliers
 from quantcli.onnx.plan.placement import place
 from quantcli.onnx.plan.plan import GraphPlan, require_work
 from quantcli.planning.recipe import Recipe
+from quantcli.system import ranks
 from quantcli.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -146,5 +147,5 @@ def gather(
         warnings = statistics.warnings({value.name or "" for value in placed})
     seen = statistics.provenance.fingerprint if statistics else None
     if hessians is not None and samples is not None and seen is None:
-        seen = fingerprint(sample.inputs for sample in samples)
+        seen = ranks.first(lambda: fingerprint(sample.inputs for sample in samples))
     return Gathered(plan, Evidence(statistics, hessians, source.codes), seen, tuple(warnings))

@@ -42,6 +42,7 @@ from quantcli.planning.steps import training_step
 from quantcli.planning.targets import require_onnx
 from quantcli.planning.targets.base import OnnxLayout
 from quantcli.reporting.report import Report
+from quantcli.system import ranks
 from quantcli.system.files import check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
 from quantcli.system.parallel import torch_threads
@@ -201,6 +202,7 @@ def _build(job: _Job, staging: Staging, material: Material, graph: ir.Model, pla
     calibrating = samples.spread(DEFAULT_SAMPLES) if samples is not None and job.trains else samples
     folder, seed = staging.root / "hessians", job.data.seed if job.data else 0
     gathered = gather(material, graph, plan, calibrating, seed, folder, job.progress)
+    ranks.finish()
     weights_before = sum(tensor.nbytes for tensor in constants(graph))
     unquantized = graph.clone() if job.trains else None
     honest = Honest(graph, gathered.plan, gathered.evidence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from quantcli.core.ports import Arrays
 from quantcli.data.sources.base import Labels
@@ -43,6 +43,9 @@ class Scorer(Protocol):
 
     def add(self, feeds: Arrays, label: Any, outputs: Arrays, reference: Arrays | None) -> None:
         """One sample's outputs, and the reference's where this is a candidate."""
+
+    def merge(self, other: Self) -> None:
+        """The samples of another one of the same model, as it was pickled, which come after these."""
 
     def metrics(self) -> Metrics:
         """All metrics that apply."""

@@ -48,6 +48,14 @@ class Classification:
         if reference is not None:
             self._agreement.add(float(best[0] == np.argmax(class_scores(reference, "The reference"))))
 
+    def merge(self, other: Classification) -> None:
+        """The samples that come after these."""
+        for own, theirs in (
+            (self._top1, other._top1), (self._top5, other._top5), (self._agreement, other._agreement)
+        ):  # fmt: skip
+            own.merge(theirs)
+        self._classes = max(self._classes, other._classes)
+
     def metrics(self) -> Metrics:
         """Shares with standard errors; top5 only where there are more classes than that."""
         shares = with_error("top1", self._top1)

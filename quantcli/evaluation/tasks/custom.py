@@ -52,6 +52,15 @@ class Custom:
         self._outputs.append(dict(outputs) | floats(outputs))
         self._labels.append(label)
 
+    def merge(self, other: Custom) -> None:
+        """The samples that come after these."""
+        self._outputs += other._outputs
+        self._labels += other._labels
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the function, which may be in no module."""
+        return {key: value for key, value in vars(self).items() if key != "_function"}
+
     def metrics(self) -> Metrics:
         """What the function says. Raises InputError where it fails or returns something else."""
         labels = None if any(label is None for label in self._labels) else self._labels

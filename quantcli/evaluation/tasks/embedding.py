@@ -69,6 +69,10 @@ class Embedding:
         chosen = next((vectors[name] for name in _EMBEDDINGS if name in vectors), next(iter(vectors.values())))
         return torch.from_numpy(chosen).double().flatten()
 
+    def merge(self, other: Embedding) -> None:
+        """The texts that come after these."""
+        self._cosine.merge(other._cosine)
+
     def metrics(self) -> Metrics:
         """Mean, standard error and minimum."""
         return (

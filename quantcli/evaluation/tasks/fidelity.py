@@ -66,6 +66,13 @@ class Fidelity:
                 scores = (_logits(each, probable=probable) for each in (ours, theirs))
                 self._divergence.setdefault(name, metrics.Divergence()).add(*scores)
 
+    def merge(self, other: Fidelity) -> None:
+        """The samples that come after these."""
+        for name, fidelity in other._fidelity.items():
+            self._fidelity.setdefault(name, metrics.Fidelity()).merge(fidelity)
+        for name, divergence in other._divergence.items():
+            self._divergence.setdefault(name, metrics.Divergence()).merge(divergence)
+
     def _of(self, name: str) -> Metrics:
         found = self._fidelity[name].metrics()
         return found | (self._divergence[name].metrics("argmax_agreement") if name in self._divergence else {})

@@ -57,6 +57,12 @@ class LanguageModeling:
             self._compared = True
             self._divergence.add(self._logits(reference)[:-1][predicted], logits[:-1][predicted])
 
+    def merge(self, other: LanguageModeling) -> None:
+        """The samples that come after these."""
+        self._perplexity.merge(other._perplexity)
+        self._divergence.merge(other._divergence)
+        self._compared |= other._compared
+
     def _logits(self, outputs: Arrays) -> Tensor:
         logits = logits_of(outputs, self.name, "length", "Use --task embedding or fidelity.")
         return torch.from_numpy(logits[0])

@@ -78,6 +78,15 @@ class SpeechRecognition:
         if reference is not None:
             self._same.add(float(heard == self._heard(reference)))
 
+    def merge(self, other: SpeechRecognition) -> None:
+        """The samples that come after these."""
+        self._errors.merge(other._errors)
+        self._same.merge(other._same)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the tokenizer, which every process has."""
+        return {key: value for key, value in vars(self).items() if key != "_tokenizer"}
+
     def _heard(self, outputs: Arrays) -> str:
         if GENERATED in outputs:
             return spoken(str(self._tokenizer.decode(outputs[GENERATED][0], skip_special_tokens=True)))
