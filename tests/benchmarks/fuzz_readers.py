@@ -18,8 +18,6 @@ import time
 import traceback
 from pathlib import Path
 
-from harness import ROOT  # also puts the tests' support modules on the path
-
 SLOWEST_SECONDS, MOST_BYTES = 10, 2 << 30
 
 
@@ -104,7 +102,11 @@ def _written(path: Path, data: bytes) -> Path:
 def _keep(findings: Path, data: bytes, text: str, error: BaseException | None) -> None:
     """Keep an input and what it led to, once for each place in quantcli, and kind of error."""
     frames = traceback.extract_tb(error.__traceback__) if error else []
-    own = [f"{frame.filename.rpartition('quantcli/')[2]}:{frame.lineno}" for frame in frames if "quantcli/" in frame.filename]
+    own = [
+        f"{frame.filename.rpartition('quantcli/')[2]}:{frame.lineno}"
+        for frame in frames
+        if "quantcli/" in frame.filename
+    ]
     place = f"{type(error).__name__} {own[-1] if own else ''} {frames[-1].name if frames else text}"
     stem = findings / hashlib.sha256(place.encode()).hexdigest()[:12]
     if not stem.with_suffix(".txt").exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.artifacts import contents
 from support.faults import Kills
 
 from quantcli import convert
@@ -52,8 +50,7 @@ def survives_kills(place: Path, tmp_path: Path, run: Run, *, most: int | None = 
     chosen = kills.moments if most is None else kills.moments[:: max(1, len(kills.moments) // most)]
     for moment in chosen:
         left = held(moment)
-        stands = {name for name in visible(left)}
-        assert visible(left) in (before, {}, wanted), f"{moment.name}: half-made, {sorted(stands)}"
+        assert visible(left) in (before, {}, wanted), f"{moment.name}: half-made, {sorted(visible(left))}"
         kills.restore(moment)
         run()
         assert held(place) == wanted, f"after a kill at step {moment.name} of {len(kills.moments)}"
