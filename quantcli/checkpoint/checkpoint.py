@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Protocol
 
+from quantcli.checkpoint.config_file import read_config
 from quantcli.checkpoint.hugging_face import DIFFUSERS_STEM, PIPELINE_INDEX, load_json
 from quantcli.checkpoint.safetensors import SafetensorsReader, read_header
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
@@ -73,7 +74,7 @@ class Checkpoint:
         self.path = path
         self.folder = folder
         self.metadata = dict(metadata or {})
-        self.config = load_json(folder / "config.json") if folder and (folder / "config.json").is_file() else None
+        self.config = read_config(folder / "config.json") if folder and (folder / "config.json").is_file() else None
         self.warnings = warnings
         self._infos = infos
         self._opened = Unchanged({info.file for info in infos})

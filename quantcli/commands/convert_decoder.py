@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantcli.checkpoint.config_file import config_of
 from quantcli.checkpoint.decoded import DecodedCheckpoint
-from quantcli.checkpoint.hugging_face import config_of, is_causal_config, neighbours
+from quantcli.checkpoint.hugging_face import is_causal_config, neighbours
 from quantcli.checkpoint.quantized import QuantizedCheckpoint
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, use_loops, worker_count

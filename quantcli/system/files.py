@@ -48,6 +48,18 @@ def reading(path: Path) -> Iterator[None]:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
 
 
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Meanwhile an InputError that does not say which file it is about says that it is this one."""
+    try:
+        yield
+    except InputError as error:
+        if str(path) not in error.message:
+            error.message = f"{path}: {error.message}"
+            error.args = (error.message,)
+        raise
+
+
 class Unchanged:
     """Files as they were when they were opened: what is read of them for hours must be of one state."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-import struct
 import zipfile
+import zlib
 from random import Random
 from typing import Any
 
@@ -22,6 +22,11 @@ _VALUES: tuple[Any, ...] = (
     {"path": 3}, {"dtype": "int4"}, {"role": "user"},
 )  # fmt: skip
 
+_NO_LONGER_OF_ITS_KIND = (
+    ValueError, KeyError, EOFError, RecursionError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error,
+    yaml.YAMLError,
+)  # fmt: skip
+
 
 def damaged(content: bytes, name: str, seed: int) -> bytes:
     """A damaged copy of a file of this name; the same for the same seed."""
@@ -35,8 +40,8 @@ def _once(content: bytes, name: str, random: Random) -> bytes:
     if random.random() < 0.7:
         try:
             return _of_its_kind(content, name, random)
-        except (ValueError, struct.error, zipfile.BadZipFile, EOFError, KeyError, yaml.YAMLError, RecursionError):
-            pass  # damaged before: no longer of its kind
+        except _NO_LONGER_OF_ITS_KIND:
+            pass  # damaged before
     return _bytes(content, random)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.calibration.collect import DEFAULT_SAMPLES
 from quantcli.calibration.histograms import activation_histograms
 from quantcli.calibration.statistics import CalibrationStats
-from quantcli.checkpoint.hugging_face import config_of
+from quantcli.checkpoint.config_file import config_of
 from quantcli.conversion.onnx.advice import Advice, advise
 from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, Comparison, OutputComparison
 from quantcli.conversion.onnx.evidence import Gathered, Material, gather

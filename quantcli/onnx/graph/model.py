@@ -121,11 +121,14 @@ def open_onnx(path: Path, *, mapped: bool = False) -> OnnxModel:
     """
     from onnx_ir.passes import common
 
+    from quantcli.onnx.graph.checked import require_sound
+
     path = onnx_file(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
     try:
         model = load_graph(path, mapped=mapped)
+        require_sound(model)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:
