@@ -1,4 +1,4 @@
-"""``.pt2`` programs that torch.export saved, loaded without running what a file may hide. Only here is its loader called.
+"""``.pt2`` programs of torch.export, loaded without running what a file may hide. Only here is its loader called.
 
 torch's loader takes a file at its word: it falls back to full pickles, opens compiled libraries, and executes text of
 the file as Python (sizes, guards, and the names that code is generated of). What a program needs none of is refused

@@ -1,4 +1,4 @@
-"""YAML written by people, which may come from anywhere: keys once, no code, and no more than it says. The only reader."""
+"""YAML written by people, which may come from anywhere: keys once, no code, no more than it says. Its only reader."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _NUMBERS = ("float_data", "int32_data", "string_data", "int64_data", "double_dat
 
 
 def require_sound(model: ir.Model) -> None:
-    """Raise ValueError where a constant has no type or too few bytes, or an attribute is none of its operator's kind."""
+    """Raise ValueError where a constant has no type or too few bytes, or an attribute another type."""
     for tensor in _constants(model):
         if tensor.dtype == ir.DataType.UNDEFINED:
             raise ValueError(f"the constant {tensor.name!r} has no type")
@@ -41,7 +41,7 @@ def _stored_bytes(tensor: ir.TensorProtocol) -> int | None:
 
 
 def _require_attributes(node: ir.Node, opset: int) -> None:
-    """Raise ValueError where an attribute has another type than its operator defines; unknown operators may have any."""
+    """Raise ValueError where an attribute has another type than its operator defines."""
     if not node.attributes or not onnx.defs.has(node.op_type, node.domain):
         return
     try:
