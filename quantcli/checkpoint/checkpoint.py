@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Protocol
 
+from quantcli.checkpoint.config_file import read_config
 from quantcli.checkpoint.hugging_face import DIFFUSERS_STEM, PIPELINE_INDEX, load_json
 from quantcli.checkpoint.safetensors import SafetensorsReader, read_header
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError
+from quantcli.system.files import Unchanged, reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,9 +75,10 @@ class Checkpoint:
         self.path = path
         self.folder = folder
         self.metadata = dict(metadata or {})
-        self.config = load_json(folder / "config.json") if folder and (folder / "config.json").is_file() else None
+        self.config = read_config(folder / "config.json") if folder and (folder / "config.json").is_file() else None
         self.warnings = warnings
         self._infos = infos
+        self._opened = Unchanged({info.file for info in infos})
         self._lock = threading.Lock()
         self._readers: OrderedDict[Path, Reader] = OrderedDict()
 
@@ -117,13 +120,17 @@ class Checkpoint:
                 self._readers.popitem(last=False)
         return reader.read_rows(info, start, stop)
 
+    def require_unchanged(self) -> None:
+        """Raise InputError where a file of weights was written or replaced since its header was read."""
+        self._opened.require()
+
     def sha256(self) -> str:
         """Hash of the weight files: of the one file, or of ``sha256sum``'s lines over several."""
         digests = {}
         for file in self.files:
             inside = self.folder is not None and file.is_relative_to(self.folder)
             name = file.relative_to(self.folder).as_posix() if inside and self.folder else file.name
-            with file.open("rb", buffering=0) as stream:
+            with reading(file), file.open("rb", buffering=0) as stream:
                 digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
         if len(digests) == 1:
             return next(iter(digests.values()))
@@ -146,6 +153,10 @@ class CheckpointView(Checkpoint):
     def files(self) -> tuple[Path, ...]:
         """The files that hold weights, sorted."""
         return self.original.files
+
+    def require_unchanged(self) -> None:
+        """Raise InputError where a file of weights was written or replaced since its header was read."""
+        self.original.require_unchanged()
 
 
 def _open_reader(file: Path) -> Reader:

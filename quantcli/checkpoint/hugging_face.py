@@ -11,6 +11,7 @@ from typing import Any
 
 from quantcli.core.manifest import MANIFEST
 from quantcli.errors import InputError
+from quantcli.system.files import reading
 
 MAX_JSON_BYTES = 256 << 20
 
@@ -18,9 +19,10 @@ MAX_JSON_BYTES = 256 << 20
 def load_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError where it is unreadable, too large or not an object."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path} is over {MAX_JSON_BYTES >> 20} MiB, too much for what it should be.")
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            if path.stat().st_size > MAX_JSON_BYTES:
+                raise InputError(f"{path} is over {MAX_JSON_BYTES >> 20} MiB, too much for what it should be.")
+            loaded = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(loaded, dict):
@@ -52,12 +54,6 @@ def is_causal_config(config: Mapping[str, Any] | None) -> bool:
     """Whether a config.json names a causal language model."""
     names = map(str, (config or {}).get("architectures") or [])
     return any("CausalLM" in name or name.endswith("LMHeadModel") for name in names)
-
-
-def config_of(model: Path) -> dict[str, Any] | None:
-    """The config.json of a model, None where that is no folder with one. Raises InputError where it is damaged."""
-    file = model / "config.json"
-    return load_json(file) if file.is_file() else None
 
 
 def companions(folder: Path) -> Iterator[Path]:
@@ -138,8 +134,9 @@ def _listed_modules(folder: Path) -> list[Mapping[str, Any]]:
     if not path.is_file():
         return []
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        with reading(path):
+            listed = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}.") from error
     return [module for module in listed if isinstance(module, dict)] if isinstance(listed, list) else []
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.errors import InputError
+from quantcli.system.files import reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +29,15 @@ class PositionalFile:
         self._lock = threading.Lock()
 
     def read_tensor(self, offset: int, count: int) -> Tensor:
-        """``count`` bytes from ``offset`` as a uint8 tensor. Raises InputError where the file ends early."""
+        """``count`` bytes from ``offset`` as a uint8 tensor.
+
+        Raises InputError where the file ends early, or the system cannot read it.
+        """
         import torch
 
         buffer = torch.empty(count, dtype=torch.uint8)
-        self._read_into(buffer.numpy().data, offset)
+        with reading(self.path):
+            self._read_into(buffer.numpy().data, offset)
         return buffer
 
     def _read_into(self, view: memoryview, offset: int) -> None:

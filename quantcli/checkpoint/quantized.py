@@ -22,6 +22,7 @@ from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import QuantizedTensor, TensorInfo, TensorSpec
 from quantcli.errors import InputError
 from quantcli.formats.base import QuantizedFormat
+from quantcli.system.files import about
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +93,7 @@ class QuantizedCheckpoint:
             index, in_order = groups.get(name.removesuffix("weight"), (None, True))
             if index is not None:
                 parts = (*(part for part in parts if part != index), index)
-                self._check_groups(name, index, shape, scheme)
+                self._check_groups(name, index, shape, scheme, filled=not in_order)
             turned = model_type in _CONV1D_MODELS and bool(_CONV1D_LEAF.search(module_of(name)))
             turned = turned and form.carries("conv1d") is None
             self.weights[name] = QuantizedWeight(name, shape, scheme, parts, turned, None if in_order else index)
@@ -129,9 +130,12 @@ class QuantizedCheckpoint:
                     found[stem] = info, False
         return found
 
-    def _check_groups(self, name: str, index: TensorInfo, shape: tuple[int, int], scheme: Scheme) -> None:
+    def _check_groups(
+        self, name: str, index: TensorInfo, shape: tuple[int, int], scheme: Scheme, *, filled: bool
+    ) -> None:
         groups, indices = shape[1] // (scheme.weights.granularity.size or shape[1]), self._load(index.name)
-        if index.shape != (shape[1],) or bool((indices >= groups).any()):
+        outside = bool((indices >= groups).any()) or (filled and bool((indices < 0).any()))
+        if index.shape != (shape[1],) or outside:
             raise InputError(
                 f"{index.name} {list(index.shape)} does not give each of {shape[1]} columns of {name} one of {groups} "
                 "groups: the file is damaged."
@@ -178,7 +182,8 @@ class QuantizedCheckpoint:
         weight = self.weights[name]
         scale, zero_point = self.scales(name)
         stored = self._load(self.form.codes_name(name, weight.scheme))
-        codes = self.form.decode_codes(stored, weight.shape[1], weight.scheme)
+        with about(self.checkpoint.path):
+            codes = self.form.decode_codes(stored, weight.shape[1], weight.scheme)
         return QuantizedTensor(codes, scale, zero_point, weight.shape, weight.scheme.weights)
 
     def scales(self, name: str) -> tuple[Tensor, Tensor | None]:
@@ -189,11 +194,12 @@ class QuantizedCheckpoint:
         scheme = weight.scheme
         if self._plain_zeros:
             scheme = replace(scheme, weights=replace(scheme.weights, symmetric=False))
-        scale, zero_point = self.form.decode_scales(name, weight.shape, scheme, self._load)
+        with about(self.checkpoint.path):
+            scale, zero_point = self.form.decode_scales(name, weight.shape, scheme, self._load)
         if self._plain_zeros and zero_point is not None:
             zero_point = None if weight.scheme.weights.symmetric else zero_point - 1
         if not bool(torch.isfinite(scale).all()):
-            raise InputError(f"The scales of {name} are not finite: the model is damaged.")
+            raise InputError(f"The scales of {name} in {self.checkpoint.path} are not finite: the model is damaged.")
         return scale, zero_point
 
     def scale_dtype(self, name: str) -> str:
@@ -256,14 +262,15 @@ def open_quantized(checkpoint: Checkpoint, *, as_values: bool = False) -> Quanti
     if method not in READ:
         if method in FLOATS:
             raise InputError(
-                f"The model is quantized as {method}, and no other container holds its weights as they are.",
+                f"{checkpoint.path} is quantized as {method[:80]}, and no other container holds its weights as they are.",  # noqa: E501
                 "Give a --scheme to quantize their values anew.",
             )
         raise InputError(
-            f"The model is quantized as {method}, which quantcli does not read.",
+            f"{checkpoint.path} is quantized as {method[:80]}, which quantcli does not read.",
             f"Read are {', '.join((*READ, *FLOATS))}; or start from the original weights.",
         )
-    quantized = QuantizedCheckpoint(checkpoint, formats.quantized_format(method))
+    with about(checkpoint.path):
+        quantized = QuantizedCheckpoint(checkpoint, formats.quantized_format(method))
     ordered = [weight for weight in quantized.weights.values() if weight.order]
     if ordered and not as_values:
         raise InputError(
@@ -292,7 +299,8 @@ def open_floats_of(checkpoint: Checkpoint) -> FloatCheckpoint | None:
     method = _method_of(checkpoint)
     if method not in FLOATS and not (method == "compressed-tensors" and holds_floats(checkpoint.infos())):
         return None
-    return FloatCheckpoint(checkpoint, method, section_of(checkpoint.config))
+    with about(checkpoint.path):
+        return FloatCheckpoint(checkpoint, method, section_of(checkpoint.config))
 
 
 def _method_of(checkpoint: Checkpoint) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.warnoptions:
         # What libraries warn of is for developers; `python -W` still shows it.
         warnings.simplefilter("ignore")
+    if not logging.root.handlers:
+        # Else Python writes what libraries log to stderr, tracebacks of what they get over by themselves included.
+        logging.root.addHandler(logging.NullHandler())
     signal.signal(signal.SIGTERM, _interrupt)
     completion.prepare()
     arguments = None if argv is None else list(argv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from quantcli.conversion.staging import put_in_place, refuse_to_overwrite
+from quantcli.conversion.staging import Staging, open_staging, refuse_to_overwrite
 from quantcli.errors import BudgetError, InputError, UsageError
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.steps import named_steps, parse_steps
@@ -18,7 +17,7 @@ from quantcli.reporting.pareto import require_pareto, write_pareto
 from quantcli.reporting.report import GateRow, ModelRow, Report
 from quantcli.search.budget import Budget
 from quantcli.search.choices import Found
-from quantcli.system.files import check_target, explain, whole_file
+from quantcli.system.files import check_target, whole_file
 from quantcli.system.user_functions import is_function
 
 #: Converts by a recipe into a place; the flag says whether it is only planned.
@@ -91,26 +90,26 @@ def _published(
     force: bool,
 ) -> tuple[Found, Report, list[GateRow]]:
     """The artifact under its name, once it keeps the budget; a stricter search follows where it does not."""
-    place = output.absolute().parent / f".{output.name}.candidate"
     stricter = budget
-    try:
-        for _ in range(3):
-            found = search(stricter)
-            candidate = place / output.name
-            report = convert_one(found.recipe, candidate, False)
-            # A single file may have others beside it, which hold its weights.
-            size, losses = _size_of(place), judged(candidate)
-            gates = _gates(budget, output, size, losses)
-            if all(gate.passed for gate in gates):
-                _publish(place, output, force=force)
-                found.details["artifact_bytes"] = size
-                return found, report, gates
-            shutil.rmtree(place)
-            stricter = _stricter(budget, stricter, found.details["chosen"]["size_bytes"], size, losses)
-    except OSError as error:
-        raise explain(error, output) from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    with open_staging(output) as staging:
+        try:
+            for _ in range(3):
+                staging.begin_anew()
+                found = search(stricter)
+                candidate = staging.out / output.name
+                report = convert_one(found.recipe, candidate, False)
+                # A single file may have others beside it, which hold its weights.
+                size, losses = _size_of(staging.out), judged(candidate)
+                gates = _gates(budget, output, size, losses)
+                if all(gate.passed for gate in gates):
+                    _publish(staging, candidate, output, force=force)
+                    found.details["artifact_bytes"] = size
+                    return found, report, gates
+                stricter = _stricter(budget, stricter, found.details["chosen"]["size_bytes"], size, losses)
+        except UsageError:
+            staging.discard()
+            raise
+        staging.discard()
     broken = next(gate for gate in gates if not gate.passed)
     raise BudgetError(
         f"No artifact was found that keeps {broken.require}: the last one had {broken.value:.6g}.",
@@ -118,14 +117,13 @@ def _published(
     )
 
 
-def _publish(place: Path, output: Path, *, force: bool) -> None:
-    candidate = place / output.name
+def _publish(staging: Staging, candidate: Path, output: Path, *, force: bool) -> None:
     if candidate.is_dir():
-        put_in_place(candidate, output, None, place / "replaced")
+        staging.publish(built=candidate)
         return
     if not force:
-        refuse_to_overwrite(place, output)
-    put_in_place(place, output, output.name, place / "replaced")
+        refuse_to_overwrite(staging.out, output)
+    staging.publish(single_file=output.name)
 
 
 def _stricter(budget: Budget, last: Budget, planned: int, size: int, losses: Losses) -> Budget:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantcli.checkpoint.config_file import config_of
 from quantcli.checkpoint.decoded import DecodedCheckpoint
-from quantcli.checkpoint.hugging_face import config_of, is_causal_config, neighbours
+from quantcli.checkpoint.hugging_face import is_causal_config, neighbours
 from quantcli.checkpoint.quantized import QuantizedCheckpoint
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, use_loops, worker_count
@@ -189,21 +190,9 @@ class _NotAsked:
 
 
 def _quantize(conversion: Conversion, staging: Staging, *, force: bool) -> dict[str, Any]:
-    """Make the working copy, or finish it; it lies aside in the end, and the output is empty."""
+    """Make the working copy, or finish it, in the place of the output."""
     done = staging.begin(conversion.fingerprint(), force=force)
-    aside = _working_copy(staging)
-    if aside.exists():
-        shutil.rmtree(staging.out)
-        aside.rename(staging.out)
-    details = conversion.run(staging, done)
-    aside.parent.mkdir(exist_ok=True)
-    staging.out.rename(aside)
-    staging.out.mkdir()
-    return details
-
-
-def _working_copy(staging: Staging) -> Path:
-    return staging.scratch / "codes"
+    return conversion.run(staging, done)
 
 
 def _pack(decoder: Decoder, model: Path, staging: Staging, place: OnnxLayout) -> dict[str, Any]:
@@ -212,7 +201,7 @@ def _pack(decoder: Decoder, model: Path, staging: Staging, place: OnnxLayout) ->
     from quantcli.export.decoder.graph import build_decoder
     from quantcli.export.decoder.weights import DecoderWeights
 
-    codes = open_checkpoint(_working_copy(staging))
+    codes = open_checkpoint(staging.set_aside())
     has_codes = "quantization_config" in (codes.config or {})
     quantized = QuantizedCheckpoint(codes, quantized_format("onnx")) if has_codes else None
     artifact = staging.out / place.file

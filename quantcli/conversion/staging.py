@@ -34,6 +34,8 @@ class Staging:
         self._journal_path = self.root / "journal.jsonl"
         #: For what does not fit into memory, and what was learned.
         self.scratch = self.root / "scratch"
+        self._aside = self.root / "aside"
+        self._replaced = self.root / "replaced"
         #: What a training that is interrupted continues from.
         self.checkpoint = self.root / "training.pt"
         self._journal: IO[str] | None = None
@@ -56,6 +58,12 @@ class Staging:
                     f"An interrupted conversion to {self.target} was begun with another recipe, input or version.",
                     hint="Use --force to discard it and start anew.",
                 )
+            records = []
+        if self._aside.exists():
+            shutil.rmtree(self.out, ignore_errors=True)
+            self._aside.rename(self.out)
+        # A kill between the last rename and the end leaves a journal of what stands in its place already.
+        if not self.out.is_dir() or not any(self.out.iterdir()):
             records = []
         if not records:
             shutil.rmtree(self.out, ignore_errors=True)
@@ -80,6 +88,15 @@ class Staging:
             self.record(record)
         return others
 
+    def set_aside(self) -> Path:
+        """Make room for an output that is made of what is there now; returns where that lies until the end.
+
+        A run that is continued finds it in its place again.
+        """
+        self.out.rename(self._aside)
+        self.out.mkdir()
+        return self._aside
+
     def begin_anew(self) -> None:
         """Start over whatever lies there: for work that is not continued."""
         for left in self.root.iterdir():
@@ -95,14 +112,20 @@ class Staging:
         self._journal.write(json.dumps(entry) + "\n")
         self._journal.flush()
 
-    def publish(self, *, single_file: str | None = None) -> None:
-        """Rename the output to its place; the old one, if any, goes only once the new one stands.
+    def publish(self, *, single_file: str | None = None, built: Path | None = None) -> None:
+        """Rename the output, or a folder ``built`` within it, to its place.
 
-        What was built beside a single file goes beside the target, and before it.
+        The old one, if any, goes only once the new one stands. What was built beside a single file goes beside the
+        target, and before it.
         """
         self.close()
-        put_in_place(self.out, self.target, single_file, self.root / "replaced")
+        put_in_place(built or self.out, self.target, single_file, self._replaced)
         self.discard()
+
+    def put_back(self) -> None:
+        """Give an old output its place back where a kill came between two renames."""
+        if self._replaced.exists() and not self.target.exists():
+            self._replaced.rename(self.target)
 
     def close(self) -> None:
         """Close the journal."""
@@ -180,6 +203,8 @@ def put_in_place(built: Path, target: Path, single_file: str | None, aside: Path
                 companion.replace(target.parent / companion.name)
         built = built / single_file
     if target.is_dir():
+        # Of a run that was killed once its output stood.
+        shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
         try:
             built.rename(target)
@@ -222,6 +247,7 @@ def open_staging(target: Path) -> Iterator[Staging]:
         staging.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(staging.root / _LOCK, timeout=0)
         with lock:
+            staging.put_back()
             try:
                 yield staging
             except (KeyboardInterrupt, NotProvenError, RankError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import lzma
 import mmap
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -14,12 +16,17 @@ from typing import IO, TYPE_CHECKING, Any
 from quantcli.core.ports import Port
 from quantcli.errors import InputError
 from quantcli.system.files import stored_member_offset
+from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
     import numpy as np
 
 ARRAY_SUFFIXES = (".npz", ".npy")
 LABELS = "labels"
+#: What zipfile, and what it decompresses with, raise for a damaged archive.
+_DAMAGED = (
+    ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
 
 
 class ArrayFile:
@@ -48,7 +55,7 @@ class ArrayFile:
                 arrays = {
                     entry.filename.removesuffix(".npy"): self._member(archive, entry) for entry in archive.infolist()
                 }
-        except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        except _DAMAGED as error:
             reason = " ".join(str(error).split()).rstrip(".")
             if any(word in reason for word in ("pickle", "Object arrays", "Python objects")):
                 reason = "it holds Python objects, which are never loaded"
@@ -114,7 +121,15 @@ def _header(stream: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...], bool, in
     version = npy.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"it has version {version} of the format")
-    shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    try:
+        shape, fortran, dtype = read(stream)
+    except (*_DAMAGED, OSError):
+        raise
+    except Exception as error:  # numpy parses it as Python, and raises whatever it stumbles over
+        raise ValueError(f"its header is damaged ({first_line(error)})") from error
+    if any(type(side) is not int or side < 0 for side in shape):
+        raise ValueError(f"its header is damaged (the shape {shape})")
     if dtype.hasobject:
         raise ValueError("Object arrays cannot be loaded")
     return dtype, shape, fortran, stream.tell()

@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantcli.errors import InputError, MissingExtraError, UsageError
-from quantcli.system.text import suggestion
+from quantcli.system.text import first_line, suggestion
+from quantcli.system.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,19 +114,21 @@ def load_preprocess(file: Path | None, folder: Path | None) -> Preprocess:
                 f"How images become inputs is not known: {file or 'preprocessor_config.json'} does not exist.",
                 f"Say it with --preprocess FILE.yaml, for example {EXAMPLE}.",
             )
-    try:
-        text = file.read_text(encoding="utf-8")
-        document = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The preprocessing {file} cannot be read: {error}.") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        kind = "JSON" if file.suffix == ".json" else "YAML"
-        raise UsageError(f"The preprocessing {file} is not valid {kind}: {' '.join(str(error).split())}.") from error
+    document = _json(file) if file.suffix == ".json" else read_yaml(file, "The preprocessing")
     if not isinstance(document, dict):
         raise UsageError(f"The preprocessing {file} is not a mapping.", f"For example: {EXAMPLE}.")
     if any(str(key).startswith("do_") or key == "image_processor_type" for key in document):
         document = _from_transformers(document, file)
     return _validated(document, file)
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The preprocessing {file} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"The preprocessing {file} is not valid JSON: {first_line(error)}.") from error
 
 
 def _validated(document: dict[str, Any], file: Path) -> Preprocess:
@@ -166,14 +168,17 @@ def _from_transformers(config: dict[str, Any], file: Path) -> dict[str, Any]:
         found["resize"] = _size(config.get("size"), unsupported)
         number = config.get("resample", _FILTERS["bilinear"])
         names = {value: key for key, value in _FILTERS.items()}
-        if number not in names:
+        if not isinstance(number, int) or number not in names:
             raise unsupported(f"resample {number!r}")
         found["interpolation"] = names[number]
-        if config.get("crop_pct") and isinstance(found["resize"], int):
+        share = config.get("crop_pct")
+        if share and isinstance(found["resize"], int):
+            if not isinstance(share, int | float) or not 0 < share <= 1:
+                raise unsupported(f"crop_pct {share!r}")
             # ConvNeXT's way: enlarge, then crop to the size that was named; from 384 on, no crop but an exact size.
             side = found["resize"]
             small = side < 384
-            found["resize"] = int(side / config["crop_pct"]) if small else (side, side)
+            found["resize"] = int(side / share) if small else (side, side)
             found |= {"crop": side} if small else {}
     if config.get("do_center_crop"):
         found["crop"] = _pair_of(config.get("crop_size", config.get("size")), unsupported)

@@ -56,7 +56,7 @@ def _medium(path: Path, changed: int, size: int) -> Medium | None:
                     medium = _medium_of_record(record) if isinstance(record, dict) else None
                     if medium:
                         return medium
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # whoever reads the text says where it is damaged
     return None
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.data.records import KNOWN_KEYS, LABEL_KEYS, ChatText, label_of, plain_chat, text_of, unknown_fields
 from quantcli.errors import InputError, MissingExtraError
+from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ def load_labelled_texts(path: Path, *, lines: bool, chat: ChatText = plain_chat)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or first_line(error)}.") from error
     found = [(text, label) for text, label in found if text.strip()]
     if not found:
         raise InputError(f"{path} holds no text.")
@@ -61,7 +62,7 @@ def _read(path: Path, lines: bool, chat: ChatText) -> Iterator[tuple[str, int | 
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number} is not JSON: {error}.") from error
         yield text_of(record, f"{path}, line {number}", chat), label_of(record)
 
@@ -87,7 +88,7 @@ def _parquet_texts(path: Path, chat: ChatText) -> Iterator[tuple[str, int | None
                 if any(value is not None for key, value in row.items() if key not in LABEL_KEYS):
                     yield text_of(row, f"{path}, row {number}", chat), label_of(row)
     except pyarrow.ArrowException as error:
-        raise InputError(f"{path} is not a readable parquet file: {error}.") from error
+        raise InputError(f"{path} is not a readable parquet file: {first_line(error)}.") from error
 
 
 def token_windows(tokenizer: Any, texts: list[str], length: int, samples: int, source: Path) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quantcli.checkpoint.config_file import read_config
 from quantcli.checkpoint.hugging_face import load_json
 from quantcli.errors import InputError
 from quantcli.export.source import Example, ExportSource, wave
@@ -41,7 +42,7 @@ class _Outputs(nn.Module):
 
 def hugging_face_source(path: Path) -> ExportSource:
     """The model of a folder, with made-up tokens or images as inputs."""
-    config = load_json(hugging_face.require_folder(path) / "config.json")
+    config = read_config(hugging_face.require_folder(path) / "config.json")
     headed = any(str(name).endswith(_HEADED) for name in config.get("architectures") or [])
     runner = open_runner(path, headed=headed, decoded=True)
     assert isinstance(runner, TorchRunner)

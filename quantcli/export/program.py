@@ -11,12 +11,13 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.export.source import Example, ExportSource, arrays, named, non_constant
+from quantcli.models.program_file import load_program
 from quantcli.models.runner import ProgramRunner
 
 
 def program_source(path: Path, runner: ProgramRunner, samples: list[Example]) -> ExportSource:
     """A ``.pt2`` program, with samples, or its own example, as inputs."""
-    program = torch.export.load(path)
+    program = load_program(path)
     names = [port.name for port in runner.inputs]
     if samples:
         example = samples[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -42,8 +42,10 @@ def sized_cache(inputs: Iterable[Port], path: Path) -> tuple[Port, ...]:
     if all(isinstance(size, int) for port in ports for size in (port.shape or ())[1::2]):
         return ports
     config = path.parent / GENAI_CONFIG
-    size = load_json(config).get("model", {}).get("decoder", {}).get("head_size") if config.is_file() else None
-    if not isinstance(size, int):
+    size: Any = load_json(config) if config.is_file() else None
+    for key in ("model", "decoder", "head_size"):
+        size = size.get(key) if isinstance(size, dict) else None
+    if not isinstance(size, int) or size < 1:
         raise InputError(
             f"{path} does not tell the sizes of its cache: {ports[0]}.", f"Put its {GENAI_CONFIG} beside it."
         )

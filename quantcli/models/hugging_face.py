@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantcli.checkpoint.config_file import read_config
 from quantcli.checkpoint.decoded import decoded_checkpoint
 from quantcli.checkpoint.hugging_face import is_causal_config, load_json
 from quantcli.checkpoint.quantized import FLOATS, section_of
@@ -50,7 +51,7 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
         InputError: the folder is not a model that transformers can load, or weights are missing.
     """
     transformers = transformers_library()
-    config = load_json(require_folder(path) / "config.json")
+    config = read_config(require_folder(path) / "config.json")
     section = section_of(config)
     method = section.get("quant_method")
     plain = None
@@ -218,8 +219,10 @@ def load_tokenizer(path: Path) -> Any:
     if not path.is_dir():
         raise InputError(f"{path} is no folder, so it has no tokenizer.", "Name one with --tokenizer FOLDER.")
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer("a")
+        return tokenizer
+    except Exception as error:  # transformers, and Rust below it, raise whatever a damaged file makes them stumble over
         reason = first_line(error)
         raise InputError(f"{path} has no usable tokenizer: {reason}", "Name one with --tokenizer FOLDER.") from error
 
@@ -256,7 +259,7 @@ def require_vocabulary(model: nn.Module, ids: Sequence[Any], data: str) -> None:
 
 def is_causal(path: Path) -> bool:
     """Whether a folder's architecture is a causal language model, or holds one that also sees or hears."""
-    config = load_json(require_folder(path) / "config.json")
+    config = read_config(require_folder(path) / "config.json")
     return _reads_more_than_text(config) or is_causal_config(config)
 
 
@@ -318,7 +321,7 @@ _LONGEST_TABLE = 1 << 14
 
 def longest_sequence(path: Path) -> int:
     """Tokens a model can take, as its config.json says and its class counts them; 512 where neither does."""
-    config = load_json(require_folder(path) / "config.json")
+    config = read_config(require_folder(path) / "config.json")
     nested = config.get("text_config")
     known = [section.get(key) for section in (config, nested) if isinstance(section, dict) for key in _POSITIONS]
     longest = next((value for value in known if isinstance(value, int) and value > 0), 512)

@@ -107,10 +107,10 @@ def hugging_face_ports(path: Path, *, text: bool = False) -> tuple[Port, ...]:
 
     With ``text`` that is token ids, with a mask and, where it has such, token types, whatever else the model sees.
     """
-    from quantcli.checkpoint.hugging_face import load_json
+    from quantcli.checkpoint.config_file import read_config
     from quantcli.models.hugging_face import config_inputs, is_causal, named_class
 
-    config = load_json(path / "config.json")
+    config = read_config(path / "config.json")
     main, *taken = config_inputs(config)
     if named_class(config) is None and not text and (path / "preprocessor_config.json").is_file():
         main = "pixel_values"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.hugging_face import load_json
+from quantcli.checkpoint.config_file import read_config
 from quantcli.errors import InputError
 from quantcli.models.hugging_face import config_inputs, quiet, transformers_library
 from quantcli.system.text import first_line
@@ -89,7 +89,7 @@ def _array(value: Any) -> np.ndarray:
 
 def require_taken(folder: Path, arrays: Sequence[str], known: Sequence[str]) -> None:
     """Raise InputError where a model takes an array of its processor that quantcli does not hand on."""
-    taken = set(config_inputs(load_json(folder / "config.json")))
+    taken = set(config_inputs(read_config(folder / "config.json")))
     lost = [name for name in arrays if name in taken and name not in known]
     if lost:
         raise InputError(
@@ -106,5 +106,5 @@ def placeholder_ids(folder: Path | None) -> list[int]:
     """Token ids in whose place a model of a folder sees or hears something, and which nobody predicts."""
     if folder is None or not (folder / "config.json").is_file():
         return []
-    config = load_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     return [value for key in _PLACEHOLDERS if isinstance(value := config.get(key), int)]

@@ -15,6 +15,7 @@ from quantcli.errors import InputError
 from quantcli.models.decoder import LOGITS, CachedDecoder, Decoder, TorchDecoder, empty_cache, sized_cache
 from quantcli.models.inputs import decoder_inputs, fit, hugging_face_ports, require_shape, signature_ports
 from quantcli.models.outputs import named
+from quantcli.models.program_file import load_program
 from quantcli.onnx.graph.model import is_onnx, onnx_file
 from quantcli.system.text import first_line
 from quantcli.system.user_functions import is_function, load_function
@@ -134,19 +135,8 @@ class ProgramRunner:
     """
 
     def __init__(self, path: Path) -> None:
-        import torch
-
         self.name = str(path)
-        if not path.is_file():
-            raise InputError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
-        try:
-            program = torch.export.load(path)
-        except Exception as error:  # zip, JSON and schema errors share no base class
-            reason = first_line(error)
-            raise InputError(
-                f"{path} cannot be loaded by torch {torch.__version__}: {reason}",
-                "A .pt2 is written by torch.export.save; it may be damaged, or of a newer torch.",
-            ) from error
+        program = load_program(path)
         wanted = program.graph_signature.user_inputs
         nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
         if any(not isinstance(name, str) or name not in nodes for name in wanted):

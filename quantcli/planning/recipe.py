@@ -6,16 +6,18 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantcli.core.scheme import PRESETS, Granularity, NumberFormat, Scheme
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import UsageError
 from quantcli.planning.targets import TARGETS
 from quantcli.system.text import parse_bytes, suggestion
+from quantcli.system.yaml_file import read_yaml
 
 Rest = Literal["auto", "keep", "fp16", "bf16"]
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+#: Characters of what is said against a value, which may quote it.
+_LONGEST_PROBLEM = 600
 
 
 class _Strict(BaseModel):
@@ -158,12 +160,7 @@ def build_scheme(value: str | SchemeSpec) -> Scheme:
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file. Raises InputError where it cannot be read, UsageError where it cannot be meant."""
-    try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The recipe {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    loaded = read_yaml(path, "The recipe")
     if not isinstance(loaded, dict):
         raise UsageError(f"The recipe {path} is not a mapping.", "Start with a line such as: scheme: int4")
     return validate(loaded, str(path))
@@ -182,7 +179,7 @@ def validate(data: dict[str, Any], where: str) -> Recipe:
             raise UsageError(
                 f"{where}: unknown key {'.'.join(location)!r}.", suggestion(location[-1], known)
             ) from error
-        message = problem["msg"].removeprefix("Value error, ").rstrip(".?")
+        message = problem["msg"].removeprefix("Value error, ").rstrip(".?")[:_LONGEST_PROBLEM]
         end = "?" if "Did you mean" in message else "."
         raise UsageError(f"{where}: {'.'.join(location)}: {message}{end}") from error
 
@@ -194,21 +191,6 @@ def _fields_at(location: list[str]) -> list[str]:
     for part in location:
         model = nested.get(part, model)
     return list(model.model_fields)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where the last one would silently win."""
-
-
-def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
 def dequantizes(recipe: Recipe) -> bool:

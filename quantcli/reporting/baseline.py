@@ -28,6 +28,7 @@ _CONDITIONS = {
     "task": "task", "samples": "number of samples", "cpu": "CPU", "threads": "number of threads",
     "runtimes": "versions of the runtimes", "inputs": "shapes of the inputs",
 }  # fmt: skip
+_MOST_BYTES = 256 << 20
 
 
 class _Entry(BaseModel):
@@ -164,6 +165,8 @@ def judge(report: Report, gates: Sequence[Gate], baseline: Baseline | None) -> N
 
 def _document(path: Path) -> _Document:
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise InputError(f"The baseline {path} is over {_MOST_BYTES >> 20} MiB, too much for what it should be.")
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"The baseline {path} cannot be read: {error.strerror}.") from error

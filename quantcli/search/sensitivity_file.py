@@ -22,7 +22,7 @@ _MOST_BYTES = 256 << 20
 class WayFigures(BaseModel):
     """A way to store a layer of a graph: bytes, time by that of the float kernel, noise by signal of the weight."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     nbytes: int
     factor: float
@@ -32,7 +32,7 @@ class WayFigures(BaseModel):
 class LayerFigures(BaseModel):
     """A layer of a graph: bytes, multiplications in one run, and ways to store it by their labels."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     nbytes: int
     work: float
@@ -50,7 +50,7 @@ class Sensitivity(BaseModel):
     - ``graph``: layers of a graph, in its order, and ``rest`` the bytes of what is beside them.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     quantcli_sensitivity: int = _VERSION
     identity: dict[str, str] = {}

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +37,49 @@ def check_target(target: Path, source: Path | None, *, force: bool) -> None:
             raise UsageError(f"The output {target} and the input {source} overlap.", "Choose another place for -o.")
     if target.exists() and not force:
         raise UsageError(f"The output {target} exists.", "Use --force to replace it.")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Meanwhile an error of the system is one of reading this file. Raises InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Meanwhile an InputError that does not say which file it is about says that it is this one."""
+    try:
+        yield
+    except InputError as error:
+        if str(path) not in error.message:
+            error.message = f"{path}: {error.message}"
+            error.args = (error.message,)
+        raise
+
+
+class Unchanged:
+    """Files as they were when they were opened: what is read of them for hours must be of one state."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._states = {file: _state(file) for file in files}
+
+    def require(self) -> None:
+        """Raise InputError where a file is no longer what it was."""
+        for file, state in self._states.items():
+            if _state(file) != state:
+                raise InputError(f"{file} was changed while it was read.", "Run the command again once it is whole.")
+
+
+def _state(file: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written or replaced; None where there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def explain(error: OSError, target: Path) -> InputError:

@@ -27,6 +27,7 @@ from quantcli.conversion.checkpoint.writer import (
     write_scales,
     write_values,
 )
+from quantcli.conversion.staging import Staging
 from quantcli.core.numerics import error_powers, in_groups
 from quantcli.core.tensors import QuantizedTensor, RoundedTensor, Rounding
 from quantcli.data.fingerprint import fingerprint
@@ -176,6 +177,10 @@ class CalibratedWork:
         if self.history is not None:
             counts["training"] = {key: getattr(self.history, key) for key in ("loss", "steps", "best_step", "stopped")}
         return {"calibration": counts} | ({"calibration_fingerprint": sketch} if sketch else {})
+
+    def has_learned(self, staging: Staging) -> bool:
+        """Whether an interrupted run has learned what all of its tensors will be."""
+        return (staging.scratch / _LEARNED).exists()
 
     def run(self, output: Output) -> None:
         """Quantize and write every block whose tensors are not in the output's results yet, then learn."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +63,10 @@ class Packing:
         Raises:
             VerificationError, InputError, NotProvenError: the file is not what was meant, or llama.cpp does not run it.
         """
-        staging.scratch.mkdir(parents=True, exist_ok=True)
-        path = staging.scratch / self.name
+        written, path = staging.set_aside(), staging.out / self.name
         manifest = Manifest.of(details["manifest"], self._path)
-        self._file.write(path, staging.out, manifest)
-        verified = dict(manifest.verified or {}) | {"file": self._file.check(path, staging.out)}
+        self._file.write(path, written, manifest)
+        verified = dict(manifest.verified or {}) | {"file": self._file.check(path, written)}
         folder = self._file.folder
         verified["runtime"] = (
             llama_cpp.skipped(*self._skip)
@@ -78,7 +76,4 @@ class Packing:
         manifest.verified = verified
         self._file.finish(path, manifest)
         details |= {"verified": verified, "manifest": manifest.to_json()}
-        shutil.rmtree(staging.out)
-        staging.out.mkdir()
-        path.replace(staging.out / self.name)
-        return self._file.as_reported(layout, (staging.out / self.name).stat().st_size)
+        return self._file.as_reported(layout, path.stat().st_size)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint.hugging_face import load_json
+from quantcli.checkpoint.config_file import read_config
 from quantcli.checkpoint.quantized import section_of
 from quantcli.system.child import raise_if_out_of_memory
 from quantcli.system.text import first_line
@@ -57,7 +57,7 @@ def load(
         try:
             _, before = _loading_info(original, "meta")
         except Exception as error:
-            if problems and section_of(load_json(Path(original) / "config.json")):
+            if problems and section_of(read_config(Path(original) / "config.json")):
                 # The original is quantized in a way that this installation does not load: that excuses nothing.
                 return None, answer | {"problems": problems}
             reason = f"transformers {transformers.__version__} does not load the original: {first_line(error)}"

@@ -18,7 +18,7 @@ from quantcli.conversion.checkpoint.layout import Layout
 from quantcli.conversion.staging import Staging
 from quantcli.core import compiled
 from quantcli.core.manifest import Manifest, ManifestLayer
-from quantcli.errors import UsageError
+from quantcli.errors import UsageError, VerificationError
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.system import ranks
 from quantcli.system.parallel import Background, in_parallel, usable_cores
@@ -57,6 +57,9 @@ class Work(Protocol):
 
     def manifest(self) -> dict[str, Any]:
         """Entries of the manifest."""
+
+    def has_learned(self, staging: Staging) -> bool:
+        """Whether an interrupted run has learned what all of its tensors will be."""
 
     def run(self, output: Output) -> None:
         """Write every tensor that is not in the output's results yet."""
@@ -124,6 +127,7 @@ class Conversion:
             output.results.update(ranks.broadcast(output.results))
         self._stream(output)
         self.sha256 = hashing.result()
+        self.checkpoint.require_unchanged()
         for destination in output.destinations.values():
             destination.file.close()
         verified = self._verify(staging.out / (self.layout.single_file or ""))
@@ -155,11 +159,35 @@ class Conversion:
         if not ranks.is_first():
             destinations = self.layout.create_files(staging.out)  # the same bytes once more
         self.results = {name: LayerResult.from_json(record) for name, record in done.items()}
+        self._forget_what_is_not_there(staging)
         own = sum(layer.info.nbytes for layer in self.plan.layers if layer.info.name in self._own_names)
         streamed = sum(layer.info.nbytes for layer in self.plan.layers) - own
         tracker = Tracker(_CALIBRATED_WEIGHT * own + streamed, self.progress)
         tick = Fractions(tracker, _CALIBRATED_WEIGHT * own)
         return Output(staging, destinations, self.results, self.workers, tracker, tick)
+
+    def _forget_what_is_not_there(self, staging: Staging) -> None:
+        """Hold what an interrupted run says that it wrote against the files: after a power cut they may hold less."""
+        if not self.results:
+            return
+        from quantcli.conversion.checkpoint.verify import Verifier
+
+        verifier = Verifier(staging.out / (self.layout.single_file or ""), self.plan, self.layout.specs)
+        # What was learned is written over what was there, and all of it anew.
+        known = self._own_names if self.work and self.work.has_learned(staging) else set[str]()
+        layers = [layer for layer in self.plan.layers if layer.info.name in self.results.keys() - known]
+        lost: list[str] = []
+
+        def check(layer: LayerPlan) -> None:
+            try:
+                verifier.check(layer, self.results[layer.info.name])
+            except VerificationError:
+                lost.append(layer.info.name)
+
+        in_parallel((partial(check, layer) for layer in layers), self.workers)
+        for name in lost:
+            del self.results[name]
+        ranks.gather(None)  # no rank writes while another still looks
 
     def _stream(self, output: Output) -> None:
         """Write all tensors that are not done, on worker threads; ranks share them, and tell each other."""

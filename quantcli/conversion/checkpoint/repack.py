@@ -35,6 +35,7 @@ from quantcli.system.parallel import in_parallel
 
 if TYPE_CHECKING:
     from quantcli.conversion.checkpoint.writer import Output
+    from quantcli.conversion.staging import Staging
     from quantcli.training.loop import History
 
 
@@ -94,6 +95,10 @@ class Repacking:
     def manifest(self) -> dict[str, Any]:
         """Nothing: where the codes come from is recorded for every quantized source."""
         return {}
+
+    def has_learned(self, staging: Staging) -> bool:
+        """Never: nothing is learned."""
+        return False
 
     def run(self, output: Output) -> None:
         """Carry every layer over that is not in the output's results yet."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from quantcli.checkpoint.hugging_face import companions, config_of
+from quantcli.checkpoint.config_file import config_of
+from quantcli.checkpoint.hugging_face import companions
 from quantcli.core.manifest import MANIFEST
 from quantcli.onnx.plan.plan import GraphPlan
 from quantcli.planning.targets import onnx_layout

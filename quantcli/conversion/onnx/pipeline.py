@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.calibration.collect import DEFAULT_SAMPLES
 from quantcli.calibration.histograms import activation_histograms
 from quantcli.calibration.statistics import CalibrationStats
-from quantcli.checkpoint.hugging_face import config_of
+from quantcli.checkpoint.config_file import config_of
 from quantcli.conversion.onnx.advice import Advice, advise
 from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, Comparison, OutputComparison
 from quantcli.conversion.onnx.evidence import Gathered, Material, gather
@@ -243,6 +243,7 @@ def _finish(job: _Job, staging: Staging, material: Material, built: _Built, prot
         data, kept = material.loader(job.data, trains=job.trains), compared.sqnr_db
         advice = advise(job.recipe, source.model, data, gathered.evidence, built.outputs, kept, staging.root)
     result = Result(source, job.output, done, built.outcomes, built.verified, compared if on_data else None)
+    source.model.require_unchanged()
     manifest = result.manifest(gathered.fingerprint)
     add_metadata(built.files[0], MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
     size = sum(file.stat().st_size for file in built.files)

@@ -12,7 +12,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint.hugging_face import is_causal_config, load_json
+from quantcli.checkpoint.config_file import read_config
+from quantcli.checkpoint.hugging_face import is_causal_config
 from quantcli.errors import InputError
 from quantcli.system.text import listed
 
@@ -87,7 +88,7 @@ class Decoder:
 
 def why_no_decoder(folder: Path) -> str | None:
     """Why no graph with a key-value cache can be built of a folder, by its config.json alone; None where one can."""
-    config = load_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     model_type = config.get("model_type")
     if not is_causal_config(config):
         return f"{folder} is no causal language model"

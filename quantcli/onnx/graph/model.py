@@ -14,6 +14,7 @@ from quantcli.errors import InputError
 from quantcli.onnx.graph.external import LARGE_BYTES, external_files, find_external
 from quantcli.onnx.graph.sparse import write_out_sparse
 from quantcli.onnx.graph.wire import read_lean
+from quantcli.system.files import Unchanged, reading
 from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
@@ -54,6 +55,15 @@ class OnnxModel:
 
     def __init__(self, path: Path, model: ir.Model) -> None:
         self.path, self.ir = path, model
+        self._watched = Unchanged(())
+
+    def watch(self) -> None:
+        """Remember what its files are now."""
+        self._watched = Unchanged(self.files)
+
+    def require_unchanged(self) -> None:
+        """Raise InputError where one of its files was written or replaced since it was opened."""
+        self._watched.require()
 
     @property
     def opset(self) -> int:
@@ -96,7 +106,7 @@ class OnnxModel:
     def _sha256(self) -> str:
         digest = hashlib.sha256()
         for file in self.files:
-            with file.open("rb") as stream:
+            with reading(file), file.open("rb") as stream:
                 while chunk := stream.read(_HASH_CHUNK):
                     digest.update(chunk)
         return digest.hexdigest()
@@ -111,11 +121,14 @@ def open_onnx(path: Path, *, mapped: bool = False) -> OnnxModel:
     """
     from onnx_ir.passes import common
 
+    from quantcli.onnx.graph.checked import require_sound
+
     path = onnx_file(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
     try:
         model = load_graph(path, mapped=mapped)
+        require_sound(model)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:
@@ -136,6 +149,7 @@ def open_onnx(path: Path, *, mapped: bool = False) -> OnnxModel:
             "Export it anew, or upgrade it with onnx.version_converter.",
         )
     find_external(model, path)
+    opened.watch()
     # Before IR version 4 every initializer was an input as well; nobody feeds those.
     common.RemoveInitializersFromInputsPass()(model)
     return opened
