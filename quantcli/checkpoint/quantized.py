@@ -262,7 +262,8 @@ def open_quantized(checkpoint: Checkpoint, *, as_values: bool = False) -> Quanti
     if method not in READ:
         if method in FLOATS:
             raise InputError(
-                f"{checkpoint.path} is quantized as {method[:80]}, and no other container holds its weights as they are.",  # noqa: E501
+                f"{checkpoint.path} is quantized as {method[:80]}, and no other container holds its weights as they "
+                "are.",
                 "Give a --scheme to quantize their values anew.",
             )
         raise InputError(

@@ -186,7 +186,8 @@ def test_a_part_that_occurs_twice(program: Path, tmp_path: Path) -> None:
     [
         ("Mul(Integer(2), Symbol('s77', positive=True, integer=True))", True), ("2*s0 + 1", True),
         ("L['args'][0][0].size()[0] >= 2", True), ("exec(s0)", False), ("(1).__class__", False),
-        ("[a for a in b]", False),        ("lambda: 1", False), ("Symbol('a').func.mro()", False), ("(", False), ("f'{a}'", False), ("a := 3", False),  # noqa: E501
+        ("[a for a in b]", False), ("lambda: 1", False), ("Symbol('a').func.mro()", False), ("(", False),
+        ("f'{a}'", False), ("a := 3", False),
     ],
 )  # fmt: skip
 def test_what_is_arithmetic(text: str, harmless: bool) -> None:
