@@ -12,7 +12,7 @@ from quantcli.core.ports import Arrays, Port, dtype_family
 from quantcli.data.made_up import FILLS, SPREADS, made_up_feeds, table_sizes
 from quantcli.data.samples import Samples, batches
 from quantcli.errors import InputError
-from quantcli.models.session import Session
+from quantcli.models.pieces import Runnable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,7 @@ def of_samples(samples: Samples, most: int) -> Feeds:
     return feeds
 
 
-def made_up(reference: Session, graph: ir.Model, *, mixed: bool = False) -> Feeds | NoFeeds:
+def made_up(reference: Runnable, graph: ir.Model, *, mixed: bool = False) -> Feeds | NoFeeds:
     """Feeds that a model returns numbers for, with one sample more where it takes that; or why there are none.
 
     Args:
@@ -129,7 +129,7 @@ class _Maker:
         )
 
 
-def _ports(reference: Session, graph: ir.Model) -> list[Port]:
+def _ports(reference: Runnable, graph: ir.Model) -> list[Port]:
     """A model's inputs; the runtime tells one of any number of dimensions no otherwise than a scalar."""
     unknown = {value.name for value in graph.graph.inputs if value.shape is None}
     return [replace(port, shape=None) if port.name in unknown else port for port in reference.inputs]
@@ -149,7 +149,7 @@ def _makers(ports: Sequence[Port], tables: Mapping[str, int]) -> Iterator[_Maker
 
 
 def _with_others(
-    reference: Session, maker: _Maker, make: Callable[..., Arrays], fill: str, first: Arrays, *, mixed: bool
+    reference: Runnable, maker: _Maker, make: Callable[..., Arrays], fill: str, first: Arrays, *, mixed: bool
 ) -> Feeds:
     """Feeds that a model runs on, and others that are made likewise as far as it runs on them."""
     found = [(first, maker.samples)]
@@ -173,7 +173,7 @@ def _shapes(feeds: Arrays) -> list[list[tuple[int, ...]]]:
     return [[array.shape for array in tensors_of(value)] for value in feeds.values()]
 
 
-def _runs(reference: Session, feeds: Arrays) -> bool:
+def _runs(reference: Runnable, feeds: Arrays) -> bool:
     try:
         reference.run(feeds)
     except InputError:
