@@ -133,7 +133,7 @@ class _Cutter:
             better = best is None or total < limit // 2 or handed <= fewest
             if end > start and not stuck and better:
                 best, fewest = end, handed
-            if best is not None and total + sum(new.values()) > limit:
+            if new and best is not None and total + sum(new.values()) > limit:
                 return best
             sizes |= new
             total += sum(new.values())
