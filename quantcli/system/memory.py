@@ -10,7 +10,7 @@ from quantcli.errors import UsageError
 from quantcli.system.text import format_bytes
 
 #: What the libraries that convert a graph take before the first weight: torch, onnx, onnxruntime and what they load.
-LIBRARIES_BYTES = 400 << 20
+LIBRARIES_BYTES = 440 << 20
 
 #: Weights that the runtime is given at a time; its copies of these and the libraries are less than a gigabyte.
 _PIECE_BYTES = 128 << 20

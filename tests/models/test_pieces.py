@@ -114,7 +114,7 @@ def test_a_piece_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     onnx.save(branching(), path)
     with (
         within_memory(LIBRARIES_BYTES + 1000),
-        pytest.raises(UsageError, match=r"--max-memory 419 MB is too little: .* needs"),
+        pytest.raises(UsageError, match=r"--max-memory 461 MB is too little: .* needs"),
     ):
         runnable(path)
     with within_memory(LIBRARIES_BYTES + 8 * 4 * SIDE**2):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: Values that are rounded at a time, where each channel is rounded by itself.
-_SLAB_ELEMENTS = 1 << 22
+_SLAB_ELEMENTS = 1 << 20
 
 #: Key of the `meta` of codes under which is kept what they are the codes of.
 ORIGIN = "quantcli.origin"

@@ -36,7 +36,7 @@ print(json.dumps(peaks))
 @pytest.mark.slow
 def test_a_limit_is_kept_and_everything_runs(tmp_path: Path) -> None:
     """Libraries of 0.3 GB and weights of 0.3 GB: a conversion that held these all would be seen."""
-    limit, layers = 520_000_000, 19
+    limit, layers = 540_000_000, 19
     model = save_products(tmp_path / "m.onnx", layers=layers, width=2048)
     assert model.with_name("m.onnx.data").stat().st_size > 300_000_000
     command = [sys.executable, "-c", _CONVERT, str(model), str(tmp_path), str(limit)]
@@ -91,8 +91,8 @@ def test_weights_of_the_file_itself_are_not_read_with_it(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"scheme": "int8", "max_memory": 100_000_000}, "onnxruntime needs 419 MB in all"),
-        ({"scheme": "int8", "max_memory": 420_000_000}, "needs 4.* MB in all"),
+        ({"scheme": "int8", "max_memory": 100_000_000}, "onnxruntime needs 461 MB in all"),
+        ({"scheme": "int8", "max_memory": 463_000_000}, "needs 4.* MB in all"),
         ({"scheme": "int8-static"}, "runs the whole graph on the data"),
         ({"scheme": "int4", "algorithm": "gptq"}, "runs the whole graph on the data"),
         ({"scheme": "int8-dynamic", "algorithm": "qat"}, "runs the whole graph on what is trained"),
