@@ -32,6 +32,7 @@ from quantcli.search.budget import Budget
 from quantcli.system import ranks
 from quantcli.system.files import check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
+from quantcli.system.memory import within_memory
 from quantcli.system.parallel import at_most
 from quantcli.system.progress import Progress
 from quantcli.system.user_functions import is_function, load_function
@@ -89,7 +90,7 @@ def convert(
             ``vllm`` or ``sglang``, which are not, ``onnxruntime``, or ``onnxruntime-genai`` and ``transformers.js``,
             which get a folder of their own kind; also with a version: ``onnxruntime==1.22``.
         threads: worker threads; by default the number of usable cores.
-        max_memory: bytes that must not be exceeded; fewer threads are used to stay below.
+        max_memory: bytes that must not be exceeded; fewer threads are used to stay below, and graphs are run in pieces.
         calibration: statistics from `calibrate`, for static quantization to ONNX.
         data: in place of these, what to take them from; of a checkpoint, what its blocks are calibrated on. With
             ``qat``, what is learned from.
@@ -168,9 +169,12 @@ def convert(
             check_device(device)
         if verify is not None:
             raise UsageError("--verify is for checkpoints; what becomes ONNX is always run.")
-        if max_memory is not None:
-            raise UsageError("--max-memory does not apply to ONNX, whose graph is worked on as a whole.")
-        with at_most(threads):
+        if max_memory is not None and budget is not None and budget != Budget():
+            raise UsageError(
+                "--max-memory does not go with a budget, whose search measures whole graphs.",
+                "Convert by the recipe that it finds, with --max-memory.",
+            )
+        with at_most(threads), within_memory(max_memory):
             report = convert_graph(
                 model,
                 place,

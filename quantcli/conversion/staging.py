@@ -97,12 +97,26 @@ class Staging:
         self.out.mkdir()
         return self._aside
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether something lies there that the command that began it continues."""
+        return self.checkpoint.exists() or self._journal_path.exists()
+
     def begin_anew(self) -> None:
         """Start over whatever lies there: for work that is not continued."""
+        self._remove_all_but(_LOCK)
+
+    def keep_scratch(self) -> None:
+        """Remove all that an interrupted run left but its journal and what lies in `scratch`."""
+        self._remove_all_but(_LOCK, self._journal_path.name, self.scratch.name)
+
+    def _remove_all_but(self, *names: str) -> None:
         for left in self.root.iterdir():
+            if left.name in names:
+                continue
             if left.is_dir():
                 shutil.rmtree(left)
-            elif left.name != _LOCK:
+            else:
                 left.unlink()
         self.out.mkdir()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantcli.models.pieces import Pieces, is_run_in_pieces
 from quantcli.models.session import onnxruntime, session_of
-from quantcli.onnx.graph.model import load_graph
+from quantcli.onnx.graph.model import load_graph, open_onnx
 
 #: Operators of an optimized graph that compute on integers, or on codes they expand as they go.
 INTEGER_KERNELS = frozenset(
@@ -67,16 +69,25 @@ def prove(path: Path, name: str | None = None) -> Proof:
         InputError: the runtime cannot load the model.
     """
     version = f"onnxruntime {onnxruntime().__version__}"
+    kernels, floating = Counter[str](), dict[str, list[str]]()
     with tempfile.TemporaryDirectory(prefix="quantcli-") as folder:
-        dump = Path(folder) / "optimized.onnx"
-        session_of(path, dump=dump, name=name)
-        graph = load_graph(dump).graph
-        kernels = Counter(node.op_type for node in graph.all_nodes())
-        floating: dict[str, list[str]] = {}
-        for node in graph.all_nodes():
-            if node.op_type in FLOAT_KERNELS and _is_heavy(node):
-                floating.setdefault(node.op_type, []).append(node.name or node.outputs[0].name or "")
+        for dump in _optimized(path, Path(folder), name):
+            graph = load_graph(dump).graph
+            kernels.update(node.op_type for node in graph.all_nodes())
+            for node in graph.all_nodes():
+                if node.op_type in FLOAT_KERNELS and _is_heavy(node):
+                    floating.setdefault(node.op_type, []).append(node.name or node.outputs[0].name or "")
     return Proof(version, dict(sorted(kernels.items())), dict(sorted(floating.items())))
+
+
+def _optimized(path: Path, folder: Path, name: str | None) -> Iterator[Path]:
+    """What the runtime makes of a model, or of its pieces, as files in a folder."""
+    if is_run_in_pieces(path):
+        yield from Pieces(open_onnx(path, mapped=True).ir, name=name or str(path)).dumps(folder)
+        return
+    dump = folder / "optimized.onnx"
+    session_of(path, dump=dump, name=name)
+    yield dump
 
 
 def _is_heavy(node: Any) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from quantcli.onnx.graph.save import Lean
 
 #: onnxruntime's log level that lets nothing through: what fails is raised as well, and reported by us.
 _SILENT = 4
@@ -134,6 +137,17 @@ class Session:
             raise InputError(f"onnxruntime could not run the model: {first_line(error)}.") from error
         return dict(zip(names, values, strict=True))
 
+    def runs(self, feeds: Iterable[Mapping[str, np.ndarray]]) -> Iterator[tuple[dict[str, np.ndarray], float | None]]:
+        """Forward passes, one at a time: outputs, and the seconds that they took; None where loading is among them.
+
+        Raises:
+            InputError: the runtime refuses the inputs.
+        """
+        for each in feeds:
+            started = time.perf_counter()
+            outputs = self.run(each)
+            yield outputs, time.perf_counter() - started
+
     def bind(self, state: Mapping[str, np.ndarray], outputs: Mapping[str, str]) -> Binding:
         """Runs that keep a state where it lies: inputs ``state``, each written over by the output that it names."""
         return Binding(self._session, state, outputs)
@@ -179,7 +193,7 @@ def session_of(path: Path, **options: Any) -> Session:
         InputError: onnxruntime cannot load the model.
     """
     from quantcli.onnx.graph.model import open_onnx
-    from quantcli.onnx.graph.save import in_memory
+    from quantcli.onnx.graph.save import lean
 
     try:
         return Session(path, **options)
@@ -187,8 +201,17 @@ def session_of(path: Path, **options: Any) -> Session:
         model = open_onnx(path)
         if len(model.files) == 1:
             raise
-        proto, weights, folder = in_memory(model.ir)
-        return Session(proto, weights=weights, folder=folder, **{"name": str(path)} | options)
+        return session_of_lean(lean(model.ir), **{"name": str(path)} | options)
+
+
+def session_of_lean(model: Lean, **options: Any) -> Session:
+    """A session of a graph whose large weights stay where they are; ``options`` are those of `Session`.
+
+    Raises:
+        InputError: onnxruntime cannot load the model.
+    """
+    weights = {name: tensor.numpy() for name, tensor in model.weights.items()}
+    return Session(model.proto.SerializeToString(), weights=weights, folder=model.folder, **options)
 
 
 def _reason(error: Exception, model: Path | bytes, name: str) -> str:

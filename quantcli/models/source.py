@@ -213,7 +213,7 @@ def open_model(model: str | Path, weights: Path | None = None) -> ModelSource:
         return ModelSource(text, "function", weights=weights)
     path = Path(model)
     if is_onnx(path):
-        return ModelSource(text, "onnx", onnx=open_onnx(path))
+        return ModelSource(text, "onnx", onnx=open_onnx(path, mapped=True))
     if path.suffix == ".pt2":
         if not path.is_file():
             raise InputError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")

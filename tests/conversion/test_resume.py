@@ -18,10 +18,14 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 from support.artifacts import contents, tensors_of
+from support.onnx_models import save_products
 
 from quantcli import convert
 from quantcli.conversion.checkpoint import stream
 from quantcli.errors import InputError, UsageError
+from quantcli.onnx.graph.operands import Operand
+from quantcli.onnx.plan.evidence import Made
+from quantcli.onnx.rewrite import nbits
 
 
 @pytest.fixture
@@ -152,6 +156,34 @@ def test_kill_and_again(large: Path, tmp_path: Path) -> None:
     for place in (out, tmp_path / "wanted"):
         convert(large, place, scheme="int4")
     assert contents(out) == contents(tmp_path / "wanted")
+    assert not partial.exists()
+
+
+def test_a_graph_is_continued_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made of weights is not made again, and the bytes are those of a conversion that nobody stopped."""
+    source, partial = save_products(tmp_path / "m.onnx", layers=24, width=768), tmp_path / ".out.onnx.partial"
+    arguments = ["convert", str(source), "-o", str(tmp_path / "out.onnx"), "--scheme", "int4"]
+    status, _ = stop([sys.executable, "-m", "quantcli", *arguments], partial / "journal.jsonl", 6, signal.SIGKILL)
+    assert status == -signal.SIGKILL and not (tmp_path / "out.onnx").exists()
+    done = (partial / "journal.jsonl").read_text().count("\n") - 1
+    with pytest.raises(UsageError, match="begun with another recipe, input or version"):
+        convert(source, tmp_path / "out.onnx", scheme="int8")
+    convert(source, tmp_path / "out.onnx", scheme="int4", dry_run=True)
+    made: list[str] = []
+    packed = nbits._packed
+
+    def pack(operand: Operand, *more: Any) -> Made:
+        made.append(operand.value.name or "")
+        return packed(operand, *more)
+
+    monkeypatch.setattr(nbits, "_packed", pack)
+    # Codes that the disk did not keep are made again.
+    with (partial / "scratch" / "codes").open("r+b") as codes:
+        codes.write(b"damaged")
+    convert(source, tmp_path / "out.onnx", scheme="int4")
+    assert made[0] == "w0" and len(made) == 24 - done + 1
+    convert(source, tmp_path / "wanted.onnx", scheme="int4")
+    assert (tmp_path / "out.onnx").read_bytes() == (tmp_path / "wanted.onnx").read_bytes()
     assert not partial.exists()
 
 

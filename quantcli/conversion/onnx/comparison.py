@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.conversion.onnx.trial_inputs import Feeds, has_numbers, tensors_of
 from quantcli.core.ports import dtype_family
 from quantcli.errors import InputError
-from quantcli.models.session import Session, session_of
+from quantcli.models.pieces import Runnable, is_run_in_pieces, runnable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +35,7 @@ class Comparison:
     - ``sqnr_db``: signal to noise of all float outputs together; None where they are equal, or there are none.
     - ``equal``: of the values of all other outputs, the part that is the same; None where there are none.
     - ``speed``: the reference's median time over the candidate's. A hint only, since nothing was warmed up or
-      repeated; None for a single sample.
+      repeated; None for a single sample, and for models that are run in pieces.
     - ``outputs``: signal to noise of each float output.
     - ``not_finite``: outputs for which the reference returned no finite number.
     - ``made_up``: whether the inputs were.
@@ -70,6 +69,11 @@ class Comparison:
         return found if self.equal is None else found | {"equal": round(self.equal, 6)}
 
 
+def reference_of(path: Path, name: str) -> Runnable:
+    """A model that others are compared with; in pieces, which are not timed, its weights are not laid out anew."""
+    return runnable(path, name=name, prepack=not is_run_in_pieces(path))
+
+
 class OutputComparison:
     """Candidates against one reference on the same feeds.
 
@@ -92,15 +96,15 @@ class OutputComparison:
         self.name = name or str(reference)
         self._kept: list[list[str]] = []
         self._ports: dict[str, list[str]] | None = None
-        self._times: list[float] = []
+        self._times: list[float | None] = []
+        self._samples = 0
         self._has_numbers = False
 
-    def observe(self, reference: Session | None = None) -> None:
+    def observe(self, reference: Runnable | None = None) -> None:
         """Run the reference, by a session of it where there is one already."""
-        session = reference or session_of(self.reference, name=self.name)
+        session = reference or reference_of(self.reference, self.name)
         self._ports = _ports(session)
-        for feeds, _ in self.feeds():
-            outputs, seconds = _timed(session, feeds)
+        for outputs, seconds in session.runs(self._given(counted=True)):
             self._times.append(seconds)
             self._keep(outputs)
             self._has_numbers = self._has_numbers or has_numbers(outputs)
@@ -118,31 +122,29 @@ class OutputComparison:
         if self._ports is None:
             self.observe()
         assert self._ports is not None
-        session = Session(candidate, optimize=not literal, name=name)
+        session = runnable(candidate, optimize=not literal, name=name)
         _require_ports(self._ports, _ports(session))
         losses: dict[str, _Loss] = {}
         ours, self._times = self._times, []
-        theirs: list[float] = []
-        samples = 0
-        for number, (feeds, count) in enumerate(self.feeds()):
-            samples += count
-            got, seconds = _candidate(session, feeds)
+        theirs: list[float | None] = []
+        for number, (got, seconds) in enumerate(_candidate(session, self._given())):
             theirs.append(seconds)
             expected, found = self._load(number), _tensors(got)
             for key in _same_kinds(expected, found, loose=self.loose):
                 losses.setdefault(key, _Loss()).add(key, expected[key], found[key])
         if not self._has_numbers:
             raise InputError(
-                f"The model returns no finite number for {samples} samples: nothing shows what its artifact computes.",
+                f"The model returns no finite number for {self._samples} samples: nothing shows what its artifact "
+                "computes.",
                 "Give --data for which it returns numbers.",
             )
-        return _summary(samples, losses, list(zip(ours, theirs, strict=False)), made_up=self.made_up)
+        return _summary(self._samples, losses, list(zip(ours, theirs, strict=False)), made_up=self.made_up)
 
     def repeats(self) -> bool:
         """Whether the reference returns the same when it is run again; random numbers are others in each run."""
         import numpy as np
 
-        session = session_of(self.reference, name=self.name)
+        session = reference_of(self.reference, self.name)
         feeds, _ = next(iter(self.feeds()))
         again, before = _tensors(session.run(feeds)), self._load(0)
         return again.keys() == before.keys() and all(
@@ -150,6 +152,12 @@ class OutputComparison:
             and (np.allclose(values, again[key], equal_nan=True) if _is_float(values) else (values == again[key]).all())
             for key, values in before.items()
         )
+
+    def _given(self, *, counted: bool = False) -> Iterator[Mapping[str, Any]]:
+        """The inputs, one after the other."""
+        for feeds, count in self.feeds():
+            self._samples += count if counted else 0
+            yield feeds
 
     def _keep(self, outputs: Mapping[str, Any]) -> None:
         """Set the outputs of the next sample aside."""
@@ -211,14 +219,14 @@ class _Loss:
 
 
 def _summary(
-    samples: int, losses: Mapping[str, _Loss], times: Sequence[tuple[float, float]], *, made_up: bool
+    samples: int, losses: Mapping[str, _Loss], times: Sequence[tuple[float | None, float | None]], *, made_up: bool
 ) -> Comparison:
     from quantcli.core.numerics import decibels
 
     floats = {key: loss for key, loss in losses.items() if loss.is_float}
     others = [loss for loss in losses.values() if not loss.is_float and loss.values]
-    # The first run of a session also prepares its memory.
-    later = times[1:]
+    # The first run of a session also prepares its memory; in pieces, all load weights.
+    later = [(ours, theirs) for ours, theirs in times[1:] if ours is not None and theirs is not None]
     return Comparison(
         samples,
         decibels(sum(loss.signal for loss in floats.values()), sum(loss.noise for loss in floats.values())),
@@ -257,7 +265,7 @@ def _is_float(values: np.ndarray) -> bool:
     return dtype_family(values.dtype) == "float"
 
 
-def _ports(session: Session) -> dict[str, list[str]]:
+def _ports(session: Runnable) -> dict[str, list[str]]:
     """Names and types of a model's inputs, and of its outputs."""
     sides = {"inputs": session.inputs, "outputs": session.outputs}
     return {what: [f"{port.name} ({port.kind or port.dtype})" for port in ports] for what, ports in sides.items()}
@@ -304,15 +312,9 @@ def _kind(value: np.ndarray) -> str:
     return f"{name} {' x '.join(map(str, value.shape)) or 'scalar'}"
 
 
-def _candidate(session: Session, feeds: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+def _candidate(session: Runnable, feeds: Iterator[Mapping[str, Any]]) -> Iterator[tuple[dict[str, Any], float | None]]:
     """Run an artifact on what its model ran on."""
     try:
-        return _timed(session, feeds)
+        yield from session.runs(feeds)
     except InputError as error:
         raise InputError(f"The artifact does not run where the model does: {error.message}", REPORT_IT) from error
-
-
-def _timed(session: Session, feeds: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-    started = time.perf_counter()
-    outputs = session.run(feeds)
-    return outputs, time.perf_counter() - started

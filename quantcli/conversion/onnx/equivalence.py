@@ -16,11 +16,10 @@ from quantcli.conversion.onnx.trial_inputs import NoFeeds, made_up, of_samples
 from quantcli.core.numerics import decibels
 from quantcli.core.ports import dtype_family
 from quantcli.errors import InputError
-from quantcli.models.session import Session, session_of
+from quantcli.models.pieces import Runnable, runnable
 from quantcli.onnx.graph.model import OnnxModel
 from quantcli.onnx.graph.opset import default_opset, restamp, upgrade
 from quantcli.onnx.graph.prepare import STEPS, prepare
-from quantcli.onnx.graph.save import in_memory
 from quantcli.onnx.graph.values import array
 
 if TYPE_CHECKING:
@@ -99,10 +98,9 @@ def upgraded(graph: ir.Model, opset: int, data: Data = no_data) -> ir.Model:
     raise problem
 
 
-def _session(graph: ir.Model) -> Session:
-    """A graph as it is written; its large weights stay where they are."""
-    proto, weights, folder = in_memory(graph)
-    return Session(proto, optimize=False, weights=weights, folder=folder, prepack=False)
+def _as_written(model: Path | ir.Model) -> Runnable:
+    """A file, or a graph, as it is written; large weights stay where they are."""
+    return runnable(model, optimize=False, prepack=False)
 
 
 class _Reference:
@@ -121,28 +119,28 @@ class _Reference:
             InputError: a constant is damaged, the runtime does not load the file, or it does not run on the data.
         """
         try:
-            session = _session(graph) if path is None else session_of(path, optimize=False, prepack=False)
+            session = _as_written(graph if path is None else path)
         except InputError as error:
             if path is None:
                 return NoFeeds(error.message)
             for value in (value for each in graph.graphs() for value in each.initializers.values()):
                 array(value)
             # The runtime's own rewriting may remove what it lacks.
-            session = session_of(path)
+            session = runnable(path)
         feeds = made_up(session, graph, mixed=True)
         if isinstance(feeds, NoFeeds):
             samples = data()
             if samples is None:
                 return feeds
             feeds = of_samples(samples, _SAMPLES)
-        runs = [(arrays, session.run(arrays)) for arrays, _ in feeds()]
-        return _Reference(runs, session.run(runs[0][0]))
+        given = [arrays for arrays, _ in feeds()]
+        *outputs, again = (got for got, _ in session.runs([*given, given[0]]))
+        return _Reference(list(zip(given, outputs, strict=True)), again)
 
     def is_met_by(self, graph: ir.Model) -> bool:
         """Whether another graph returns the same, but for rounding and for what is drawn anew in every run."""
         try:
-            session = _session(graph)
-            got = [session.run(feeds) for feeds, _ in self.runs]
+            got = [outputs for outputs, _ in _as_written(graph).runs(feeds for feeds, _ in self.runs)]
         except InputError:
             return False
         return all(

@@ -15,7 +15,7 @@ from quantcli.conversion.onnx.source import Source, planned_graph
 from quantcli.conversion.onnx.trial_inputs import Feeds, NoFeeds, made_up
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
-from quantcli.models.session import Session
+from quantcli.models.pieces import Runnable
 from quantcli.models.source import source_sha256
 from quantcli.onnx.graph.opset import default_opset
 from quantcli.onnx.plan.evidence import Evidence
@@ -72,7 +72,7 @@ class Material:
             self._samples[request.samples] = load_samples(request, self.source.model.inputs, folder=folder)
         return self._samples[request.samples]
 
-    def made_up(self, reference: Session, graph: ir.Model) -> Feeds | NoFeeds:
+    def made_up(self, reference: Runnable, graph: ir.Model) -> Feeds | NoFeeds:
         """Inputs where there is no data: like those that the statistics are of, where there are some.
 
         Raises:

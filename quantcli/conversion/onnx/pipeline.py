@@ -14,12 +14,14 @@ from quantcli.calibration.histograms import activation_histograms
 from quantcli.calibration.statistics import CalibrationStats
 from quantcli.checkpoint.config_file import config_of
 from quantcli.conversion.onnx.advice import Advice, advise
-from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, Comparison, OutputComparison
+from quantcli.conversion.onnx.comparison import COMPARED_SAMPLES, Comparison, OutputComparison, reference_of
 from quantcli.conversion.onnx.evidence import Gathered, Material, gather
 from quantcli.conversion.onnx.explained import Honest
 from quantcli.conversion.onnx.folder import copy_companions, layout_of
 from quantcli.conversion.onnx.guard import Attempt, Guard, Protection
 from quantcli.conversion.onnx.histograms import weight_histograms
+from quantcli.conversion.onnx.journal import CodesJournal, begin
+from quantcli.conversion.onnx.memory import require_bounded_model, require_bounded_plan
 from quantcli.conversion.onnx.result import Result
 from quantcli.conversion.onnx.source import Source, open_source
 from quantcli.conversion.onnx.trial_inputs import NoFeeds, of_samples
@@ -29,8 +31,7 @@ from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.models.kernels import prove
-from quantcli.models.session import session_of
-from quantcli.onnx.graph.model import OnnxModel, constants, onnx_file
+from quantcli.onnx.graph.model import OnnxModel, constants, is_onnx, onnx_file
 from quantcli.onnx.graph.save import add_metadata, read_back, save_graph
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
 from quantcli.onnx.rewrite.four_bit_storage import store_in_four_bits
@@ -82,6 +83,13 @@ class _Job:
         return training_step(self.recipe) is not None
 
     @property
+    def continues(self) -> bool:
+        """Whether a run goes on where an interrupted one stopped: codes come of the weights of a file alone."""
+        if self.trains or self.data or self.statistics or is_function(self.model):
+            return False
+        return is_onnx(Path(self.model))
+
+    @property
     def single_file(self) -> str | None:
         """The name of the output where it is a file, None where it is a folder."""
         return self.output.name if self.output.suffix == ".onnx" else None
@@ -127,7 +135,7 @@ def convert_onnx(
     )  # fmt: skip
     _check_request(job)
     with open_staging(output) as staging:
-        if not job.trains:
+        if not (job.trains or job.continues):
             staging.begin_anew()
         try:
             report = _convert(job, staging)
@@ -136,13 +144,12 @@ def convert_onnx(
         except OSError as error:
             raise explain(error, output) from error
         except UsageError:
-            # Nothing here can be continued later, unless something was being trained.
-            if not staging.checkpoint.exists():
+            if not staging.is_interrupted:
                 staging.discard()
             raise
         if not dry_run:
             staging.publish(single_file=job.single_file)
-        elif not staging.checkpoint.exists():
+        elif not staging.is_interrupted:
             staging.discard()
     if not dry_run:
         report.details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
@@ -156,9 +163,11 @@ def _convert(job: _Job, staging: Staging) -> Report:
     )
     graph, plan = material.planned(job.recipe, job.data, trains=job.trains)
     _require_data(job, plan)
+    require_bounded_plan(plan, data=bool(job.data or job.statistics), trains=job.trains)
     if job.dry_run:
         return _estimate(job, material.source, plan)
-    built = _build(job, staging, material, graph, plan)
+    journal = begin(staging, material.source.model, job.recipe, force=job.force) if job.continues else None
+    built = _build(job, staging, material, graph, plan, journal)
     protection = job.guard.protect(built.attempt) if job.guard and built.attempt else None
     if protection is not None:
         built.remove()
@@ -195,7 +204,14 @@ class _Built:
             file.unlink()
 
 
-def _build(job: _Job, staging: Staging, material: Material, graph: ir.Model, plan: GraphPlan) -> _Built:
+def _build(
+    job: _Job,
+    staging: Staging,
+    material: Material,
+    graph: ir.Model,
+    plan: GraphPlan,
+    journal: CodesJournal | None = None,
+) -> _Built:
     """Carry out a plan: calibrate, rewrite, write, reopen, run."""
     require_finite(plan)
     source, samples = material.source, material.samples(job.data, trains=job.trains)
@@ -208,7 +224,7 @@ def _build(job: _Job, staging: Staging, material: Material, graph: ir.Model, pla
     honest = Honest(graph, gathered.plan, gathered.evidence)
     with torch_threads():
         scratch = None if job.trains else staging.root / "codes"
-        outcomes = transform(graph, gathered.plan, gathered.evidence, scratch)
+        outcomes = transform(graph, gathered.plan, replace(gathered.evidence, journal=journal), scratch)
     history = None
     if unquantized is not None and samples is not None:
         outcomes, history = _train(job, staging, source.model, unquantized, graph, samples, outcomes)
@@ -287,7 +303,7 @@ def _outputs(material: Material, honest: Honest, samples: Samples | None, folder
     model, name = source.model.path, source.subject.path
     if samples is not None:
         return OutputComparison(model, of_samples(samples, COMPARED_SAMPLES), folder, name=name, loose=loose)
-    reference = session_of(model, name=name)
+    reference = reference_of(model, name)
     feeds = material.made_up(reference, honest.graph)
     if isinstance(feeds, NoFeeds):
         raise feeds.refusal()
@@ -311,6 +327,7 @@ def _check_request(job: _Job) -> None:
         raise InputError(f"{source} does not exist.")
     read = source if source is None or source.is_dir() else onnx_file(source)
     check_target(job.output, read, force=job.force or job.dry_run)
+    require_bounded_model(job.model)
 
 
 def _require_data(job: _Job, plan: GraphPlan) -> None:

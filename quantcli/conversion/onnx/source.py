@@ -58,7 +58,7 @@ def open_source(model: str, weights: Path | None, recipe: Recipe, data: DataRequ
     from quantcli.export.export import export_to_onnx
 
     exported = export_to_onnx(subject.path, folder, data=data, weights=subject.weights)
-    return Source(subject, open_onnx(exported.path), codes, origin, tuple(exported.warnings))
+    return Source(subject, open_onnx(exported.path, mapped=True), codes, origin, tuple(exported.warnings))
 
 
 def planned_graph(

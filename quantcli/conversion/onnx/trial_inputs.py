@@ -12,7 +12,7 @@ from quantcli.core.ports import Arrays, Port, dtype_family
 from quantcli.data.made_up import FILLS, SPREADS, Draw, counts_samples, lengths, made_up_feeds, table_sizes
 from quantcli.data.samples import Samples, batches
 from quantcli.errors import InputError
-from quantcli.models.session import Session
+from quantcli.models.pieces import Runnable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +68,7 @@ def of_samples(samples: Samples, most: int) -> Feeds:
 
 
 def made_up(
-    reference: Session, graph: ir.Model, *, mixed: bool = False, draws: Mapping[str, Draw] | None = None
+    reference: Runnable, graph: ir.Model, *, mixed: bool = False, draws: Mapping[str, Draw] | None = None
 ) -> Feeds | NoFeeds:
     """Feeds that a model returns numbers for, with one sample more where it takes that; or why there are none.
 
@@ -182,7 +182,7 @@ class _Trial:
     shows: float
 
 
-def _fullest(reference: Session, maker: _Maker) -> _Trial:
+def _fullest(reference: Runnable, maker: _Maker) -> _Trial:
     """The first filling for which a model fills every output, or the one for which it fills most.
 
     Raises:
@@ -209,7 +209,7 @@ def _fullest(reference: Session, maker: _Maker) -> _Trial:
     return best
 
 
-def _ports(reference: Session, graph: ir.Model) -> list[Port]:
+def _ports(reference: Runnable, graph: ir.Model) -> list[Port]:
     """A model's inputs; the runtime tells one of any number of dimensions no otherwise than a scalar."""
     unknown = {value.name for value in graph.graph.inputs if value.shape is None}
     return [replace(port, shape=None) if port.name in unknown else port for port in reference.inputs]
@@ -248,7 +248,7 @@ def _with_states(ports: Sequence[Port]) -> list[Port]:
     return found
 
 
-def _with_others(reference: Session, trial: _Trial, *, mixed: bool) -> Feeds:
+def _with_others(reference: Runnable, trial: _Trial, *, mixed: bool) -> Feeds:
     """Feeds that a model runs on, and others that are made likewise as far as it runs on them."""
     maker, make = trial.maker, trial.make
     found = [(trial.feeds, maker.samples)]
@@ -272,7 +272,7 @@ def _shapes(feeds: Arrays) -> list[list[tuple[int, ...]]]:
     return [[array.shape for array in tensors_of(value)] for value in feeds.values()]
 
 
-def _runs(reference: Session, feeds: Arrays) -> bool:
+def _runs(reference: Runnable, feeds: Arrays) -> bool:
     try:
         reference.run(feeds)
     except InputError:

@@ -83,7 +83,8 @@ class OnnxModel:
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """The file itself, then its external data."""
-        return (self.path, *external_files(self.ir))
+        itself = self.path.resolve()
+        return (self.path, *(file for file in external_files(self.ir) if file != itself))
 
     @property
     def size_bytes(self) -> int:

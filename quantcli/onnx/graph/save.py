@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from quantcli.onnx.graph.opset import needed_ir_version, spell_for_runtime
 from quantcli.onnx.graph.wire import write_model
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
     import onnx_ir as ir
 
@@ -71,18 +71,32 @@ def _unfilled(tensor: ir.TensorProtocol, where: str | Path = "elsewhere", offset
     return stand_in
 
 
-def in_memory(model: ir.Model) -> tuple[bytes, dict[str, np.ndarray], Path | None]:
-    """A model's bytes without its large weights, and these, for `Session`: nothing is written or copied.
+@dataclass(frozen=True)
+class Lean:
+    """A model as protobuf without its large weights.
 
-    Weights that lie in files stay there, as external data of the folder that is returned: the runtime copies what it
-    is given otherwise.
+    Attributes:
+        proto: the model; weights that lie in files are external data there.
+        weights: the other large ones, by name: they have to be given beside it.
+        folder: what external data is relative to; None where there is none.
+    """
+
+    proto: onnx.ModelProto
+    weights: dict[str, ir.TensorProtocol]
+    folder: Path | None
+
+
+def lean(model: ir.Model) -> Lean:
+    """What `Session` takes a model in: nothing is written, read or copied, and the model is left as it is.
+
+    Weights stay in their files where these have one folder: the runtime copies what it is given otherwise.
     """
     import onnx_ir as ir
 
-    lean = model.clone()
-    _for_runtime(lean)
-    folder, weights, stay = _folder(lean), {}, []
-    for name, value in lean.graph.initializers.items():
+    copy = model.clone()
+    _for_runtime(copy)
+    folder, weights, stay = _folder(copy), {}, []
+    for name, value in copy.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.nbytes <= LARGE_BYTES or tensor.dtype.numpy().kind not in "fiub":
             continue
@@ -91,11 +105,11 @@ def in_memory(model: ir.Model) -> tuple[bytes, dict[str, np.ndarray], Path | Non
             value.const_value = _unfilled(tensor, where, tensor.offset or 0)
             stay.append(value.const_value)
             continue
-        weights[name] = tensor.numpy()
+        weights[name] = tensor
         value.const_value = elsewhere(tensor)
         stay.append(value.const_value)
-    take_in(lean, leave=stay)
-    return ir.to_proto(lean).SerializeToString(), weights, folder
+    take_in(copy, leave=stay)
+    return Lean(ir.to_proto(copy), weights, folder)
 
 
 def _folder(model: ir.Model) -> Path | None:

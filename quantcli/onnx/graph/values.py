@@ -82,7 +82,8 @@ def add_initializer(graph: ir.Graph, name: str, values: np.ndarray | ir.TensorPr
     """Register a new constant; its name must be free."""
     import onnx_ir as ir
 
-    tensor = values if isinstance(values, ir.TensorProtocol) else ir.tensor(values, name=name)
+    tensor = values if isinstance(values, ir.TensorProtocol) else ir.tensor(values)
+    tensor.name = name
     value = ir.Value(
         name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from quantcli.core.tensors import Hessian, QuantizedTensor
+import numpy as np
+
+from quantcli.core.tensors import Hessian, QuantizedTensor, Rounding
 from quantcli.onnx.plan.plan import NodePlan
 
 if TYPE_CHECKING:
-    import numpy as np
+    import onnx_ir as ir
 
 
 class Statistics(Protocol):
@@ -46,17 +49,40 @@ class Codes(Protocol):
 
 
 @dataclass(frozen=True)
+class Made:
+    """Codes and scales of a weight by their part, how they came about, and how many channels were narrowed."""
+
+    tensors: Mapping[str, np.ndarray | ir.TensorProtocol]
+    rounding: Rounding
+    narrowed: int = 0
+
+    def array(self, part: str) -> np.ndarray:
+        """The values of one of the tensors."""
+        tensor = self.tensors[part]
+        return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+
+
+class Journal(Protocol):
+    """What was made of weights, by this conversion or by the one that was interrupted and is continued."""
+
+    def of(self, key: str, make: Callable[[], Made]) -> Made:
+        """What is noted under a key, which is made and noted where it is not; weights are asked for in equal order."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What layers are quantized by.
 
     - ``statistics``: needed where a layer's inputs have fixed ranges; elsewhere biases profit from them.
     - ``hessians``: needed where a layer is quantized by gptq.
     - ``codes``: those of n-bit layers, where they are not to be chosen.
+    - ``journal``: where that which is made of weights alone is noted, if anywhere.
     """
 
     statistics: Statistics | None = None
     hessians: Hessians | None = None
     codes: Codes | None = None
+    journal: Journal | None = None
 
     def hessian(self, layer: NodePlan) -> Hessian | None:
         """The Hessian of a layer that gptq quantizes, else None."""

@@ -71,7 +71,9 @@ class DynamicQuantizer:
         key = (value, channel_axis(node), number_format, algorithm)
         if key not in self._weights:
             hessian = evidence.hessian(layer)
-            weight = integer_weight(value.graph or self.graph, node, number_format, algorithm, hessian=hessian)
+            weight = integer_weight(
+                value.graph or self.graph, node, number_format, algorithm, hessian=hessian, journal=evidence.journal
+            )
             codes = weight.codes
             if node.op_type == "Gemm" and weight.axis == 0:
                 codes = self._transposed(codes)

@@ -35,7 +35,10 @@ def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -
         shared, mean = key in expanded, evidence.input_mean(layer)
         if not shared:
             hessian = evidence.hessian(layer)
-            weight = integer_weight(graph, node, layer.scheme.weights, layer.algorithm, floats=True, hessian=hessian)
+            weight = integer_weight(
+                graph, node, layer.scheme.weights, layer.algorithm,
+                floats=True, hessian=hessian, journal=evidence.journal,
+            )  # fmt: skip
             expanded[key] = weight, decoded(graph, weight, layer.weight)
         weight, restored = expanded[key]
         correct_bias(node.graph or graph, node, weight, mean)

@@ -21,7 +21,7 @@ from quantcli.core.tensors import Hessian, QuantizedTensor, Rounding
 from quantcli.onnx.graph.operands import Operand, operand_of, remove_unread
 from quantcli.onnx.graph.values import add_initializer, free_name, input_of, integer, real
 from quantcli.onnx.plan import nbits
-from quantcli.onnx.plan.evidence import Evidence
+from quantcli.onnx.plan.evidence import Evidence, Journal, Made
 from quantcli.onnx.plan.forms import Form
 from quantcli.onnx.plan.nbits import block_size
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
@@ -72,6 +72,7 @@ def quantize_node(
     hessian: Hessian | None = None,
     given: QuantizedTensor | None = None,
     accuracy_level: int = ACCURACY_LEVEL,
+    journal: Journal | None = None,
 ) -> NbitsNode:
     """Replace a node by its n-bit form; its float weight goes when nothing reads it any more.
 
@@ -83,6 +84,7 @@ def quantize_node(
         hessian: of the node's input, which gptq needs.
         given: codes that stand for the weight of a product, in the scheme's groups, to be taken as they are.
         accuracy_level: what MatMulNBits may compute in, see `ACCURACY_LEVEL`.
+        journal: where codes that come of the weight alone are noted.
 
     Raises:
         InputError: the weight holds NaN or infinity.
@@ -96,7 +98,7 @@ def quantize_node(
     key = (_shared_by(operator, operand, weights), weights, algorithm, operand.transposed, operand.factor)
     shared = key in forms
     if not shared:
-        forms[key] = _make_form(operand, operator, weights, algorithm, hessian, given)
+        forms[key] = _make_form(operand, operator, weights, algorithm, hessian, given, journal)
     form: _Form = forms[key]
     codes, nodes = _shaped(node, form, _codes_shape(operator, operand, weights, form.block))
     if operator == "GatherBlockQuantized":
@@ -131,28 +133,27 @@ def _make_form(
     algorithm: str,
     hessian: Hessian | None,
     given: QuantizedTensor | None,
+    journal: Journal | None,
 ) -> _Form:
     """Quantize, unless codes are given, and register them as constants of the graph that holds the float weight."""
-    from quantcli.onnx.weights.blocks import pack_codes, pack_nf4, pack_rows
-
     if operator == "MatMulBnb4":
         block = weights.granularity.size or 0
-        packed = pack_nf4(operand, weights, algorithm)
     elif given is not None:
         block = given.number_format.granularity.size or 0
-        packed = pack_codes(given, operand.dtype, algorithm)
     else:
         block = block_size(operand.columns, weights)
-        packed = pack_rows(operand, weights, block, algorithm, hessian)
-    shape, codes = _codes_shape(operator, operand, weights, block), packed.codes
-    if operator == "GatherBlockQuantized":
-        # Lookups do not pad their last block.
-        codes = np.ascontiguousarray(codes[:, : shape[1]])
+    pack = partial(_packed, operand, operator, weights, block, algorithm, hessian, given)
+    if journal is None or hessian is not None or given is not None:
+        made = pack()
+    else:
+        how = operand.transposed, operand.factor
+        made = journal.of(f"{operand.value.name} {operator} {weights} {algorithm} {how}", pack)
+    scales = dict(made.tensors)
+    codes = scales.pop("codes")
     graph = operand.value.graph
     assert graph is not None
     name = free_name(graph, f"{operand.value.name}_{weights.dtype}")
-    scales = {"scales": packed.scales} | ({} if packed.zero_points is None else {"zero_points": packed.zero_points})
-    stored = add_initializer(graph, name, codes.reshape(shape))
+    stored = add_initializer(graph, name, codes)
     if operator == "MatMulNBits":
         in_blocks = replace(weights, granularity=Granularity("group", block))
         axis, matrix = int(operand.transposed), (operand.rows, operand.columns)
@@ -162,9 +163,37 @@ def _make_form(
         block,
         stored,
         parts,
-        codes.nbytes + sum(values.nbytes for values in scales.values()),
-        packed.rounding,
+        sum(values.nbytes for values in made.tensors.values()),
+        made.rounding,
         partial(_decoded, [stored, *parts], operand, weights, block),
+    )
+
+
+def _packed(
+    operand: Operand,
+    operator: str,
+    weights: NumberFormat,
+    block: int,
+    algorithm: str,
+    hessian: Hessian | None,
+    given: QuantizedTensor | None,
+) -> Made:
+    """Codes, scales and zero points as an operator reads them."""
+    from quantcli.onnx.weights.blocks import pack_codes, pack_nf4, pack_rows
+
+    if operator == "MatMulBnb4":
+        packed = pack_nf4(operand, weights, algorithm)
+    elif given is not None:
+        packed = pack_codes(given, operand.dtype, algorithm)
+    else:
+        packed = pack_rows(operand, weights, block, algorithm, hessian)
+    shape, codes = _codes_shape(operator, operand, weights, block), packed.codes
+    if operator == "GatherBlockQuantized":
+        # Lookups do not pad their last block.
+        codes = np.ascontiguousarray(codes[:, : shape[1]])
+    tensors = {"codes": codes.reshape(shape), "scales": packed.scales}
+    return Made(
+        tensors if packed.zero_points is None else tensors | {"zero_points": packed.zero_points}, packed.rounding
     )
 
 
@@ -273,7 +302,9 @@ def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -
         assert layer.scheme and layer.algorithm
         codes = evidence.codes.of(layer) if evidence.codes else None
         hessian = evidence.hessian(layer)
-        written = quantize_node(model, layer.node, layer.scheme, layer.algorithm, hessian=hessian, given=codes)
+        written = quantize_node(
+            model, layer.node, layer.scheme, layer.algorithm, hessian=hessian, given=codes, journal=evidence.journal
+        )
         return LayerOutcome.quantized(layer, written.nbytes, written.rounding, written.note, written.decoded)
 
     return rewrite

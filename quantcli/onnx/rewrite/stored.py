@@ -6,8 +6,10 @@ and finds the float weights that its kernels take: the file is smaller, and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +22,7 @@ from quantcli.onnx.graph.opset import NARROW_OPSET
 from quantcli.onnx.graph.values import add_initializer, array, drop_unused, free_name, prepend
 from quantcli.onnx.plan import nbits
 from quantcli.onnx.plan.carriers import carried
-from quantcli.onnx.plan.evidence import Evidence
+from quantcli.onnx.plan.evidence import Evidence, Journal, Made
 from quantcli.onnx.plan.forms import Form
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
 from quantcli.onnx.weights.rows import require_finite, rows_of
@@ -67,7 +69,7 @@ def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -
         key = (layer.weight, layer.summed, layer.scheme.weights, layer.algorithm)
         again = key in shared
         if not again:
-            shared[key] = _store(layer, layer.scheme.weights, layer.algorithm)
+            shared[key] = _store(layer, layer.scheme.weights, layer.algorithm, evidence.journal)
         restored, nbytes, rounding = shared[key]
         for index, value in enumerate(layer.node.inputs):
             if value is layer.weight:
@@ -79,8 +81,31 @@ def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -
     return rewrite
 
 
-def _store(layer: NodePlan, number_format: NumberFormat, algorithm: str) -> tuple[ir.Value, int, Rounding]:
+def _store(
+    layer: NodePlan, number_format: NumberFormat, algorithm: str, journal: Journal | None
+) -> tuple[ir.Value, int, Rounding]:
     """Register codes and scales beside a weight: the value they stand for, their bytes, and what rounding cost."""
+    import torch
+
+    assert layer.weight.shape is not None
+    shape = layer.weight.shape.numpy()
+    columns, size = math.prod(shape[axis] for axis in layer.summed), number_format.granularity.size
+    if size is not None:
+        # Short rows are one group.
+        number_format = replace(number_format, granularity=Granularity("group", min(size, columns)))
+    make = partial(_rounded, layer, number_format, algorithm)
+    key = f"{layer.weight.name} {layer.summed} {number_format} {algorithm}"
+    made = make() if journal is None else journal.of(key, make)
+    parts = {part: torch.from_numpy(np.array(made.array(part))) for part in made.tensors}
+    codes = parts["codes"]
+    tensor = QuantizedTensor(codes, parts["scale"], parts.get("zero_point"), tuple(codes.shape), number_format)
+    graph = _Expansion(layer.weight, shape, layer.summed)
+    restored = graph.in_groups(tensor) if size is not None else graph.by_channel(tensor)
+    return restored, graph.nbytes, made.rounding
+
+
+def _rounded(layer: NodePlan, number_format: NumberFormat, algorithm: str) -> Made:
+    """Codes of a weight as rows of what is summed, the last group filled up."""
     import torch
 
     from quantcli.core import numerics
@@ -92,14 +117,13 @@ def _store(layer: NodePlan, number_format: NumberFormat, algorithm: str) -> tupl
     rows = torch.from_numpy(np.ascontiguousarray(rows_of(weight, layer.summed)))
     size = number_format.granularity.size
     if size is not None:
-        # Short rows are one group.
-        number_format = replace(number_format, granularity=Granularity("group", min(size, rows.shape[1])))
-        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % min(size, rows.shape[1])))
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % size))
     tensor = algorithms.rounding(algorithm).run(rows, number_format, torch.float32)
     signal, noise = numerics.error_powers(numerics.in_groups(rows, number_format), tensor)
-    graph = _Expansion(layer.weight, weight.shape, layer.summed)
-    restored = graph.in_groups(tensor) if size is not None else graph.by_channel(tensor)
-    return restored, graph.nbytes, Rounding(algorithm, signal=signal, noise=noise)
+    tensors = {"codes": np.asarray(tensor.codes), "scale": np.asarray(tensor.scale)}
+    if tensor.zero_point is not None:
+        tensors["zero_point"] = np.asarray(tensor.zero_point)
+    return Made(tensors, Rounding(algorithm, signal=signal, noise=noise))
 
 
 class _Expansion:

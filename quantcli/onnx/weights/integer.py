@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,9 +11,10 @@ import numpy as np
 from quantcli import algorithms
 from quantcli.algorithms import default_rounding
 from quantcli.core.scheme import NumberFormat
-from quantcli.core.tensors import Hessian, Rounding
+from quantcli.core.tensors import Hessian, QuantizedTensor, Rounding
 from quantcli.onnx.graph.operands import channel_axis
 from quantcli.onnx.graph.values import add_initializer, array, free_name
+from quantcli.onnx.plan.evidence import Journal, Made
 from quantcli.onnx.plan.plan import LayerOutcome, NodePlan
 from quantcli.onnx.weights.compensation import compensate
 from quantcli.onnx.weights.saturation import exact_scale, pairing, within_pairs
@@ -20,6 +22,9 @@ from quantcli.onnx.weights.saturation import exact_scale, pairing, within_pairs
 if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import Tensor
+
+#: Values that are rounded at a time, where each channel is rounded by itself.
+_SLAB_ELEMENTS = 1 << 20
 
 #: Key of the `meta` of codes under which is kept what they are the codes of.
 ORIGIN = "quantcli.origin"
@@ -119,6 +124,7 @@ def integer_weight(
     floats: bool = False,
     smallest_scale: np.ndarray | None = None,
     hessian: Hessian | None = None,
+    journal: Journal | None = None,
 ) -> IntegerWeight:
     """Quantize a node's weight and register codes and scales beside it.
 
@@ -131,54 +137,31 @@ def integer_weight(
             says, which is for sums of integers.
         smallest_scale: float32 ``[channels]`` that scales must not go below, or None.
         hessian: of the node's input, which gptq needs.
+        journal: where codes that come of the weight alone are noted.
     """
-    import torch
-
-    from quantcli.core import numerics
-
     value = node.inputs[1]
     weight = array(value)
     assert value is not None and weight is not None
     axis = channel_axis(node)
-    rows = np.array(np.moveaxis(weight, axis, 0), np.float32, order="C")
-    del weight
-    matrix = torch.from_numpy(rows.reshape(rows.shape[0], -1))
+    channels = np.moveaxis(weight, axis, 0)
     number_format = replace(number_format, narrow=True)
-    start = default_rounding(number_format) if hessian else algorithm
-    tensor = algorithms.rounding(start).run(matrix, number_format, torch.float32)
-    kind = None if floats else pairing(node, rows)
-    needed = np.zeros(rows.shape[0], dtype=np.float32) if floats else exact_scale(node, rows)
-    floor = torch.from_numpy(needed).reshape(-1, 1)
-    if smallest_scale is not None:
-        floor = torch.maximum(floor, torch.from_numpy(smallest_scale.astype(np.float32)).reshape(-1, 1))
-    if number_format.granularity.kind == "tensor":
-        floor = floor.amax(0, keepdim=True)
-    narrowed = int((floor > tensor.scale).sum())
-    groups = numerics.in_groups(matrix, number_format)
-    if narrowed:
-        tensor.scale = torch.maximum(tensor.scale, floor)
-        tensor.codes = numerics.quantize(groups, tensor.scale, None, number_format).reshape(matrix.shape)
-    rounding = Rounding(algorithm)
-    if hessian is not None:
-        compensated = compensate(matrix, tensor, torch.float32, hessian)
-        tensor, rounding = compensated.tensor, compensated.rounding
-        if kind is not None:
-            codes = within_pairs(kind, _numpy(tensor.codes).reshape(rows.shape))
-            tensor.codes = torch.from_numpy(codes.reshape(matrix.shape))
-    signal, noise = numerics.error_powers(groups, tensor)
-    codes = np.moveaxis(_numpy(tensor.codes).reshape(rows.shape), 0, axis)
-    shape = rows.shape
-    del rows, matrix, groups
-    scales = _numpy(tensor.scale).reshape(-1)
+    kind = None if floats else pairing(node, channels)
+    make = partial(_rounded, channels, number_format, algorithm, kind, axis, floats, smallest_scale, hessian)
+    if journal is None or hessian is not None or smallest_scale is not None:
+        made = make()
+    else:
+        made = journal.of(f"{value.name} {number_format} {algorithm} {kind} {axis} {floats}", make)
+    shape, scales = channels.shape, made.array("scales")
+    del weight, channels, make
     # A single scale is written as a scalar: one entry of a list would have to match the channels.
     stored = scales if len(scales) > 1 else scales.reshape(())
     if floats:
-        stored = scales.reshape([-1 if each == axis else 1 for each in range(codes.ndim)])
+        stored = scales.reshape([-1 if each == axis else 1 for each in range(len(shape))])
 
-    def register(part: str, values: np.ndarray) -> ir.Value:
+    def register(part: str, values: np.ndarray | ir.TensorProtocol) -> ir.Value:
         return add_initializer(graph, free_name(graph, f"{value.name}_{part}"), values)
 
-    stored_codes = register("quantized", np.ascontiguousarray(codes))
+    stored_codes = register("quantized", made.tensors["codes"])
     stored_codes.meta[ORIGIN] = Origin(value.name or "", number_format, axis, tuple(shape), kind)
     return IntegerWeight(
         stored_codes,
@@ -187,10 +170,90 @@ def integer_weight(
         None if floats else register("zero_point", np.zeros(stored.shape, dtype=np.int8)),
         axis,
         scales,
-        narrowed,
-        replace(rounding, signal=signal, noise=noise),
+        made.narrowed,
+        made.rounding,
         number_format.bits,
     )
+
+
+def _rounded(
+    channels: np.ndarray,
+    number_format: NumberFormat,
+    algorithm: str,
+    kind: str | None,
+    axis: int,
+    floats: bool,
+    smallest_scale: np.ndarray | None,
+    hessian: Hessian | None,
+) -> Made:
+    """Codes in the shape that the weight ``[channels, ...]`` has with its channels in dimension ``axis``, and scales.
+
+    Slab by slab is taken of it where each channel is rounded by itself. ``kind`` is how a kernel pairs the weights;
+    the rest is as of `integer_weight`.
+    """
+    count, inner = channels.shape[0], max(1, channels[:1].size)
+    together = hessian is not None or number_format.granularity.kind == "tensor"
+    step = count if together else max(1, _SLAB_ELEMENTS // inner)
+    codes = np.empty(np.moveaxis(channels, 0, axis).shape, np.int8)
+    into, scales, narrowed = np.moveaxis(codes, axis, 0), [], 0
+    rounding = Rounding(algorithm)
+    signal = noise = 0.0
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        rows = np.array(channels[part], np.float32, order="C")
+        floor = np.zeros(len(rows), np.float32) if floats else exact_scale(kind, rows)
+        if smallest_scale is not None:
+            floor = np.maximum(floor, smallest_scale[part].astype(np.float32))
+        tensor, wider, rounding = _rounded_slab(rows, number_format, algorithm, kind, floor, hessian)
+        powers = _error_powers(rows, tensor)
+        into[part] = _numpy(tensor.codes).reshape(rows.shape)
+        scales.append(_numpy(tensor.scale).reshape(-1))
+        narrowed, signal, noise = narrowed + wider, signal + powers[0], noise + powers[1]
+    rounding = replace(rounding, signal=signal, noise=noise)
+    return Made({"codes": codes, "scales": np.concatenate(scales)}, rounding, narrowed)
+
+
+def _rounded_slab(
+    rows: np.ndarray,
+    number_format: NumberFormat,
+    algorithm: str,
+    kind: str | None,
+    smallest_scale: np.ndarray,
+    hessian: Hessian | None,
+) -> tuple[QuantizedTensor, int, Rounding]:
+    """Some channels, or all of them, rounded; and the number of those whose scale grew."""
+    import torch
+
+    from quantcli.core import numerics
+
+    matrix = torch.from_numpy(rows.reshape(len(rows), -1))
+    start = default_rounding(number_format) if hessian else algorithm
+    tensor = algorithms.rounding(start).run(matrix, number_format, torch.float32)
+    floor = torch.from_numpy(smallest_scale).reshape(-1, 1)
+    if number_format.granularity.kind == "tensor":
+        floor = floor.amax(0, keepdim=True)
+    narrowed = int((floor > tensor.scale).sum())
+    if narrowed:
+        groups = numerics.in_groups(matrix, number_format)
+        tensor.scale = torch.maximum(tensor.scale, floor)
+        tensor.codes = numerics.quantize(groups, tensor.scale, None, number_format).reshape(matrix.shape)
+    if hessian is None:
+        return tensor, narrowed, Rounding(algorithm)
+    compensated = compensate(matrix, tensor, torch.float32, hessian)
+    tensor = compensated.tensor
+    if kind is not None:
+        codes = within_pairs(kind, _numpy(tensor.codes).reshape(rows.shape))
+        tensor.codes = torch.from_numpy(codes.reshape(matrix.shape))
+    return tensor, narrowed, compensated.rounding
+
+
+def _error_powers(rows: np.ndarray, tensor: QuantizedTensor) -> tuple[float, float]:
+    import torch
+
+    from quantcli.core import numerics
+
+    matrix = torch.from_numpy(rows.reshape(len(rows), -1))
+    return numerics.error_powers(numerics.in_groups(matrix, tensor.number_format), tensor)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

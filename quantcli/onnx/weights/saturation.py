@@ -19,15 +19,16 @@ _EXACT_PAIR_SUM = 128
 _CHUNK = 1 << 20
 
 
-def exact_scale(node: ir.Node, rows: np.ndarray) -> np.ndarray:
+def exact_scale(kind: str | None, rows: np.ndarray) -> np.ndarray:
     """Scales, float32 ``[channels]``, from which on no product of codes can saturate; 0 where none can.
+
+    ``kind`` is what `pairing` says of the weight that rows ``[channels, inputs, ...]`` are all, or some, channels of.
 
     Without VNNI, x86 multiplies uint8 by int8 in pairs and adds each pair in 16 bits (``vpmaddubsw``), which
     saturates: 255 * 127 twice is 64770. The sum of a pair of codes of one sign within 128 is always exact.
     Pairs are neighbours in the order of the matrix product; a depthwise convolution is none.
     """
     most = np.zeros(rows.shape[0], dtype=np.float32)
-    kind = pairing(node, rows)
     if kind is None:
         return most
     step = max(1, _CHUNK * len(rows) // max(1, rows.size))

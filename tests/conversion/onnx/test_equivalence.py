@@ -15,12 +15,12 @@ from quantcli import convert
 from quantcli.conversion.onnx import equivalence
 from quantcli.conversion.onnx.equivalence import simplified, upgraded
 from quantcli.errors import InputError
-from quantcli.models.session import Session
+from quantcli.models.session import Session, session_of_lean
 from quantcli.onnx.graph import prepare as steps
 from quantcli.onnx.graph.external import LARGE_BYTES
 from quantcli.onnx.graph.model import open_onnx
 from quantcli.onnx.graph.prepare import STEPS
-from quantcli.onnx.graph.save import in_memory, save_graph
+from quantcli.onnx.graph.save import lean, save_graph
 
 
 def saved(proto: onnx.ModelProto, tmp_path: Path) -> Path:
@@ -163,10 +163,10 @@ def test_large_weights_are_run_where_they_are(tmp_path: Path, monkeypatch: pytes
     proto = model(nodes, {"x": ["n", 8]}, {"y": None}, weights)
     path = tmp_path / "m.onnx"
     onnx.save(proto, path, save_as_external_data=True, location="w.bin", size_threshold=0)
-    lean, copied, folder = in_memory(open_onnx(path).ir)
-    assert (len(lean) < 100_000, copied, folder) == (True, {}, tmp_path)
+    found = lean(open_onnx(path).ir)
+    assert (found.proto.ByteSize() < 100_000, found.weights, found.folder) == (True, {}, tmp_path)
     x = {"x": normal(4, 8)}
-    got = Session(lean, optimize=False, folder=folder).run(x)["y"]
+    got = session_of_lean(found, optimize=False).run(x)["y"]
     np.testing.assert_allclose(got, Session(path, optimize=False).run(x)["y"], atol=1e-5)
 
     def wrong(graph: ir.Model) -> None:
@@ -219,7 +219,7 @@ def test_large_weights_inside_a_file_are_given_to_the_runtime(tmp_path: Path) ->
     """They are not looked for in files, of which there are none."""
     weight = normal(8, LARGE_BYTES // 32 + 1)
     path = saved(model([node("MatMul", ["x", "w"], ["y"])], {"x": ["n", 8]}, {"y": None}, {"w": weight}), tmp_path)
-    lean, given, folder = in_memory(open_onnx(path).ir)
-    assert (len(lean) < 100_000, list(given), folder) == (True, ["w"], None)
-    np.testing.assert_array_equal(given["w"], weight)
+    found = lean(open_onnx(path).ir)
+    assert (found.proto.ByteSize() < 100_000, list(found.weights), found.folder) == (True, ["w"], None)
+    np.testing.assert_array_equal(found.weights["w"].numpy(), weight)
     assert convert(path, tmp_path / "o.onnx", scheme="int8").details["verified"]["codes"] == "equal"

@@ -17,7 +17,7 @@ from support.static_graphs import Converted, net
 from quantcli.core.scheme import PRESETS, Granularity, NumberFormat
 from quantcli.models.session import Session
 from quantcli.onnx.weights.integer import integer_weight
-from quantcli.onnx.weights.saturation import exact_scale
+from quantcli.onnx.weights.saturation import exact_scale, pairing
 
 INT8 = PRESETS["int8"].weights
 TENSOR = NumberFormat("int8", Granularity("tensor"))
@@ -106,8 +106,9 @@ def test_only_channels_that_need_it_are_narrowed() -> None:
 
 
 def test_a_depthwise_convolution_keeps_all_its_codes() -> None:
-    graph, each = layer("Conv", np.ones((16, 1, 3, 3), dtype=np.float32), group=16)
-    assert not exact_scale(each, np.ones((16, 1, 3, 3), dtype=np.float32)).any()
+    ones = np.ones((16, 1, 3, 3), dtype=np.float32)
+    graph, each = layer("Conv", ones, group=16)
+    assert not exact_scale(pairing(each, ones), ones).any()
     assert (np.abs(codes_of_value(integer_weight(graph, each, INT8, "rtn").codes)) == 127).all()
 
 
@@ -208,7 +209,7 @@ def test_this_cpu_does_saturate_without_protection(
     dims: list[Any], fed: tuple[int, ...],
 ) -> None:  # fmt: skip
     """So the test above can fail here."""
-    zeros = lambda each, rows: np.zeros(rows.shape[0], dtype=np.float32)  # noqa: E731
+    zeros = lambda kind, rows: np.zeros(rows.shape[0], dtype=np.float32)  # noqa: E731
     monkeypatch.setattr("quantcli.onnx.weights.saturation.exact_scale", zeros)
     proto = net([node(op, ["x", "w"], ["y"], **attributes)], inputs={"x": dims}, w=positive(*shape))
     assert error_of(Converted(proto, tmp_path, {"x": byte_inputs(*fed)})) > 0.05
