@@ -130,11 +130,13 @@ class _Reference:
             # The runtime's own rewriting may remove what it lacks.
             session = session_of(path)
         feeds = made_up(session, graph, mixed=True)
-        if isinstance(feeds, NoFeeds):
+        if isinstance(feeds, NoFeeds) or next(iter(feeds()))[1] != 1:
             samples = data()
-            if samples is None:
-                return feeds
-            feeds = of_samples(samples, _SAMPLES)
+            if samples is not None:
+                samples.settle_batch_size(session.run)
+                feeds = of_samples(samples, _SAMPLES) if isinstance(feeds, NoFeeds) else feeds
+        if isinstance(feeds, NoFeeds):
+            return feeds
         runs = [(arrays, session.run(arrays)) for arrays, _ in feeds()]
         return _Reference(runs, session.run(runs[0][0]))
 

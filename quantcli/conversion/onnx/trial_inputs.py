@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 #: Numbers of samples, lengths of sequences and sides of images that are tried in turn where the model leaves them open.
 _SIZES = (
     (1, 16, 64), (1, 128, 224), (1, 8, 8), (1, 4, 4), (1, 2, 2), (1, 3, 3), (1, 1, 1), (1, 32, 32), (1, 64, 128),
-    (2, 2, 2), (3, 3, 3), (4, 4, 4), (8, 8, 8), (16, 16, 16), (2, 16, 64),
+    (2, 2, 2), (3, 3, 3), (4, 4, 4), (8, 8, 8), (16, 16, 16), (2, 16, 64), (2, 128, 224), (4, 16, 64), (8, 16, 64),
+    (4, 128, 224), (8, 128, 224), (3, 16, 64), (5, 16, 64), (6, 16, 64), (7, 16, 64), (10, 16, 64), (12, 16, 64),
+    (16, 16, 64), (20, 16, 64), (32, 16, 64), (64, 16, 64), (100, 16, 64), (128, 16, 64),
 )  # fmt: skip
 
 #: Numbers of dimensions that are tried in turn where the model does not tell it.
