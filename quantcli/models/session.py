@@ -28,8 +28,11 @@ _NARROW = {
 }  # fmt: skip
 
 
-#: What to do about operators that onnxruntime does not know.
-_CUSTOM_OPERATORS = "If it is a custom operator, name the library that has it: --custom-ops FILE.so."
+#: What to do about operators that onnxruntime does not know, or not with these types, by a part of its message.
+_HINTS = {
+    "is not a registered function/op": "If it is a custom operator, name the library that has it: --custom-ops FILE.so.",
+    "NOT_IMPLEMENTED": "It has no such kernel on the CPU for these types. Export the model in float32 or float16.",
+}
 
 
 def onnxruntime() -> Any:
@@ -116,7 +119,7 @@ class Session:
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise InputError(
                 f"{name} cannot be loaded by onnxruntime {ort.__version__}: {_reason(error, model, name)}.",
-                _CUSTOM_OPERATORS if "is not a registered function/op" in str(error) else None,
+                next((hint for part, hint in _HINTS.items() if part in str(error)), None),
             ) from error
         self.name = name
         self.inputs = tuple(_port(each) for each in self._session.get_inputs())
