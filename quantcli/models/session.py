@@ -30,7 +30,7 @@ _NARROW = {
 
 #: What to do about operators that onnxruntime does not know, or not with these types, by a part of its message.
 _HINTS = {
-    "is not a registered function/op": "If it is a custom operator, name the library that has it: --custom-ops FILE.so.",
+    "is not a registered": "If it is a custom operator, name the library that has it: --custom-ops FILE.so.",
     "NOT_IMPLEMENTED": "It has no such kernel on the CPU for these types. Export the model in float32 or float16.",
 }
 
