@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
-from quantcli.core.ports import Arrays, Port
+from quantcli.core.ports import Arrays, Port, cache_ports
 from quantcli.data.for_models import input_ports, source_for
 from quantcli.data.made_up import DEFAULT_LENGTH, made_up_feeds
 from quantcli.data.request import DataRequest
@@ -14,6 +15,7 @@ from quantcli.data.samples import Samples, batches, choose_samples
 from quantcli.data.sources import is_text
 from quantcli.data.sources.base import Sample, batch_sizes, hash_samples
 from quantcli.errors import InputError, UsageError
+from quantcli.models.batch_size import SIZES, least_batch_size
 from quantcli.models.source import ModelSource
 
 #: Different batches that runs take turns with; more would only fill memory.
@@ -61,13 +63,15 @@ def load_feeds(
     # First dimensions that differ count no samples.
     known = batch_sizes(ports)
     fixed = next(iter(known)) if len(known) == 1 else None
-    sizes = list(dict.fromkeys(sizes or (fixed or 1,)))
-    wrong = [size for size in sizes if fixed and size != fixed]
+    wrong = [size for size in sizes or () if fixed and size != fixed]
     if wrong:
         raise UsageError(f"--batch-size {wrong[0]}: {sources[0].path} takes {fixed} at a time.")
+    graph = None if sizes or fixed else _graph_of_free_batch(sources, ports)
     if request is None:
-        made_up = {size: [made_up_feeds(ports, size, seq_len, seed)] for size in sizes}
-        feeds = Feeds(made_up, "made up")
+        make_up = partial(made_up_feeds, ports, seq_len=seq_len, seed=seed)
+        own = 1 if graph is None else least_batch_size(graph.runner(shared=True).run, make_up)
+        chosen = dict.fromkeys(sizes or (fixed or own or 1,))
+        feeds = Feeds({size: [make_up(size)] for size in chosen}, "made up")
         shapes = ", ".join(f"{name} {shape}" for name, shape in feeds.shapes.items())
         feeds.warnings.append(
             f"No --data was given: the inputs are made up ({shapes}). Latency may differ on real ones, whose "
@@ -75,9 +79,26 @@ def load_feeds(
         )
         return feeds
     length = request.seq_len or (DEFAULT_LENGTH if text and not _fixed_length(ports) else None)
-    sized = replace(request, samples=max(sizes) * _BATCHES, seq_len=length, windows=True)
-    samples = choose_samples(sized, source_for(sources, sized, ports))
-    return Feeds({size: _batches(samples, size) for size in sizes}, request.data, list(samples.warnings))
+
+    def chosen_samples(count: int) -> Samples:
+        sized = replace(request, samples=count, seq_len=length, windows=True)
+        return choose_samples(sized, source_for(sources, sized, ports))
+
+    own = 1
+    if graph is not None:
+        several = chosen_samples(SIZES[-1])
+        several.settle_batch_size(graph.runner(shared=True).run)
+        own = several.fixed_batch or 1
+    chosen = dict.fromkeys(sizes or (fixed or own,))
+    samples = chosen_samples(max(chosen) * _BATCHES)
+    return Feeds({size: _batches(samples, size) for size in chosen}, request.data, list(samples.warnings))
+
+
+def _graph_of_free_batch(sources: Sequence[ModelSource], ports: Sequence[Port]) -> ModelSource | None:
+    """The first graph, where the inputs leave open how many samples it runs on; a decoder's cache is made for any."""
+    if not any(port.shape and not isinstance(port.shape[0], int) for port in ports):
+        return None
+    return next((source for source in sources if source.onnx and not cache_ports(source.onnx.inputs)), None)
 
 
 def _batches(samples: Samples, size: int) -> list[Arrays]:

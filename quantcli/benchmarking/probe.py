@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import InputError
 from quantcli.models.custom_operators import register, registered
+from quantcli.models.narrow import in_numpy
 from quantcli.system.child import Child, ChildFailedError
 from quantcli.system.hardware import peak_rss_bytes
 
@@ -57,7 +58,7 @@ def probe(
 
     with tempfile.TemporaryDirectory(prefix="quantcli-") as name:
         folder = Path(name)
-        np.savez(folder / "feeds.npz", **dict(feeds))  # type: ignore[arg-type]
+        np.savez(folder / "feeds.npz", **{name: in_numpy(array) for name, array in feeds.items()})  # type: ignore[arg-type]
         request = {"model": model, "kind": kind, "threads": threads, "weights": weights and str(weights)}
         request["generates"] = generates and "input_ids" in feeds
         given = {"feeds": str(folder / "feeds.npz"), "custom_ops": [str(library) for library in registered()]}

@@ -54,7 +54,7 @@ def dtype_family(dtype: np.dtype[Any]) -> str:
     """``integer``, ``float`` or another family of a dtype: what may be cast to each other."""
     import numpy as np
 
-    if np.issubdtype(dtype, np.integer):
+    # The types of ml_dtypes, such as bfloat16 and int4, numpy does not count among its own.
+    if np.issubdtype(dtype, np.integer) or dtype.name.removeprefix("u") in ("int2", "int4"):
         return "integer"
-    # bfloat16 is a type of ml_dtypes, which numpy does not count among its own.
-    return "float" if np.issubdtype(dtype, np.floating) or dtype.name == "bfloat16" else "other"
+    return "float" if np.issubdtype(dtype, np.floating) or "float" in dtype.name else "other"

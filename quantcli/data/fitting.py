@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantcli.core.ports import Port
+from quantcli.core.ports import Port, dtype_family
 from quantcli.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 #: How an array's entries become one sample's input: a slice that keeps the first axis, an entry itself, the whole
 #: array with an axis before it, or the array as it is.
 Layout = Literal["rows", "entries", "single", "whole"]
-
-_BFLOAT16 = "bfloat16"
 
 
 def layouts(
@@ -107,13 +105,9 @@ def _agree(wanted: Sequence[int | str | None], shape: Sequence[int]) -> bool:
 
 def converts(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
     """Whether values of one dtype mean the same in the other: floats as floats, integers as integers, text as text."""
-
-    def kind(dtype: np.dtype[Any]) -> str:
-        return "f" if dtype.name == _BFLOAT16 else dtype.kind.replace("u", "i")
-
     if want.kind == "O":
         return have.kind in "OSU"
-    return have == want or (kind(have) == kind(want) and kind(have) in "fi")
+    return have == want or dtype_family(have) == dtype_family(want) != "other"
 
 
 def converted(array: np.ndarray, port: Port, where: str) -> np.ndarray:
@@ -126,7 +120,7 @@ def converted(array: np.ndarray, port: Port, where: str) -> np.ndarray:
         return (np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array).astype(object)
     with np.errstate(over="ignore"):
         found = np.array(array, port.dtype, order="C")
-    if port.dtype.kind in "iu":
+    if dtype_family(port.dtype) == "integer":
         fits = bool((found == array).all())
     else:
         fits = bool((np.isfinite(found.astype(np.float32)) == np.isfinite(array)).all())

@@ -5,7 +5,7 @@ Everything is checked against the inputs before work starts, and read when it is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from quantcli.data.request import DataRequest
 from quantcli.data.sources import kinds_of, source_kinds
 from quantcli.data.sources.base import Labels, Sample, SampleSource, evenly
 from quantcli.errors import InputError, UsageError
+from quantcli.models.batch_size import least_batch_size
 from quantcli.system import ranks
 
 if TYPE_CHECKING:
@@ -35,13 +36,16 @@ class Samples:
     def __init__(self, source: str, data: SampleSource, chosen: Sequence[int]) -> None:
         self.source, self._data, self._chosen = source, data, chosen
         self.warnings = list(data.warnings)
-        fixed = data.fixed_batch
-        if fixed and len(chosen) % fixed:
-            whole = len(chosen) // fixed * fixed
+        self._keep_whole_batches()
+
+    def _keep_whole_batches(self) -> None:
+        fixed, count = self.fixed_batch, len(self._chosen)
+        if fixed and count % fixed:
+            whole = count // fixed * fixed
             if not whole:
-                raise InputError(f"{source} has {len(chosen)} samples, and the model takes {fixed} at a time.")
-            self.warnings.append(f"The model takes {fixed} samples at a time; the last {len(chosen) - whole} are left.")
-            self._chosen = chosen[:whole]
+                raise InputError(f"{self.source} has {count} samples, and the model takes {fixed} at a time.")
+            self.warnings.append(f"The model takes {fixed} samples at a time; the last {count - whole} are left.")
+            self._chosen = self._chosen[:whole]
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -87,6 +91,22 @@ class Samples:
     def fixed_batch(self) -> int | None:
         """The only number of samples that fits the model at a time, or None where any does."""
         return self._data.fixed_batch
+
+    def settle_batch_size(self, run: Callable[[Mapping[str, np.ndarray]], object]) -> None:
+        """Find the number of samples that a model runs on at a time, where its inputs leave that open.
+
+        Where it runs on no number of them, whoever runs it next says why. ``run`` raises InputError where it does not.
+        """
+        if self.fixed_batch is None:
+            size = least_batch_size(run, self._first, len(self))
+            if size is not None and size > 1:
+                self._data.fixed_batch = size
+                self._keep_whole_batches()
+
+    def _first(self, size: int) -> dict[str, np.ndarray] | None:
+        """The first samples, so many of equal shapes; None where there are fewer."""
+        arrays, labels = next(batches(self, size))
+        return arrays if len(labels) == size else None
 
     @cached_property
     def sha256(self) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantcli.core.ports import Arrays
 from quantcli.data.for_models import input_ports, source_for
@@ -20,6 +20,11 @@ from quantcli.models import hugging_face
 from quantcli.models.inputs import derived_inputs
 from quantcli.models.source import ModelSource
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from quantcli.models.runner import Runner
+
 
 @dataclass
 class Inputs:
@@ -30,6 +35,16 @@ class Inputs:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def settle_batch_size(self, runners: Sequence[Runner]) -> None:
+        """Take as many samples at a time as these models run on; see `Samples.settle_batch_size`."""
+
+        def run(feeds: Mapping[str, np.ndarray]) -> None:
+            for runner in runners:
+                runner.run(feeds)
+
+        if runners:
+            self.samples.settle_batch_size(run)
 
     def batches(self) -> Iterator[tuple[Arrays, list[Any]]]:
         """Feeds and labels, one sample at a time, or as many as the model takes where it takes a fixed number."""

@@ -8,7 +8,7 @@ from math import isfinite
 
 import torch
 
-from quantcli.core.ports import Arrays
+from quantcli.core.ports import Arrays, cache_ports
 from quantcli.evaluation.contamination import LeakCheck
 from quantcli.evaluation.inputs import Inputs
 from quantcli.evaluation.layers_onnx import compare_graphs
@@ -52,6 +52,8 @@ def run_models(
     done, total = 0, len(ranks.part(len(inputs), inputs.samples.fixed_batch or 1)) * len(groups)
     for number, group in enumerate(groups):
         loaded = {index: sources[index].runner(**inputs.task.LOADING) for index in (0, *group)}
+        if number == 0:
+            inputs.settle_batch_size([loaded[index] for index in loaded if _may_need_several(sources[index])])
         for feeds, labels in inputs.own_batches():
             outputs = {index: runner.run(feeds) for index, runner in loaded.items()}
             for position, label in enumerate(labels):
@@ -79,6 +81,14 @@ def _merge(scores: Sequence[Scorer], leaks: LeakCheck) -> None:
             leaks.merge(seen)
             for own, their in zip(scores, theirs, strict=True):
                 own.merge(their)
+
+
+def _may_need_several(source: ModelSource) -> bool:
+    """Whether a model may run on a certain number of samples only, although its inputs do not say so.
+
+    A decoder is given a cache that is made for the samples, and reads long texts: no more of them than needed.
+    """
+    return source.onnx is not None and not cache_ports(source.onnx.inputs)
 
 
 def single_sample(arrays: Arrays, position: int, count: int) -> Arrays:

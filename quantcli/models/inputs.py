@@ -95,11 +95,10 @@ def _cast(value: np.ndarray, port: Port, name: str) -> np.ndarray:
     kinds = dtype_family(value.dtype), dtype_family(port.dtype)
     if kinds[0] != kinds[1] or kinds[0] == "other":
         raise InputError(f"{name} expects {port}; the data has {value.dtype}.")
-    if kinds[0] == "integer" and value.size:
-        limits = np.iinfo(port.dtype)
-        if value.min() < limits.min or value.max() > limits.max:
-            raise InputError(f"{name} expects {port}; the data's {value.min()} to {value.max()} do not fit.")
-    return value.astype(port.dtype)
+    cast = value.astype(port.dtype)
+    if kinds[0] == "integer" and not (cast == value).all():
+        raise InputError(f"{name} expects {port}; the data's {value.min()} to {value.max()} do not fit.")
+    return cast
 
 
 def hugging_face_ports(path: Path, *, text: bool = False) -> tuple[Port, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.core.ports import Port
 from quantcli.errors import InputError
 from quantcli.models import custom_operators
+from quantcli.models.narrow import is_narrow, packed, unpacked
 from quantcli.onnx.graph.external import LARGE_BYTES
 from quantcli.system.parallel import usable_cores
 from quantcli.system.text import first_line
@@ -30,8 +31,11 @@ _NARROW = {
 }  # fmt: skip
 
 
-#: What to do about operators that onnxruntime does not know.
-_CUSTOM_OPERATORS = "If it is a custom operator, name the library that has it: --custom-ops FILE.so."
+#: What to do about operators that onnxruntime does not know, or not with these types, by a part of its message.
+_HINTS = {
+    "is not a registered": "If it is a custom operator, name the library that has it: --custom-ops FILE.so.",
+    "NOT_IMPLEMENTED": "It has no such kernel on the CPU for these types. Export the model in float32 or float16.",
+}
 
 
 def onnxruntime() -> Any:
@@ -118,11 +122,12 @@ class Session:
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise InputError(
                 f"{name} cannot be loaded by onnxruntime {ort.__version__}: {_reason(error, model, name)}.",
-                _CUSTOM_OPERATORS if "is not a registered function/op" in str(error) else None,
+                next((hint for part, hint in _HINTS.items() if part in str(error)), None),
             ) from error
         self.name = name
         self.inputs = tuple(_port(each) for each in self._session.get_inputs())
         self.outputs = tuple(_port(each) for each in self._session.get_outputs())
+        self._narrow = any(is_narrow(port.dtype) for port in (*self.inputs, *self.outputs))
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """One forward pass: outputs by name, all of them unless some are named.
@@ -132,7 +137,7 @@ class Session:
         """
         names = list(outputs) if outputs is not None else [each.name for each in self.outputs]
         try:
-            values = self._session.run(names, dict(feeds))
+            values = self._run_narrow(names, feeds) if self._narrow else self._session.run(names, dict(feeds))
         except Exception as error:
             raise InputError(f"onnxruntime could not run the model: {first_line(error)}.") from error
         return dict(zip(names, values, strict=True))
@@ -147,6 +152,33 @@ class Session:
             started = time.perf_counter()
             outputs = self.run(each)
             yield outputs, time.perf_counter() - started
+
+    def _run_narrow(self, names: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[Any]:
+        """One forward pass of a model with inputs or outputs of types that numpy lacks."""
+        import ctypes
+
+        import numpy as np
+
+        values = onnxruntime().OrtValue
+        types = {port.name: port.dtype for port in self.outputs}
+        given = {name: np.asarray(array) for name, array in feeds.items()}
+        # The runtime does not copy what it is given.
+        laid_out = {name: packed(array) if is_narrow(array.dtype) else array for name, array in given.items()}
+        fed = {
+            name: values.ortvalue_from_numpy_with_onnx_type(laid_out[name], _element_type(array.dtype))
+            if is_narrow(array.dtype)
+            else values.ortvalue_from_numpy(array)
+            for name, array in given.items()
+        }
+        found = []
+        for name, value in zip(names, self._session.run_with_ort_values(names, fed), strict=True):
+            dtype = types.get(name)
+            if not value.is_tensor() or dtype is None or not is_narrow(dtype):
+                found.append(value.numpy())
+                continue
+            content = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+            found.append(unpacked(content, dtype, value.shape()))
+        return found
 
     def bind(self, state: Mapping[str, np.ndarray], outputs: Mapping[str, str]) -> Binding:
         """Runs that keep a state where it lies: inputs ``state``, each written over by the output that it names."""
@@ -218,6 +250,13 @@ def _reason(error: Exception, model: Path | bytes, name: str) -> str:
     """What the runtime says, with the user's name of a model in place of its file's."""
     reason = first_line(error)
     return reason.replace(str(model), name) if isinstance(model, Path) else reason
+
+
+def _element_type(dtype: np.dtype[Any]) -> int:
+    """ONNX's number of a type of elements."""
+    import onnx_ir as ir
+
+    return int(ir.DataType.from_numpy(dtype))
 
 
 def _port(node: Any) -> Port:

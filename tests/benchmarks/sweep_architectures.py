@@ -299,7 +299,7 @@ def main() -> int:
     if wanted.quick:
         found = quick(wanted.jobs)
     else:
-        names = sweeping.chosen(tiny_architectures.architectures(), wanted.only, wanted.limit)
+        names = sweeping.chosen(tiny_architectures.architectures(), wanted.only, wanted.limit, wanted.seed)
         schemes = tuple(wanted.schemes.split(","))
         found = sweeping.sweep(names, lambda case: run(case, schemes), wanted.jobs, wanted.json)
     sweeping.print_matrix(found)

@@ -1,7 +1,7 @@
 """Every operator test that the onnx package generates through every scheme: is what ends with exit status 0 right?
 
-Run: .venv/bin/python tests/benchmarks/sweep_operators.py [--only GLOB] [--schemes ...] [--jobs N] [--limit N]
-     [--json FILE] [--quick]
+Run: .venv/bin/python tests/benchmarks/sweep_operators.py [--only GLOB] [--schemes ...] [--jobs N]
+     [--limit N [--seed N]] [--json FILE] [--quick]
 
 Each graph is tried in six forms: ``as-is``; ``product``, two MatMul (of a rank-4 output two Conv beside them) with
 constant weights behind its first float output; and ``constants``, the same with all inputs but the first turned
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import numpy
     import onnx
 
-SCHEMES = ("inspect", "fp16", "int8", "int4", "int8-dynamic", "int8-static", "calibrated")
+SCHEMES = ("inspect", "fp16", "bf16", "int8", "int4", "int8-dynamic", "int8-static", "calibrated")
 FORMS = ("as-is", "product", "constants", "listed", "external", "alias")
 #: Of many operators of different kinds, in CI.
 QUICK = (
@@ -54,7 +54,19 @@ QUICK = (
 )
 #: Decibels under which the error is not that of weights of so many bits (and of activations of eight). Operator
 #: tests are small and unkind: a threshold or an index behind a product turns a small error into another value.
-LEAST = {"fp16": 30.0, "int8": 18.0, "int4": 5.0, "int8-dynamic": 8.0, "int8-static": 5.0, "calibrated": 5.0}
+LEAST = {
+    "fp16": 30.0,
+    "bf16": 25.0,
+    "int8": 18.0,
+    "int4": 5.0,
+    "int8-dynamic": 8.0,
+    "int8-static": 5.0,
+    "calibrated": 5.0,
+}
+#: Schemes in which layers take integers.
+INTEGER_INPUTS = ("int8-dynamic", "int8-static", "calibrated")
+#: Floats of a byte that numpy does not have.
+_EIGHT_BITS = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 #: Seconds for one command, and for one form of a graph through all of them.
 COMMAND, CASE = 60, 300
 #: How a message says that a graph, which does run, does not; or that what it was just fed does not fit it.
@@ -85,7 +97,7 @@ def formed(case: Any, form: str) -> tuple[onnx.ModelProto, dict[str, Any]] | Non
 
     model = onnx.ModelProto()
     model.CopyFrom(case.model)
-    values = list(case.data_sets[0][0])
+    values = [_array(value) for value in case.data_sets[0][0]]
     feeds = dict(zip([entry.name for entry in model.graph.input], values, strict=False))
     if form != "as-is" and not _append_product(model):
         return None
@@ -96,7 +108,7 @@ def formed(case: Any, form: str) -> tuple[onnx.ModelProto, dict[str, Any]] | Non
         model.graph.output[-1].name = "sweep_alias"
     if form in ("constants", "listed"):
         fixed = [name for name, value in list(feeds.items())[1:] if isinstance(value, numpy.ndarray)]
-        fixed = [name for name in fixed if feeds[name].dtype.kind in "fiub"]
+        fixed = [name for name in fixed if feeds[name].dtype.kind in "fiubV"]
         if not fixed:
             return None
         for name in fixed:
@@ -106,6 +118,13 @@ def formed(case: Any, form: str) -> tuple[onnx.ModelProto, dict[str, Any]] | Non
         del model.graph.input[:]
         model.graph.input.extend(kept)
     return model, feeds
+
+
+def _array(value: Any) -> Any:
+    """What a test feeds, as a numpy array: types that numpy does not know come as protocol buffers."""
+    import onnx
+
+    return onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
 
 
 def _append_product(model: onnx.ModelProto) -> bool:
@@ -221,7 +240,7 @@ def _column(
     if expected is None:
         return Outcome(SKIPPED, "onnxruntime does not run the original", outcome.seconds)
     try:
-        wrong = _difference(expected, _run(artifact, feeds), LEAST[scheme], jumps)
+        wrong = _difference(expected, _run(artifact, feeds), LEAST[scheme], jumps, scheme in INTEGER_INPUTS)
     except Exception as error:
         wrong = f"the artifact does not run: {error}"
     return Outcome(FAULT if wrong else OK, f"exit 0, and {wrong}"[:400] if wrong else "", outcome.seconds)
@@ -277,7 +296,45 @@ def _run(file: Path, feeds: dict[str, Any]) -> dict[str, Any]:
     wanted = {entry.name for entry in session.get_inputs()}
     names = [entry.name for entry in session.get_outputs()]
     fed = {name: value for name, value in feeds.items() if name in wanted}
+    types = [entry.type for entry in (*session.get_inputs(), *session.get_outputs())]
+    if any(_is_narrow(kind) for kind in types):
+        return dict(zip(names, _run_narrow(session, fed), strict=True))
     return dict(zip(names, session.run(None, fed), strict=True))
+
+
+def _is_narrow(kind: str) -> bool:
+    """Whether numpy has no such type, and onnxruntime neither takes nor gives arrays of it."""
+    return bool(re.search(r"tensor\((bfloat16|float[84]|u?int[24]\))", kind))
+
+
+def _run_narrow(session: Any, feeds: dict[str, Any]) -> list[Any]:
+    """Run a graph with inputs or outputs of types that numpy does not have; those below a byte come as their bytes."""
+    import ctypes
+
+    import ml_dtypes
+    import numpy
+    import onnx
+    import onnxruntime
+
+    # onnxruntime calls the types of eight bits without the underscore that ml_dtypes has.
+    known = {name.replace("_", ""): getattr(ml_dtypes, name) for name in ("bfloat16", *_EIGHT_BITS)}
+
+    fed = {}
+    for name, value in feeds.items():
+        values = numpy.asarray(value)
+        kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+        fed[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values, kind)
+    found = []
+    for value in session.run_with_ort_values(None, fed):
+        if not _is_narrow(value.data_type()):
+            found.append(value.numpy())
+            continue
+        content = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+        dtype = known.get(value.data_type()[len("tensor(") : -1])
+        found.append(numpy.frombuffer(content, numpy.uint8 if dtype is None else dtype))
+        if dtype is not None:
+            found[-1] = found[-1].reshape(value.shape())
+    return found
 
 
 def _save_data(feeds: dict[str, Any], folder: Path) -> None:
@@ -287,14 +344,28 @@ def _save_data(feeds: dict[str, Any], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     arrays = {name: numpy.asarray(value) for name, value in feeds.items() if not isinstance(value, list | type(None))}
     # numpy's files know no types but its own.
-    arrays = {name: a.astype(numpy.float32) if a.dtype.name == "bfloat16" else a for name, a in arrays.items()}
+    arrays = {name: _plain(array) for name, array in arrays.items()}
     for number in range(4):
         with contextlib.suppress(Exception):
             numpy.savez(folder / f"{number}.npz", **arrays)
 
 
-def _difference(expected: dict[str, Any], got: dict[str, Any], least: float, jumps: bool) -> str:
-    """What differs beyond what weights of fewer bits explain; empty where nothing does."""
+def _plain(array: numpy.ndarray) -> numpy.ndarray:
+    import ml_dtypes
+    import numpy
+
+    if not hasattr(ml_dtypes, array.dtype.name):
+        return array
+    return array.astype(numpy.int8 if "int" in array.dtype.name else numpy.float32)
+
+
+def _difference(
+    expected: dict[str, Any], got: dict[str, Any], least: float, jumps: bool, integer_inputs: bool = False
+) -> str:
+    """What differs beyond what weights of fewer bits explain; empty where nothing does.
+
+    ``integer_inputs``: layers take integers, among which there is no NaN; a test that feeds one gets a number.
+    """
     import numpy
 
     if list(expected) != list(got):
@@ -313,24 +384,26 @@ def _difference(expected: dict[str, Any], got: dict[str, Any], least: float, jum
             return f"{name} has shape {other.shape}, expected {value.shape}"
         if jumps:
             continue
-        wrong = _far(name, value, other, least)
+        wrong = _far(name, value, other, least, integer_inputs)
         if wrong:
             return wrong
     return ""
 
 
-def _far(name: str, value: numpy.ndarray, other: numpy.ndarray, least: float) -> str:
+def _far(name: str, value: numpy.ndarray, other: numpy.ndarray, least: float, integer_inputs: bool) -> str:
     import numpy
 
-    if value.dtype.kind != "f":
+    if value.dtype.kind != "f" and "float" not in value.dtype.name:
         if value.dtype.kind in "OSU":
             return "" if (value == other).all() else f"{name} has other strings"
         apart = (value.astype(numpy.float64) != other.astype(numpy.float64)).mean() if value.size else 0
         return f"{name}: {100 * apart:.0f} % of its {value.dtype} values differ" if apart > 0.1 else ""
     a, b = value.astype(numpy.float64), other.astype(numpy.float64)
     finite = numpy.isfinite(a)
-    if (numpy.isfinite(b) != finite).any():
-        return f"{name} is not finite where the original is, or the other way round"
+    if not numpy.isfinite(b)[finite].all():
+        return f"{name} is not finite where the original is"
+    if not integer_inputs and numpy.isfinite(b)[~finite].any():
+        return f"{name} is finite where the original is not"
     signal, noise = (a[finite] ** 2).sum(), ((a[finite] - b[finite]) ** 2).sum()
     if noise <= 1e-12 * max(finite.sum(), 1):
         return ""
@@ -381,7 +454,7 @@ def main() -> int:
         found = quick(wanted.jobs)
     else:
         known = graphs()
-        names = sweeping.chosen(known, wanted.only, wanted.limit)
+        names = sweeping.chosen(known, wanted.only, wanted.limit, wanted.seed)
         found = swept(names, known, tuple(wanted.schemes.split(",")), wanted.jobs, wanted.json)
     sweeping.print_matrix(found)
     if wanted.json:

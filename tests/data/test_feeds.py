@@ -11,12 +11,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import quantcli
+from quantcli.benchmarking.feeds import load_feeds
 from quantcli.core.ports import Port
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import batches, load_samples
 from quantcli.data.sources.base import batch_sizes
 from quantcli.errors import InputError
 from quantcli.models.session import Session
+from quantcli.models.source import open_model
 
 FLOAT, INT = np.dtype(np.float32), np.dtype(np.int64)
 
@@ -136,6 +138,59 @@ def test_a_fixed_number_of_samples(tmp_path: Path, scheme: str) -> None:
         tmp_path / "m.onnx", tmp_path / "o.onnx", scheme=scheme, algorithm=algorithm, data=tmp_path / "d.npz"
     )
     assert report.details["outputs"]["samples"] == 8
+
+
+def traced_with(size: int, path: Path) -> Path:
+    """A graph whose batch axis is free, and whose Reshape takes one number of samples."""
+    generator = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Reshape", ["x", "split"], ["heads"]),
+        helper.make_node("Reshape", ["heads", "join"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "w"], ["y"]),
+    ]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", columns])]
+        for name, columns in (("x", 64), ("y", 96))
+    )
+    constants = {
+        "split": np.array([size, 8, 8]),
+        "join": np.array([size, -1]),
+        "w": generator.standard_normal((64, 96)).astype(np.float32),
+    }
+    initializers = [numpy_helper.from_array(values, name) for name, values in constants.items()]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, initializers)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+@pytest.mark.parametrize(("size", "count"), [(8, 17), (37, 37)])
+def test_a_free_batch_axis_that_runs_at_one_size_only(tmp_path: Path, size: int, count: int) -> None:
+    model, data = traced_with(size, tmp_path / "m.onnx"), tmp_path / "d.npz"
+    np.savez(data, x=np.random.default_rng(1).standard_normal((count, 64)).astype(np.float32))
+    stats, artifact = tmp_path / "stats.safetensors", tmp_path / "o.onnx"
+    left = count % size
+    report = quantcli.calibrate(model, data=data, output=stats)
+    assert report.details["samples"] == count - left
+    told = [f"The model takes {size} samples at a time; the last {left} are left."] if left else []
+    assert [warning for warning in report.warnings if "at a time" in warning] == told
+    assert quantcli.convert(model, artifact, scheme="int8-static", calibration=stats, data=data).passed
+    found = quantcli.evaluate(model, [artifact], data=data, by_layer=True)
+    assert found.details["samples"] == count - left
+    assert found.models[1].metrics["sqnr_db"] > 25  # type: ignore[operator]
+
+
+def test_bench_takes_the_batch_size_that_runs(tmp_path: Path) -> None:
+    request = DataRequest(str(tmp_path / "d.npz"))
+    for size in (8, 37):
+        model = traced_with(size, tmp_path / f"{size}.onnx")
+        np.savez(request.data, x=np.random.default_rng(1).standard_normal((size, 64)).astype(np.float32))
+        assert load_feeds([open_model(model)], request, None).shapes == {"x": [size, 64]}
+    assert load_feeds([open_model(tmp_path / "8.onnx")], None, None).shapes == {"x": [8, 64]}
+
+
+def test_a_free_batch_axis_without_data(tmp_path: Path) -> None:
+    model = traced_with(8, tmp_path / "m.onnx")
+    assert quantcli.convert(model, tmp_path / "o.onnx", scheme="int8").passed
 
 
 def test_what_fits_in_no_way_is_listed(tmp_path: Path) -> None:

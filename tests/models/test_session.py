@@ -69,3 +69,15 @@ def test_errors_are_ours(tmp_path: Path) -> None:
         Session(tmp_path / "broken.onnx")
     with pytest.raises(InputError, match="The model cannot be loaded"):
         Session(b"nothing")
+
+
+def test_a_type_that_has_no_kernel_on_the_cpu(tmp_path: Path) -> None:
+    kind = TensorProto.BFLOAT16
+    inputs = [helper.make_tensor_value_info(name, kind, [2, 2]) for name in ("a", "b")]
+    output = [helper.make_tensor_value_info("y", kind, [2, 2])]
+    path = save(tmp_path / "m.onnx", [helper.make_node("MatMul", ["a", "b"], ["y"])], inputs, output, {})
+    with pytest.raises(InputError, match="MatMul") as caught:
+        Session(path)
+    assert (
+        caught.value.hint == "It has no such kernel on the CPU for these types. Export the model in float32 or float16."
+    )

@@ -231,17 +231,20 @@ def options(description: str | None, schemes: Sequence[str]) -> argparse.Argumen
     parser.add_argument("--schemes", default=",".join(schemes), help="columns, by commas")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cases at a time")
     parser.add_argument("--limit", type=int, metavar="N", help="that many cases, spread over all of them")
+    parser.add_argument("--seed", type=int, metavar="N", help="those of --limit are drawn at random, by this seed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every verdict with its reason")
     parser.add_argument("--quick", action="store_true", help="a few cases of different kinds")
     return parser
 
 
-def chosen(names: Iterable[str], only: Sequence[str] | None, limit: int | None) -> list[str]:
-    """Names that match, thinned out evenly."""
+def chosen(names: Iterable[str], only: Sequence[str] | None, limit: int | None, seed: int | None = None) -> list[str]:
+    """Names that match, thinned out evenly, or drawn at random where there is a seed."""
     found = [n for n in names if not only or any(fnmatch.fnmatch(n, pattern) for pattern in only)]
-    if limit and len(found) > limit:
-        found = [found[index * len(found) // limit] for index in range(limit)]
-    return found
+    if not limit or len(found) <= limit:
+        return found
+    if seed is not None:
+        return random.Random(seed).sample(found, limit)
+    return [found[index * len(found) // limit] for index in range(limit)]
 
 
 def sweep(

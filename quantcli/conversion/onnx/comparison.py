@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.conversion.onnx.trial_inputs import Feeds, has_numbers, tensors_of
 from quantcli.core.ports import dtype_family
 from quantcli.errors import InputError
+from quantcli.models.narrow import in_numpy
 from quantcli.models.pieces import Runnable, is_run_in_pieces, runnable
 
 if TYPE_CHECKING:
@@ -257,8 +258,7 @@ def _plain(values: np.ndarray) -> np.ndarray:
         return np.stack([values.real, values.imag], -1)
     if values.dtype == object:
         return values.astype(str)
-    # numpy's files know no types but its own.
-    return values.astype(np.float32) if values.dtype.kind == "V" else values
+    return in_numpy(values)
 
 
 def _is_float(values: np.ndarray) -> bool:

@@ -128,11 +128,13 @@ class _Reference:
             # The runtime's own rewriting may remove what it lacks.
             session = runnable(path)
         feeds = made_up(session, graph, mixed=True)
-        if isinstance(feeds, NoFeeds):
+        if isinstance(feeds, NoFeeds) or next(iter(feeds()))[1] != 1:
             samples = data()
-            if samples is None:
-                return feeds
-            feeds = of_samples(samples, _SAMPLES)
+            if samples is not None:
+                samples.settle_batch_size(session.run)
+                feeds = of_samples(samples, _SAMPLES) if isinstance(feeds, NoFeeds) else feeds
+        if isinstance(feeds, NoFeeds):
+            return feeds
         given = [arrays for arrays, _ in feeds()]
         *outputs, again = (got for got, _ in session.runs([*given, given[0]]))
         return _Reference(list(zip(given, outputs, strict=True)), again)
