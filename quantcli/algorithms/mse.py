@@ -58,8 +58,7 @@ def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor | N
     low, high = numerics.group_range(groups, number_format)
     if not has_signed_scales(number_format):
         return low, high
-    smallest, largest = torch.aminmax(groups, dim=-1)
-    return None, torch.where(largest > -smallest, -high, high)
+    return None, torch.where(groups.amax(-1) > -groups.amin(-1), -high, high)
 
 
 def run(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:

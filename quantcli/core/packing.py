@@ -30,7 +30,7 @@ def pack_int4_low_nibble_first(codes: Tensor) -> Tensor:
     unsigned = padded + 8
     # Two neighbouring bytes as one int16: low nibbles of both end up in the low byte.
     pairs = unsigned.reshape(-1).view(torch.int16)
-    return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32).reshape(len(codes), -1)
+    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8).view(torch.int32).reshape(len(codes), -1)
 
 
 def unpack_int4_low_nibble_first(packed: Tensor, columns: int) -> Tensor:
@@ -41,8 +41,8 @@ def unpack_int4_low_nibble_first(packed: Tensor, columns: int) -> Tensor:
         loops.unpack_signed_low_first(stored.reshape(-1).numpy(), codes.numpy())
         return codes.reshape(len(packed), -1)[:, :columns]
     pairs = stored.to(torch.int16)
-    unsigned = ((pairs | (pairs << 4)) & 0x0F0F).view(torch.int8)
-    return (unsigned - 8)[:, :columns]
+    unsigned = (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F).view(torch.int8)
+    return unsigned.sub_(8)[:, :columns]
 
 
 def pack_int8_in_int32(codes: Tensor) -> Tensor:

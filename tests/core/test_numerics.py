@@ -289,3 +289,16 @@ def test_a_narrow_format_meets_the_largest_value_exactly() -> None:
     assert scale.flatten().tolist() == pytest.approx([1 / 127, 2 / 127])
     assert codes[0, 0, 0] == 127 and codes[1, 0, 0] == -127
     np.testing.assert_array_equal(codes.reshape(2, 3), np.rint(weight.numpy() / np.array([[1], [2]]) * 127))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_infinities_and_nans_are_found_and_large_sums_are_none(dtype: torch.dtype) -> None:
+    values = torch.full((4, 1000), torch.finfo(dtype).max, dtype=dtype)
+    assert numerics.all_finite(values) and numerics.all_finite(torch.zeros(0, dtype=dtype))
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        damaged = values / 1e4
+        damaged[2, 7] = bad
+        assert not numerics.all_finite(damaged)
+    opposite = values.clone()
+    opposite[0, 0], opposite[0, 1] = torch.inf, -torch.inf
+    assert not numerics.all_finite(opposite)

@@ -111,9 +111,10 @@ class LayerJob:
         info = self.layer.info
         rows = self.checkpoint.read_rows(info, start, stop)
         stored = rows.to(torch_dtype(self.layer.dtype))
-        if info.is_float and not bool(torch.isfinite(stored).all()) and not self._is_mask(rows, stored):
+        finite = not info.is_float or numerics.all_finite(stored)
+        if not finite and not self._is_mask(rows, stored):
             self._refuse(rows, start)
-        changed = stored.dtype != rows.dtype and bool(torch.isfinite(stored).all())
+        changed = finite and stored.dtype != rows.dtype
         signal, noise = _cast_powers(rows, stored) if changed else (0.0, 0.0)
         if stored.dtype == torch.float16 and changed:
             self._count_lost(rows, stored)
@@ -226,7 +227,7 @@ def require_finite(info: TensorInfo, checkpoint: Checkpoint) -> None:
     """Raise InputError where a weight holds what is no number, with its place."""
     for start, stop in ranges(info.rows, info.columns, SLAB_ELEMENTS, 1):
         rows = checkpoint.read_rows(info, start, stop)
-        if not bool(torch.isfinite(rows).all()) and not _holds_only_a_mask(rows):
+        if not numerics.all_finite(rows) and not _holds_only_a_mask(rows):
             _name_the_bad(info.name, rows, start)
 
 

@@ -94,7 +94,7 @@ def write_codes(
 ) -> LayerResult:
     """Write a layer's codes and scales. Raises InputError where a scale is not finite."""
     tensor = rounded.tensor
-    if not bool(torch.isfinite(tensor.scale).all()):
+    if not numerics.all_finite(tensor.scale):
         raise InputError(
             f"{layer.info.name} has values too large for scales in {plan.scale_dtype}.", "Use --rest bf16."
         )
@@ -131,7 +131,7 @@ def write_values(layer: LayerPlan, values: Tensor, destinations: Mapping[str, De
     Raises InputError where a value does not fit that dtype.
     """
     stored = values.reshape(layer.info.shape).to(torch_dtype(layer.dtype))
-    if not bool(torch.isfinite(stored).all()):
+    if not numerics.all_finite(stored):
         raise InputError(f"{layer.info.name} has values too large for {layer.dtype}.", "Use --rest bf16.")
     parts = [(start, stored[start:stop] if stored.ndim else stored) for start, stop in slabs(layer)]
     return LayerResult([write_rows(layer, start, part, destinations) for start, part in parts])
