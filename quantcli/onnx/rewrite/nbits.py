@@ -137,7 +137,7 @@ def _make_form(
 
     if operator == "MatMulBnb4":
         block = weights.granularity.size or 0
-        packed = pack_nf4(operand, weights, algorithm)
+        packed = pack_nf4(operand, weights, algorithm, hessian)
     elif given is not None:
         block = given.number_format.granularity.size or 0
         packed = pack_codes(given, operand.dtype, algorithm)
