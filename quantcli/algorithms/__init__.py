@@ -45,7 +45,7 @@ ALGORITHMS: dict[str, Entry] = {
     ),
     "gptq": Entry(
         "quantcli.algorithms.gptq", "later columns make up for the errors of earlier ones", ("calibrated rounding",),
-        onnx=True, recommended_for=("int4", "int8"),
+        onnx=True, recommended_for=("int4", "int8", "nf4"),
     ),
     "smoothquant": Entry(
         "quantcli.algorithms.smoothquant", "move outliers of inputs into the weights", ("transform",),

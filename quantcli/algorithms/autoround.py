@@ -42,7 +42,7 @@ SCALE_RANGE = (0.5, 1.5)
 def supports(number_format: NumberFormat) -> str | None:
     """Integer codes with a scale per tensor, channel or group."""
     if number_format.dtype == "nf4":
-        return "autoround rounds to an even grid, which nf4 is not; use rtn"
+        return "autoround rounds to an even grid, which nf4 is not; use gptq or awq"
     return None
 
 

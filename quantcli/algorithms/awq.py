@@ -33,10 +33,8 @@ CHUNK_ELEMENTS = 1 << 16
 
 
 def supports(number_format: NumberFormat) -> str | None:
-    """Integer codes with a scale per channel or group."""
-    if number_format.dtype == "nf4":
-        return "awq clips the range of an even grid, which nf4 has not; use rtn"
-    if number_format.granularity.kind not in ("channel", "group"):
+    """Codes with a scale per channel, or per group or block of one."""
+    if number_format.granularity.kind not in ("channel", "group", "block"):
         return f"awq works on scales per channel or group, not per {number_format.granularity.kind}"
     return None
 

@@ -18,9 +18,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantcli.algorithms import mse, rtn
+from quantcli.algorithms import default_rounding, mse, rounding, rtn
 from quantcli.algorithms.base import AlgorithmOptions, BlockLayers, by_rows
-from quantcli.core.numerics import quantize
+from quantcli.core.numerics import multiples, quantize
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import QuantizedTensor, RoundedTensor, Rounding
 
@@ -53,9 +53,7 @@ class Solved:
 
 
 def supports(number_format: NumberFormat) -> str | None:
-    """Integer codes with a scale per tensor, channel or group."""
-    if number_format.dtype == "nf4":
-        return "gptq rounds to an even grid, which nf4 is not; use rtn"
+    """None: any grid will do, even or not, since only its errors are made up for."""
     return None
 
 
@@ -82,7 +80,7 @@ def run(
 
     Args:
         weight: the weight; it is not changed.
-        number_format: integer, symmetric or not.
+        number_format: integer, symmetric or not, or nf4 in groups of a row.
         scale_dtype: what scales are rounded to before codes are chosen.
         hessian: float32 ``[columns, columns]``, the sum of x x^T over the calibration tokens; it is not changed.
         damping: what is added to its diagonal, as a fraction of the diagonal's mean; more where it is singular.
@@ -111,13 +109,13 @@ def run(
 
 
 def initial(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
-    """Where the scales come from: clip search at four bits, the full range at eight."""
-    return by_rows(mse.clipped if number_format.bits == 4 else rtn.run, weight, number_format, scale_dtype)
+    """Where the scales come from: clip search for int4, the full range for int8 and nf4."""
+    return by_rows(mse.clipped if number_format.dtype == "int4" else rtn.run, weight, number_format, scale_dtype)
 
 
 def uncompensated(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
     """What takes its place where its matrix cannot be used."""
-    return by_rows(mse.run if number_format.bits == 4 else rtn.run, weight, number_format, scale_dtype)
+    return by_rows(rounding(default_rounding(number_format)).run, weight, number_format, scale_dtype)
 
 
 def _factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float] | None:
@@ -192,7 +190,7 @@ def _solve(
                 step, offset = scale[group[column]], None if zero_point is None else zero_point[group[column]]
                 chosen = quantize(values.unsqueeze(-1), step, offset, number_format).squeeze(-1)
                 codes[column] = chosen
-                rounded = chosen.float() if offset is None else chosen.float() - offset
+                rounded = multiples(chosen, offset, number_format)
                 error = torch.addcmul(values, rounded, step, value=-1) / inverse_root[column, column]
                 errors[column - start] = error
                 weight[column + 1 : end].addr_(inverse_root[column, column + 1 : end], error, alpha=-1)
@@ -232,7 +230,7 @@ def round_layers(layers: BlockLayers, options: Options) -> dict[str, RoundedTens
 
 def _told(solved: Solved, damping: float) -> Rounding:
     if solved.damping is None:
-        fallback = "mse" if solved.tensor.number_format.bits == 4 else "rtn"  # as `uncompensated`
+        fallback = default_rounding(solved.tensor.number_format)
         return Rounding(fallback, f"singular Hessian: {fallback} in place of gptq")
     note = f"damping {solved.damping:g} for a Hessian that is nearly singular" if solved.damping > damping else None
     return Rounding("gptq", note)

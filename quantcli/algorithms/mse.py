@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from quantcli.core import numerics
-from quantcli.core.numerics import choose_qparams, code_range, in_groups, quantize
+from quantcli.core.numerics import choose_qparams, code_range, dequantize, in_groups, quantize
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import QuantizedTensor
 
@@ -50,7 +50,7 @@ def supports(number_format: NumberFormat) -> str | None:
 
 def has_signed_scales(number_format: NumberFormat) -> bool:
     """Whether the scales of a format may be negative: in symmetric groups of four bits."""
-    return number_format.symmetric and number_format.bits == 4 and number_format.granularity.kind == "group"
+    return number_format.symmetric and number_format.dtype == "int4" and number_format.granularity.kind == "group"
 
 
 def group_range(groups: Tensor, number_format: NumberFormat) -> tuple[Tensor | None, Tensor]:
@@ -114,10 +114,13 @@ def clip_search(
 def rounding_error(
     groups: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat, out: Tensor
 ) -> Tensor:
-    """What rounding to an even grid adds to each value, written to ``out``, which is shaped like ``groups``.
+    """What rounding adds to each value, written to ``out``, which is shaped like ``groups``.
 
-    The same as quantizing, dequantizing and subtracting ``groups``, but nothing is allocated.
+    The same as quantizing, dequantizing and subtracting ``groups``, but on an even grid nothing is allocated.
     """
+    if number_format.dtype == "nf4":
+        codes = quantize(groups, scale, zero_point, number_format)
+        return torch.sub(dequantize(codes, scale, zero_point, number_format), groups, out=out)
     qmin, qmax = code_range(number_format)
     step = scale.unsqueeze(-1)
     torch.div(groups, step, out=out)

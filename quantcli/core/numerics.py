@@ -17,6 +17,7 @@ Weights are float32 matrices ``[rows, columns]``. All functions are pure.
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from math import log10
 from types import ModuleType
 
@@ -25,7 +26,7 @@ from numpy import float32, ndarray
 from torch import Tensor
 
 from quantcli.core import compiled
-from quantcli.core.nf4 import nf4_bounds, nf4_codebook
+from quantcli.core.nf4 import dequantize_scales, nf4_bounds, nf4_codebook, quantize_scales
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import QuantizedTensor
 
@@ -123,7 +124,8 @@ def quantize(groups: Tensor, scale: Tensor, zero_point: Tensor | None, number_fo
     if loops := _loops_for(groups, scale):
         return _looped_codes(loops, groups, scale, zero_point, number_format)
     if number_format.dtype == "nf4":
-        return torch.bucketize(groups * _inverse(scale).unsqueeze(-1), nf4_bounds(), out_int32=True).to(torch.int8)
+        scaled, bounds = groups * _inverse(scale).unsqueeze(-1), nf4_bounds().to(groups.device)
+        return torch.bucketize(scaled, bounds, out_int32=True).to(torch.int8)
     qmin, qmax = code_range(number_format)
     scaled = groups / scale.unsqueeze(-1)
     scaled.round_()
@@ -151,12 +153,25 @@ def _inverse(scale: Tensor) -> Tensor:
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, number_format: NumberFormat) -> Tensor:
     """Float32 values that the codes stand for; shapes as in `quantize`."""
+    offset = None if zero_point is None else zero_point.unsqueeze(-1)
+    return multiples(codes, offset, number_format).mul_(scale.unsqueeze(-1))
+
+
+def multiples(codes: Tensor, zero_point: Tensor | None, number_format: NumberFormat) -> Tensor:
+    """What codes stand for as multiples of their scale, float32; ``zero_point`` is shaped to be subtracted."""
     if number_format.dtype == "nf4":
-        return nf4_codebook()[codes.int()] * scale.unsqueeze(-1)
+        return nf4_codebook().to(codes.device)[codes.int()]
     values = codes.float()
     if zero_point is not None:
-        values -= zero_point.unsqueeze(-1)
-    return values.mul_(scale.unsqueeze(-1))
+        values -= zero_point
+    return values
+
+
+def as_stored(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The tensor with the scales that double quantization gives back; itself where scales are stored as they are."""
+    if not tensor.number_format.double_quantized:
+        return tensor
+    return replace(tensor, scale=dequantize_scales(*quantize_scales(tensor.scale)))
 
 
 def decoded(tensor: QuantizedTensor) -> Tensor:

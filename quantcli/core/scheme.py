@@ -69,6 +69,13 @@ class NumberFormat:
         """Whether a number of values that can be chosen share a scale."""
         return self.granularity.kind in ("group", "block")
 
+    @property
+    def in_rows(self) -> NumberFormat:
+        """The same with blocks as groups of a row, which they are where their size divides the columns."""
+        if self.granularity.kind != "block":
+            return self
+        return replace(self, granularity=Granularity("group", self.granularity.size))
+
     def __str__(self) -> str:
         if self.is_cast:
             return self.dtype

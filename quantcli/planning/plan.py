@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantcli import formats
 from quantcli.checkpoint.roles import HEAD_NAMES, module_of
@@ -13,6 +13,9 @@ from quantcli.core.tensors import TensorInfo
 from quantcli.formats.module_patterns import not_matched
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.steps import Steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def quantization_config(plan: Plan) -> dict[str, Any] | None:
@@ -49,7 +52,8 @@ class Loader:
     - ``name``: the class, for messages.
     - ``modules``: modules of the file that it calls otherwise. ``absent``: linear modules that no tensor fills.
     - ``leave``: reasons, by tensor, why it would not run codes.
-    - ``unpacked``: weights whose codes it takes only under the weight's own name.
+    - ``unpacked``: weights whose codes it takes only under the weight's own name; ``fits_nf4`` says whether it would
+      run some of them as nf4.
     - ``weights_only``: weights that it runs only with inputs as they are.
     - ``wide``: tensors that it keeps in float32 whatever the model's dtype is.
     - ``runs_narrow``: whether its class runs in the dtype that float32 is cast to by default.
@@ -60,6 +64,7 @@ class Loader:
     absent: tuple[str, ...] = ()
     leave: Mapping[str, str] = field(default_factory=dict)
     unpacked: frozenset[str] = frozenset()
+    fits_nf4: bool = True
     weights_only: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
     runs_narrow: bool = True
@@ -84,6 +89,14 @@ class LayerPlan:
     note: str | None = None
     dropped: bool = False
     by_rows: bool = True
+
+    def as_matrix(self, values: Tensor) -> Tensor:
+        """A weight as the checkpoint holds it, as a matrix ``[outputs, inputs]``."""
+        return values.T.contiguous() if self.transposed else values.reshape(self.matrix_shape)
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Inverse of `as_matrix`."""
+        return matrix.T.contiguous() if self.transposed else matrix.reshape(self.info.shape)
 
     @property
     def transposed(self) -> bool:

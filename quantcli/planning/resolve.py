@@ -34,6 +34,9 @@ _LEFT_BECAUSE = {
     "router": "router: decides which expert runs",
 }
 
+#: What is said of nf4 where integers of four bits are refused.
+_NF4_FROM_DATA = "whose codes are chosen without data, or from data with --algorithm gptq or awq"
+
 
 def resolve(
     recipe: Recipe,
@@ -189,10 +192,13 @@ class _Resolver:
 
     def _other_schemes(self) -> str | None:
         """What to try where no layer can have codes of this scheme; None where nothing is known to be better."""
+        if "conv1d" in self.roles.values() and self.format_name != "bitsandbytes":
+            return f"Use --scheme nf4, {_NF4_FROM_DATA}; in eight bits, -o NAME.onnx."
         if self.indivisible:
             return "--scheme int8 has one scale for a row, whatever its length."
         if self.loader.unpacked and self.scheme.weights.dtype != "int8":
-            return "--scheme int8 is stored in codes that it reads, chosen from data or without (gptq, awq, mse)."
+            nf4 = f"--scheme nf4, {_NF4_FROM_DATA}; or " if self.loader.fits_nf4 else ""
+            return f"Use {nf4}--scheme int8, which is stored in codes that it reads."
         if self.loader.leave or self.loader.unpacked:
             others = " or ".join(name for name in ("int8", "nf4") if name != self.name)
             return f"Try another scheme, such as {others}, or --target vllm."

@@ -15,6 +15,7 @@ from quantcli.checkpoint.roles import module_of
 from quantcli.core.dtypes import torch_dtype
 from quantcli.core.tensors import RoundedTensor
 from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.ptq.folds import is_transposed
 from quantcli.ptq.input_quantization import fix_input_scales
 from quantcli.ptq.observe import observe
 from quantcli.ptq.rounding import round_block, round_unobserved
@@ -131,8 +132,15 @@ def linear_layers(skeleton: Skeleton, plan: Plan) -> dict[str, LayerPlan]:
     for parameter, info in skeleton.parameters().items():
         path = module_of(parameter)
         module = skeleton.module.get_submodule(path)
-        # torch's attention reads the weight of such a layer without calling it.
-        linear = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-        if linear and info.name in quantized and parameter.endswith(".weight"):
-            layers[path] = quantized[info.name]
+        layer = quantized.get(info.name)
+        if layer is not None and parameter.endswith(".weight") and _is_called(module, layer):
+            layers[path] = layer
     return layers
+
+
+def _is_called(module: nn.Module, layer: LayerPlan) -> bool:
+    """Whether a module multiplies its inputs by its weight when it is called, as the plan has it."""
+    if layer.transposed:
+        return is_transposed(module)
+    # torch's attention reads the weight of such a layer without calling it.
+    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)

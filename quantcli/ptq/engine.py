@@ -19,7 +19,7 @@ from quantcli.blocks.calls import BlockError, Call
 from quantcli.blocks.capture import Arguments, Capture, Captured, alike, replaying
 from quantcli.blocks.skeleton import Skeleton
 from quantcli.blocks.structure import BlockList
-from quantcli.core.numerics import decoded
+from quantcli.core.numerics import as_stored, decoded
 from quantcli.errors import InputError
 from quantcli.planning.plan import Plan
 from quantcli.ptq.block import ROUNDED, BlockOutcome, BlockQuantizer, Tick, counted, part_of
@@ -119,6 +119,7 @@ class BlockEngine:
         self.lists = lists
         self._keeps_original = "original" in plan.steps.needs
         self._quantizer = BlockQuantizer(skeleton, plan)
+        self._layers = {layer.info.name: layer for layer in plan.layers}
         #: What came out of the last list of blocks, ``original`` where the plan's steps need that.
         self.final: dict[str, Chain] = {}
 
@@ -253,7 +254,9 @@ class BlockEngine:
             outcome = self._quantizer.run(path, block, calls, targets, self.seed + index, report)
         for name, info in self.skeleton.parameters(path).items():
             if info.name in outcome.quantized:
-                values = decoded(outcome.quantized[info.name].tensor)
+                tensor = outcome.quantized[info.name].tensor
+                # What was read back from the files has its scales as they are stored.
+                values = self._layers[info.name].as_weight(decoded(tensor if finished else as_stored(tensor)))
             else:
                 values = outcome.plain[info.name]
             parameter = block.get_parameter(name.removeprefix(f"{path}."))

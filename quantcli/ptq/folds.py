@@ -68,10 +68,11 @@ def _repeated(values: Tensor, repeat: int, head_size: int) -> Tensor:
 def matrix(module: nn.Module) -> Tensor:
     """A view of a linear layer's weight as ``[outputs, inputs]``; GPT-2's Conv1D stores it transposed."""
     weight = module.get_parameter("weight")
-    return weight.T if _is_transposed(module) else weight
+    return weight.T if is_transposed(module) else weight
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's Conv1D, a linear layer whose weight is ``[inputs, outputs]``."""
     # Conv1D counts its outputs in `nf`; no other module has that.
     return not isinstance(module, nn.Linear) and hasattr(module, "nf")
 
@@ -98,7 +99,7 @@ def _divided(source: nn.Module, scale: Tensor, offset: float) -> dict[str, Tenso
     if weight.ndim == 1:
         divided = {"weight": (weight + offset) / scale - offset}
     else:
-        divided = {"weight": weight / (scale if _is_transposed(source) else scale.unsqueeze(1))}
+        divided = {"weight": weight / (scale if is_transposed(source) else scale.unsqueeze(1))}
     if parameters.get("bias") is not None:
         divided["bias"] = parameters["bias"] / scale
     return divided
@@ -258,7 +259,7 @@ class _Trial:
         parameters = {f"{fold.source}.{name}": values for name, values in divided.items()}
         for target in fold.targets:
             expanded = fold.expand(scale)
-            transposed = _is_transposed(self.linears[target])
+            transposed = is_transposed(self.linears[target])
             parameters[f"{target}.weight"] = self.weights[target] * (expanded.unsqueeze(1) if transposed else expanded)
         output = self.call.run(lambda *args, **kwargs: torch.func.functional_call(self.block, parameters, args, kwargs))
         return _same(self.output, output)

@@ -53,11 +53,11 @@ def _block(
     path: str, parameters: Mapping[str, TensorInfo], plan: Plan, tokens: int, around: int, held_sums: int
 ) -> Demand:
     needs = plan.steps.needs
-    quantized_names = {layer.info.name for layer in plan.layers if layer.has_codes}
+    shapes = {layer.info.name: layer.matrix_shape for layer in plan.layers if layer.has_codes}
     size = sum(info.numel for info in parameters.values())
-    linears = [info for info in parameters.values() if info.name in quantized_names]
-    grams = [info.columns**2 for info in linears] if "gram" in needs else []
-    outputs = sorted((info.rows for info in linears), reverse=True)
+    linears = [shapes[info.name] for info in parameters.values() if info.name in shapes]
+    grams = [columns**2 for _, columns in linears] if "gram" in needs else []
+    outputs = sorted((rows for rows, _ in linears), reverse=True)
     learned = "original" in needs
     held = sum(outputs if learned else outputs[:_OUTPUTS_HELD]) * tokens
     # One Hessian is factored at a time, in a copy.

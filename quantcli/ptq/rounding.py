@@ -15,10 +15,11 @@ from quantcli.algorithms.base import BlockLayers, LinearStats, by_rows
 from quantcli.blocks.activations import Activations
 from quantcli.blocks.calls import Call
 from quantcli.core.dtypes import torch_dtype
-from quantcli.core.numerics import error_powers, in_groups
+from quantcli.core.numerics import as_stored, error_powers, in_groups
 from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import RoundedTensor, Rounding
 from quantcli.planning.plan import LayerPlan, Plan
+from quantcli.ptq.folds import matrix
 from quantcli.system import ranks
 
 
@@ -46,7 +47,7 @@ def round_block(
     """
     rounded: dict[str, RoundedTensor] = {}
     dtype = torch_dtype(plan.scale_dtype)
-    weights = {name: _weight(block, name) for name in layers}
+    weights = {name: matrix(block.get_submodule(name)).detach().contiguous() for name in layers}
     by_algorithm: dict[str, dict[str, LayerPlan]] = {}
     notes = _tokens_of_experts({name: stats[name] for name, layer in layers.items() if layer.role == "expert"})
     for name, layer in layers.items():
@@ -61,9 +62,11 @@ def round_block(
                 rounded[name] = _round_without_data(weights[name].cpu(), layer, dtype, "no token seen")
         elif own:
             own_weights = {name: weights[name] for name in own}
-            formats = {name: _format(layer) for name, layer in own.items()}
+            # Blocks divide rows here: every container of data-driven codes wants that.
+            formats = {name: _format(layer).in_rows for name, layer in own.items()}
             work = BlockLayers(block, own_weights, formats, stats, calls, targets, dtype, seed, report)
-            rounded |= algorithms.calibrated_rounding(algorithm).round_layers(work, plan.steps.options(algorithm))
+            chosen = algorithms.calibrated_rounding(algorithm).round_layers(work, plan.steps.options(algorithm))
+            rounded |= {name: _as_asked(found, _format(own[name])) for name, found in chosen.items()}
     measured = {name: _measured(found, weights[name].cpu()) for name, found in rounded.items()}
     everywhere = {name: found for part in ranks.gather(measured) for name, found in part.items()}
     return {name: _noted(everywhere[name], notes.get(name)) for name in layers}
@@ -101,8 +104,8 @@ def _noted(rounded: RoundedTensor, note: str | None) -> RoundedTensor:
 
 def round_unobserved(weight: Tensor, layer: LayerPlan, plan: Plan) -> RoundedTensor:
     """Codes of a weight, float32 as it is stored, whose inputs are not known: it is in no linear layer of torch's."""
-    matrix = weight.reshape(layer.matrix_shape)
-    return _measured(_round_without_data(matrix, layer, torch_dtype(plan.scale_dtype), "inputs not observed"), matrix)
+    rows = layer.as_matrix(weight)
+    return _measured(_round_without_data(rows, layer, torch_dtype(plan.scale_dtype), "inputs not observed"), rows)
 
 
 def without_data(layer: LayerPlan, because: str) -> Rounding:
@@ -112,21 +115,23 @@ def without_data(layer: LayerPlan, because: str) -> Rounding:
     return Rounding(algorithm, None if algorithm == planned else f"{because}: {algorithm} in place of {planned}")
 
 
-def _round_without_data(matrix: Tensor, layer: LayerPlan, dtype: torch.dtype, because: str) -> RoundedTensor:
+def _round_without_data(weight: Tensor, layer: LayerPlan, dtype: torch.dtype, because: str) -> RoundedTensor:
     rounding = without_data(layer, because)
-    return RoundedTensor(by_rows(algorithms.rounding(rounding.algorithm).run, matrix, _format(layer), dtype), rounding)
+    return RoundedTensor(by_rows(algorithms.rounding(rounding.algorithm).run, weight, _format(layer), dtype), rounding)
 
 
-def _measured(rounded: RoundedTensor, matrix: Tensor) -> RoundedTensor:
+def _measured(rounded: RoundedTensor, weight: Tensor) -> RoundedTensor:
     """The same with what the codes cost of the weight, float32 ``[rows, columns]``."""
-    signal, noise = error_powers(in_groups(matrix, rounded.tensor.number_format), rounded.tensor)
+    signal, noise = error_powers(in_groups(weight, rounded.tensor.number_format), as_stored(rounded.tensor))
     return RoundedTensor(rounded.tensor, replace(rounded.rounding, signal=signal, noise=noise))
 
 
-def _weight(block: nn.Module, name: str) -> Tensor:
-    weight = block.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+def _as_asked(rounded: RoundedTensor, number_format: NumberFormat) -> RoundedTensor:
+    """Codes in the plan's own number format, which has a flat list of scales where it has blocks."""
+    if rounded.tensor.number_format == number_format:
+        return rounded
+    tensor = replace(rounded.tensor, scale=rounded.tensor.scale.reshape(-1), number_format=number_format)
+    return RoundedTensor(tensor, rounded.rounding)
 
 
 def _format(layer: LayerPlan) -> NumberFormat:

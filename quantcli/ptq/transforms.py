@@ -66,7 +66,7 @@ class Transforms:
         # Two readers of one channel that are not given one tensor have no statistics in common.
         if not observed.tokens or any(stats[target] is not observed for target in targets):
             return
-        weights = [matrix(block.get_submodule(target)).detach() for target in targets]
+        weights = [matrix(block.get_submodule(target)).detach().contiguous() for target in targets]
         schemes = [_scheme(layers[target]) for target in targets]
         readers = Readers(observed, weights, schemes, self._scale_dtype, partial(_tied, fold))
         scale = ranks.first(lambda: algorithms.transform(step.name).input_scale(readers, step.options))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -103,13 +103,11 @@ class SearchedModel:
 
 def codes_of(values: Tensor, layer: LayerPlan, scale_dtype: str) -> QuantizedTensor:
     """A weight as codes, rounded without data."""
-    matrix = values.T.contiguous() if layer.transposed else values.reshape(layer.matrix_shape)
     assert layer.scheme is not None
     rounding = algorithms.rounding(without_data(layer, "").algorithm)
-    return by_rows(rounding.run, matrix, layer.scheme.weights, torch_dtype(scale_dtype))
+    return by_rows(rounding.run, layer.as_matrix(values), layer.scheme.weights, torch_dtype(scale_dtype))
 
 
-def values_of(codes: QuantizedTensor, layer: LayerPlan, shape: Sequence[int]) -> Tensor:
+def values_of(codes: QuantizedTensor, layer: LayerPlan) -> Tensor:
     """What codes stand for: float32 in the weight's own shape."""
-    found = decoded(codes)
-    return found.T.contiguous() if layer.transposed else found.reshape(*shape)
+    return layer.as_weight(decoded(codes))

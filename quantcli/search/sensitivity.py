@@ -159,7 +159,7 @@ class StoredValues:
         if (name, label) not in self._kept and (nbytes := codes.codes.nbytes + codes.scale.nbytes) <= self._room:
             self._kept[name, label] = codes
             self._room -= nbytes
-        return values_of(codes, layer, self._infos[name].shape)
+        return values_of(codes, layer)
 
     def of_mix(self, labels: Mapping[str, str]) -> dict[str, Tensor]:
         """All tensors that a mix changes, by name; ``labels`` tells how each that is chosen for is stored."""

@@ -156,7 +156,7 @@ class CheckpointTrainee:
             weight = LearnedWeight(quantized, torch_dtype(self.plan.scale_dtype), device=self.device)
             self._linears[owner] = _LearnedLinear(weight, self._inputs(layer, quantized.input_scale), module)
         else:
-            self.skeleton.set(name, decoded(quantized).reshape(info.shape))
+            self.skeleton.set(name, layer.as_weight(decoded(quantized)))
 
     def _inputs(self, layer: LayerPlan, scale: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         """How a layer's inputs are rounded: in ranges found at inference, or in one of this scale, which is learned."""
@@ -175,7 +175,7 @@ class CheckpointTrainee:
         values = self.skeleton.checkpoint.read_rows(info, 0, info.rows).reshape(info.shape)
         layer = self._layers[info.name]
         if layer.has_codes:
-            return decoded(round_unobserved(values.float(), layer, self.plan).tensor).reshape(info.shape)
+            return layer.as_weight(decoded(round_unobserved(values.float(), layer, self.plan).tensor))
         return values.to(torch_dtype(layer.dtype)).float()
 
     def _round_inputs(self, name: str) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.oracles import nearest_nf4
 from torch import Tensor
 
 from quantcli.algorithms import awq, mse, rtn
 from quantcli.core import numerics
+from quantcli.core.nf4 import NF4_CODEBOOK
 from quantcli.core.scheme import PRESETS, Granularity, NumberFormat
 from quantcli.core.tensors import QuantizedTensor
 
@@ -19,6 +21,7 @@ FORMATS = [
     NumberFormat("int4", GROUP, symmetric=False, raised=True),
     NumberFormat("int4", Granularity("channel")),
     NumberFormat("int8", GROUP),
+    NumberFormat("nf4", GROUP),
 ]
 ROWS, COLUMNS, TOKENS = 24, 64, 200
 
@@ -40,6 +43,8 @@ def gram(inputs: Tensor) -> Tensor:
 
 def restored(tensor: QuantizedTensor) -> np.ndarray:
     codes = numerics.in_groups(tensor.codes, tensor.number_format).double().numpy()
+    if tensor.number_format.dtype == "nf4":
+        codes = np.array(NF4_CODEBOOK)[codes.astype(int)]
     zero = 0 if tensor.zero_point is None else tensor.zero_point.double().numpy()[..., None]
     return ((codes - zero) * tensor.scale.double().numpy()[..., None]).reshape(tensor.shape)
 
@@ -50,6 +55,9 @@ def nearest(values: np.ndarray, number_format: NumberFormat, dtype: torch.dtype,
     Quotients are float32's, as they are at run time: the largest value lies half way between two codes.
     """
     values = values.astype(np.float32)
+    if number_format.dtype == "nf4":
+        absmax = float(np.abs(values).max() * np.float32(fraction))
+        return nearest_nf4(values / absmax) * absmax
     lowest, steps = -(2 ** (number_format.bits - 1)), 2**number_format.bits - 1
     if number_format.symmetric:
         high = np.abs(values).max() * np.float32(fraction)
@@ -195,5 +203,5 @@ def test_large_layers_are_searched_on_some_rows(monkeypatch: pytest.MonkeyPatch)
 
 def test_supports() -> None:
     assert awq.supports(PRESETS["int4"].weights) is None and awq.supports(PRESETS["int8"].weights) is None
-    assert "use rtn" in (awq.supports(PRESETS["nf4"].weights) or "")
+    assert awq.supports(PRESETS["nf4"].weights) is None
     assert "not per tensor" in (awq.supports(NumberFormat("int8")) or "")

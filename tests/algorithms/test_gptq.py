@@ -21,6 +21,7 @@ FORMATS = [
     NumberFormat("int4", Granularity("channel")),
     NumberFormat("int8", Granularity("channel")),
     NumberFormat("int8", Granularity("tensor")),
+    NumberFormat("nf4", Granularity("group", 32)),
 ]
 
 
@@ -57,7 +58,7 @@ def test_equals_the_oracle(number_format: NumberFormat) -> None:
     assert np.mean(np.abs(values(solved.tensor) - naive) > 1e-4) < 0.02
 
 
-@pytest.mark.parametrize("number_format", FORMATS[:4], ids=str)
+@pytest.mark.parametrize("number_format", [*FORMATS[:4], FORMATS[-1]], ids=str)
 def test_error_is_far_below_rounding_to_the_same_grid(number_format: NumberFormat) -> None:
     weight, inputs, hessian = correlated()
     solved = gptq.run(weight, number_format, torch.float32, hessian=hessian)

@@ -114,7 +114,9 @@ def test_experts_that_the_runtime_fuses_are_left_with_a_warning(models: Path) ->
 
 
 def test_transposed_conv1d_is_carried_by_nf4_alone(models: Path) -> None:
-    assert "transposed Conv1D layers; nf4 does" in refusal(InputError, models / "gpt2")
+    message = refusal(InputError, models / "gpt2")
+    assert "transposed Conv1D layers; nf4 does" in message
+    assert "Use --scheme nf4, whose codes are chosen without data, or from data with --algorithm gptq or awq" in message
     plan = plan_of(models / "gpt2", scheme="nf4")
     weights = {
         f"transformer.h.{i}.{x}.weight"
@@ -217,8 +219,11 @@ def test_a_plan_heeds_what_the_loader_does() -> None:
     inputs = {each.info.name: each.scheme.inputs is not None for each in dynamic.quantized if each.scheme}
     assert inputs == {"b.weight": True, "c.weight": False, "d.weight": True}
 
-    with pytest.raises(InputError, match="Net reads its weight, and packed codes have none"):
-        resolve(Recipe(scheme="int4"), tensors[1:2], None, loader=loader)
+    for fits_nf4 in (True, False):
+        with pytest.raises(InputError, match="Net reads its weight, and packed codes have none") as caught:
+            resolve(Recipe(scheme="int4"), tensors[1:2], None, loader=replace(loader, fits_nf4=fits_nf4))
+        assert ("Use --scheme nf4, whose codes" in str(caught.value)) == fits_nf4
+        assert "--scheme int8, which is stored in codes that it reads" in str(caught.value)
 
 
 def test_a_pattern_for_what_is_left_means_nothing_quantized_by_its_loaded_name() -> None:

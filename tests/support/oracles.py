@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from quantcli.core.nf4 import NF4_CODEBOOK
 from quantcli.core.tensors import QuantizedTensor
 
 
@@ -26,12 +27,21 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, base: QuantizedTensor, dam
         column = remaining[0]
         inverse = np.linalg.inv(matrix[np.ix_(remaining, remaining)])
         own = column // (columns // groups)
-        code = np.clip(np.round(work[:, column] / scale[:, own]) + zero[:, own], low, high)
-        result[:, column] = (code - zero[:, own]) * scale[:, own]
+        if base.number_format.dtype == "nf4":
+            result[:, column] = nearest_nf4(work[:, column] / scale[:, own]) * scale[:, own]
+        else:
+            code = np.clip(np.round(work[:, column] / scale[:, own]) + zero[:, own], low, high)
+            result[:, column] = (code - zero[:, own]) * scale[:, own]
         error = (work[:, column] - result[:, column]) / inverse[0, 0]
         work[:, remaining] -= np.outer(error, inverse[0])
         remaining = remaining[1:]
     return result
+
+
+def nearest_nf4(values: np.ndarray) -> np.ndarray:
+    """The value of NF4's codebook that is nearest to each."""
+    codebook = np.array(NF4_CODEBOOK)
+    return codebook[np.abs(values[..., None] - codebook).argmin(-1)]
 
 
 def pair_sum(tensor: QuantizedTensor, pairs: str, shape: tuple[int, ...]) -> int:

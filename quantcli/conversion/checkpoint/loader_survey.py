@@ -69,6 +69,8 @@ class _Survey:
 
     def answer(self) -> dict[str, Any]:
         """All findings."""
+        from torch import nn
+
         self._leave_what_is_not_one_layer()
         if self.request["format"] == "compressed-tensors":
             self._read_by_initialization()
@@ -86,6 +88,8 @@ class _Survey:
             "absent": self._absent(),
             "leave": self.leave,
             "unpacked": self.unpacked,
+            # bitsandbytes replaces no subclass of linear layers.
+            "fits_nf4": any(type(self._linear(name)) is nn.Linear for name in self.unpacked),
             "weights_only": self.weights_only,
             "wide": self._wide(),
             "runs_narrow": self._runs_narrow(),

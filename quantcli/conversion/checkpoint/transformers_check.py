@@ -116,6 +116,7 @@ class RuntimeCheck:
             tuple(answer["absent"]),
             answer["leave"],
             frozenset(answer["unpacked"]),
+            answer["fits_nf4"],
             frozenset(answer["weights_only"]),
             frozenset(answer["wide"]),
             answer["runs_narrow"],

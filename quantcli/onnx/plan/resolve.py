@@ -181,6 +181,8 @@ class _Planner:
             inputs = "a lookup reads the same table" if _is_tied(plan.weight) else layer_input(plan.node, tensor)
         if isinstance(inputs, str):
             return plan.rounded_plainly(inputs)
+        if weights.granularity.kind == "block" and inputs.columns % (weights.granularity.size or 1):
+            return plan.rounded_plainly("its blocks reach over the ends of rows")
         return replace(plan, algorithm="gptq", input=inputs)
 
 

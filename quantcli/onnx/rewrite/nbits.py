@@ -182,7 +182,7 @@ def _packed(
     from quantcli.onnx.weights.blocks import pack_codes, pack_nf4, pack_rows
 
     if operator == "MatMulBnb4":
-        packed = pack_nf4(operand, weights, algorithm)
+        packed = pack_nf4(operand, weights, algorithm, hessian)
     elif given is not None:
         packed = pack_codes(given, operand.dtype, algorithm)
     else:

@@ -118,14 +118,18 @@ def pack_codes(tensor: QuantizedTensor, dtype: np.dtype[Any], algorithm: str) ->
     return Packed(_unsigned(codes, bits), tensor.scale.numpy().astype(dtype), zero_points, Rounding(algorithm))
 
 
-def pack_nf4(operand: Operand, number_format: NumberFormat, algorithm: str) -> Packed:
+def pack_nf4(operand: Operand, number_format: NumberFormat, algorithm: str, hessian: Hessian | None = None) -> Packed:
     """Quantize to NF4 in blocks of the flattened ``[rows, columns]``, the last one filled with zeros.
+
+    With a ``hessian``, which gptq needs, blocks divide rows, and the matrix is worked on as a whole.
 
     Raises:
         InputError: the weight holds NaN or infinity.
     """
     size = number_format.granularity.size
     assert size is not None
+    if hessian is not None:
+        return _compensated_nf4(operand, number_format, hessian)
     rows, columns = operand.rows, operand.columns
     codes = np.empty(-(-rows * columns // 2), np.uint8)
     scales = np.empty(-(-rows * columns // size), operand.dtype)
@@ -145,6 +149,17 @@ def pack_nf4(operand: Operand, number_format: NumberFormat, algorithm: str) -> P
 
     signal, noise = _summed(pack, range(0, rows, step))
     return Packed(codes, scales, None, Rounding(algorithm, signal=signal, noise=noise))
+
+
+def _compensated_nf4(operand: Operand, number_format: NumberFormat, hessian: Hessian) -> Packed:
+    in_rows, dtype = number_format.in_rows, _torch_dtype(operand)
+    weight = _finite(operand, operand.slabs()(0, operand.rows))
+    start = algorithms.rounding(default_rounding(in_rows)).run(weight, in_rows, dtype)
+    rounded = compensate(weight, start, dtype, hessian)
+    signal, noise = numerics.error_powers(numerics.in_groups(weight, in_rows), rounded.tensor)
+    codes = pack_nibbles_high_first(rounded.tensor.codes.reshape(-1)).numpy()
+    scales = rounded.tensor.scale.reshape(-1).numpy().astype(operand.dtype)
+    return Packed(codes, scales, None, replace(rounded.rounding, signal=signal, noise=noise))
 
 
 def _summed(pack: Callable[[int], tuple[float, float]], starts: range) -> tuple[float, float]:

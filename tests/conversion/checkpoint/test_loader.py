@@ -83,12 +83,18 @@ def test_layers_that_are_read_by_the_initialization_are_found(tmp_path: Path) ->
     )
     folder = saved(transformers.T5ForConditionalGeneration(config), tmp_path / "t5")
     plan, answer = surveyed(folder, "int8")
-    assert set(answer["unpacked"]) == {layer.info.name for layer in plan.quantized}
+    assert set(answer["unpacked"]) == {layer.info.name for layer in plan.quantized} and answer["fits_nf4"]
     assert not surveyed(folder, "int8-dynamic")[1]["unpacked"]
     left = surveyed(folder, "nf4")[1]["leave"]
     names = [f"{part}.DenseReluDense.wo.weight" for part in ("decoder.block.0.layer.2", "encoder.block.0.layer.1")]
     assert sorted(left) == names
     assert all("keeps it in float32" in reason for reason in left.values())
+
+
+def test_a_class_of_linear_layers_of_its_own_is_no_way_to_nf4(tmp_path: Path) -> None:
+    model = transformers.FalconForCausalLM(transformers.FalconConfig(**SMALL))
+    _, answer = surveyed(saved(model, tmp_path / "falcon"), "int4")
+    assert answer["unpacked"] and not answer["fits_nf4"]
 
 
 def test_a_layer_whose_weight_is_read_but_which_is_not_called_is_found_by_use(tmp_path: Path) -> None:
