@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from quantcli.calibration.observers import TensorStats
 from quantcli.calibration.statistics_file import Provenance, read, write
 from quantcli.data.made_up import Draw
 from quantcli.errors import InputError
+from quantcli.system import ranks
+from quantcli.system.parallel import in_parallel, usable_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,6 +68,19 @@ class CalibrationStats:
         if key not in self._ranges:
             self._ranges[key] = self[name].range(key[1])
         return self._ranges[key]
+
+    def find_ranges(self) -> None:
+        """Choose the range of every tensor by the statistics' method at once, on all cores of all ranks."""
+        # Methods look at each bin once for every range that they try.
+        mine = ranks.share({name: len(tensor.counts) for name, tensor in self.tensors.items()})
+        found: dict[tuple[str, str], tuple[float, float]] = {}
+
+        def find(name: str) -> None:
+            found[name, self.method] = self.tensors[name].range(self.method)
+
+        in_parallel((partial(find, name) for name in mine), usable_cores())
+        for part in ranks.gather(found):
+            self._ranges.update(part)
 
     def sqnr_db(self, name: str, low: float, high: float, levels: int = 256) -> float | None:
         """Expected signal-to-noise ratio of a tensor on an asymmetric grid with ``levels`` values.

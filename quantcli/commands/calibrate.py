@@ -108,6 +108,7 @@ def calibrate(
             batch_size=batch_size,
             progress=progress,
         )
+        stats.find_ranges()
     ranks.finish()
     stats.save(target)
     report = _report(source, chosen, stats, target, [*warnings, *chosen.warnings])
