@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantcli.algorithms import default_rounding, mse, rounding, rtn
+from quantcli.algorithms import mse, rtn
 from quantcli.algorithms.base import AlgorithmOptions, BlockLayers, by_rows
 from quantcli.core.numerics import multiples, quantize
 from quantcli.core.scheme import NumberFormat
@@ -115,7 +115,7 @@ def initial(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtyp
 
 def uncompensated(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
     """What takes its place where its matrix cannot be used."""
-    return by_rows(rounding(default_rounding(number_format)).run, weight, number_format, scale_dtype)
+    return by_rows(mse.run if number_format.dtype == "int4" else rtn.run, weight, number_format, scale_dtype)
 
 
 def _factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float] | None:
@@ -230,7 +230,7 @@ def round_layers(layers: BlockLayers, options: Options) -> dict[str, RoundedTens
 
 def _told(solved: Solved, damping: float) -> Rounding:
     if solved.damping is None:
-        fallback = default_rounding(solved.tensor.number_format)
+        fallback = "mse" if solved.tensor.number_format.dtype == "int4" else "rtn"  # as `uncompensated`
         return Rounding(fallback, f"singular Hessian: {fallback} in place of gptq")
     note = f"damping {solved.damping:g} for a Hessian that is nearly singular" if solved.damping > damping else None
     return Rounding("gptq", note)
