@@ -25,7 +25,7 @@ def by_rows(
     number_format: NumberFormat,
     scale_dtype: torch.dtype,
 ) -> QuantizedTensor:
-    """What ``run`` makes of a weight, with temporaries of a few rows only; whole where rows may share scales."""
+    """What ``run`` makes of a weight, with temporaries of a few rows only; whole where rows share scales."""
     import torch
 
     if number_format.granularity.kind not in ("channel", "group"):
