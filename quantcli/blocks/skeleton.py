@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -210,6 +211,10 @@ def open_skeleton(checkpoint: Checkpoint) -> Skeleton:
     return Skeleton(module.eval(), checkpoint)
 
 
+#: Held while a method of torch's class is another one: two threads would leave each other's in its place.
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Modules built meanwhile have no memory for their parameters, and real buffers.
@@ -217,19 +222,20 @@ def parameters_on_meta() -> Iterator[None]:
     accelerate's ``init_empty_weights(include_buffers=False)`` makes a new parameter of one that is registered again, so
     that tied weights of a user's module are tied no more; and such a module is calibrated without accelerate.
     """
-    original = nn.Module.register_parameter
+    with _ONE_AT_A_TIME:
+        original = nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        original(module, name, parameter)
-        # One that is there already is tied to another module's.
-        if parameter is not None and not parameter.is_meta:
-            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            original(module, name, parameter)
+            # One that is there already is tied to another module's.
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 def _match(
