@@ -39,14 +39,21 @@ class Staging:
         #: What a training that is interrupted continues from.
         self.checkpoint = self.root / "training.pt"
         self._journal: IO[str] | None = None
+        #: Whether this run found nothing that it continues.
+        self.is_new = False
 
     @property
     def journals(self) -> list[Path]:
         """Journals of what other ranks have done."""
         return sorted(self.root.glob("journal-*.jsonl"))
 
-    def begin(self, fingerprint: str, *, force: bool) -> dict[str, dict[str, Any]]:
+    def begin(self, fingerprint: str, *, force: bool, kept: Path | None = None) -> dict[str, dict[str, Any]]:
         """Start, or continue an interrupted run; returns the journal's records by tensor name.
+
+        Args:
+            fingerprint: of all that decides what is built.
+            force: whether leftovers of anything else are discarded.
+            kept: the folder of what the journal speaks of; `out` by default.
 
         Raises:
             UsageError: what lies there was begun with another recipe or input, and ``force`` is False.
@@ -63,8 +70,10 @@ class Staging:
             shutil.rmtree(self.out, ignore_errors=True)
             self._aside.rename(self.out)
         # A kill between the last rename and the end leaves a journal of what stands in its place already.
-        if not self.out.is_dir() or not any(self.out.iterdir()):
+        kept = kept or self.out
+        if not kept.is_dir() or not any(kept.iterdir()):
             records = []
+        self.is_new = not records
         if not records:
             shutil.rmtree(self.out, ignore_errors=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
@@ -104,6 +113,7 @@ class Staging:
 
     def begin_anew(self) -> None:
         """Start over whatever lies there: for work that is not continued."""
+        self.is_new = True
         self._remove_all_but(_LOCK)
 
     def keep_scratch(self) -> None:
@@ -161,7 +171,7 @@ class _Beside(Staging):
         self._journal_path = self.root / f"journal-{ranks.rank()}.jsonl"
         self.root, self.scratch, self.checkpoint = own, own / "scratch", own / "training.pt"
 
-    def begin(self, fingerprint: str, *, force: bool) -> dict[str, dict[str, Any]]:
+    def begin(self, fingerprint: str, *, force: bool, kept: Path | None = None) -> dict[str, dict[str, Any]]:
         """Wait for the first rank to start or continue.
 
         Raises:
@@ -282,5 +292,5 @@ def open_staging(target: Path) -> Iterator[Staging]:
 
 
 def _remove_if_fresh(staging: Staging) -> None:
-    if not staging.out.exists():
+    if staging.is_new or not staging.out.exists():
         staging.discard()

@@ -39,7 +39,7 @@ def begin(staging: Staging, model: OnnxModel, recipe: Recipe, *, force: bool) ->
     Raises:
         UsageError: what lies there was begun with another recipe or input, and ``force`` is False.
     """
-    done = staging.begin(_fingerprint(model, recipe), force=force)
+    done = staging.begin(_fingerprint(model, recipe), force=force, kept=staging.scratch)
     staging.keep_scratch()
     return CodesJournal(staging, done)
 

@@ -291,7 +291,7 @@ def test_damage_is_found_before_anything_is_written(artifact: Artifacts, tmp_pat
 
     source = changed(artifact("gptq"), tmp_path / "source", spoil)
     for wish in ({"format": "awq"}, {"scheme": "fp16"}):
-        with pytest.raises(InputError, match=f"The scales of {NAME} are not finite"):
+        with pytest.raises(InputError, match=f"The scales of {NAME} in .* are not finite"):
             convert(source, tmp_path / "out", **wish)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -130,7 +130,7 @@ def test_a_model_that_runs_on_nothing_that_is_made_up(tmp_path: Path, scheme: st
     model = reshaping(tmp_path / "m.onnx")
     refused(model, "Nothing would show what the artifact computes: on made-up inputs, .*Give --data", scheme=scheme)
     refused(model, "Nothing would show what the artifact computes", scheme=scheme, dry_run=True)
-    np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((14, 32)).astype(np.float32))
+    np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((14, 33)).astype(np.float32))
     with pytest.raises(InputError, match="could not run the model"):
         convert(model, tmp_path / "out.onnx", scheme=scheme, data=tmp_path / "d.npz")
     fitting = tmp_path / "fitting"
