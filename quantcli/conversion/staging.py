@@ -198,17 +198,20 @@ def _records(journal: Path) -> list[dict[str, Any]]:
     """A journal's lines; none where one of them is damaged."""
     if not journal.exists():
         return []
-    records = []
-    text = journal.read_text(encoding="utf-8")
+    records: list[dict[str, Any]] = []
+    text = journal.read_text(encoding="utf-8", errors="replace")
     # A kill can leave half a line at the end; what follows would then be appended to it.
     complete = text[: text.rfind("\n") + 1]
     if complete != text:
         journal.write_text(complete, encoding="utf-8")
     for line in complete.splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             return []
+        if not isinstance(record, dict) or (records and not isinstance(record.get("name"), str)):
+            return []
+        records.append(record)
     return records
 
 

@@ -220,7 +220,7 @@ def load_tokenizer(path: Path) -> Any:
         raise InputError(f"{path} is no folder, so it has no tokenizer.", "Name one with --tokenizer FOLDER.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        tokenizer("a")
+        tokenizer("a \ue000")  # also what no vocabulary holds
         return tokenizer
     except Exception as error:  # transformers, and Rust below it, raise whatever a damaged file makes them stumble over
         reason = first_line(error)
