@@ -53,6 +53,13 @@ def look_through_casts(model: ir.Model) -> None:
             drop_unused(owner, value)
 
 
+def stored_bytes(value: ir.Value) -> int | None:
+    """What a constant takes in the model's file, where one behind a Cast is a half; None for what is no constant."""
+    tensor, seen = value.meta.get(_CAST, (None, None))
+    tensor = tensor if seen is not None and value.const_value is seen else constant(value)
+    return None if tensor is None else int(tensor.nbytes)
+
+
 def restore_casts(model: ir.Model) -> None:
     """Store what is still as it was seen as it was stored, with its Cast."""
     import onnx_ir as ir

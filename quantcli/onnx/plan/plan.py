@@ -13,7 +13,7 @@ from quantcli.core.dtypes import DTYPE_OF_ONNX_NAME
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import Rounding, TensorInfo
 from quantcli.errors import InputError
-from quantcli.onnx.graph.casts import keeps_codes
+from quantcli.onnx.graph.casts import keeps_codes, stored_bytes
 from quantcli.onnx.graph.values import constant, input_of
 from quantcli.onnx.plan.carriers import Carried, carried
 from quantcli.onnx.plan.forms import form
@@ -70,10 +70,16 @@ class NodePlan:
         return form(self.form).mode if self.form else "float"
 
     @property
+    def stored_bytes(self) -> int:
+        """What the weight takes in the model's file."""
+        stored = (stored_bytes(value) for value in self.node.inputs if value is not None and value.name == self.name)
+        return next((nbytes for nbytes in stored if nbytes is not None), self.info.nbytes)
+
+    @property
     def estimated_bytes(self) -> int:
         """What the weight will take, near enough: codes, and four bytes for each scale."""
         if self.scheme is None:
-            return self.info.nbytes
+            return self.stored_bytes
         weights = self.scheme.weights
         codes = self.info.numel * weights.bits // 8
         if weights.is_cast:
@@ -158,7 +164,7 @@ class GraphPlan:
     def saved_bytes(self) -> int:
         """What the plan saves, near enough; a weight that several nodes share is counted once."""
         by_weight = {node.name: node for node in reversed(self.nodes)}
-        return sum(node.info.nbytes - node.estimated_bytes for node in by_weight.values())
+        return sum(node.stored_bytes - node.estimated_bytes for node in by_weight.values())
 
 
 def counted(notes: Iterable[str | None]) -> list[str]:

@@ -395,3 +395,12 @@ def test_made_up_inputs_lie_in_calibrated_ranges(tmp_path: Path) -> None:
     assert outputs["sqnr_db"] > 30
     drawn = CalibrationStats.load(stats).draws()["x"](np.random.default_rng(0), (3, 64))
     assert (drawn.min() >= data.min(), drawn.max() <= data.max(), drawn.std() > 0.5 * data.std()) == (True,) * 3
+
+
+def test_a_dry_run_knows_what_halves_take(tmp_path: Path) -> None:
+    """A weight behind a Cast is seen in 32 bits, and is stored in 16."""
+    convert(product(tmp_path / "m.onnx", columns=1024), tmp_path / "half.onnx", scheme="fp16")
+    halves = tmp_path / "half.onnx"
+    foreseen = convert(halves, tmp_path / "out.onnx", scheme="int8", dry_run=True).models[-1].size_bytes
+    convert(halves, tmp_path / "out.onnx", scheme="int8")
+    assert abs(foreseen - (tmp_path / "out.onnx").stat().st_size) < 0.1 * foreseen
