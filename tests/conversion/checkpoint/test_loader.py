@@ -189,13 +189,14 @@ def test_a_bfloat16_model_whose_scales_stay_wide_is_stored_wide(tmp_path: Path) 
     assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 8
 
 
-def test_what_the_loader_reads_is_offered_int8(tmp_path: Path) -> None:
+def test_what_the_loader_reads_is_offered_nf4_and_int8(tmp_path: Path) -> None:
     tiny_architectures.build("causal:modernbert-decoder", tmp_path / "read")
     options = {"algorithm": "gptq", "data": tmp_path / "data.npz"}
-    with pytest.raises(InputError, match=r"reads its weight.* --scheme int8 is stored .*gptq, awq"):
+    with pytest.raises(InputError, match=r"reads its weight.* --scheme nf4, .*gptq or awq; or --scheme int8, which"):
         convert(tmp_path / "read", tmp_path / "int4", scheme="int4", **options)  # type: ignore[arg-type]
-    report = convert(tmp_path / "read", tmp_path / "int8", scheme="int8", **options)  # type: ignore[arg-type]
-    assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 8
+    for scheme in ("nf4", "int8"):
+        report = convert(tmp_path / "read", tmp_path / scheme, scheme=scheme, **options)  # type: ignore[arg-type]
+        assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 8
 
 
 def test_what_is_read_but_not_called_is_found_behind_a_mask(tmp_path: Path) -> None:
