@@ -309,7 +309,7 @@ def test_dry_run_refuses_what_the_library_would_not_load(tmp_path: Path) -> None
     folder = saved(transformers.T5ForConditionalGeneration(config), tmp_path / "t5")
     with pytest.raises(InputError, match="reads its weight, and packed codes have none") as caught:
         convert(folder, tmp_path / "out", scheme="int4", dry_run=True)
-    assert "--scheme int8 is stored in codes that it reads" in str(caught.value.hint)
+    assert "--scheme int8, which is stored in codes that it reads" in str(caught.value.hint)
     report = convert(folder, tmp_path / "out", scheme="int8")
     assert report.details["verified"]["runtime"]["ran"]["by_forward"] > 10
 
