@@ -31,7 +31,9 @@ DYING = """
 import os, signal
 
 def survey(request):
-    nothing = {"modules": {}, "absent": [], "leave": {}, "unpacked": [], "weights_only": [], "wide": []}
+    nothing = {
+        "modules": {}, "absent": [], "leave": {}, "unpacked": [], "fits_nf4": True, "weights_only": [], "wide": []
+    }  # fmt: skip
     nothing["runs_narrow"] = True
     parts = {name: name.split(".", 3)[2:] for name in request["tensors"] if name.startswith("model.layers.")}
     places = {name: ("model.layers", *parts[name]) for name in parts}
