@@ -21,6 +21,11 @@ _DRAWN = frozenset(
     ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout")
 )
 
+#: Operators that the runtime makes one integer kernel of, with those that read what they make; or with that which makes
+#: what they read. Between two pieces they would stay apart.
+_FUSED_WITH_READERS = frozenset(("DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"))
+_FUSED_WITH_MAKER = frozenset(("QuantizeLinear",))
+
 #: Bytes of each value that the runtime makes of codes when it loads them.
 _DECODED = 4
 
@@ -69,7 +74,7 @@ class _Cutter:
             else:
                 self._main.append(index)
         self._closures = [self._closure(index) for index in self._main]
-        self._handed_on = self._places(whole)
+        self._handed_on = self._places({*whole, *self._within_kernels()})
 
     def pieces(self, limit: int) -> list[Piece]:
         """The pieces, in order."""
@@ -102,6 +107,14 @@ class _Cutter:
                 else:
                     sizes[name] = self._sizes[name] + _DECODED * self._elements[name]
         return frozenset(nodes), sizes
+
+    def _within_kernels(self) -> Iterator[str]:
+        """Names of values that a kernel does not give away."""
+        for node in self.graph.node:
+            if node.op_type in _FUSED_WITH_READERS:
+                yield from node.output
+            elif node.op_type in _FUSED_WITH_MAKER:
+                yield node.input[0]
 
     def _places(self, whole: Collection[str]) -> list[tuple[bool, int]]:
         """For each place before a node that is no constant: whether it must stay whole, and how much is handed on."""

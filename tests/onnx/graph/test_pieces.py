@@ -107,6 +107,23 @@ def test_no_sequence_is_handed_on() -> None:
     assert [piece.outputs for piece in cut(graph, 1, {"s", "t"})] == [("c",), ("y",)]
 
 
+def test_what_becomes_one_kernel_stays_together() -> None:
+    """Codes are handed on, and never what lies between a product and the conversions around it."""
+    nodes, constants = [], {"scale": np.float32(0.1), "zero": np.uint8(128)}
+    for layer in range(3):
+        before = f"q{layer - 1}" if layer else "x"
+        nodes += [
+            node("DequantizeLinear", [before, "scale", "zero"], [f"d{layer}"]),
+            node("MatMul", [f"d{layer}", f"w{layer}"], [f"p{layer}"]),
+            node("QuantizeLinear", [f"p{layer}", "scale", "zero"], [f"q{layer}"]),
+        ]
+        constants[f"w{layer}"] = normal(8, 8, seed=layer)
+    proto = model(nodes, {"x": ["n", 8]}, {"q2": None}, constants, dtype=onnx.TensorProto.UINT8)
+    pieces = cut(proto.graph, MATRIX)
+    assert kinds(proto, pieces) == [["DequantizeLinear", "MatMul", "QuantizeLinear"]] * 3
+    assert [piece.outputs for piece in pieces] == [("q0",), ("q1",), ("q2",)]
+
+
 def test_a_piece_is_a_model_of_its_own() -> None:
     proto = chain(2)
     last = cut(proto.graph, 1)[-1]
