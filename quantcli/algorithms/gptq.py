@@ -115,7 +115,13 @@ def initial(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtyp
 
 def uncompensated(weight: Tensor, number_format: NumberFormat, scale_dtype: torch.dtype) -> QuantizedTensor:
     """What takes its place where its matrix cannot be used."""
-    return by_rows(mse.run if number_format.dtype == "int4" else rtn.run, weight, number_format, scale_dtype)
+    run = mse.run if _fallback(number_format) == "mse" else rtn.run
+    return by_rows(run, weight, number_format, scale_dtype)
+
+
+def _fallback(number_format: NumberFormat) -> str:
+    """The name of what `uncompensated` rounds by."""
+    return "mse" if number_format.dtype == "int4" else "rtn"
 
 
 def _factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float] | None:
@@ -230,7 +236,7 @@ def round_layers(layers: BlockLayers, options: Options) -> dict[str, RoundedTens
 
 def _told(solved: Solved, damping: float) -> Rounding:
     if solved.damping is None:
-        fallback = "mse" if solved.tensor.number_format.dtype == "int4" else "rtn"  # as `uncompensated`
+        fallback = _fallback(solved.tensor.number_format)
         return Rounding(fallback, f"singular Hessian: {fallback} in place of gptq")
     note = f"damping {solved.damping:g} for a Hessian that is nearly singular" if solved.damping > damping else None
     return Rounding("gptq", note)

@@ -295,5 +295,5 @@ def open_staging(target: Path) -> Iterator[Staging]:
 
 
 def _remove_if_fresh(staging: Staging) -> None:
-    if staging.is_new or not staging.out.exists():
+    if not staging.out.exists():
         staging.discard()

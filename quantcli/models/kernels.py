@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantcli.models.pieces import Pieces, is_run_in_pieces
+from quantcli.models.pieces import pieces_of
 from quantcli.models.session import onnxruntime, session_of
-from quantcli.onnx.graph.model import load_graph, open_onnx
+from quantcli.onnx.graph.model import load_graph
 
 #: Operators of an optimized graph that compute on integers, or on codes they expand as they go.
 INTEGER_KERNELS = frozenset(
@@ -82,8 +82,8 @@ def prove(path: Path, name: str | None = None) -> Proof:
 
 def _optimized(path: Path, folder: Path, name: str | None) -> Iterator[Path]:
     """What the runtime makes of a model, or of its pieces, as files in a folder."""
-    if is_run_in_pieces(path):
-        yield from Pieces(open_onnx(path, mapped=True).ir, name=name or str(path)).dumps(folder)
+    if pieces := pieces_of(path, name=name):
+        yield from pieces.dumps(folder)
         return
     dump = folder / "optimized.onnx"
     session_of(path, dump=dump, name=name)

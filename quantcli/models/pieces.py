@@ -97,11 +97,10 @@ class Pieces:
 Runnable: TypeAlias = "Session | Pieces"
 
 
-def is_run_in_pieces(model: Path | ir.Model) -> bool:
-    """Whether a file, or a graph, has more weights than may be in memory at a time."""
-    if isinstance(model, Path):
-        return open_onnx(model, mapped=True).size_bytes > piece_bytes()
-    return sum(tensor.nbytes for tensor in constants(model)) > piece_bytes()
+def pieces_of(path: Path, *, name: str | None = None, **options: Any) -> Pieces | None:
+    """A user's file in pieces; None where its weights may be in memory at a time. See `runnable`."""
+    model = open_onnx(path, mapped=True)
+    return Pieces(model.ir, name=name or str(path), **options) if model.size_bytes > piece_bytes() else None
 
 
 def runnable(model: Path | ir.Model, *, name: str | None = None, **options: Any) -> Runnable:
@@ -117,12 +116,11 @@ def runnable(model: Path | ir.Model, *, name: str | None = None, **options: Any)
         UsageError: a piece does not fit into the memory that the user allows.
     """
     if isinstance(model, Path):
-        if not is_run_in_pieces(model):
-            return session_of(model, name=name, **options)
-        return Pieces(open_onnx(model, mapped=True).ir, name=name or str(model), **options)
-    if not is_run_in_pieces(model):
-        return session_of_lean(lean(model), name=name, **options)
-    return Pieces(model, name=name, **options)
+        pieces = pieces_of(model, name=name, **options)
+        return session_of(model, name=name, **options) if pieces is None else pieces
+    if sum(tensor.nbytes for tensor in constants(model)) > piece_bytes():
+        return Pieces(model, name=name, **options)
+    return session_of_lean(lean(model), name=name, **options)
 
 
 def _with_all_outputs(model: Lean) -> Lean:

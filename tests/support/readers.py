@@ -166,33 +166,18 @@ def _gguf() -> list[bytes]:
 
     import gguf
 
+    from support.gguf_files import COLUMNS, write_gguf
+
+    values = np.linspace(-1, 1, 8 * COLUMNS, dtype=np.float32).reshape(8, COLUMNS)
+    tensors = {"token_embd.weight": (np.ones_like(values), "F32")}
+    for number, kind in enumerate(("Q4_0", "Q8_0", "Q4_K", "Q6_K")):
+        known = gguf.GGMLQuantizationType[kind]
+        block, size = gguf.GGML_QUANT_SIZES[known]
+        stored = gguf.quantize(values, known) if number < 2 else np.zeros((8, COLUMNS // block * size), np.uint8)
+        name = ("ffn_down", "ffn_up", "ffn_gate", "attn_output")[number]
+        tensors[f"blk.0.{name}.weight"] = stored, kind
     with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "model.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        settings = {
-            "context_length": 64, "embedding_length": 256, "block_count": 1, "feed_forward_length": 256,
-            "attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 8,
-        }  # fmt: skip
-        for key, value in settings.items():
-            writer.add_uint32(f"llama.{key}", value)
-        writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list(list("abcdefgh"))
-        writer.add_token_merges(["a b"])
-        writer.add_tensor("token_embd.weight", np.ones((8, 256), np.float32))
-        values = np.linspace(-1, 1, 8 * 256, dtype=np.float32).reshape(8, 256)
-        for number, kind in enumerate(("Q4_0", "Q8_0", "Q4_K", "Q6_K")):
-            known = gguf.GGMLQuantizationType[kind]
-            block, size = gguf.GGML_QUANT_SIZES[known]
-            stored = gguf.quantize(values, known) if number < 2 else np.zeros((8, 256 // block * size), np.uint8)
-            name = ("ffn_down", "ffn_up", "ffn_gate", "attn_output")[number]
-            writer.add_tensor(f"blk.0.{name}.weight", stored, raw_dtype=known)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return [path.read_bytes()]
+        return [write_gguf(Path(place) / "model.gguf", tensors).read_bytes()]
 
 
 def read_gguf(path: Path) -> None:

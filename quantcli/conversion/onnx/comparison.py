@@ -12,7 +12,8 @@ from quantcli.conversion.onnx.trial_inputs import Feeds, has_numbers, tensors_of
 from quantcli.core.ports import dtype_family
 from quantcli.errors import InputError
 from quantcli.models.narrow import in_numpy
-from quantcli.models.pieces import Runnable, is_run_in_pieces, runnable
+from quantcli.models.pieces import Runnable, pieces_of, runnable
+from quantcli.models.session import session_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,7 +73,7 @@ class Comparison:
 
 def reference_of(path: Path, name: str) -> Runnable:
     """A model that others are compared with; in pieces, which are not timed, its weights are not laid out anew."""
-    return runnable(path, name=name, prepack=not is_run_in_pieces(path))
+    return pieces_of(path, name=name, prepack=False) or session_of(path, name=name)
 
 
 class OutputComparison:

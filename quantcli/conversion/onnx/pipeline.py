@@ -144,7 +144,8 @@ def convert_onnx(
         except OSError as error:
             raise explain(error, output) from error
         except UsageError:
-            if not staging.is_interrupted:
+            # What was only just begun is no loss, unless something has been trained by then.
+            if staging.is_new and not staging.checkpoint.exists():
                 staging.discard()
             raise
         if not dry_run:

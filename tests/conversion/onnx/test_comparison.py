@@ -14,10 +14,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from quantcli import calibrate, convert
 from quantcli.calibration.statistics import CalibrationStats
-from quantcli.conversion.onnx import comparison, explained
+from quantcli.conversion.onnx import comparison, explained, pipeline
 from quantcli.conversion.onnx.equivalence import upgraded
+from quantcli.conversion.staging import Staging
 from quantcli.data.made_up import made_up_feeds, table_sizes
-from quantcli.errors import InputError
+from quantcli.errors import InputError, UsageError
 from quantcli.models.session import Session
 from quantcli.onnx.graph.model import open_onnx
 from quantcli.onnx.graph.values import add_initializer
@@ -404,3 +405,22 @@ def test_a_dry_run_knows_what_halves_take(tmp_path: Path) -> None:
     foreseen = convert(halves, tmp_path / "out.onnx", scheme="int8", dry_run=True).models[-1].size_bytes
     convert(halves, tmp_path / "out.onnx", scheme="int8")
     assert abs(foreseen - (tmp_path / "out.onnx").stat().st_size) < 0.1 * foreseen
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_usage_error_leaves_nothing_but_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: bool
+) -> None:
+    """Hours of training are no less worth for a file that stands in the way."""
+
+    def begins(job: Any, staging: Staging) -> None:
+        staging.begin("fingerprint", force=False)
+        if trained:
+            staging.checkpoint.write_bytes(b"so far")
+        raise UsageError("a file stands in the way")
+
+    monkeypatch.setattr(pipeline, "_convert", begins)
+    with pytest.raises(UsageError):
+        convert(product(tmp_path / "m.onnx"), tmp_path / "out.onnx", scheme="int8")
+    assert (tmp_path / ".out.onnx.partial" / "training.pt").exists() == trained
+    assert (tmp_path / ".out.onnx.partial").exists() == trained
