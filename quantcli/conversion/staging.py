@@ -111,6 +111,11 @@ class Staging:
         """Whether something lies there that the command that began it continues."""
         return self.checkpoint.exists() or self._journal_path.exists()
 
+    @property
+    def is_no_loss(self) -> bool:
+        """Whether this run began what lies there, and has trained nothing yet."""
+        return self.is_new and not self.checkpoint.exists()
+
     def begin_anew(self) -> None:
         """Start over whatever lies there: for work that is not continued."""
         self.is_new = True

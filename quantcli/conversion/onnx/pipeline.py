@@ -144,8 +144,7 @@ def convert_onnx(
         except OSError as error:
             raise explain(error, output) from error
         except UsageError:
-            # What was only just begun is no loss, unless something has been trained by then.
-            if staging.is_new and not staging.checkpoint.exists():
+            if staging.is_no_loss:
                 staging.discard()
             raise
         if not dry_run:
