@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.faults import Kills
+from support.onnx_models import save_products
 
 from quantcli import convert
+from quantcli.conversion.checkpoint.pipeline import Conversion
+from quantcli.conversion.onnx import pipeline as onnx_pipeline
+from quantcli.conversion.staging import open_staging, partial_folder
+from quantcli.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_runtime_check")
 
@@ -74,3 +80,36 @@ def test_a_kill_at_every_step_of_a_conversion(tmp_path: Path, place: Path, name:
     if old:
         convert(source, place / name, **options | {"scheme": "int8"})
     assert survives_kills(place, tmp_path, lambda: convert(source, place / name, **options)) > 15
+
+
+def test_an_output_that_a_kill_left_aside_stands_again(place: Path) -> None:
+    """Between two renames the old output has no name; whoever comes next gives it back, and then may fail."""
+    target = place / "out"
+    aside = partial_folder(target) / "replaced"
+    aside.mkdir(parents=True)
+    (aside / "old").touch()
+    with pytest.raises(InputError, match="something else"), open_staging(target):
+        raise InputError("something else")
+    assert [path.name for path in target.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "graph"])
+def test_a_model_that_changes_while_it_is_read(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    if kind == "checkpoint":
+        source, file = (folder := small(tmp_path / "model")), folder / "model.safetensors"
+        output, stage = place / "out", (Conversion, "_stream")
+    else:
+        source = file = save_products(tmp_path / "m.onnx", layers=1, width=64)
+        output, stage = place / "out.onnx", (onnx_pipeline, "read_back")
+    original = getattr(*stage)
+
+    def touched(*arguments: Any) -> Any:
+        os.utime(file)
+        return original(*arguments)
+
+    monkeypatch.setattr(*stage, touched)
+    with pytest.raises(InputError, match=f"{file.name} was changed while it was read"):
+        convert(source, output, scheme="int8")
+    assert not list(place.iterdir())

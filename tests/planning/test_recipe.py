@@ -141,6 +141,10 @@ def test_what_cannot_be_meant(data: dict[str, Any], said: str) -> None:
     assert said in refusal(data)
 
 
+#: A few hundred bytes that stand for a thousand million values.
+ALIASES = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
+
+
 @pytest.mark.parametrize(
     ("text", "error", "said"),
     [
@@ -152,6 +156,7 @@ def test_what_cannot_be_meant(data: dict[str, Any], said: str) -> None:
         ("scheme: !!python/object:os.system {}\n", UsageError, "is not valid YAML"),
         ("? [a, b]\n: 1\n", UsageError, "is not valid YAML"),
         ("scheme: int4\n5: 1\n", UsageError, "5: Keys should be strings"),
+        (ALIASES, UsageError, "stands for more than 1,000,000 values"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, error: type[QuantcliError], said: str) -> None:

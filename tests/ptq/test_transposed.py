@@ -20,6 +20,8 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.quantized import open_quantized
 from quantcli.core.scheme import Granularity, NumberFormat
+from quantcli.core.tensors import TensorInfo
+from quantcli.planning.plan import LayerPlan
 
 pytestmark = pytest.mark.usefixtures("no_runtime_check")
 
@@ -104,3 +106,12 @@ def test_outputs_are_nearer_than_those_of_rounding(
 def test_data_alone_means_gptq(gpt2: Path, data: Path, tmp_path: Path) -> None:
     report = convert(gpt2, tmp_path / "out", scheme="nf4", data=data, dry_run=True)
     assert report.models[-1].details["algorithm"] == "gptq"
+
+
+@pytest.mark.parametrize("role", ["conv1d", "linear"])
+def test_a_matrix_has_outputs_first_whichever_way_a_weight_is_stored(role: str) -> None:
+    stored = torch.arange(6.0).reshape(2, 3)
+    layer = LayerPlan(TensorInfo("w", (2, 3), "F32", 24, Path("model.safetensors")), role, "F32")
+    matrix = layer.as_matrix(stored)
+    assert matrix.tolist() == (stored.T if role == "conv1d" else stored).tolist()
+    assert layer.as_weight(matrix).tolist() == stored.tolist()

@@ -61,6 +61,16 @@ def test_genai_says_what_torch_says_on_the_same_codes(made: Any, name: str, tmp_
     assert len(np.unique(said)) > 1
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_prompt_that_is_read_in_pieces_is_the_same_prompt(made: Any, name: str, tmp_path: Path) -> None:
+    """Logits of a whole prompt at once would be several times the model, so that the runtime is told to take less."""
+    folder, artifact, _ = made(name)
+    assert json.loads((artifact / "genai_config.json").read_text())["search"]["chunk_size"] == 64
+    prompt = [3 + number * 7 % 50 for number in range(90)]
+    said = greedy_in_genai(without_rounding(artifact, tmp_path / "exact"), prompt, COUNT)
+    assert said == greedy_in_torch(torch_with_codes(folder, artifact), prompt, COUNT, banned=[2])
+
+
 def test_bench_reads_a_prompt_and_generates(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, artifact, _ = made("llama")
     # Processes that measure memory take seconds each.

@@ -203,13 +203,17 @@ def test_an_input_that_says_how_long_a_sound_is(tmp_path: Path) -> None:
 
 
 def test_a_state_without_names_has_as_many_samples_as_the_input(tmp_path: Path) -> None:
+    """And no other number of them: the input is a sound, of one sample as long as some frames."""
     nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["h"]),
-        helper.make_node("Unsqueeze", ["h", "axis"], ["row"]),
+        helper.make_node("Unsqueeze", ["x", "one"], ["channel"]),
+        helper.make_node("Conv", ["channel", "w"], ["frames"], strides=[40]),
+        helper.make_node("ReduceMax", ["frames"], ["h"], axes=[2], keepdims=0),
+        helper.make_node("Unsqueeze", ["h", "zero"], ["row"]),
         helper.make_node("Concat", ["state", "row"], ["y"], axis=0),
     ]
-    inputs = {"x": (TensorProto.FLOAT, [None, 64]), "state": (TensorProto.FLOAT, [2, None, 96])}
-    model = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 96), "axis": np.array([0])}, inputs)
+    inputs = {"x": (TensorProto.FLOAT, [None, None]), "state": (TensorProto.FLOAT, [2, None, 96])}
+    weights = {"w": weight(96, 1, 80), "zero": np.array([0]), "one": np.array([1])}
+    model = save(tmp_path / "m.onnx", nodes, weights, inputs)
     report = convert(model, tmp_path / "out.onnx", scheme="int8")
     assert report.details["outputs"]["sqnr_db"] > 30
 
