@@ -168,3 +168,22 @@ def test_other_files_are_no_statistics(tmp_path: Path) -> None:
     (tmp_path / "stats").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="not a valid safetensors file"):
         CalibrationStats.load(tmp_path / "stats")
+
+
+def test_observers_that_are_merged_have_seen_what_one_would() -> None:
+    """In any order, and to the bit: so ranks share a calibration."""
+    values = np.random.default_rng(3).standard_normal((6, 4, 5)).astype(np.float32)
+    values[1, 2, 3], values[4, 0, 0] = np.nan, np.inf
+    whole, merged = Observer(), Observer()
+    whole.update(values)
+    parts = [Observer() for _ in range(3)]
+    for part, piece in zip(parts, np.split(values, 3), strict=True):
+        part.update(piece)
+    for part in reversed(parts):
+        merged.merge(part)
+    one, other = whole.result(), merged.result()
+    finite = values[np.isfinite(values)]
+    assert (other.minimum, other.maximum) == (finite.min(), finite.max())
+    assert (other.elements, other.nans, other.infinities) == (values.size, 1, 1)
+    for field in ("bins", "counts", "channel_minimum", "channel_maximum", "channel_mean"):
+        assert np.array_equal(getattr(one, field), getattr(other, field)), field

@@ -64,10 +64,13 @@ def inputs_of(block: nn.Module, name: str, given: list[Call]) -> np.ndarray:
     return np.concatenate([args[0].reshape(-1, WIDTH).double().numpy() for args, _, _ in seen])
 
 
+@pytest.mark.parametrize("runs", [((0, None),), ((0, 1), (1, 2), (2, 1))], ids=["one run", "three runs"])
 @pytest.mark.parametrize("name", ["q", "out", "few", "many"])
-def test_sums_are_those_of_naive_code(block: Block, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_sums_are_those_of_naive_code(
+    block: Block, monkeypatch: pytest.MonkeyPatch, name: str, runs: tuple[tuple[int, int | None], ...]
+) -> None:
     monkeypatch.setattr("quantcli.ptq.observe._CHUNK_TOKENS", 5)  # several pieces of a batch
-    found = observe(block, calls(), LINEARS, ALL)[name]
+    found = observe(block, calls(), LINEARS, ALL, runs)[name]
     tokens = inputs_of(block, name, calls())
     assert found.tokens == len(tokens)
     assert found.gram is not None and found.absmax is not None and found.mean_abs is not None
