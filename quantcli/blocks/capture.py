@@ -237,12 +237,20 @@ def kept(value: Any) -> Any:
 def hidden_first(
     call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with the hidden states by position, whatever name they are passed by."""
+    """The same arguments with the hidden states by position, whatever name they are passed by.
+
+    Raises:
+        NotSequentialError: the first position is that of something else, as in a block with two streams (Reformer).
+    """
     if args:
         return args, kwargs
-    name = HIDDEN_STATES if HIDDEN_STATES in kwargs else next(iter(inspect.signature(call).parameters), "")
-    left = {key: value for key, value in kwargs.items() if key != name}
-    return ((kwargs[name],) if name in kwargs else ()), left
+    first = next(iter(inspect.signature(call).parameters.values()), None)
+    name = HIDDEN_STATES if HIDDEN_STATES in kwargs or first is None else first.name
+    if name not in kwargs:
+        return (), kwargs
+    if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD and first.name != name:
+        raise NotSequentialError(f"The model's blocks take {first.name} before {name}, and hand on more than {name}.")
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
 def _hidden_of(args: tuple[Any, ...]) -> Tensor:

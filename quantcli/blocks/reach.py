@@ -32,7 +32,7 @@ def reached_lists(
 
     Raises:
         NotSequentialError: two lists are called in turn, blocks of one are not called one after the other, each once,
-            or change the shape of what they are given.
+            change the shape of what they are given, or do not take hidden states first.
         InputError: no list is reached.
     """
     watched = _Watched(lists)
@@ -41,6 +41,8 @@ def reached_lists(
         try:
             with suppress(_SeenEnough):
                 forward(skeleton.module, _one_sample(batch))
+        except NotSequentialError:
+            raise
         except InputError:
             if not watched.complete:
                 return list(lists), []

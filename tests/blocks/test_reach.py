@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantcli.blocks.reach import reached_lists
 from quantcli.blocks.skeleton import Skeleton
-from quantcli.blocks.structure import BlockList, tower_of
+from quantcli.blocks.structure import BlockList, NotSequentialError, tower_of
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.errors import InputError
 
@@ -109,3 +109,35 @@ def test_a_block_that_is_called_again_is_told_before_work(tmp_path: Path) -> Non
     skeleton = Skeleton(Shared().to("meta"), open_checkpoint(tmp_path / "model.safetensors"))
     with pytest.raises(InputError, match="blocks of layers are called more than once"):
         reached_lists(skeleton, [BlockList("layers", ("layers.0",))], {"text": torch.ones(2, 3, 4)})
+
+
+class TwoStreams(nn.Module):
+    """A block that takes another stream before its hidden states, and hands on both, as Reformer's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, other: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return other + self.inner(hidden_states), hidden_states
+
+
+class Reversible(nn.Module):
+    """Passes both streams by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([TwoStreams(), TwoStreams()])
+
+    def forward(self, text: Tensor) -> Tensor:
+        other = hidden = text
+        for layer in self.layers:
+            other, hidden = layer(other=other, hidden_states=hidden)
+        return other
+
+
+def test_blocks_with_a_stream_before_their_hidden_states_are_no_chain(tmp_path: Path) -> None:
+    save_file(Reversible().state_dict(), tmp_path / "model.safetensors")
+    skeleton = Skeleton(Reversible().to("meta"), open_checkpoint(tmp_path / "model.safetensors"))
+    with pytest.raises(NotSequentialError, match="take other before hidden_states"):
+        reached_lists(skeleton, [BlockList("layers", ("layers.0", "layers.1"))], {"text": torch.ones(2, 3, 4)})
