@@ -27,7 +27,7 @@ class Port:
     floats: np.dtype[Any] | None = None
 
     def dtype_of(self, have: np.dtype[Any]) -> np.dtype[Any] | None:
-        """What data of a dtype becomes: another float for a float, another integer for an integer; None: no such data."""
+        """What data of a dtype becomes: a float stays a float, an integer an integer; None where it is no such data."""
         family = dtype_family(have)
         if self.dtype.kind == "O":
             return self.dtype if have.kind in "OSU" else None
