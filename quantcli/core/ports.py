@@ -15,6 +15,8 @@ class Port:
     """A model's input or output: a name, a numpy dtype, and a shape whose free dimensions are names or None.
 
     ``optional``: data may lack it. ``kind`` says what it is where it is no tensor: a sequence, optional or map.
+    ``floats`` is given where nothing states the type and ``dtype`` is a guess: floating-point data becomes that,
+    integers and booleans stay what they are.
     """
 
     name: str
@@ -22,12 +24,22 @@ class Port:
     shape: tuple[int | str | None, ...] | None
     optional: bool = False
     kind: str = ""
+    floats: np.dtype[Any] | None = None
+
+    def dtype_of(self, have: np.dtype[Any]) -> np.dtype[Any] | None:
+        """What data of a dtype becomes: a float stays a float, an integer an integer; None where it is no such data."""
+        family = dtype_family(have)
+        if self.dtype.kind == "O":
+            return self.dtype if have.kind in "OSU" else None
+        if self.floats is not None and (family != "other" or have.kind == "b"):
+            return self.floats if family == "float" else have
+        return self.dtype if have == self.dtype or family == dtype_family(self.dtype) != "other" else None
 
     def __str__(self) -> str:
         if self.kind:
             return f"{self.name}: {self.kind}"
         dims = "any shape" if self.shape is None else " x ".join(str(d) if d is not None else "?" for d in self.shape)
-        return f"{self.name}: {self.dtype} {dims or 'scalar'}"
+        return f"{self.name}: {self.dtype if self.floats is None else 'any type'} {dims or 'scalar'}"
 
 
 #: A sample's arrays by input name, and a model's by output name.

@@ -8,7 +8,7 @@ file fit as they are, and their first dimensions count no samples, they are one 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from quantcli.core.ports import Port, dtype_family
 from quantcli.errors import InputError
@@ -53,7 +53,7 @@ def _is_feed(ports: Sequence[Port], arrays: Mapping[str, np.ndarray]) -> bool:
     named: dict[str, int] = {}
     for port in present:
         shape, array = port.shape, arrays[port.name]
-        if shape is None or len(shape) != array.ndim or not converts(array.dtype, port.dtype):
+        if shape is None or len(shape) != array.ndim or port.dtype_of(array.dtype) is None:
             return False
         for dim, size in zip(shape, array.shape, strict=True):
             wanted = named.setdefault(dim, size) if isinstance(dim, str) else dim
@@ -85,7 +85,7 @@ def mismatch(ports: Sequence[Port], arrays: Mapping[str, np.ndarray], where: str
 
 
 def _layout(port: Port, array: np.ndarray, single: bool) -> Layout | None:
-    if not converts(array.dtype, port.dtype):
+    if port.dtype_of(array.dtype) is None:
         return None
     if port.shape is None:
         return "rows" if array.ndim else None
@@ -103,29 +103,23 @@ def _agree(wanted: Sequence[int | str | None], shape: Sequence[int]) -> bool:
     return all(not isinstance(dim, int) or dim == size for dim, size in zip(wanted, shape, strict=True))
 
 
-def converts(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
-    """Whether values of one dtype mean the same in the other: floats as floats, integers as integers, text as text."""
-    if want.kind == "O":
-        return have.kind in "OSU"
-    return have == want or dtype_family(have) == dtype_family(want) != "other"
-
-
 def converted(array: np.ndarray, port: Port, where: str) -> np.ndarray:
     """The array in the input's dtype. Raises InputError where a value is too large for it."""
     import numpy as np
 
-    if array.dtype == port.dtype:
+    dtype = port.dtype_of(array.dtype) or port.dtype
+    if array.dtype == dtype:
         return np.array(array, order="C")
     if port.dtype.kind == "O":
         return (np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array).astype(object)
     with np.errstate(over="ignore"):
-        found = np.array(array, port.dtype, order="C")
-    if dtype_family(port.dtype) == "integer":
+        found = np.array(array, dtype, order="C")
+    if dtype_family(dtype) == "integer":
         fits = bool((found == array).all())
     else:
         fits = bool((np.isfinite(found.astype(np.float32)) == np.isfinite(array)).all())
     if not fits:
-        raise InputError(f"{where} has values in {port.name} that {port.dtype} cannot hold; they are {array.dtype}.")
+        raise InputError(f"{where} has values in {port.name} that {dtype} cannot hold; they are {array.dtype}.")
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -90,13 +90,11 @@ def decoder_inputs(feeds: Mapping[str, np.ndarray], start: int) -> Arrays:
 
 def _cast(value: np.ndarray, port: Port, name: str) -> np.ndarray:
     """An array in a port's dtype, where that keeps its meaning."""
-    if value.dtype == port.dtype:
-        return value
-    kinds = dtype_family(value.dtype), dtype_family(port.dtype)
-    if kinds[0] != kinds[1] or kinds[0] == "other":
+    dtype = port.dtype_of(value.dtype)
+    if dtype is None:
         raise InputError(f"{name} expects {port}; the data has {value.dtype}.")
-    cast = value.astype(port.dtype)
-    if kinds[0] == "integer" and not (cast == value).all():
+    cast = value.astype(dtype, copy=False)
+    if dtype_family(dtype) == "integer" and not (cast == value).all():
         raise InputError(f"{name} expects {port}; the data's {value.min()} to {value.max()} do not fit.")
     return cast
 
@@ -133,8 +131,11 @@ def hugging_face_ports(path: Path, *, text: bool = False) -> tuple[Port, ...]:
     return tuple(ports)
 
 
-def signature_ports(module: nn.Module, name: str) -> tuple[Port, ...]:
-    """Inputs of a module, as the signature of its forward tells: names, and a dtype guessed from them."""
+def signature_ports(module: nn.Module, name: str, floats: np.dtype[Any] | None = None) -> tuple[Port, ...]:
+    """Inputs of a module, as the signature of its forward tells: names, and a guess what they hold.
+
+    Data may bring what the guess did not see. What is floating-point becomes ``floats``, float32 by default.
+    """
     needed = []
     for parameter in inspect.signature(module.forward).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -144,4 +145,12 @@ def signature_ports(module: nn.Module, name: str) -> tuple[Port, ...]:
     if not needed:
         raise InputError(f"{name}: the module's forward names no input.", "Give it named parameters.")
     integers = [each for each in needed if each.endswith(("_ids", "_mask")) or each in _INTEGERS]
-    return tuple(Port(each, np.dtype(np.int64 if each in integers else np.float32), None) for each in needed)
+    floats = np.dtype(np.float32) if floats is None else floats
+    guesses = {True: np.dtype(np.int64), False: floats}
+    return tuple(Port(each, guesses[each in integers], None, floats=floats) for each in needed)
+
+
+def computed_in(module: nn.Module) -> np.dtype[Any]:
+    """The one floating-point type of a module's parameters; float32 where there are several, or numpy has it not."""
+    found = {str(each.dtype).removeprefix("torch.") for each in module.parameters() if each.is_floating_point()}
+    return np.dtype(found.pop() if len(found) == 1 and found <= {"float16", "float64"} else np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 from quantcli.core.ports import Arrays, Port, without_cache
 from quantcli.errors import InputError
 from quantcli.models.decoder import LOGITS, CachedDecoder, Decoder, TorchDecoder, empty_cache, sized_cache
-from quantcli.models.inputs import decoder_inputs, fit, hugging_face_ports, require_shape, signature_ports
+from quantcli.models.inputs import computed_in, decoder_inputs, fit, hugging_face_ports, require_shape, signature_ports
 from quantcli.models.outputs import named
 from quantcli.models.program_file import load_program
 from quantcli.onnx.graph.model import is_onnx, onnx_file
@@ -198,7 +198,7 @@ def open_runner(
         return _hugging_face(hugging_face.loadable_folder(path), causal, headed, decoded, generates)
     set_torch_threads(threads)
     module = load_module(str(model), weights)
-    return TorchRunner(module, signature_ports(module, str(model)), str(model))
+    return TorchRunner(module, signature_ports(module, str(model), computed_in(module)), str(model))
 
 
 def load_module(spec: str, weights: Path | None = None) -> nn.Module:

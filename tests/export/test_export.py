@@ -35,6 +35,20 @@ class Two(nn.Module):
     def forward(self, left, right_ids):
         return {"sum": left + right_ids.sum(), "count": right_ids.sum(0)}
 
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.last = nn.Embedding(20, 16), nn.Linear(16, 24)
+    def forward(self, x, keep):
+        return self.last(self.table(x)) * keep
+
+class Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Bilinear(6, 5, 4)
+    def forward(self, x, y):
+        return self.both(x, y)
+
 class Decides(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
@@ -59,6 +73,18 @@ def silent():
 def wrong():
     return Net()
 wrong.example_inputs = {"picture": torch.zeros(1, 1, 8, 8)}
+
+def reads():
+    return Reads()
+
+def half():
+    return nn.Linear(16, 24).half()
+
+def double():
+    return nn.Linear(16, 24).double()
+
+def pairs():
+    return Pairs()
 
 def decides():
     return Decides()
@@ -183,6 +209,32 @@ def test_data_gives_inputs_and_free_axes(code: str, tmp_path: Path) -> None:
     session = Session(export_to_onnx(f"{code}:silent", tmp_path, data=data).path, threads=1)
     assert session.inputs[0].shape == ("batch", 1, 8, "image_3")
     assert session.run({"image": np.zeros((2, 1, 8, 31), np.float32)})["output_0"].shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "function, arrays",
+    [
+        ("reads", {"x": np.arange(12).reshape(4, 3), "keep": np.ones((4, 3, 24), bool)}),
+        ("half", {"input": np.ones((4, 16), np.float32)}),
+        ("double", {"input": np.ones((4, 16), np.float32)}),
+    ],
+)
+def test_data_tells_what_a_signature_does_not(
+    code: str, tmp_path: Path, function: str, arrays: dict[str, np.ndarray]
+) -> None:
+    """Integers and booleans stay; floats become what the module computes in."""
+    np.savez(tmp_path / "data.npz", **arrays)
+    exported = export_to_onnx(f"{code}:{function}", tmp_path / "out", data=DataRequest(str(tmp_path / "data.npz")))
+    computed = {"half": "float16", "double": "float64"}.get(function)
+    wanted = {name: np.dtype(computed or value.dtype) for name, value in arrays.items()}
+    assert {port.name: port.dtype for port in Session(exported.path).inputs} == wanted
+
+
+def test_tensors_whose_text_cannot_be_changed(code: str, tmp_path: Path) -> None:
+    """Products of two inputs become an Einsum of a tensor that the exporter read from a protobuf."""
+    arrays = {"x": np.ones((3, 6), np.float32), "y": np.ones((3, 5), np.float32)}
+    exported = export_to_onnx(f"{code}:pairs", tmp_path / "out", data=[arrays])
+    assert not any(value.const_value.doc_string for value in ir.load(exported.path).graph.initializers.values())
 
 
 def test_data_from_a_path(code: str, tmp_path: Path) -> None:

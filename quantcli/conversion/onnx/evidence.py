@@ -136,7 +136,7 @@ def gather(
     source, statistics = material.source, material.statistics(graph, plan, samples, seed, progress)
     if statistics is not None:
         plan = without_outliers(plan, statistics)
-        require_work(plan, source.model.path)
+        require_work(plan, source.model.shown)
     hessians = None
     if plan.needs_inputs and samples is not None:
         hessians = collect_hessians(graph, plan, samples, folder, progress=progress)

@@ -58,7 +58,9 @@ def open_source(model: str, weights: Path | None, recipe: Recipe, data: DataRequ
     from quantcli.export.export import export_to_onnx
 
     exported = export_to_onnx(subject.path, folder, data=data, weights=subject.weights)
-    return Source(subject, open_onnx(exported.path, mapped=True), codes, origin, tuple(exported.warnings))
+    graph = open_onnx(exported.path, mapped=True)
+    graph.shown = Path(subject.path)
+    return Source(subject, graph, codes, origin, tuple(exported.warnings))
 
 
 def planned_graph(
@@ -74,7 +76,7 @@ def planned_graph(
     """
     graph = simplified(model, data, fold=codes is None)
     make_plan = codes.plan if codes else partial(resolve_graph, recipe)
-    plan = make_plan(graph, model.path)
+    plan = make_plan(graph, model.shown)
     opset, version = max(needed_opset(plan), OLDEST_OPSET), onnxruntime_version(recipe)
     if version:
         require_version(plan, graph, opset, version)
@@ -83,9 +85,9 @@ def planned_graph(
     try:
         newer = upgraded(graph, opset, data)
     except InputError as error:
-        return graph, _without_newer(plan, default_opset(graph), error, model.path)
+        return graph, _without_newer(plan, default_opset(graph), error, model.shown)
     # A plan speaks of a graph's own nodes.
-    return newer, make_plan(newer, model.path)
+    return newer, make_plan(newer, model.shown)
 
 
 def _without_newer(plan: GraphPlan, opset: int, error: InputError, file: Path) -> GraphPlan:

@@ -51,10 +51,14 @@ def onnx_file(path: Path) -> Path:
 
 
 class OnnxModel:
-    """A model's graph with lazy weights. Use `open_onnx`."""
+    """A model's graph with lazy weights. Use `open_onnx`.
+
+    ``shown`` is what messages call it: its path, or the user's model where the graph was exported from that.
+    """
 
     def __init__(self, path: Path, model: ir.Model) -> None:
         self.path, self.ir = path, model
+        self.shown = path
         self._watched = Unchanged(())
 
     def watch(self) -> None:

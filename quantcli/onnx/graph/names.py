@@ -57,11 +57,16 @@ def strip_metadata(model: ir.Model) -> None:
 
 
 def _strip(value: ir.Value) -> None:
+    import onnx_ir as ir
+
     value.doc_string = None
     value.metadata_props.clear()
-    if value.const_value is not None:
-        value.const_value.doc_string = None
-        value.const_value.metadata_props.clear()
+    tensor = value.const_value
+    if tensor is not None and tensor.doc_string:
+        # Not every kind of tensor lets its text be changed.
+        tensor = value.const_value = ir.tensor(tensor.numpy(), tensor.dtype, value.name)
+    if tensor is not None:
+        tensor.metadata_props.clear()
 
 
 def _scope(node: ir.Node) -> str:

@@ -63,7 +63,7 @@ def prepare(model: OnnxModel, *, fold: bool = True, without: Collection[str] = (
         try:
             graph_model = model.ir.clone()
         except _STUMBLES as error:
-            raise InputError(f"{model.path} is not a consistent ONNX graph: {first_line(error)}") from error
+            raise InputError(f"{model.shown} is not a consistent ONNX graph: {first_line(error)}") from error
         common.RemoveInitializersFromInputsPass()(graph_model)
         # Initializers that are no inputs came with this version.
         graph_model.ir_version = max(graph_model.ir_version or 0, 4)
@@ -77,7 +77,7 @@ def prepare(model: OnnxModel, *, fold: bool = True, without: Collection[str] = (
         remove_unused(graph_model)
         common.NameFixPass()(graph_model)
     except _STUMBLES as error:
-        raise InputError(f"{model.path} is not a consistent ONNX graph: {first_line(error)}") from error
+        raise InputError(f"{model.shown} is not a consistent ONNX graph: {first_line(error)}") from error
     return graph_model
 
 
