@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.conversion.onnx.trial_inputs import Feeds, has_numbers, tensors_of
 from quantcli.core.ports import dtype_family
+from quantcli.data.not_finite import input_not_finite
 from quantcli.errors import InputError
 from quantcli.models.narrow import in_numpy
 from quantcli.models.pieces import Runnable, pieces_of, runnable
@@ -82,6 +83,7 @@ class OutputComparison:
     The reference runs once, and is gone before a candidate is loaded, so that never two models are in memory; its
     outputs are kept in a folder, since those of a language model may not fit there. ``name`` is what errors call it.
     ``loose``: an output may have another shape, where shapes follow from values; it is not compared then.
+    ``notes`` tells what there is to be said of the samples that were read.
     """
 
     def __init__(
@@ -93,8 +95,10 @@ class OutputComparison:
         name: str | None = None,
         made_up: bool = False,
         loose: bool = False,
+        notes: Callable[[], Sequence[str]] = list,
     ) -> None:
         self.reference, self.feeds, self.folder, self.made_up, self.loose = reference, feeds, folder, made_up, loose
+        self.notes = notes
         self.name = name or str(reference)
         self._kept: list[list[str]] = []
         self._ports: dict[str, list[str]] | None = None
@@ -106,7 +110,7 @@ class OutputComparison:
         """Run the reference, by a session of it where there is one already."""
         session = reference or reference_of(self.reference, self.name)
         self._ports = _ports(session)
-        for outputs, seconds in session.runs(self._given(counted=True)):
+        for outputs, seconds in session.runs(self._given()):
             self._times.append(seconds)
             self._keep(outputs)
             self._has_numbers = self._has_numbers or has_numbers(outputs)
@@ -129,11 +133,13 @@ class OutputComparison:
         losses: dict[str, _Loss] = {}
         ours, self._times = self._times, []
         theirs: list[float | None] = []
-        for number, (got, seconds) in enumerate(_candidate(session, self._given())):
+        spoilt: list[bool] = []
+        for number, (got, seconds) in enumerate(_candidate(session, self._given(spoilt))):
             theirs.append(seconds)
             expected, found = self._load(number), _tensors(got)
+            notes = self.notes() if spoilt[number] else ()
             for key in _same_kinds(expected, found, loose=self.loose):
-                losses.setdefault(key, _Loss()).add(key, expected[key], found[key])
+                losses.setdefault(key, _Loss()).add(key, expected[key], found[key], notes)
         if not self._has_numbers:
             raise InputError(
                 f"The model returns no finite number for {self._samples} samples: nothing shows what its artifact "
@@ -155,10 +161,16 @@ class OutputComparison:
             for key, values in before.items()
         )
 
-    def _given(self, *, counted: bool = False) -> Iterator[Mapping[str, Any]]:
-        """The inputs, one after the other."""
+    def _given(self, spoilt: list[bool] | None = None) -> Iterator[Mapping[str, Any]]:
+        """The inputs, one after the other; to ``spoilt`` goes whether any of each is not finite.
+
+        Without that they are counted.
+        """
         for feeds, count in self.feeds():
-            self._samples += count if counted else 0
+            if spoilt is None:
+                self._samples += count
+            else:
+                spoilt.append(input_not_finite(feeds) is not None)
             yield feeds
 
     def _keep(self, outputs: Mapping[str, Any]) -> None:
@@ -187,8 +199,8 @@ class _Loss:
         self.finite = self.same = self.values = 0
         self.is_float = False
 
-    def add(self, name: str, expected: np.ndarray, got: np.ndarray) -> None:
-        """Count another sample.
+    def add(self, name: str, expected: np.ndarray, got: np.ndarray, notes: Sequence[str]) -> None:
+        """Count another sample; where its inputs are not finite, ``notes`` tells of that.
 
         Raises:
             InputError: what was found is not finite where the reference is, or mostly finite where that is infinite.
@@ -203,7 +215,10 @@ class _Loss:
         wide, other = expected.astype(np.float64), got.astype(np.float64)
         finite, infinite = np.isfinite(wide), np.isinf(wide)
         if not np.isfinite(other[finite]).all():
-            raise InputError(f"The output {name} of the artifact is not finite where the original's is.", REPORT_IT)
+            problem = f"The output {name} of the artifact is not finite where the original's is."
+            if notes:
+                raise InputError(f"{problem} {' '.join(notes)}", "Or choose a scheme of weights alone, such as int8.")
+            raise InputError(problem, REPORT_IT)
         # A large number may overflow in one and just not in the other.
         if infinite.any() and np.mean(wide[infinite] == other[infinite]) < _INFINITE_ALIKE:
             raise InputError(f"The output {name} of the artifact is finite where the original's is not.", REPORT_IT)

@@ -428,3 +428,22 @@ def test_a_usage_error_leaves_nothing_but_what_was_trained(
         convert(product(tmp_path / "m.onnx"), tmp_path / "out.onnx", scheme="int8")
     assert (tmp_path / ".out.onnx.partial" / "training.pt").exists() == trained
     assert (tmp_path / ".out.onnx.partial").exists() == trained
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8", "fp16"])
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf])
+def test_data_that_is_not_finite_is_named(tmp_path: Path, scheme: str, spoilt: float) -> None:
+    """In a scheme whose ranges are taken at inference one infinity leaves no number in any row."""
+    values = RANDOM.standard_normal((4, 6, 64)).astype(np.float32)
+    values[2, 3, 5] = spoilt
+    np.savez(tmp_path / "data.npz", x=values)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    file = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 96)}, {"x": (TensorProto.FLOAT, ["n", 6, 64])})
+    run = lambda: convert(file, tmp_path / "o.onnx", scheme=scheme, data=tmp_path / "data.npz")  # noqa: E731
+    named = f"Sample 2 of {tmp_path / 'data.npz'}, in the input x"
+    if scheme == "int8-dynamic" and np.isinf(spoilt):
+        with pytest.raises(InputError, match="not finite where the original's is") as caught:
+            run()
+        assert named in caught.value.message and "report" not in (caught.value.hint or "")
+    else:
+        assert any(named in warning for warning in run().warnings)
