@@ -36,8 +36,9 @@ _LOOKUPS = {
 #: branch, or one masked value, from another: mixed do.
 FILLS = ("ones", "zeros", "lengths", "mixed")
 
-#: What floats are drawn from. Logarithms and roots have no value below zero, others none beyond one or below it.
-SPREADS = ("normal", "below one", "above one")
+#: What floats are drawn from. Logarithms and roots have no value below zero, others none beyond one or below it; in
+#: noise around zero a detector may find nothing, where it does among values as large as those of pixels.
+SPREADS = ("normal", "below one", "above one", "pixels")
 
 
 def made_up_feeds(
@@ -117,6 +118,8 @@ def _floats(generator: np.random.Generator, shape: Sequence[int], spread: str) -
     normal = np.asarray(generator.standard_normal(shape, dtype=np.float32))
     if spread == "normal":
         return normal
+    if spread == "pixels":
+        return np.clip(128 + 64 * normal, 0, 255)
     return np.abs(normal) + 1 if spread == "above one" else np.clip(np.abs(normal), 0.05, 3.0) / 4
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from quantcli.conversion.onnx.trial_inputs import Feeds, has_numbers, tensors_of
+from quantcli.conversion.onnx.trial_inputs import Feeds, has_numbers, is_flat, tensors_of
 from quantcli.core.ports import dtype_family
 from quantcli.data.not_finite import input_not_finite
 from quantcli.errors import InputError
@@ -41,6 +41,7 @@ class Comparison:
       repeated; None for a single sample, and for models that are run in pieces.
     - ``outputs``: signal to noise of each float output.
     - ``not_finite``: outputs for which the reference returned no finite number.
+    - ``flat``: outputs of many numbers, but hardly two different ones.
     - ``made_up``: whether the inputs were.
     """
 
@@ -50,6 +51,7 @@ class Comparison:
     speed: float | None = None
     outputs: Mapping[str, float | None] = field(default_factory=dict)
     not_finite: Sequence[str] = ()
+    flat: Sequence[str] = ()
     made_up: bool = False
 
     @property
@@ -59,6 +61,12 @@ class Comparison:
             f"The output {name} was not compared: the model returns no finite number in it for these inputs."
             for name in self.not_finite
         ]
+        if self.made_up:
+            found += [
+                f"Made-up inputs leave the output {name} all but constant, as where a model finds nothing: the "
+                "comparison says little of it. quantcli eval with real data tells more."
+                for name in self.flat
+            ]
         if self.speed is not None and self.speed < _SLOW and not self.made_up:
             found.append(
                 f"On these samples the artifact ran {self.speed:.2g} times as fast as the model; quantcli bench "
@@ -197,7 +205,7 @@ class _Loss:
     def __init__(self) -> None:
         self.signal = self.noise = 0.0
         self.finite = self.same = self.values = 0
-        self.is_float = False
+        self.is_float, self.is_flat = False, True
 
     def add(self, name: str, expected: np.ndarray, got: np.ndarray, notes: Sequence[str]) -> None:
         """Count another sample; where its inputs are not finite, ``notes`` tells of that.
@@ -215,14 +223,12 @@ class _Loss:
         wide, other = expected.astype(np.float64), got.astype(np.float64)
         finite, infinite = np.isfinite(wide), np.isinf(wide)
         if not np.isfinite(other[finite]).all():
-            problem = f"The output {name} of the artifact is not finite where the original's is."
-            if notes:
-                raise InputError(f"{problem} {' '.join(notes)}", "Or choose a scheme of weights alone, such as int8.")
-            raise InputError(problem, REPORT_IT)
+            raise _not_finite_alike(f"The output {name} of the artifact is not finite where the original's is.", notes)
         # A large number may overflow in one and just not in the other.
         if infinite.any() and np.mean(wide[infinite] == other[infinite]) < _INFINITE_ALIKE:
-            raise InputError(f"The output {name} of the artifact is finite where the original's is not.", REPORT_IT)
+            raise _not_finite_alike(f"The output {name} of the artifact is finite where the original's is not.", notes)
         self.finite += int(finite.sum())
+        self.is_flat = self.is_flat and is_flat(wide)
         with np.errstate(over="ignore"):
             self.signal += float(np.square(wide[finite]).sum())
             self.noise += float(np.square(wide[finite] - other[finite]).sum())
@@ -233,6 +239,13 @@ class _Loss:
         from quantcli.core.numerics import decibels
 
         return float("-inf") if self.noise > 0 and not self.signal > 0 else decibels(self.signal, self.noise)
+
+
+def _not_finite_alike(problem: str, notes: Sequence[str]) -> InputError:
+    """What is wrong with an output; ``notes`` tells of inputs that are not finite themselves."""
+    if notes:
+        return InputError(f"{problem} {' '.join(notes)}", "Or choose a scheme of weights alone, such as int8 or fp16.")
+    return InputError(problem, REPORT_IT)
 
 
 def _summary(
@@ -251,6 +264,7 @@ def _summary(
         median(ours for ours, _ in later) / median(theirs for _, theirs in later) if later else None,
         {key: loss.db for key, loss in floats.items()},
         [key for key, loss in floats.items() if not loss.finite],
+        [key for key, loss in floats.items() if loss.finite and loss.is_flat],
         made_up,
     )
 

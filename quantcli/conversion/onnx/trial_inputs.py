@@ -37,6 +37,9 @@ _RANKS = (2, 3, 4, 1, 0)
 #: What outputs show that hold no finite float, and yet something to compare.
 _SOMETHING = 0.001
 
+#: An output of at least so many values is flat with fewer different ones than these; more are not looked at.
+_MANY, _FEW, _MOST_LOOKED_AT = 64, 16, 1 << 16
+
 #: Feeds with the number of samples in each, anew for each pass.
 Feeds = Callable[[], Iterable[tuple[Mapping[str, "np.ndarray"], int]]]
 
@@ -121,6 +124,22 @@ def _shown(outputs: Mapping[str, Any]) -> float:
     return max(sum(map(_is_signal, floats)) / len(floats), _SOMETHING)
 
 
+def is_flat(values: np.ndarray) -> bool:
+    """Whether many values are hardly two different ones: where outputs are saturated, no error shows."""
+    import numpy as np
+
+    if values.size < _MANY:
+        return False
+    return np.unique(values.reshape(-1)[:: -(-values.size // _MOST_LOOKED_AT)]).size < _FEW
+
+
+def _varied(outputs: Mapping[str, Any]) -> float:
+    """Of outputs that are floats, the part that is not flat; 1 where there are none."""
+    arrays = [array for value in outputs.values() for array in tensors_of(value)]
+    floats = [array for array in arrays if dtype_family(array.dtype) == "float"]
+    return sum(not is_flat(array) for array in floats) / len(floats) if floats else 1
+
+
 def tensors_of(value: Any) -> Iterator[np.ndarray]:
     """The tensors of an output, which may be a sequence or maps; an optional that is empty has none."""
     import numpy as np
@@ -175,17 +194,26 @@ class _Maker:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A maker's inputs that a model ran on, and how much of what it returned can be compared, from 0 to 1."""
+    """A maker's inputs that a model ran on.
+
+    ``shows`` is how much of what it returned can be compared, and ``varied`` how much of it is not flat; from 0 to 1.
+    """
 
     maker: _Maker
     make: Callable[..., Arrays]
     fill: str
     feeds: Arrays
     shows: float
+    varied: float
+
+    @property
+    def grade(self) -> tuple[float, float]:
+        """By which trials compare."""
+        return self.shows, self.varied
 
 
 def _fullest(reference: Runnable, maker: _Maker) -> _Trial:
-    """The first filling for which a model fills every output, or the one for which it fills most.
+    """The first filling for which a model fills and varies every output, or the one for which it does so most.
 
     Raises:
         InputError: the model does not run on what the maker makes.
@@ -193,17 +221,18 @@ def _fullest(reference: Runnable, maker: _Maker) -> _Trial:
     best: _Trial | None = None
     problem: InputError | None = None
     for fill in FILLS[:-1] if _has_integers(maker.ports) else FILLS[:1]:
-        for spread in SPREADS:
+        for spread in SPREADS if _has_floats(maker.ports) else SPREADS[:1]:
             make = partial(maker.feeds, spread=spread)
             feeds = make(fill=fill)
             try:
-                shows = _shown(reference.run(feeds))
+                outputs = reference.run(feeds)
             except InputError as error:
                 problem = problem or error
                 break  # what the model does not take is a shape, or an integer
-            if best is None or shows > best.shows:
-                best = _Trial(maker, make, fill, feeds, shows)
-            if shows == 1:
+            trial = _Trial(maker, make, fill, feeds, _shown(outputs), _varied(outputs))
+            if best is None or trial.grade > best.grade:
+                best = trial
+            if best.grade == (1, 1):
                 return best
     if best is None:
         assert problem is not None
@@ -268,6 +297,11 @@ def _with_others(reference: Runnable, trial: _Trial, *, mixed: bool) -> Feeds:
 def _has_integers(ports: Sequence[Port]) -> bool:
     """Whether any input is of integers or truth values."""
     return any(port.dtype.kind in "iub" for port in ports)
+
+
+def _has_floats(ports: Sequence[Port]) -> bool:
+    """Whether any input is of floats."""
+    return any(port.dtype.kind not in "iubO" for port in ports)
 
 
 def _shapes(feeds: Arrays) -> list[list[tuple[int, ...]]]:

@@ -430,8 +430,9 @@ def test_a_usage_error_leaves_nothing_but_what_was_trained(
     assert (tmp_path / ".out.onnx.partial").exists() == trained
 
 
-@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8", "fp16"])
-@pytest.mark.parametrize("spoilt", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("scheme", "spoilt"), [("int8-dynamic", np.inf), ("int8-dynamic", np.nan), ("int8", np.nan), ("fp16", np.nan)]
+)
 def test_data_that_is_not_finite_is_named(tmp_path: Path, scheme: str, spoilt: float) -> None:
     """In a scheme whose ranges are taken at inference one infinity leaves no number in any row."""
     values = RANDOM.standard_normal((4, 6, 64)).astype(np.float32)
@@ -447,3 +448,34 @@ def test_data_that_is_not_finite_is_named(tmp_path: Path, scheme: str, spoilt: f
         assert named in caught.value.message and "report" not in (caught.value.hint or "")
     else:
         assert any(named in warning for warning in run().warnings)
+
+
+def detector(path: Path, gain: float) -> Path:
+    """Of noise around zero a sigmoid makes nothing but zeros; of values as large as pixels it makes a map."""
+    random = np.random.default_rng(1)
+    weights = {
+        "w": random.standard_normal((16, 3, 3, 3)).astype(np.float32) / 5,
+        "v": np.abs(random.standard_normal((1, 16, 3, 3))).astype(np.float32) / 5,
+        "b": np.array([-150.0], np.float32),
+        "gain": np.array(gain, np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["h"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Conv", ["r", "v", "b"], ["s"], pads=[1, 1, 1, 1]),
+        helper.make_node("Mul", ["s", "gain"], ["g"]),
+        helper.make_node("Sigmoid", ["g"], ["y"]),
+    ]
+    return save(path, nodes, weights, {"x": (TensorProto.FLOAT, ["n", 3, "h", "w"])})
+
+
+def test_made_up_inputs_are_chosen_by_what_outputs_tell_apart(tmp_path: Path) -> None:
+    report = convert(detector(tmp_path / "m.onnx", 0.05), tmp_path / "o.onnx", scheme="fp16", allow_larger=True)
+    assert 20 < report.details["outputs"]["sqnr_db"] < 90
+    assert not any("constant" in warning for warning in report.warnings)
+
+
+def test_outputs_that_stay_flat_are_told(tmp_path: Path) -> None:
+    report = convert(detector(tmp_path / "m.onnx", -1000.0), tmp_path / "o.onnx", scheme="fp16", allow_larger=True)
+    (told,) = [warning for warning in report.warnings if "all but constant" in warning]
+    assert "the output y" in told
