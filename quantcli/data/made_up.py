@@ -52,6 +52,7 @@ def made_up_feeds(
     fill: str = "ones",
     spread: str = "normal",
     draws: Mapping[str, Draw] | None = None,
+    axes: Mapping[str, int] | None = None,
 ) -> Arrays:
     """Inputs of ``size`` samples: normal floats from a seed, ones for integers (ids, masks) and truth values.
 
@@ -69,6 +70,7 @@ def made_up_feeds(
         fill: one of `FILLS`, for integers that are no indices, and truth values.
         spread: one of `SPREADS`.
         draws: what makes up floats of an input, by its name, in place of ``spread``.
+        axes: lengths of axes by their names, in place of all the others.
 
     Raises:
         InputError: the model does not tell how many dimensions an input has, or what its elements are.
@@ -79,7 +81,7 @@ def made_up_feeds(
 
     generator = np.random.default_rng(seed)
     length = seq_len or DEFAULT_LENGTH
-    shapes = lengths(ports, size, length, side)
+    shapes = lengths(ports, size, length, side, axes)
     found: Arrays = {}
     for port in ports:
         if port.optional and port.shape is None:
@@ -128,10 +130,12 @@ def counts_samples(ports: Sequence[Port]) -> str | None:
     return next((port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], str)), None)
 
 
-def lengths(ports: Sequence[Port], size: int, length: int, side: int) -> dict[str, list[int]]:
-    """The shape of every made-up input, by name."""
+def lengths(
+    ports: Sequence[Port], size: int, length: int, side: int, axes: Mapping[str, int] | None = None
+) -> dict[str, list[int]]:
+    """The shape of every made-up input, by name. Arguments are those of `made_up_feeds`."""
     batch = counts_samples(ports)
-    known = {} if batch is None else {batch: size}
+    known = ({} if batch is None else {batch: size}) | dict(axes or {})
     shapes: dict[str, list[int]] = {}
     for port in ports:
         shape = []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,10 @@ _SIZES = (
     (6, 16, 64), (7, 16, 64), (10, 16, 64), (12, 16, 64), (16, 16, 64), (20, 16, 64), (32, 16, 64), (64, 16, 64),
     (100, 16, 64), (128, 16, 64),
 )  # fmt: skip
+
+#: Lengths that each free axis has in turn where no sizes of all of them fit, for so many axes at the most: one may be
+#: the sum of two others, or twice another, or be there to be repeated.
+_AXIS_LENGTHS, _MOST_AXES = (8, 16, 1), 4
 
 #: Elements of made-up inputs; more are made only where the model's own shapes ask for them.
 _MOST_ELEMENTS = 1 << 22
@@ -86,7 +91,8 @@ def made_up(
     """
     reasons: list[str] = []
     ran: _Trial | None = None
-    for maker in _makers(_ports(reference, graph), table_sizes(graph), draws or {}):
+    ports, tables = _ports(reference, graph), table_sizes(graph)
+    for maker in (*_makers(ports, tables, draws or {}), *_axis_by_axis(ports, tables, draws or {})):
         if ran is not None and not maker.is_larger_than(ran.maker):
             continue  # what ran and left an output without a number may fill it at a larger size alone
         try:
@@ -99,7 +105,9 @@ def made_up(
         if ran.shows == 1:
             break
     if ran is None:
-        return NoFeeds(reasons[0])
+        return NoFeeds(
+            f"{reasons[0]} {len(reasons)} choices of its free sizes were tried." if reasons[1:] else reasons[0]
+        )
     if ran.shows == 0:
         return NoFeeds("it returns no finite number for made-up inputs.")
     return _with_others(reference, ran, mixed=mixed)
@@ -178,17 +186,18 @@ class _Maker:
     length: int
     side: int
     draws: Mapping[str, Draw]
+    axes: Mapping[str, int] = field(default_factory=dict)
 
     def is_larger_than(self, other: _Maker) -> bool:
         """Whether it makes longer sequences or larger images."""
-        return self.length > other.length or self.side > other.side
+        return not self.axes and (self.length > other.length or self.side > other.side)
 
     def feeds(self, *, spread: str, fill: str, more: int = 0) -> Arrays:
         """Inputs of so many samples more."""
         samples = self.samples + more
         return made_up_feeds(
             self.ports, samples, self.length, samples, side=self.side, tables=self.tables, fill=fill, spread=spread,
-            draws=self.draws,
+            draws=self.draws, axes=self.axes,
         )  # fmt: skip
 
 
@@ -260,6 +269,24 @@ def _makers(ports: Sequence[Port], tables: Mapping[str, int], draws: Mapping[str
             if shapes not in seen and (is_small or not seen):
                 seen.append(shapes)
                 yield _Maker(known, tables, samples, length, side, draws)
+
+
+def _axis_by_axis(ports: Sequence[Port], tables: Mapping[str, int], draws: Mapping[str, Draw]) -> Iterator[_Maker]:
+    """Makers that give each free axis a length of its own: names do not tell what an inner Concat or Add binds."""
+    named = [
+        replace(port, shape=tuple(f"{port.name}.{axis}" if dim is None else dim for axis, dim in enumerate(port.shape)))
+        for port in ports
+        if port.shape is not None
+    ]
+    # First axes count samples, and of these there is one.
+    firsts = {dim: 1 for port in named for dim in (port.shape or ())[:1] if isinstance(dim, str)}
+    free = (dim for port in named for dim in port.shape or () if isinstance(dim, str) and dim not in firsts)
+    names = list(dict.fromkeys(free))
+    if len(named) < len(ports) or not 1 < len(names) <= _MOST_AXES:
+        return
+    for chosen in product(_AXIS_LENGTHS, repeat=len(names)):
+        if len(set(chosen)) > 1:
+            yield _Maker(named, tables, *_SIZES[0], draws, firsts | dict(zip(names, chosen, strict=True)))
 
 
 def _with_states(ports: Sequence[Port]) -> list[Port]:

@@ -479,3 +479,28 @@ def test_outputs_that_stay_flat_are_told(tmp_path: Path) -> None:
     report = convert(detector(tmp_path / "m.onnx", -1000.0), tmp_path / "o.onnx", scheme="fp16", allow_larger=True)
     (told,) = [warning for warning in report.warnings if "all but constant" in warning]
     assert "the output y" in told
+
+
+def with_past(path: Path, dims: str) -> Path:
+    """The mask is as long as the two inputs that a Concat joins; names do not tell."""
+    nodes = [
+        helper.make_node("Concat", ["past", "x"], ["all"], axis=1),
+        helper.make_node("MatMul", ["all", "w"], ["h"]),
+        helper.make_node("MatMul", ["mask", "h"], ["y"]),
+    ]
+    kind = TensorProto.FLOAT
+    inputs = {"past": (kind, ["a", "past", 64]), "x": (kind, ["b", "new", 64]), "mask": (kind, ["c", dims, "total"])}
+    return save(path, nodes, {"w": weight(64, 96)}, inputs)
+
+
+def test_sizes_are_found_that_an_inner_node_binds(tmp_path: Path) -> None:
+    report = convert(with_past(tmp_path / "m.onnx", "rows"), tmp_path / "o.onnx", scheme="int8")
+    assert report.details["outputs"]["made_up"] and report.details["outputs"]["sqnr_db"] > 30
+
+
+def test_it_is_told_how_many_sizes_were_tried(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Reshape", ["h", "shape"], ["y"])]
+    weights = {"w": weight(64, 96), "shape": np.array([7, 1009, -1])}
+    file = save(tmp_path / "m.onnx", nodes, weights, {"x": (TensorProto.FLOAT, ["n", "t", 64])})
+    with pytest.raises(InputError, match=r"\d+ choices of its free sizes were tried"):
+        convert(file, tmp_path / "o.onnx", scheme="int8")
