@@ -36,8 +36,9 @@ _LOOKUPS = {
 #: branch, or one masked value, from another: mixed do.
 FILLS = ("ones", "zeros", "lengths", "mixed")
 
-#: What floats are drawn from. Logarithms and roots have no value below zero, others none beyond one or below it.
-SPREADS = ("normal", "below one", "above one")
+#: What floats are drawn from. Logarithms and roots have no value below zero, others none beyond one or below it; in
+#: noise around zero a detector may find nothing, where it does among values as large as those of pixels.
+SPREADS = ("normal", "below one", "above one", "pixels")
 
 
 def made_up_feeds(
@@ -51,6 +52,7 @@ def made_up_feeds(
     fill: str = "ones",
     spread: str = "normal",
     draws: Mapping[str, Draw] | None = None,
+    axes: Mapping[str, int] | None = None,
 ) -> Arrays:
     """Inputs of ``size`` samples: normal floats from a seed, ones for integers (ids, masks) and truth values.
 
@@ -68,6 +70,7 @@ def made_up_feeds(
         fill: one of `FILLS`, for integers that are no indices, and truth values.
         spread: one of `SPREADS`.
         draws: what makes up floats of an input, by its name, in place of ``spread``.
+        axes: lengths of axes by their names, in place of all the others.
 
     Raises:
         InputError: the model does not tell how many dimensions an input has, or what its elements are.
@@ -78,7 +81,7 @@ def made_up_feeds(
 
     generator = np.random.default_rng(seed)
     length = seq_len or DEFAULT_LENGTH
-    shapes = lengths(ports, size, length, side)
+    shapes = lengths(ports, size, length, side, axes)
     found: Arrays = {}
     for port in ports:
         if port.optional and port.shape is None:
@@ -117,6 +120,8 @@ def _floats(generator: np.random.Generator, shape: Sequence[int], spread: str) -
     normal = np.asarray(generator.standard_normal(shape, dtype=np.float32))
     if spread == "normal":
         return normal
+    if spread == "pixels":
+        return np.clip(128 + 64 * normal, 0, 255)
     return np.abs(normal) + 1 if spread == "above one" else np.clip(np.abs(normal), 0.05, 3.0) / 4
 
 
@@ -125,10 +130,12 @@ def counts_samples(ports: Sequence[Port]) -> str | None:
     return next((port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], str)), None)
 
 
-def lengths(ports: Sequence[Port], size: int, length: int, side: int) -> dict[str, list[int]]:
-    """The shape of every made-up input, by name."""
+def lengths(
+    ports: Sequence[Port], size: int, length: int, side: int, axes: Mapping[str, int] | None = None
+) -> dict[str, list[int]]:
+    """The shape of every made-up input, by name. Arguments are those of `made_up_feeds`."""
     batch = counts_samples(ports)
-    known = {} if batch is None else {batch: size}
+    known = ({} if batch is None else {batch: size}) | dict(axes or {})
     shapes: dict[str, list[int]] = {}
     for port in ports:
         shape = []

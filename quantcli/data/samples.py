@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.core.ports import Port
+from quantcli.data.not_finite import NotFinite
 from quantcli.data.request import DataRequest
 from quantcli.data.sources import kinds_of, source_kinds
 from quantcli.data.sources.base import Labels, Sample, SampleSource, evenly
@@ -35,8 +36,20 @@ class Samples:
 
     def __init__(self, source: str, data: SampleSource, chosen: Sequence[int]) -> None:
         self.source, self._data, self._chosen = source, data, chosen
-        self.warnings = list(data.warnings)
+        self._told = list(data.warnings)
+        self._not_finite = NotFinite()
         self._keep_whole_batches()
+
+    def _some(self, chosen: Sequence[int]) -> Samples:
+        """Others of the same source, which share what was found in it while it was read."""
+        found = Samples(self.source, self._data, chosen)
+        found._told, found._not_finite = [], self._not_finite
+        return found
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be said of the samples; that some hold no finite numbers once they were read."""
+        return [*self._told, *self._not_finite.warnings()]
 
     def _keep_whole_batches(self) -> None:
         fixed, count = self.fixed_batch, len(self._chosen)
@@ -44,33 +57,29 @@ class Samples:
             whole = count // fixed * fixed
             if not whole:
                 raise InputError(f"{self.source} has {count} samples, and the model takes {fixed} at a time.")
-            self.warnings.append(f"The model takes {fixed} samples at a time; the last {count - whole} are left.")
+            self._told.append(f"The model takes {fixed} samples at a time; the last {count - whole} are left.")
             self._chosen = self._chosen[:whole]
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     def __iter__(self) -> Iterator[Sample]:
-        return self._data.iterate(self._chosen)
+        for index, sample in zip(self._chosen, self._data.iterate(self._chosen), strict=False):
+            self._not_finite.look(index, sample, self.source)
+            yield sample
 
     def spread(self, most: int) -> Samples:
         """At most so many of the samples, evenly spread: one or more times as many as the model takes at a time."""
         most = max(most, self.fixed_batch or 1)
-        found = Samples(self.source, self._data, [self._chosen[index] for index in evenly(len(self), most)])
-        found.warnings = []
-        return found
+        return self._some([self._chosen[index] for index in evenly(len(self), most)])
 
     def part(self, numbers: range) -> Samples:
         """Some of the samples that follow each other."""
-        found = Samples(self.source, self._data, self._chosen[numbers.start : numbers.stop])
-        found.warnings = []
-        return found
+        return self._some(self._chosen[numbers.start : numbers.stop])
 
     def only(self, number: int) -> Samples:
         """One of the samples."""
-        found = Samples(self.source, self._data, [self._chosen[number]])
-        found.warnings = []
-        return found
+        return self._some([self._chosen[number]])
 
     def without(self, others: Samples) -> Samples:
         """Those samples that are not among others of the same source. Raises InputError where none is left."""
@@ -78,9 +87,7 @@ class Samples:
         left = [number for number in self._chosen if number not in taken]
         if not left:
             raise InputError(f"{self.source} has too few samples to hold some out: {len(self)}.", "Give more data.")
-        found = Samples(self.source, self._data, left)
-        found.warnings = []
-        return found
+        return self._some(left)
 
     @property
     def labels(self) -> Labels:

@@ -51,6 +51,21 @@ def test_npz(tmp_path: Path, save: Callable[..., None]) -> None:
     assert load(tmp_path / "other.npz").sha256 == samples.sha256  # the same samples, from another file
 
 
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf])
+def test_samples_that_hold_no_finite_numbers_are_told(tmp_path: Path, spoilt: float) -> None:
+    for number in range(3):
+        values = RNG.standard_normal((2, 2, 3)).astype(np.float32)
+        values[1, 0, 2] = spoilt if number else 0
+        np.savez(tmp_path / f"{number}.npz", image=values)
+    samples = load(tmp_path)
+    assert not samples.warnings
+    for _ in range(2):  # what is read twice is counted once
+        arrays(samples.spread(len(samples)))
+    (warning,) = samples.warnings
+    assert f"2 samples hold NaN or infinite values: Sample 1 of {tmp_path / '1.npz'}, in the input image" in warning
+    assert samples.only(0).warnings == [warning]  # told of the whole source
+
+
 def test_one_array_needs_no_name(tmp_path: Path) -> None:
     values = RNG.standard_normal((5, 2, 3))
     np.save(tmp_path / "x.npy", values)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from quantcli.conversion.onnx.trial_inputs import Feeds, has_numbers, tensors_of
+from quantcli.conversion.onnx.trial_inputs import Feeds, has_numbers, is_flat, tensors_of
 from quantcli.core.ports import dtype_family
+from quantcli.data.not_finite import input_not_finite
 from quantcli.errors import InputError
 from quantcli.models.narrow import in_numpy
 from quantcli.models.pieces import Runnable, pieces_of, runnable
@@ -40,6 +41,7 @@ class Comparison:
       repeated; None for a single sample, and for models that are run in pieces.
     - ``outputs``: signal to noise of each float output.
     - ``not_finite``: outputs for which the reference returned no finite number.
+    - ``flat``: outputs of many numbers, but hardly two different ones.
     - ``made_up``: whether the inputs were.
     """
 
@@ -49,6 +51,7 @@ class Comparison:
     speed: float | None = None
     outputs: Mapping[str, float | None] = field(default_factory=dict)
     not_finite: Sequence[str] = ()
+    flat: Sequence[str] = ()
     made_up: bool = False
 
     @property
@@ -58,6 +61,12 @@ class Comparison:
             f"The output {name} was not compared: the model returns no finite number in it for these inputs."
             for name in self.not_finite
         ]
+        if self.made_up:
+            found += [
+                f"Made-up inputs leave the output {name} all but constant, as where a model finds nothing: the "
+                "comparison says little of it. quantcli eval with real data tells more."
+                for name in self.flat
+            ]
         if self.speed is not None and self.speed < _SLOW and not self.made_up:
             found.append(
                 f"On these samples the artifact ran {self.speed:.2g} times as fast as the model; quantcli bench "
@@ -82,6 +91,7 @@ class OutputComparison:
     The reference runs once, and is gone before a candidate is loaded, so that never two models are in memory; its
     outputs are kept in a folder, since those of a language model may not fit there. ``name`` is what errors call it.
     ``loose``: an output may have another shape, where shapes follow from values; it is not compared then.
+    ``notes`` tells what there is to be said of the samples that were read.
     """
 
     def __init__(
@@ -93,8 +103,10 @@ class OutputComparison:
         name: str | None = None,
         made_up: bool = False,
         loose: bool = False,
+        notes: Callable[[], Sequence[str]] = list,
     ) -> None:
         self.reference, self.feeds, self.folder, self.made_up, self.loose = reference, feeds, folder, made_up, loose
+        self.notes = notes
         self.name = name or str(reference)
         self._kept: list[list[str]] = []
         self._ports: dict[str, list[str]] | None = None
@@ -106,7 +118,7 @@ class OutputComparison:
         """Run the reference, by a session of it where there is one already."""
         session = reference or reference_of(self.reference, self.name)
         self._ports = _ports(session)
-        for outputs, seconds in session.runs(self._given(counted=True)):
+        for outputs, seconds in session.runs(self._given()):
             self._times.append(seconds)
             self._keep(outputs)
             self._has_numbers = self._has_numbers or has_numbers(outputs)
@@ -129,11 +141,13 @@ class OutputComparison:
         losses: dict[str, _Loss] = {}
         ours, self._times = self._times, []
         theirs: list[float | None] = []
-        for number, (got, seconds) in enumerate(_candidate(session, self._given())):
+        spoilt: list[bool] = []
+        for number, (got, seconds) in enumerate(_candidate(session, self._given(spoilt))):
             theirs.append(seconds)
             expected, found = self._load(number), _tensors(got)
+            notes = self.notes() if spoilt[number] else ()
             for key in _same_kinds(expected, found, loose=self.loose):
-                losses.setdefault(key, _Loss()).add(key, expected[key], found[key])
+                losses.setdefault(key, _Loss()).add(key, expected[key], found[key], notes)
         if not self._has_numbers:
             raise InputError(
                 f"The model returns no finite number for {self._samples} samples: nothing shows what its artifact "
@@ -155,10 +169,16 @@ class OutputComparison:
             for key, values in before.items()
         )
 
-    def _given(self, *, counted: bool = False) -> Iterator[Mapping[str, Any]]:
-        """The inputs, one after the other."""
+    def _given(self, spoilt: list[bool] | None = None) -> Iterator[Mapping[str, Any]]:
+        """The inputs, one after the other; to ``spoilt`` goes whether any of each is not finite.
+
+        Without that they are counted.
+        """
         for feeds, count in self.feeds():
-            self._samples += count if counted else 0
+            if spoilt is None:
+                self._samples += count
+            else:
+                spoilt.append(input_not_finite(feeds) is not None)
             yield feeds
 
     def _keep(self, outputs: Mapping[str, Any]) -> None:
@@ -185,10 +205,10 @@ class _Loss:
     def __init__(self) -> None:
         self.signal = self.noise = 0.0
         self.finite = self.same = self.values = 0
-        self.is_float = False
+        self.is_float, self.is_flat = False, True
 
-    def add(self, name: str, expected: np.ndarray, got: np.ndarray) -> None:
-        """Count another sample.
+    def add(self, name: str, expected: np.ndarray, got: np.ndarray, notes: Sequence[str]) -> None:
+        """Count another sample; where its inputs are not finite, ``notes`` tells of that.
 
         Raises:
             InputError: what was found is not finite where the reference is, or mostly finite where that is infinite.
@@ -203,11 +223,12 @@ class _Loss:
         wide, other = expected.astype(np.float64), got.astype(np.float64)
         finite, infinite = np.isfinite(wide), np.isinf(wide)
         if not np.isfinite(other[finite]).all():
-            raise InputError(f"The output {name} of the artifact is not finite where the original's is.", REPORT_IT)
+            raise _not_finite_alike(f"The output {name} of the artifact is not finite where the original's is.", notes)
         # A large number may overflow in one and just not in the other.
         if infinite.any() and np.mean(wide[infinite] == other[infinite]) < _INFINITE_ALIKE:
-            raise InputError(f"The output {name} of the artifact is finite where the original's is not.", REPORT_IT)
+            raise _not_finite_alike(f"The output {name} of the artifact is finite where the original's is not.", notes)
         self.finite += int(finite.sum())
+        self.is_flat = self.is_flat and is_flat(wide)
         with np.errstate(over="ignore"):
             self.signal += float(np.square(wide[finite]).sum())
             self.noise += float(np.square(wide[finite] - other[finite]).sum())
@@ -218,6 +239,13 @@ class _Loss:
         from quantcli.core.numerics import decibels
 
         return float("-inf") if self.noise > 0 and not self.signal > 0 else decibels(self.signal, self.noise)
+
+
+def _not_finite_alike(problem: str, notes: Sequence[str]) -> InputError:
+    """What is wrong with an output; ``notes`` tells of inputs that are not finite themselves."""
+    if notes:
+        return InputError(f"{problem} {' '.join(notes)}", "Or choose a scheme of weights alone, such as int8 or fp16.")
+    return InputError(problem, REPORT_IT)
 
 
 def _summary(
@@ -236,6 +264,7 @@ def _summary(
         median(ours for ours, _ in later) / median(theirs for _, theirs in later) if later else None,
         {key: loss.db for key, loss in floats.items()},
         [key for key, loss in floats.items() if not loss.finite],
+        [key for key, loss in floats.items() if loss.finite and loss.is_flat],
         made_up,
     )
 

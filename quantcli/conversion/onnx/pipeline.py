@@ -302,7 +302,8 @@ def _outputs(material: Material, honest: Honest, samples: Samples | None, folder
     source, loose = material.source, honest.shapes_depend_on_values
     model, name = source.model.path, source.subject.path
     if samples is not None:
-        return OutputComparison(model, of_samples(samples, COMPARED_SAMPLES), folder, name=name, loose=loose)
+        some, told = of_samples(samples, COMPARED_SAMPLES), lambda: samples.warnings
+        return OutputComparison(model, some, folder, name=name, loose=loose, notes=told)
     reference = reference_of(model, name)
     feeds = material.made_up(reference, honest.graph)
     if isinstance(feeds, NoFeeds):
@@ -371,14 +372,8 @@ def _train(
     seed = job.data.seed
     identity = training_fingerprint(job.recipe, model, samples, job.statistics, seed, job.device)
     staging.begin(identity, force=job.force)
-    return train_layers(
-        unquantized,
-        quantized,
-        outcomes,
-        samples,
-        step.options,
-        Run.followed_by(job.progress, seed, job.device, staging.checkpoint),
-    )
+    run = Run.followed_by(job.progress, seed, job.device, staging.checkpoint)
+    return train_layers(unquantized, quantized, outcomes, samples, step.options, run)
 
 
 def _save(graph: ir.Model, target: Path, layout: OnnxLayout, output: Path) -> list[Path]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,10 @@ _SIZES = (
     (100, 16, 64), (128, 16, 64),
 )  # fmt: skip
 
+#: Lengths that each free axis has in turn where no sizes of all of them fit, for so many axes at the most: one may be
+#: the sum of two others, or twice another, or be there to be repeated.
+_AXIS_LENGTHS, _MOST_AXES = (8, 16, 1), 4
+
 #: Elements of made-up inputs; more are made only where the model's own shapes ask for them.
 _MOST_ELEMENTS = 1 << 22
 
@@ -36,6 +41,9 @@ _RANKS = (2, 3, 4, 1, 0)
 
 #: What outputs show that hold no finite float, and yet something to compare.
 _SOMETHING = 0.001
+
+#: An output of at least so many values is flat with fewer different ones than these; more are not looked at.
+_MANY, _FEW, _MOST_LOOKED_AT = 64, 16, 1 << 16
 
 #: Feeds with the number of samples in each, anew for each pass.
 Feeds = Callable[[], Iterable[tuple[Mapping[str, "np.ndarray"], int]]]
@@ -83,7 +91,8 @@ def made_up(
     """
     reasons: list[str] = []
     ran: _Trial | None = None
-    for maker in _makers(_ports(reference, graph), table_sizes(graph), draws or {}):
+    ports, tables = _ports(reference, graph), table_sizes(graph)
+    for maker in (*_makers(ports, tables, draws or {}), *_axis_by_axis(ports, tables, draws or {})):
         if ran is not None and not maker.is_larger_than(ran.maker):
             continue  # what ran and left an output without a number may fill it at a larger size alone
         try:
@@ -96,7 +105,9 @@ def made_up(
         if ran.shows == 1:
             break
     if ran is None:
-        return NoFeeds(reasons[0])
+        return NoFeeds(
+            f"{reasons[0]} {len(reasons)} choices of its free sizes were tried." if reasons[1:] else reasons[0]
+        )
     if ran.shows == 0:
         return NoFeeds("it returns no finite number for made-up inputs.")
     return _with_others(reference, ran, mixed=mixed)
@@ -119,6 +130,22 @@ def _shown(outputs: Mapping[str, Any]) -> float:
         return 1
     # Without any there is still something to compare, such as an integer.
     return max(sum(map(_is_signal, floats)) / len(floats), _SOMETHING)
+
+
+def is_flat(values: np.ndarray) -> bool:
+    """Whether many values are hardly two different ones: where outputs are saturated, no error shows."""
+    import numpy as np
+
+    if values.size < _MANY:
+        return False
+    return np.unique(values.reshape(-1)[:: -(-values.size // _MOST_LOOKED_AT)]).size < _FEW
+
+
+def _varied(outputs: Mapping[str, Any]) -> float:
+    """Of outputs that are floats, the part that is not flat; 1 where there are none."""
+    arrays = [array for value in outputs.values() for array in tensors_of(value)]
+    floats = [array for array in arrays if dtype_family(array.dtype) == "float"]
+    return sum(not is_flat(array) for array in floats) / len(floats) if floats else 1
 
 
 def tensors_of(value: Any) -> Iterator[np.ndarray]:
@@ -159,33 +186,43 @@ class _Maker:
     length: int
     side: int
     draws: Mapping[str, Draw]
+    axes: Mapping[str, int] = field(default_factory=dict)
 
     def is_larger_than(self, other: _Maker) -> bool:
         """Whether it makes longer sequences or larger images."""
-        return self.length > other.length or self.side > other.side
+        return not self.axes and (self.length > other.length or self.side > other.side)
 
     def feeds(self, *, spread: str, fill: str, more: int = 0) -> Arrays:
         """Inputs of so many samples more."""
         samples = self.samples + more
         return made_up_feeds(
             self.ports, samples, self.length, samples, side=self.side, tables=self.tables, fill=fill, spread=spread,
-            draws=self.draws,
+            draws=self.draws, axes=self.axes,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A maker's inputs that a model ran on, and how much of what it returned can be compared, from 0 to 1."""
+    """A maker's inputs that a model ran on.
+
+    ``shows`` is how much of what it returned can be compared, and ``varied`` how much of it is not flat; from 0 to 1.
+    """
 
     maker: _Maker
     make: Callable[..., Arrays]
     fill: str
     feeds: Arrays
     shows: float
+    varied: float
+
+    @property
+    def grade(self) -> tuple[float, float]:
+        """By which trials compare."""
+        return self.shows, self.varied
 
 
 def _fullest(reference: Runnable, maker: _Maker) -> _Trial:
-    """The first filling for which a model fills every output, or the one for which it fills most.
+    """The first filling for which a model fills and varies every output, or the one for which it does so most.
 
     Raises:
         InputError: the model does not run on what the maker makes.
@@ -193,17 +230,18 @@ def _fullest(reference: Runnable, maker: _Maker) -> _Trial:
     best: _Trial | None = None
     problem: InputError | None = None
     for fill in FILLS[:-1] if _has_integers(maker.ports) else FILLS[:1]:
-        for spread in SPREADS:
+        for spread in SPREADS if _has_floats(maker.ports) else SPREADS[:1]:
             make = partial(maker.feeds, spread=spread)
             feeds = make(fill=fill)
             try:
-                shows = _shown(reference.run(feeds))
+                outputs = reference.run(feeds)
             except InputError as error:
                 problem = problem or error
                 break  # what the model does not take is a shape, or an integer
-            if best is None or shows > best.shows:
-                best = _Trial(maker, make, fill, feeds, shows)
-            if shows == 1:
+            trial = _Trial(maker, make, fill, feeds, _shown(outputs), _varied(outputs))
+            if best is None or trial.grade > best.grade:
+                best = trial
+            if best.grade == (1, 1):
                 return best
     if best is None:
         assert problem is not None
@@ -231,6 +269,24 @@ def _makers(ports: Sequence[Port], tables: Mapping[str, int], draws: Mapping[str
             if shapes not in seen and (is_small or not seen):
                 seen.append(shapes)
                 yield _Maker(known, tables, samples, length, side, draws)
+
+
+def _axis_by_axis(ports: Sequence[Port], tables: Mapping[str, int], draws: Mapping[str, Draw]) -> Iterator[_Maker]:
+    """Makers that give each free axis a length of its own: names do not tell what an inner Concat or Add binds."""
+    named = [
+        replace(port, shape=tuple(f"{port.name}.{axis}" if dim is None else dim for axis, dim in enumerate(port.shape)))
+        for port in ports
+        if port.shape is not None
+    ]
+    # First axes count samples, and of these there is one.
+    firsts = {dim: 1 for port in named for dim in (port.shape or ())[:1] if isinstance(dim, str)}
+    free = (dim for port in named for dim in port.shape or () if isinstance(dim, str) and dim not in firsts)
+    names = list(dict.fromkeys(free))
+    if len(named) < len(ports) or not 1 < len(names) <= _MOST_AXES:
+        return
+    for chosen in product(_AXIS_LENGTHS, repeat=len(names)):
+        if len(set(chosen)) > 1:
+            yield _Maker(named, tables, *_SIZES[0], draws, firsts | dict(zip(names, chosen, strict=True)))
 
 
 def _with_states(ports: Sequence[Port]) -> list[Port]:
@@ -268,6 +324,11 @@ def _with_others(reference: Runnable, trial: _Trial, *, mixed: bool) -> Feeds:
 def _has_integers(ports: Sequence[Port]) -> bool:
     """Whether any input is of integers or truth values."""
     return any(port.dtype.kind in "iub" for port in ports)
+
+
+def _has_floats(ports: Sequence[Port]) -> bool:
+    """Whether any input is of floats."""
+    return any(port.dtype.kind not in "iubO" for port in ports)
 
 
 def _shapes(feeds: Arrays) -> list[list[tuple[int, ...]]]:

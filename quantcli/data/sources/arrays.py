@@ -113,4 +113,4 @@ class _Opened:
             }
             inputs[port.name] = converted(entry[form](array), port, where)
         self._file.release()
-        return Sample(inputs, None if self.labels is None else int(self.labels[index]))
+        return Sample(inputs, None if self.labels is None else int(self.labels[index]), where)

@@ -42,10 +42,14 @@ def files_of_kind(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One sample: an array for each input, with a batch axis of 1, and its class or its text where that is known."""
+    """One sample: an array for each input, with a batch axis of 1, and its class or its text where that is known.
+
+    ``where`` is what messages call it, where it has a file of its own, or a place in one.
+    """
 
     inputs: dict[str, np.ndarray]
     label: int | str | None = None
+    where: str | None = None
 
 
 class SourceKind(Protocol):

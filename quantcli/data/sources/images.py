@@ -133,8 +133,9 @@ class ImageSource:
         """Decode and preprocess, one image at a time."""
         for index in chosen:
             array = self._array(index)
-            layouts([self._port], {self._port.name: array}, f"{self._files[index][0]}, preprocessed,")
-            yield Sample({self._port.name: array}, self._files[index][1] if self.labels else None)
+            file, label = self._files[index]
+            layouts([self._port], {self._port.name: array}, f"{file}, preprocessed,")
+            yield Sample({self._port.name: array}, label if self.labels else None, str(file))
 
     def digest(self, chosen: Sequence[int]) -> str:
         """Hash of the files' hashes, their labels, and the preprocessing."""

@@ -187,7 +187,7 @@ class SoundSource:
     def iterate(self, chosen: Sequence[int]) -> Iterator[Sample]:
         """Decode one sound after the other."""
         for index in chosen:
-            yield Sample(self._arrays(index), self._sounds[index].label)
+            yield Sample(self._arrays(index), self._sounds[index].label, self._sounds[index].where)
 
     def digest(self, chosen: Sequence[int]) -> str:
         """Hash of the files' hashes, their labels, and how they become features."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING
 
 from quantcli.onnx.graph.casts import keeps_codes
@@ -108,6 +108,7 @@ def fold_constants(model: ir.Model) -> None:
     """Compute what only constants lead to, where that does not make the file larger."""
     from onnxscript import optimizer
 
+    before = list(model.graph.all_nodes())
     optimizer.fold_constants(
         model,
         onnx_shape_inference=False,
@@ -115,6 +116,17 @@ def fold_constants(model: ir.Model) -> None:
         output_size_limit=GROWTH_ELEMENTS,
         should_fold=_may_fold,
     )
+    _forget(set(before) - set(model.graph.all_nodes()))
+
+
+def _forget(nodes: Iterable[ir.Node]) -> None:
+    """Take nodes that are in no graph any more off the readers of what they read.
+
+    Of an If whose condition is known one branch goes, and its nodes would still count as readers of a weight.
+    """
+    for node in nodes:
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
 
 
 def _may_fold(node: ir.Node) -> bool | None:

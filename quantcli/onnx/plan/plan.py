@@ -207,7 +207,7 @@ def require_work(plan: GraphPlan, file: Path) -> None:
     if any(node.form for node in plan.nodes):
         return
     reasons = sorted({node.reason for node in plan.nodes if node.reason})
-    why = f": {'; '.join(reasons)}" if reasons else ", since it has no weights"
+    why = f": {'; '.join(reasons)}" if reasons else ", since no layer of it reads a constant weight"
     raise InputError(f"{plan.scheme} applies to nothing in {file}{why}.", "Choose another scheme.")
 
 

@@ -135,7 +135,7 @@ def integer_weight(
         algorithm: plug-in that chooses the scales.
         floats: whether floats are made of the codes before a product is taken: no scale is widened as `exact_scale`
             says, which is for sums of integers.
-        smallest_scale: float32 ``[channels]`` that scales must not go below, or None.
+        smallest_scale: float32 ``[channels]``, or ``[1]`` for all of them, that scales must not go below, or None.
         hessian: of the node's input, which gptq needs.
         journal: where codes that come of the weight alone are noted.
     """
@@ -198,6 +198,8 @@ def _rounded(
     into, scales, narrowed = np.moveaxis(codes, axis, 0), [], 0
     rounding = Rounding(algorithm)
     signal = noise = 0.0
+    if smallest_scale is not None and len(smallest_scale) == 1:
+        smallest_scale = np.broadcast_to(smallest_scale, count)
     for start in range(0, count, step):
         part = slice(start, start + step)
         rows = np.array(channels[part], np.float32, order="C")

@@ -428,3 +428,79 @@ def test_a_usage_error_leaves_nothing_but_what_was_trained(
         convert(product(tmp_path / "m.onnx"), tmp_path / "out.onnx", scheme="int8")
     assert (tmp_path / ".out.onnx.partial" / "training.pt").exists() == trained
     assert (tmp_path / ".out.onnx.partial").exists() == trained
+
+
+@pytest.mark.parametrize(
+    ("scheme", "spoilt"), [("int8-dynamic", np.inf), ("int8-dynamic", np.nan), ("int8", np.nan), ("fp16", np.nan)]
+)
+def test_data_that_is_not_finite_is_named(tmp_path: Path, scheme: str, spoilt: float) -> None:
+    """In a scheme whose ranges are taken at inference one infinity leaves no number in any row."""
+    values = RANDOM.standard_normal((4, 6, 64)).astype(np.float32)
+    values[2, 3, 5] = spoilt
+    np.savez(tmp_path / "data.npz", x=values)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    file = save(tmp_path / "m.onnx", nodes, {"w": weight(64, 96)}, {"x": (TensorProto.FLOAT, ["n", 6, 64])})
+    run = lambda: convert(file, tmp_path / "o.onnx", scheme=scheme, data=tmp_path / "data.npz")  # noqa: E731
+    named = f"Sample 2 of {tmp_path / 'data.npz'}, in the input x"
+    if scheme == "int8-dynamic" and np.isinf(spoilt):
+        with pytest.raises(InputError, match="not finite where the original's is") as caught:
+            run()
+        assert named in caught.value.message and "report" not in (caught.value.hint or "")
+    else:
+        assert any(named in warning for warning in run().warnings)
+
+
+def detector(path: Path, gain: float) -> Path:
+    """Of noise around zero a sigmoid makes nothing but zeros; of values as large as pixels it makes a map."""
+    random = np.random.default_rng(1)
+    weights = {
+        "w": random.standard_normal((16, 3, 3, 3)).astype(np.float32) / 5,
+        "v": np.abs(random.standard_normal((1, 16, 3, 3))).astype(np.float32) / 5,
+        "b": np.array([-150.0], np.float32),
+        "gain": np.array(gain, np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["h"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Conv", ["r", "v", "b"], ["s"], pads=[1, 1, 1, 1]),
+        helper.make_node("Mul", ["s", "gain"], ["g"]),
+        helper.make_node("Sigmoid", ["g"], ["y"]),
+    ]
+    return save(path, nodes, weights, {"x": (TensorProto.FLOAT, ["n", 3, "h", "w"])})
+
+
+def test_made_up_inputs_are_chosen_by_what_outputs_tell_apart(tmp_path: Path) -> None:
+    report = convert(detector(tmp_path / "m.onnx", 0.05), tmp_path / "o.onnx", scheme="fp16", allow_larger=True)
+    assert 20 < report.details["outputs"]["sqnr_db"] < 90
+    assert not any("constant" in warning for warning in report.warnings)
+
+
+def test_outputs_that_stay_flat_are_told(tmp_path: Path) -> None:
+    report = convert(detector(tmp_path / "m.onnx", -1000.0), tmp_path / "o.onnx", scheme="fp16", allow_larger=True)
+    (told,) = [warning for warning in report.warnings if "all but constant" in warning]
+    assert "the output y" in told
+
+
+def with_past(path: Path, dims: str) -> Path:
+    """The mask is as long as the two inputs that a Concat joins; names do not tell."""
+    nodes = [
+        helper.make_node("Concat", ["past", "x"], ["all"], axis=1),
+        helper.make_node("MatMul", ["all", "w"], ["h"]),
+        helper.make_node("MatMul", ["mask", "h"], ["y"]),
+    ]
+    kind = TensorProto.FLOAT
+    inputs = {"past": (kind, ["a", "past", 64]), "x": (kind, ["b", "new", 64]), "mask": (kind, ["c", dims, "total"])}
+    return save(path, nodes, {"w": weight(64, 96)}, inputs)
+
+
+def test_sizes_are_found_that_an_inner_node_binds(tmp_path: Path) -> None:
+    report = convert(with_past(tmp_path / "m.onnx", "rows"), tmp_path / "o.onnx", scheme="int8")
+    assert report.details["outputs"]["made_up"] and report.details["outputs"]["sqnr_db"] > 30
+
+
+def test_it_is_told_how_many_sizes_were_tried(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Reshape", ["h", "shape"], ["y"])]
+    weights = {"w": weight(64, 96), "shape": np.array([7, 1009, -1])}
+    file = save(tmp_path / "m.onnx", nodes, weights, {"x": (TensorProto.FLOAT, ["n", "t", 64])})
+    with pytest.raises(InputError, match=r"\d+ choices of its free sizes were tried"):
+        convert(file, tmp_path / "o.onnx", scheme="int8")

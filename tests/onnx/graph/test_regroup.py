@@ -55,3 +55,61 @@ def test_pieces_that_overlap_stay_pieces() -> None:
     graph = prepared(proto)
     assert operators(graph)["Slice"] == 3
     same_function(proto, {"x": normal(2, 192), "z": normal(2, 144), "v": normal(2, 96)}, graph)
+
+
+def branched(*, shared_names: bool) -> onnx.ModelProto:
+    """An LSTM in each branch of an If, the weights of both cut out of one."""
+    branches = {}
+    for name, directed in (("then_branch", "forward"), ("else_branch", "reverse")):
+        infix = "" if shared_names else name
+        nodes = [*gates("w", (0, 3, 1, 2)), *gates("r", (0, 3, 1, 2))]
+        nodes.append(node("LSTM", ["x", "w_gates", "r_gates"], ["", "h"], hidden_size=48, direction=directed))
+        for each in nodes:
+            for names in (each.input, each.output):
+                names[:] = [f"{v}{infix}" if v and v not in ("x", "w", "r") else v for v in names]
+        bounds = [onnx.numpy_helper.from_array(values, f"{key}{infix}") for key, values in BOUNDS.items()]
+        output = onnx.helper.make_tensor_value_info(f"h{infix}", onnx.TensorProto.FLOAT, None)
+        branches[name] = onnx.helper.make_graph(nodes, name, [], [output], bounds)
+    weights = {"w": normal(192, 64, scale=0.1), "r": normal(192, 48, seed=1, scale=0.1), "zero": np.float32(0)}
+    nodes = [
+        node("ReduceMean", ["x"], ["mean"], keepdims=0),
+        node("Greater", ["mean", "zero"], ["is_high"]),
+        node("If", ["is_high"], ["y"], **branches),
+    ]
+    return model(nodes, {"x": ["t", "n", 64]}, {"y": None}, weights)
+
+
+@pytest.mark.parametrize("shared_names", [False, True])
+def test_both_branches_of_an_if_read_one_weight_in_another_order(shared_names: bool) -> None:
+    proto = branched(shared_names=shared_names)
+    graph = prepared(proto)
+    bodies = [attribute.as_graph() for each in graph.graph for attribute in each.attributes.values()
+              if attribute.type.name == "GRAPH"]  # fmt: skip
+    assert [[each.op_type for each in body] for body in bodies] == [["LSTM"], ["LSTM"]]
+    large = [value for each in graph.graphs() for value in each.initializers.values() if value.const_value.size > 1000]
+    assert sorted(list(value.shape) for value in large) == [[1, 192, 48], [1, 192, 64]]
+    for shift in (-1, 1):
+        same_function(proto, {"x": normal(5, 2, 64) + np.float32(shift)}, graph)
+
+
+def test_weights_of_both_branches_are_quantized(tmp_path: Path) -> None:
+    onnx.save(branched(shared_names=True), tmp_path / "m.onnx")
+    report = convert(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme="int8-dynamic")
+    assert report.models[1].metrics["size_ratio"] < 0.35
+
+
+def test_a_branch_that_is_never_taken_reads_no_weight() -> None:
+    """Of an If whose condition is known the folder leaves one branch; the other's nodes are in no graph any more."""
+    whole = lstm()
+    cut = [node("Slice", ["w", "at0", "at48", "axis"], ["other"]), node("Identity", ["other"], ["never"])]
+    shown = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("never", "always")]
+    branches = {
+        "then_branch": onnx.helper.make_graph(cut, "then_branch", [], shown[:1]),
+        "else_branch": onnx.helper.make_graph([node("Identity", ["x"], ["always"])], "else_branch", [], shown[1:]),
+    }
+    whole.graph.initializer.append(onnx.numpy_helper.from_array(np.array(False), "known"))
+    whole.graph.node.append(node("If", ["known"], ["z"], **branches))
+    whole.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, None))
+    graph = prepared(whole)
+    assert set(operators(graph)) == {"LSTM", "Identity"}
+    same_function(whole, {"x": normal(5, 2, 64)}, graph)

@@ -239,3 +239,15 @@ def test_a_zero_weight_and_a_zero_input_have_scales_all_the_same(tmp_path: Path)
     proto = net([node("Gemm", ["x", "w", "b"], ["y"])], inputs={"x": ["n", 32]}, w=weight, b=normal(24))
     found = Converted(proto, tmp_path, {"x": np.zeros((3, 32), dtype=np.float32)})
     np.testing.assert_allclose(found.after["y"], found.before["y"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [{}, {"b": np.array([1.5], np.float32)}])
+def test_a_layer_of_several_slabs_whose_channels_share_a_least_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bias: dict[str, np.ndarray]
+) -> None:
+    proto = net([node("Gemm", ["x", "w", *bias], ["y"])], inputs={"x": ["n", 32]}, w=normal(32, 24), **bias)
+    whole = Converted(proto, tmp_path)
+    monkeypatch.setattr("quantcli.onnx.weights.integer._SLAB_ELEMENTS", 32 * 10)
+    (tmp_path / "slabs").mkdir()
+    slabs = Converted(proto, tmp_path / "slabs")
+    assert np.array_equal(codes_of(slabs.graph, "w_quantized"), codes_of(whole.graph, "w_quantized"))
