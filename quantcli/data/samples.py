@@ -17,6 +17,7 @@ from quantcli.data.sources.base import Labels, Sample, SampleSource, evenly
 from quantcli.errors import InputError, UsageError
 from quantcli.models.batch_size import least_batch_size
 from quantcli.system import ranks
+from quantcli.system.files import Unchanged
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,9 +34,13 @@ class Samples:
     ``source`` is DATA as it was given, ``labels`` says whether every sample has one.
     """
 
-    def __init__(self, source: str, data: SampleSource, chosen: Sequence[int]) -> None:
+    def __init__(
+        self, source: str, data: SampleSource, chosen: Sequence[int], watched: Unchanged | None = None
+    ) -> None:
         self.source, self._data, self._chosen = source, data, chosen
         self.warnings = list(data.warnings)
+        #: Files as they were when samples were chosen; those that are all in memory already are none.
+        self._watched = watched or Unchanged(data.files(chosen))
         self._keep_whole_batches()
 
     def _keep_whole_batches(self) -> None:
@@ -53,24 +58,27 @@ class Samples:
     def __iter__(self) -> Iterator[Sample]:
         return self._data.iterate(self._chosen)
 
+    def _of(self, chosen: Sequence[int]) -> Samples:
+        found = Samples(self.source, self._data, chosen, self._watched)
+        found.warnings = []
+        return found
+
+    def require_unchanged(self) -> None:
+        """Raise InputError where a file that samples are read from was written or replaced since they were chosen."""
+        self._watched.require()
+
     def spread(self, most: int) -> Samples:
         """At most so many of the samples, evenly spread: one or more times as many as the model takes at a time."""
         most = max(most, self.fixed_batch or 1)
-        found = Samples(self.source, self._data, [self._chosen[index] for index in evenly(len(self), most)])
-        found.warnings = []
-        return found
+        return self._of([self._chosen[index] for index in evenly(len(self), most)])
 
     def part(self, numbers: range) -> Samples:
         """Some of the samples that follow each other."""
-        found = Samples(self.source, self._data, self._chosen[numbers.start : numbers.stop])
-        found.warnings = []
-        return found
+        return self._of(self._chosen[numbers.start : numbers.stop])
 
     def only(self, number: int) -> Samples:
         """One of the samples."""
-        found = Samples(self.source, self._data, [self._chosen[number]])
-        found.warnings = []
-        return found
+        return self._of([self._chosen[number]])
 
     def without(self, others: Samples) -> Samples:
         """Those samples that are not among others of the same source. Raises InputError where none is left."""
@@ -78,9 +86,7 @@ class Samples:
         left = [number for number in self._chosen if number not in taken]
         if not left:
             raise InputError(f"{self.source} has too few samples to hold some out: {len(self)}.", "Give more data.")
-        found = Samples(self.source, self._data, left)
-        found.warnings = []
-        return found
+        return self._of(left)
 
     @property
     def labels(self) -> Labels:

@@ -34,7 +34,8 @@ class CheckpointFile:
         if started - self._written <= self._interval:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self._path) as unfinished:
-            torch.save(state(), unfinished)
+        # By Python's own writing, whose errors say what the disk lacks.
+        with whole_file(self._path) as unfinished, unfinished.open("wb") as stream:
+            torch.save(state(), stream)
         self._written = time.monotonic()
         self._interval = max(CHECKPOINT_SECONDS, _WRITING_TIMES * (self._written - started))

@@ -260,6 +260,8 @@ def _finish(job: _Job, staging: Staging, material: Material, built: _Built, prot
         advice = advise(job.recipe, source.model, data, gathered.evidence, built.outputs, kept, staging.root)
     result = Result(source, job.output, done, built.outcomes, built.verified, compared if on_data else None)
     source.model.require_unchanged()
+    if built.samples is not None:
+        built.samples.require_unchanged()
     manifest = result.manifest(gathered.fingerprint)
     add_metadata(built.files[0], MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
     size = sum(file.stat().st_size for file in built.files)
