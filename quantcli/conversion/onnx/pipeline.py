@@ -259,8 +259,9 @@ def _finish(job: _Job, staging: Staging, material: Material, built: _Built, prot
         data, kept = material.loader(job.data, trains=job.trains), compared.sqnr_db
         advice = advise(job.recipe, source.model, data, gathered.evidence, built.outputs, kept, staging.root)
     result = Result(source, job.output, done, built.outcomes, built.verified, compared if on_data else None)
-    for read in filter(None, (source.model, built.samples)):
-        read.require_unchanged()
+    source.model.require_unchanged()
+    if built.samples is not None:
+        built.samples.require_unchanged()
     manifest = result.manifest(gathered.fingerprint)
     add_metadata(built.files[0], MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
     size = sum(file.stat().st_size for file in built.files)
@@ -384,8 +385,7 @@ def _train(
 def _save(graph: ir.Model, target: Path, layout: OnnxLayout, output: Path) -> list[Path]:
     """Write the graph where the disk of the output has room for it."""
     require_space(output, sum(tensor.nbytes for tensor in constants(graph)))
-    # What an earlier conversion, a cast, wrote of itself.
-    graph.metadata_props.pop(MANIFEST_KEY, None)
+    graph.metadata_props.pop(MANIFEST_KEY, None)  # of an earlier conversion, a cast
     target.parent.mkdir(exist_ok=True)
     return save_graph(graph, target, layout.data)
 
