@@ -5,7 +5,7 @@ Everything is checked against the inputs before work starts, and read when it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ class Samples:
         self.source, self._data, self._chosen = source, data, chosen
         self.warnings = list(data.warnings)
         #: Files as they were when samples were chosen; those that are all in memory already are none.
-        self._watched = watched or Unchanged(data.files(chosen))
+        self._watched = watched or Unchanged(_files_of(data, chosen))
         self._keep_whole_batches()
 
     def _keep_whole_batches(self) -> None:
@@ -118,6 +118,11 @@ class Samples:
     def sha256(self) -> str:
         """Hash of the samples chosen: of their arrays, or of the image files and their preprocessing."""
         return self._data.digest(self._chosen)
+
+
+def _files_of(data: SampleSource, chosen: Sequence[int]) -> Iterable[Path]:
+    """The files to be watched; a source of a user's own need not name any."""
+    return data.files(chosen) if hasattr(data, "files") else ()
 
 
 def load_samples(request: DataRequest, inputs: Sequence[Port], *, folder: Path | None) -> Samples:
