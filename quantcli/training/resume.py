@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +36,13 @@ class CheckpointFile:
         if started - self._written <= self._interval:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # By Python's own writing, whose errors say what the disk lacks.
-        with whole_file(self._path) as unfinished, unfinished.open("wb") as stream:
-            torch.save(state(), stream)
+        with whole_file(self._path) as unfinished:
+            try:
+                torch.save(state(), unfinished)
+            except RuntimeError as error:
+                if "inline_container" not in str(error) and "iostream" not in str(error):
+                    raise
+                # torch's writer does not say why a write ended early; a disk without room is what does that.
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path)) from error
         self._written = time.monotonic()
         self._interval = max(CHECKPOINT_SECONDS, _WRITING_TIMES * (self._written - started))
