@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,8 @@ class PositionalFile:
     def __init__(self, path: Path, *, write: bool = False) -> None:
         self.path = path
         flags = (os.O_RDWR | os.O_CREAT) if write else os.O_RDONLY
-        self._descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
+        with nullcontext() if write else reading(path):
+            self._descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
         self._lock = threading.Lock()
 
     def read_tensor(self, offset: int, count: int) -> Tensor:

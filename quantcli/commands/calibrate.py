@@ -109,6 +109,9 @@ def calibrate(
             progress=progress,
         )
         stats.find_ranges()
+        if source.onnx is not None:
+            source.onnx.require_unchanged()
+        chosen.require_unchanged()
     ranks.finish()
     stats.save(target)
     report = _report(source, chosen, stats, target, [*warnings, *chosen.warnings])

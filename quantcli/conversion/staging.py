@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -157,9 +157,10 @@ class Staging:
             self._replaced.rename(self.target)
 
     def close(self) -> None:
-        """Close the journal."""
+        """Close the journal; a line that the disk had no room for was told of when it was recorded."""
         if self._journal:
-            self._journal.close()
+            with suppress(OSError):
+                self._journal.close()
             self._journal = None
 
     def discard(self) -> None:
@@ -282,7 +283,12 @@ def open_staging(target: Path) -> Iterator[Staging]:
             staging.put_back()
             try:
                 yield staging
-            except (KeyboardInterrupt, NotProvenError, RankError):
+            except KeyboardInterrupt:
+                staging.close()
+                if not staging.is_interrupted:
+                    staging.discard()
+                raise
+            except (NotProvenError, RankError):
                 staging.close()
                 raise
             except UsageError:

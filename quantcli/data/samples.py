@@ -5,7 +5,7 @@ Everything is checked against the inputs before work starts, and read when it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from quantcli.data.sources.base import Labels, Sample, SampleSource, evenly
 from quantcli.errors import InputError, UsageError
 from quantcli.models.batch_size import least_batch_size
 from quantcli.system import ranks
+from quantcli.system.files import Unchanged
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,15 +35,19 @@ class Samples:
     ``source`` is DATA as it was given, ``labels`` says whether every sample has one.
     """
 
-    def __init__(self, source: str, data: SampleSource, chosen: Sequence[int]) -> None:
+    def __init__(
+        self, source: str, data: SampleSource, chosen: Sequence[int], watched: Unchanged | None = None
+    ) -> None:
         self.source, self._data, self._chosen = source, data, chosen
         self._told = list(data.warnings)
         self._not_finite = NotFinite()
+        #: Files as they were when samples were chosen; those that are all in memory already are none.
+        self._watched = watched or Unchanged(_files_of(data, chosen))
         self._keep_whole_batches()
 
     def _some(self, chosen: Sequence[int]) -> Samples:
         """Others of the same source, which share what was found in it while it was read."""
-        found = Samples(self.source, self._data, chosen)
+        found = Samples(self.source, self._data, chosen, self._watched)
         found._told, found._not_finite = [], self._not_finite
         return found
 
@@ -67,6 +72,10 @@ class Samples:
         for index, sample in zip(self._chosen, self._data.iterate(self._chosen), strict=False):
             self._not_finite.look(index, sample, self.source)
             yield sample
+
+    def require_unchanged(self) -> None:
+        """Raise InputError where a file that samples are read from was written or replaced since they were chosen."""
+        self._watched.require()
 
     def spread(self, most: int) -> Samples:
         """At most so many of the samples, evenly spread: one or more times as many as the model takes at a time."""
@@ -119,6 +128,11 @@ class Samples:
     def sha256(self) -> str:
         """Hash of the samples chosen: of their arrays, or of the image files and their preprocessing."""
         return self._data.digest(self._chosen)
+
+
+def _files_of(data: SampleSource, chosen: Sequence[int]) -> Iterable[Path]:
+    """The files to be watched; a source of a user's own need not name any."""
+    return data.files(chosen) if hasattr(data, "files") else ()
 
 
 def load_samples(request: DataRequest, inputs: Sequence[Port], *, folder: Path | None) -> Samples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -15,6 +16,10 @@ from typing import IO, Any
 
 from quantcli.errors import InputError, UsageError
 
+#: numpy's words for a write that ended early, which have no number of an error.
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
+#: The system's error in those of libraries written in Rust, such as safetensors.
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
 
 
@@ -84,7 +89,7 @@ def _state(file: Path) -> tuple[int, ...] | None:
 
 def explain(error: OSError, target: Path) -> InputError:
     """An operating system's error about writing, in words."""
-    if error.errno in _FULL:
+    if error.errno in _FULL or _CUT_SHORT.search(str(error)):
         return InputError(f"The disk is full: {target} could not be written.", "Free some space, or choose another -o.")
     place = error.filename or target
     return InputError(f"{place} cannot be written: {error.strerror or error}.", "Choose another -o.")
@@ -120,6 +125,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         if error.filename == str(unfinished):
             error.filename = str(path)
         raise
+    except Exception as error:
+        number = _OF_RUST.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         if not is_special:
             with suppress(OSError):  # where nothing could be written, there is nothing to clear away

@@ -40,7 +40,7 @@ def peak_rss_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         # Not getrusage: on Linux its figure starts at the size of the process that started this one.
-        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
         if peak:
             return int(peak[1]) * 1024
     if sys.platform == "win32":

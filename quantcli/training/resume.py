@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,12 @@ class CheckpointFile:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(self._path) as unfinished:
-            torch.save(state(), unfinished)
+            try:
+                torch.save(state(), unfinished)
+            except RuntimeError as error:
+                if "inline_container" not in str(error) and "iostream" not in str(error):
+                    raise
+                # torch's writer does not say why a write ended early; a disk without room is what does that.
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path)) from error
         self._written = time.monotonic()
         self._interval = max(CHECKPOINT_SECONDS, _WRITING_TIMES * (self._written - started))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.faults import Kills
+from support.faults import Counted, Kills, before_changes, failing_reads, files_of_at_most, full_disk
 from support.onnx_models import save_products
+from support.stages import STAGES, saving_often, write_inputs
 
 from quantcli import convert
+from quantcli.calibration.statistics import CalibrationStats
+from quantcli.conversion.checkpoint.calibrated import CalibratedWork
 from quantcli.conversion.checkpoint.pipeline import Conversion
 from quantcli.conversion.onnx import pipeline as onnx_pipeline
 from quantcli.conversion.staging import open_staging, partial_folder
@@ -112,4 +116,119 @@ def test_a_model_that_changes_while_it_is_read(
     monkeypatch.setattr(*stage, touched)
     with pytest.raises(InputError, match=f"{file.name} was changed while it was read"):
         convert(source, output, scheme="int8")
+    assert not list(place.iterdir())
+
+
+# Every kind of command. All moments and steps of all of them were tried once; here are some of each.
+
+#: Moments and steps that are tried of each stage.
+SOME = 2
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and data of all stages."""
+    return write_inputs(tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture
+def frequent_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training saves a checkpoint in every step."""
+    saving_often(monkeypatch)
+
+
+#: Those that take longer go into the slow tests.
+QUICK = ("checkpoint", "graph in a folder", "gguf", "qat of a graph")
+ALL = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in STAGES]
+
+
+def spread(count: int) -> list[int]:
+    """Some of so many steps: the first, the last, and between."""
+    return sorted({count * number // SOME for number in range(SOME)} | {count - 1})
+
+
+@pytest.mark.usefixtures("frequent_checkpoints")
+@pytest.mark.parametrize("name", ALL)
+def test_a_kill_in_any_stage_loses_nothing(files: Path, tmp_path: Path, place: Path, name: str) -> None:
+    assert survives_kills(place, tmp_path, lambda: STAGES[name].run(files, place), most=SOME) >= SOME
+
+
+@pytest.mark.usefixtures("frequent_checkpoints")
+@pytest.mark.parametrize("name", ALL)
+def test_a_disk_that_is_full_leaves_nothing_and_says_so(files: Path, place: Path, name: str) -> None:
+    stage = STAGES[name]
+    with full_disk(place) as counted:
+        stage.run(files, place)
+    wanted = held(place)
+    (place / stage.output).rename(place.parent / "wanted")
+    for step in spread(counted.steps):
+        with full_disk(place, step), pytest.raises(InputError, match="The disk is full"):
+            stage.run(files, place)
+        assert not held(place), f"step {step} of {counted.steps}"
+    # In the middle of a write, also of libraries that do not write by Python.
+    for size in (0, 100, max(map(len, wanted.values())) // 2):
+        with files_of_at_most(size), pytest.raises(InputError, match="The disk is full"):
+            stage.run(files, place)
+        assert not held(place), f"{size} bytes"
+
+
+@pytest.mark.usefixtures("frequent_checkpoints")
+@pytest.mark.parametrize("name", QUICK)
+def test_an_interruption_in_any_stage_is_continued(files: Path, place: Path, name: str) -> None:
+    stage, counted = STAGES[name], Counted()
+    with before_changes(place, counted):
+        stage.run(files, place)
+    wanted = held(place)
+    for step in spread(counted.steps):
+        for left in place.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        with before_changes(place, Counted(step)), pytest.raises(KeyboardInterrupt):
+            stage.run(files, place)
+        assert visible(held(place)) in ({}, visible(wanted))
+        stage.run(files, place)
+        assert held(place) == wanted, f"step {step} of {counted.steps}"
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "static graph", "gguf", "statistics"])
+def test_a_disk_that_cannot_be_read_is_told_of_by_the_file_on_it(files: Path, place: Path, name: str) -> None:
+    stage = STAGES[name]
+    for file in stage.inputs(files):
+        with failing_reads(file) as counted:
+            stage.run(files, place)
+        (place / stage.output).rename(place.parent / f"wanted {file.name}")
+        for step in spread(counted.steps):
+            with failing_reads(file, step), pytest.raises(InputError, match="cannot be read: Input/output") as caught:
+                stage.run(files, place)
+            assert caught.value.message.startswith(f"{file} "), f"step {step} of {counted.steps}"
+            assert not held(place)
+
+
+def test_what_cannot_be_continued_leaves_nothing_after_an_interruption(files: Path, place: Path) -> None:
+    with before_changes(place, Counted(6)), pytest.raises(KeyboardInterrupt):
+        STAGES["static graph"].run(files, place)
+    assert not list(place.iterdir())
+
+
+CHANGES: dict[str, tuple[str, Any, str]] = {
+    "graph, read to be calibrated": ("statistics", (CalibrationStats, "find_ranges"), "cnn.onnx"),
+    "data, read to be calibrated": ("statistics", (CalibrationStats, "find_ranges"), "pictures.npz"),
+    "data of a graph": ("static graph", (onnx_pipeline, "read_back"), "pictures.npz"),
+    "data of a checkpoint": ("gptq", (CalibratedWork, "_run_blocks"), "tokens.npz"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_inputs_of_any_kind_that_change_while_they_are_read(
+    files: Path, place: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    name, stage, changed = CHANGES[case]
+    original = getattr(*stage)
+
+    def touched(*arguments: Any) -> Any:
+        os.utime(files / changed)
+        return original(*arguments)
+
+    monkeypatch.setattr(*stage, touched)
+    with pytest.raises(InputError, match=f"{changed} was changed while it was read"):
+        STAGES[name].run(files, place)
     assert not list(place.iterdir())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -14,8 +16,9 @@ import pytest
 
 from quantcli.checkpoint.positional import PositionalFile
 
-#: Events of the interpreter before something changes on disk.
-_CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+#: Events of the interpreter before something changes on disk, and which of them take room there.
+_GROWTH = ("open", "os.mkdir", "os.rename")
+_CHANGES = (*_GROWTH, "os.remove", "os.rmdir", "os.truncate")
 _watchers: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
@@ -24,11 +27,110 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         _watchers[-1](event, arguments)
 
 
+def _writes(arguments: tuple[Any, ...]) -> bool:
+    return bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+
+
+@contextmanager
+def _watching(watch: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Meanwhile ``watch`` is told of every event, and may raise in its place."""
+    if not getattr(sys, "_quantcli_watched", False):
+        sys.addaudithook(_hook)
+        sys._quantcli_watched = True  # type: ignore[attr-defined]
+    _watchers.append(watch)
+    try:
+        yield
+    finally:
+        _watchers.pop()
+
+
+@contextmanager
+def before_changes(folder: Path, react: Callable[[str], None], events: tuple[str, ...] = _CHANGES) -> Iterator[None]:
+    """Meanwhile ``react`` is called before every step that changes something in a folder.
+
+    Files that are mapped or written past Python count as one step, when they are opened.
+    """
+
+    def see(event: str, arguments: tuple[Any, ...]) -> None:
+        place = arguments[0]
+        if event not in events or (event == "open" and not _writes(arguments)):
+            return
+        if isinstance(place, str | os.PathLike) and Path(place).is_relative_to(folder):
+            react(event)
+
+    write = PositionalFile.write
+
+    def writing(file: PositionalFile, offset: int, data: bytes | memoryview) -> None:
+        react("write")
+        write(file, offset, data)
+
+    with pytest.MonkeyPatch.context() as patch, _watching(see):
+        patch.setattr(PositionalFile, "write", writing)
+        yield
+
+
+class Counted:
+    """Counts steps, and raises an error in the place of one: of it alone, or of it and all that follow."""
+
+    def __init__(self, at: int | None = None, error: Callable[[], BaseException] = KeyboardInterrupt) -> None:
+        self.steps, self._at, self._error = 0, at, error
+        self.stays = False
+
+    def __call__(self, _: str) -> None:
+        number, self.steps = self.steps, self.steps + 1
+        if self._at is not None and (number == self._at or (self.stays and number > self._at)):
+            raise self._error()
+
+
+@contextmanager
+def full_disk(folder: Path, after: int | None = None) -> Iterator[Counted]:
+    """Meanwhile the disk has no room after so many steps that take some."""
+    full = Counted(after, lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    full.stays = True
+    with before_changes(folder, full, _GROWTH):
+        yield full
+
+
+@contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    """Meanwhile no file grows beyond so many bytes, whoever writes it: it ends in the middle of a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def failing_reads(file: Path, after: int | None = None) -> Iterator[Counted]:
+    """Meanwhile a file can be opened and read at an offset so many times; then its disk fails."""
+    failing = Counted(after, lambda: OSError(errno.EIO, os.strerror(errno.EIO), str(file)))
+    failing.stays = True
+
+    def see(event: str, arguments: tuple[Any, ...]) -> None:
+        place = arguments[0]
+        named = event == "open" and not _writes(arguments) and isinstance(place, str | os.PathLike)
+        if named and Path(place) == file:
+            failing(event)
+
+    read = PositionalFile._read_into
+
+    def reading(opened: PositionalFile, view: memoryview, offset: int) -> None:
+        if opened.path == file:
+            failing("read")
+        read(opened, view, offset)
+
+    with pytest.MonkeyPatch.context() as patch, _watching(see):
+        patch.setattr(PositionalFile, "_read_into", reading)
+        yield failing
+
+
 class Kills:
     """What a folder held before every step that changed something in it: what a kill at that moment leaves.
 
     Args:
-        folder: what is watched. Files that are mapped or written past Python are seen at the next step.
+        folder: what is watched.
         store: where copies are kept.
     """
 
@@ -40,40 +142,16 @@ class Kills:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Meanwhile every step is kept."""
-        if not getattr(sys, "_quantcli_watched", False):
-            sys.addaudithook(_hook)
-            sys._quantcli_watched = True  # type: ignore[attr-defined]
-        write = PositionalFile.write
-
-        def writing(file: PositionalFile, offset: int, data: bytes | memoryview) -> None:
-            self._keep()
-            write(file, offset, data)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(PositionalFile, "write", writing)
-            _watchers.append(self._see)
-            try:
-                yield
-            finally:
-                _watchers.pop()
+        with before_changes(self.folder, self._keep):
+            yield
 
     def restore(self, moment: Path) -> None:
         """Have the folder as it was at a moment."""
         shutil.rmtree(self.folder)
         shutil.copytree(moment, self.folder)
 
-    def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open":
-            place, _, flags = arguments
-            if not (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or not isinstance(place, str | Path):
-                return
-            if not Path(place).is_relative_to(self.folder):
-                return
-        self._keep()
-
-    def _keep(self) -> None:
-        _watchers.append(lambda *_: None)  # copying is no step of its own
-        try:
+    def _keep(self, _: str) -> None:
+        with _watching(lambda *_: None):  # copying is no step of its own
             held = {
                 str(path.relative_to(self.folder)): b"" if path.is_dir() else path.read_bytes()
                 for path in sorted(self.folder.rglob("*"))
@@ -83,5 +161,3 @@ class Kills:
                 moment = self._store / str(len(self.moments))
                 shutil.copytree(self.folder, moment)
                 self.moments.append(moment)
-        finally:
-            _watchers.pop()

@@ -196,6 +196,7 @@ class CalibratedWork:
             self._write_tuned(output, learned)
         elif self._trains:
             self._write_trained(output, learned)
+        self.data.samples.require_unchanged()
 
     def _run_blocks(self, output: Output) -> Chain | None:
         """Quantize and write block after block; returns what comes out of the last one, if there is an order."""

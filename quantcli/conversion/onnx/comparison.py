@@ -343,8 +343,19 @@ def _kind(value: np.ndarray) -> str:
 
 
 def _candidate(session: Runnable, feeds: Iterator[Mapping[str, Any]]) -> Iterator[tuple[dict[str, Any], float | None]]:
-    """Run an artifact on what its model ran on."""
+    """Run an artifact on what its model ran on. Errors in reading the data are none of the artifact."""
+    of_data: list[InputError] = []
+
+    def given() -> Iterator[Mapping[str, Any]]:
+        try:
+            yield from feeds
+        except InputError as error:
+            of_data.append(error)
+            raise
+
     try:
-        yield from session.runs(feeds)
+        yield from session.runs(given())
     except InputError as error:
+        if error in of_data:
+            raise
         raise InputError(f"The artifact does not run where the model does: {error.message}", REPORT_IT) from error

@@ -260,6 +260,8 @@ def _finish(job: _Job, staging: Staging, material: Material, built: _Built, prot
         advice = advise(job.recipe, source.model, data, gathered.evidence, built.outputs, kept, staging.root)
     result = Result(source, job.output, done, built.outcomes, built.verified, compared if on_data else None)
     source.model.require_unchanged()
+    if built.samples is not None:
+        built.samples.require_unchanged()
     manifest = result.manifest(gathered.fingerprint)
     add_metadata(built.files[0], MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
     size = sum(file.stat().st_size for file in built.files)
@@ -275,8 +277,7 @@ def _finish(job: _Job, staging: Staging, material: Material, built: _Built, prot
     warnings = [*built.doubts, *lacking, *told]
     outputs_told = {"compared": True, "made_up": compared.made_up} | compared.to_json()
     details: dict[str, Any] = {"verified": built.verified, "recommended": advice.scheme, "outputs": outputs_told}
-    if protection is not None:
-        details["protected"] = dict(protection.details)
+    details |= {} if protection is None else {"protected": dict(protection.details)}
     if built.history is not None:
         details["training"] = built.history.to_json()
     details |= _histograms(job, built.honest, built.outcomes, gathered)
@@ -379,8 +380,7 @@ def _train(
 def _save(graph: ir.Model, target: Path, layout: OnnxLayout, output: Path) -> list[Path]:
     """Write the graph where the disk of the output has room for it."""
     require_space(output, sum(tensor.nbytes for tensor in constants(graph)))
-    # What an earlier conversion, a cast, wrote of itself.
-    graph.metadata_props.pop(MANIFEST_KEY, None)
+    graph.metadata_props.pop(MANIFEST_KEY, None)  # of an earlier conversion, a cast
     target.parent.mkdir(exist_ok=True)
     return save_graph(graph, target, layout.data)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from quantcli.core.ports import Port
@@ -65,6 +65,10 @@ class ArraySource:
     def choose(self, wanted: int | None, seed: int) -> Sequence[int]:
         """Spread evenly over all files."""
         return evenly(self._starts[-1], wanted)
+
+    def files(self, chosen: Sequence[int]) -> Iterable[Path]:
+        """All files: each is opened anew."""
+        return self._files
 
     def iterate(self, chosen: Sequence[int]) -> Iterator[Sample]:
         """Samples by index, one file open at a time."""

@@ -77,6 +77,9 @@ class SampleSource(Protocol):
     def choose(self, wanted: int | None, seed: int) -> Sequence[int]:
         """At most so many samples, or all of them."""
 
+    def files(self, chosen: Sequence[int]) -> Iterable[Path]:
+        """The files that these samples are read from each time they are iterated over."""
+
     def iterate(self, chosen: Sequence[int]) -> Iterator[Sample]:
         """These samples, in this order."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,10 @@ class FunctionSource:
     def choose(self, wanted: int | None, seed: int) -> Sequence[int]:
         """The first ones: there is no way to the others but through these."""
         return range(min(self.count, wanted or self.count))
+
+    def files(self, chosen: Sequence[int]) -> Iterable[Path]:
+        """None that are known."""
+        return ()
 
     def iterate(self, chosen: Sequence[int]) -> Iterator[Sample]:
         """The first samples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,11 @@ class IllustratedTexts:
         first = self._arrays(chosen[0])
         layouts(self._ports, first, f"{self._records[chosen[0]].where}, as the processor gives it,")
         return chosen
+
+    def files(self, chosen: Sequence[int]) -> Iterable[Path]:
+        """The images' files; the text is in memory."""
+        records = (self._records[index] for index in chosen)
+        return [file_named(name, self._path.parent, each.where) for each in records for name in each.files]
 
     def iterate(self, chosen: Sequence[int]) -> Iterator[Sample]:
         """Process one record after the other."""

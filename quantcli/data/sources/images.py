@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
@@ -128,6 +128,10 @@ class ImageSource:
             return self._preprocess.apply(open_image(file)).astype(self._port.dtype)
         except (OSError, ValueError, SyntaxError, EOFError) as error:
             raise InputError(f"{file} can no longer be read: {error}.") from error
+
+    def files(self, chosen: Sequence[int]) -> Iterable[Path]:
+        """The images' files."""
+        return [self._files[index][0] for index in chosen]
 
     def iterate(self, chosen: Sequence[int]) -> Iterator[Sample]:
         """Decode and preprocess, one image at a time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +183,10 @@ class SoundSource:
         known = {port.name: port for port in self._ports}
         processors.require_taken(self._folder, list(made), list(known))
         return {name: converted(made[name], port, sound.where) for name, port in known.items() if name in made}
+
+    def files(self, chosen: Sequence[int]) -> Iterable[Path]:
+        """The sounds' files."""
+        return [self._sounds[index].file for index in chosen]
 
     def iterate(self, chosen: Sequence[int]) -> Iterator[Sample]:
         """Decode one sound after the other."""

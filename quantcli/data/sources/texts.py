@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,10 @@ class TextSource:
     def choose(self, wanted: int | None, seed: int) -> Sequence[int]:
         """Spread evenly over the text."""
         return evenly(len(self._texts) if self._windows is None else len(self._windows), wanted)
+
+    def files(self, chosen: Sequence[int]) -> Iterable[Path]:
+        """None: the text is in memory."""
+        return ()
 
     def iterate(self, chosen: Sequence[int]) -> Iterator[Sample]:
         """Tokenize one sample after the other."""
