@@ -21,6 +21,9 @@ from quantcli.system.text import first_line, listed
 
 _TOKENS = 4
 
+#: Model types that remember keys and values, and that torch exports for one length of a text alone (tried: torch 2.13).
+_FIXED_LENGTH = ("mpt",)
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -88,6 +91,8 @@ def _changing_rotary(config: Any) -> str | None:
 
 def _kind_reason(name: str, model: nn.Module, config: Any) -> str | None:
     """Why a model has no plain cache, by what its class and its layers are."""
+    if name in _FIXED_LENGTH:
+        return f"torch exports {name} with a cache for one length of a text alone"
     library = hugging_face.transformers_library()
     layers = library.DynamicCache(config=config.get_text_config(decoder=True)).layers
     # A window is what masks make of it; keys and values of all tokens are kept.
