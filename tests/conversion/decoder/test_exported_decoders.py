@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from onnx import numpy_helper
-from support.decoders import greedy_in_genai, greedy_in_torch, without_rounding
+from support.decoders import decoded_matrix, greedy_in_genai, greedy_in_torch, without_rounding
 from support.tokenizers import save_tokenizer
 
 import quantcli
@@ -86,11 +86,9 @@ def torch_with_codes(folder: Path, artifact: Path) -> Any:
     for node in graph.node:
         if node.op_type != "MatMulNBits":
             continue
-        codes, scales = (constants[name] for name in node.input[1:3])
-        sizes = {each.name: each.i for each in node.attribute}
-        assert sizes["bits"] == 8 and len([name for name in node.input if name]) == 3
-        blocks = codes.reshape(sizes["N"], -1, sizes["block_size"]).astype(np.float32) - 128
-        matrix = (blocks * scales.reshape(sizes["N"], -1, 1)).reshape(sizes["N"], -1)[:, : sizes["K"]]
+        codes, scales, *points = (constants[name] for name in node.input[1:] if name)
+        bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+        matrix = decoded_matrix(codes.reshape(len(codes), -1), scales, points, bits)
         state[f"{node.name.rpartition('/')[0]}.weight"].copy_(torch.from_numpy(matrix))
         replaced += 1
     assert replaced
@@ -101,7 +99,7 @@ def torch_with_codes(folder: Path, artifact: Path) -> Any:
 def test_genai_says_what_torch_says_on_the_same_codes(tmp_path: Path) -> None:
     folder = saved("stablelm", tmp_path / "model")
     report = quantcli.convert(
-        folder, tmp_path / "out", scheme="int8", group_size=32, target="onnxruntime-genai", skip=["*embed_tokens*"],
+        folder, tmp_path / "out", scheme="int4", group_size=32, target="onnxruntime-genai", skip=["*embed_tokens*"],
         allow_larger=True,
     )  # fmt: skip
     proof = report.details["verified"]["decoder"]
