@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.hugging_face import neighbours
-from quantcli.commands.convert_decoder import convert_decoder, wants_decoder, why_without_cache
+from quantcli.commands.convert_decoder import Way, convert_decoder, way_to_onnx, why_without_cache
 from quantcli.commands.convert_pipeline import convert_pipeline, is_pipeline
 from quantcli.conversion.checkpoint.gguf_packing import Packing
 from quantcli.conversion.checkpoint.layout import plan_layout
@@ -141,7 +141,8 @@ def convert(
     )
     if place.suffix.lower() == ".gguf" and wishes.format is None:
         wishes = wishes.with_flags(format="gguf")
-    if wants_decoder(model, place, wishes, request, budget, calibration):
+    way = way_to_onnx(model, place, wishes, budget, calibration)
+    if way is Way.BUILT:
         if verify is not None:
             raise UsageError("--verify is for checkpoints; what becomes ONNX is always run.")
         ranks.require_single("A conversion to a decoder in ONNX")
@@ -158,7 +159,7 @@ def convert(
                 force=force,
                 progress=progress,
             )
-    if goes_to_onnx(model, place, wishes.format):
+    if way is Way.EXPORTED or goes_to_onnx(model, place, wishes.format):
         from quantcli.commands.convert_onnx import convert_graph
 
         if device != "cpu":
@@ -189,8 +190,10 @@ def convert(
                 allow_larger=allow_larger,
                 histograms=histograms,
                 progress=progress,
+                cache=way is Way.EXPORTED,
             )
-        report.warnings += why_without_cache(model, place, wishes, budget, calibration)
+        if way is Way.PLAIN:
+            report.warnings += why_without_cache(model, place, wishes, budget, calibration)
         return report
     if calibration:
         raise UsageError(

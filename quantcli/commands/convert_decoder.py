@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
-from quantcli.export.decoder.architecture import Decoder, read_decoder, why_no_decoder
+from quantcli.export.decoder.architecture import Decoder, read_decoder, refused, why_no_decoder
 from quantcli.formats import quantized_format
 from quantcli.onnx.graph.model import is_onnx
 from quantcli.planning.recipe import Recipe, build_scheme
@@ -48,29 +49,32 @@ CACHE_TARGETS = ("transformers.js",)
 ACCURACY_LEVEL = 4
 
 
-def wants_decoder(
-    model: str | Path,
-    output: Path,
-    recipe: Recipe,
-    request: DataRequest | None,
-    budget: Budget | None,
-    statistics: str | Path | None,
-) -> bool:
-    """Whether a conversion ends in a decoder with a key-value cache.
+class Way(Enum):
+    """How a language model becomes ONNX: built with fused operators, exported with a cache, or without one."""
 
-    A target that runs decoders wants one. Else a folder of ONNX holds one where the architecture, the scheme and the
-    recipe allow it; what does not becomes a graph without a cache, as a single file always does.
+    BUILT = "built"
+    EXPORTED = "exported"
+    PLAIN = "plain"
+
+
+def way_to_onnx(
+    model: str | Path, output: Path, recipe: Recipe, budget: Budget | None, statistics: str | Path | None
+) -> Way:
+    """Whether a conversion ends in a decoder with a key-value cache, and how that is made.
+
+    A target that runs decoders wants one. Else a folder of ONNX holds one where the model, the scheme and the recipe
+    allow it; what does not becomes a graph without a cache, as a single file always does.
 
     Raises:
         UsageError: the target wants a decoder, and something else that is asked for does not go with it.
-        InputError: the target wants a decoder, and none can be built of this model.
+        InputError: the target wants a decoder, and none can be made of this model.
     """
     path, runtime = Path(model), recipe.runtime[0]
     if runtime not in (*DECODER_TARGETS, *CACHE_TARGETS) and recipe.format != "onnx":
-        return False
+        return Way.PLAIN
     if runtime not in DECODER_TARGETS and is_onnx(path):
         # A graph stays the graph that it is, whatever lies beside it.
-        return False
+        return Way.PLAIN
     config = None if is_function(str(model)) else config_of(path)
     asked = runtime in DECODER_TARGETS or (runtime in CACHE_TARGETS and is_causal_config(config))
     reason = _usage_reason(output, recipe, budget, statistics)
@@ -82,11 +86,30 @@ def wants_decoder(
                 f"{model} is no folder with a config.json, which a decoder is built by.",
                 "Name a folder as transformers saves it.",
             )
-        return False
+        return Way.PLAIN
     if asked:
         require_onnx(recipe, config, output)
-        read_decoder(path)
-    return reason is None and why_no_decoder(path) is None
+    if reason is not None or not is_causal_config(config):
+        if asked:
+            read_decoder(path)
+        return Way.PLAIN
+    if why_no_decoder(path) is None:
+        return Way.BUILT
+    if (lacking := _why_no_cache(path, recipe)) is None:
+        return Way.EXPORTED
+    if asked:
+        raise refused(lacking)
+    return Way.PLAIN
+
+
+def _why_no_cache(folder: Path, recipe: Recipe) -> str | None:
+    """Why a model cannot be exported with a key-value cache, or its target would not run that; None where it can."""
+    from quantcli.export.cache_shape import read_cache_shape, why_no_cache
+
+    reason = why_no_cache(folder)
+    if reason or recipe.runtime[0] not in DECODER_TARGETS or read_cache_shape(folder).uniform:
+        return reason
+    return f"keys and values of {folder} have several sizes, and {recipe.runtime[0]} takes one"
 
 
 def why_without_cache(
@@ -96,7 +119,7 @@ def why_without_cache(
     path = Path(model)
     if output.suffix == ".onnx" or is_function(str(model)) or is_onnx(path) or not is_causal_config(config_of(path)):
         return []
-    reason = _usage_reason(output, recipe, budget, statistics) or why_no_decoder(path)
+    reason = _usage_reason(output, recipe, budget, statistics) or _why_no_cache(path, recipe)
     return [f"The graph has no key-value cache, and serves for scoring alone: {reason}."]
 
 
@@ -222,7 +245,7 @@ def _publish(
     place: OnnxLayout,
 ) -> dict[str, Any]:
     """Write what goes beside the graph, say in the graph how it was made, and put all in place."""
-    from quantcli.export.decoder.genai import genai_config
+    from quantcli.export.decoder.genai import Dimensions, genai_config
     from quantcli.models.decoder import GENAI_CONFIG
     from quantcli.onnx.graph.save import add_metadata
 
@@ -235,7 +258,7 @@ def _publish(
     config = {k: v for k, v in (checkpoint.config or {}).items() if k != "quantization_config"}
     write_json(out / "config.json", place.config(config, True) if place.config else config)
     if place.config is None:
-        write_json(out / GENAI_CONFIG, genai_config(decoder, folder, place.file))
+        write_json(out / GENAI_CONFIG, genai_config(Dimensions.of(decoder), folder, place.file))
     manifest = Manifest.of(made | {"verified": {**made["verified"], **proof}}, staging.target).to_json()
     add_metadata(out / place.file, MANIFEST_KEY, json.dumps(manifest, sort_keys=True))
     staging.publish()

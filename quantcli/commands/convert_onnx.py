@@ -36,6 +36,7 @@ def convert_graph(
     allow_larger: bool,
     histograms: int,
     progress: Progress | None,
+    cache: bool = False,
 ) -> Report:
     """Convert a model to ONNX. Arguments and errors are those of `convert_onnx`.
 
@@ -47,7 +48,9 @@ def convert_graph(
         progress=progress,
     )  # fmt: skip
     if budget is None or budget == Budget():
-        return by_recipe(output, recipe, request, statistics, dry_run=dry_run, force=force, guard=StaticGuard())
+        return by_recipe(
+            output, recipe, request, statistics, dry_run=dry_run, force=force, guard=StaticGuard(), cache=cache
+        )
     ranks.require_single("The search for a budget")
     if recipe.runtime[0] == "transformers.js":
         raise UsageError(

@@ -160,12 +160,13 @@ def lengths(
     return shapes
 
 
-def _summed(name: str, known: Mapping[str, int], length: int) -> int | None:
+def _summed(name: str, known: dict[str, int], length: int) -> int | None:
     """The length of an axis that is named as a sum of others, such as ``past_length + length``."""
     parts = [part.strip() for part in name.split("+")]
     if len(parts) < 2:
         return None
-    return sum(int(part) if part.isdigit() else known.get(part, length) for part in parts)
+    # What is of a length of its own further down has that length here as well.
+    return sum(int(part) if part.isdigit() else known.setdefault(part, length) for part in parts)
 
 
 def table_sizes(model: ir.Model) -> dict[str, int]:

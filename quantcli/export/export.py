@@ -19,6 +19,7 @@ from quantcli.core.ports import Port
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import load_samples
 from quantcli.errors import InputError
+from quantcli.export.cached import cached_source, name_axes
 from quantcli.export.function import function_source
 from quantcli.export.hugging_face import hugging_face_source
 from quantcli.export.program import program_source
@@ -53,6 +54,7 @@ def export_to_onnx(
     *,
     data: DataRequest | Sequence[Mapping[str, np.ndarray]] | None = None,
     weights: Path | None = None,
+    cache: bool = False,
 ) -> Exported:
     """Export a torch model to ``folder/model.onnx`` (and ``model.onnx.data`` where it is large).
 
@@ -67,16 +69,20 @@ def export_to_onnx(
             inputs are taken from the function's attribute ``example_inputs`` or the module's
             ``example_input_array``. An axis along which samples differ becomes free, like the batch.
         weights: state dict for a function's module.
+        cache: whether a causal language model takes and returns its key-value cache (`quantcli.export.cached`).
 
     Raises:
         InputError: the model cannot be loaded, traced or expressed in ONNX, no inputs to trace it with are known,
             or the export computes something else than torch.
         MissingExtraError: transformers is not installed.
     """
-    source = read_source(model, data, weights)
+    source = cached_source(loadable_folder(Path(model))) if cache else read_source(model, data, weights)
     folder.mkdir(parents=True, exist_ok=True)
     path, messages = folder / "model.onnx", list(source.warnings)
-    _write(_export(source, messages), source, path)
+    graph = _export(source, messages)
+    if cache:
+        name_axes(graph)
+    _write(graph, source, path)
     return Exported(path, _compare(path, source), messages)
 
 
@@ -104,6 +110,7 @@ def _trace(source: ExportSource, dynamic: Any) -> ir.Model:
             (),
             kwargs=None if source.is_program else dict(source.examples[0]),
             dynamic_shapes=dynamic,
+            input_names=source.input_names,
             output_names=source.output_names,
             dynamo=True,
             verbose=False,

@@ -30,7 +30,8 @@ class ExportSource:
     """A model ready to be traced.
 
     ``examples`` are two where shapes are free, the first being the one to trace. ``prefix`` stands in front of the
-    names of a wrapped module. With ``may_be_fixed`` tracing can be tried again for fixed shapes.
+    names of a wrapped module. With ``may_be_fixed`` tracing can be tried again for fixed shapes. ``input_names`` are
+    what the graph calls its inputs, where that is not what the module does.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ExportSource:
     dynamic: Any
     output_names: list[str]
     prefix: str = ""
+    input_names: list[str] | None = None
     may_be_fixed: bool = False
     plain: Example = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

@@ -63,6 +63,53 @@ def _empty_shape(port: Port, batch: int) -> tuple[int, int, int, int]:
     return batch, heads, 0, size
 
 
+#: Operators that write the next cache where the last one lies.
+_IN_PLACE = frozenset(("GroupQueryAttention",))
+
+
+def cached_decoder(session: Session, path: Path, room: int) -> Decoder:
+    """A decoder that a session runs, as its operators keep their cache; arguments are those of `CachedDecoder`.
+
+    ``path`` is the graph of the session.
+    """
+    from quantcli.onnx.graph.model import open_onnx
+
+    in_place = any(node.op_type in _IN_PLACE for node in open_onnx(path).ir.graph.all_nodes())
+    return CachedDecoder(session, path, room) if in_place else GrowingDecoder(session, path)
+
+
+class GrowingDecoder:
+    """A decoder of standard operators in onnxruntime: each run returns a cache that is longer by what it read."""
+
+    def __init__(self, session: Session, path: Path) -> None:
+        self.session = session
+        self._cache = empty_cache(sized_cache(session.inputs, path), 1)
+        self._takes = {port.name for port in session.inputs}
+        self.length = 0
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        self.length = length
+        self._cache = {name: value[:, :, :length] for name, value in self._cache.items()}
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Logits ``[1, length, vocabulary]`` of the next tokens, int64 ``[1, length]``; all are remembered."""
+        names = {name: name.replace(CACHE_INPUT, CACHE_OUTPUT) for name in self._cache}
+        known = _token_inputs(ids, self.length)
+        feeds = {name: value for name, value in known.items() if name in self._takes} | self._cache
+        found = self.session.run(feeds, [LOGITS, *names.values()])
+        self._cache = {name: found[after] for name, after in names.items()}
+        self.length += ids.shape[1]
+        return found[LOGITS]
+
+
+def _token_inputs(ids: np.ndarray, before: int) -> Arrays:
+    """What a decoder is told of tokens ``[1, length]`` that follow so many others."""
+    total = before + ids.shape[1]
+    positions = np.arange(before, total, dtype=np.int64)[None]
+    return {"input_ids": ids, "attention_mask": np.ones((1, total), np.int64), "position_ids": positions}
+
+
 class CachedDecoder:
     """A decoder in onnxruntime that remembers what it has read of one text.
 
@@ -87,10 +134,8 @@ class CachedDecoder:
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Logits ``[1, length, vocabulary]`` of the next tokens, int64 ``[1, length]``; all are remembered."""
-        total = self.length + ids.shape[1]
-        positions = np.arange(self.length, total, dtype=np.int64)[None]
-        known = {"input_ids": ids, "attention_mask": np.ones((1, total), np.int64), "position_ids": positions}
-        self.length = total
+        known = _token_inputs(ids, self.length)
+        self.length += ids.shape[1]
         return self._binding.run({name: value for name, value in known.items() if name in self._takes}, LOGITS)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from quantcli.core.ports import Arrays, Port, without_cache
 from quantcli.errors import InputError
-from quantcli.models.decoder import LOGITS, CachedDecoder, Decoder, TorchDecoder, empty_cache, sized_cache
+from quantcli.models.decoder import LOGITS, Decoder, TorchDecoder, cached_decoder, empty_cache, sized_cache
 from quantcli.models.inputs import computed_in, decoder_inputs, fit, hugging_face_ports, require_shape, signature_ports
 from quantcli.models.outputs import named
 from quantcli.models.program_file import load_program
@@ -64,7 +64,7 @@ class OnnxRunner:
 
     def decoder(self, room: int) -> Decoder | None:
         """The model, to read a text of so many tokens at the most bit by bit; None where it has no cache."""
-        return CachedDecoder(self._session, onnx_file(self.path), room) if self._cache else None
+        return cached_decoder(self._session, onnx_file(self.path), room) if self._cache else None
 
 
 class TorchRunner:

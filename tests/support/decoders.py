@@ -116,14 +116,16 @@ def torch_with_codes(folder: Path, artifact: Path) -> Any:
         else:
             continue
         bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
-        matrix = torch.from_numpy(_decoded(codes.reshape(len(codes), -1), scales, points, bits))
+        matrix = torch.from_numpy(decoded_matrix(codes.reshape(len(codes), -1), scales, points, bits))
         for name, rows, into in _modules(node.name, model.config):
             if f"{name}.weight" in state:
                 state[f"{name}.weight"][into].copy_(matrix[rows])
     return model.eval()
 
 
-def _decoded(codes: np.ndarray, scales: np.ndarray, points: list[np.ndarray], bits: int) -> np.ndarray:
+def decoded_matrix(codes: np.ndarray, scales: np.ndarray, points: list[np.ndarray], bits: int) -> np.ndarray:
+    """Values of codes that are packed along rows, by the document of MatMulNBits."""
+
     def unpacked(packed: np.ndarray, count: int) -> np.ndarray:
         wide = packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
         return wide[:, :count].astype(np.float32)

@@ -13,6 +13,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import InputError, MissingExtraError
 from quantcli.export.decoder.architecture import Decoder
 from quantcli.models.decoder import CachedDecoder
+from quantcli.models.decoder import Decoder as LanguageModel
 from quantcli.models.kernels import prove
 from quantcli.models.session import Session
 from quantcli.system.hardware import free_memory_bytes
@@ -47,17 +48,17 @@ def prove_decoder(artifact: Path, decoder: Decoder, values: Checkpoint) -> dict[
     ids = made_up_tokens(decoder)
     exact = artifact.with_name("exact.onnx")
     try:
-        _without_rounding(artifact, exact)
+        without_rounding(artifact, exact)
         plain = CachedDecoder(Session(exact), exact, ids.shape[1])
         expected = plain.read(ids)
-        found: dict[str, Any] = {"tokens": ids.shape[1], "cache_sqnr_db": _require_cache(plain, ids, LEAST_SQNR_DB)}
+        found: dict[str, Any] = {"tokens": ids.shape[1], "cache_sqnr_db": require_cache(plain, ids, LEAST_SQNR_DB)}
         del plain
     finally:
         exact.unlink(missing_ok=True)
     found |= _beside_torch(expected, ids, values)
     rounded = CachedDecoder(Session(artifact), artifact, ids.shape[1])
     logits = rounded.read(ids)
-    found["rounded_cache_sqnr_db"] = _require_cache(rounded, ids, LEAST_ROUNDED_SQNR_DB)
+    found["rounded_cache_sqnr_db"] = require_cache(rounded, ids, LEAST_ROUNDED_SQNR_DB)
     found |= {"input_rounding": {"kl": divergence(expected, logits), "equal_tokens": _agreement(expected, logits)}}
     return {"runtime": prove(artifact).to_json(), "decoder": found}
 
@@ -94,8 +95,12 @@ def _agreement(expected: np.ndarray, got: np.ndarray) -> float:
     return float(np.mean(expected.argmax(-1) == got.argmax(-1)))
 
 
-def _require_cache(model: CachedDecoder, ids: np.ndarray, least: float) -> float | None:
-    """SQNR of logits read half at once and then token by token, against those of the whole text; None where equal."""
+def require_cache(model: LanguageModel, ids: np.ndarray, least: float) -> float | None:
+    """SQNR of logits read half at once and then token by token, against those of the whole text; None where equal.
+
+    Raises:
+        InputError: it is less than ``least``.
+    """
     model.rewind(0)
     whole = model.read(ids)
     half = ids.shape[1] // 2
@@ -141,7 +146,7 @@ def _logits(module: nn.Module, ids: np.ndarray) -> np.ndarray:
     return found
 
 
-def _without_rounding(artifact: Path, target: Path) -> None:
+def without_rounding(artifact: Path, target: Path) -> None:
     """The same graph on the same file of weights, whose products take their inputs as they are."""
     import onnx
 

@@ -13,8 +13,10 @@ from quantcli.calibration.hessians import collect_hessians
 from quantcli.calibration.statistics import CalibrationStats
 from quantcli.conversion.onnx.source import Source, planned_graph
 from quantcli.conversion.onnx.trial_inputs import Feeds, NoFeeds, made_up
+from quantcli.core.ports import without_cache
 from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
+from quantcli.models.decoder import empty_cache, sized_cache
 from quantcli.models.pieces import Runnable
 from quantcli.models.source import source_sha256
 from quantcli.onnx.graph.opset import default_opset
@@ -64,13 +66,20 @@ class Material:
         """
         if data is None:
             return None
-        from quantcli.data.samples import load_samples
-
         request = data.at_most(None if trains else DEFAULT_SAMPLES)
         if request.samples not in self._samples:
-            folder = self.source.subject.folder
-            self._samples[request.samples] = load_samples(request, self.source.model.inputs, folder=folder)
+            self._samples[request.samples] = self._loaded(request)
         return self._samples[request.samples]
+
+    def _loaded(self, request: DataRequest) -> Samples:
+        """Samples, beside an empty cache where the model is a decoder with one."""
+        from quantcli.data.beside_cache import BesideCache
+        from quantcli.data.samples import choose_samples, open_source
+
+        model = self.source.model
+        found = open_source(request, without_cache(model.inputs), folder=self.source.subject.folder)
+        cache = empty_cache(sized_cache(model.inputs, model.path), 1)
+        return choose_samples(request, BesideCache(found, cache) if cache else found)
 
     def made_up(self, reference: Runnable, graph: ir.Model) -> Feeds | NoFeeds:
         """Inputs where there is no data: like those that the statistics are of, where there are some.

@@ -91,7 +91,7 @@ class Honest:
             return [_unjudged(doubtful, "the model returns something else each time it runs.")]
         folder = comparison.folder
         try:
-            saved = _saved(self._decoded(), folder / "decoded.onnx")
+            saved = _saved(self.decoded(), folder / "decoded.onnx")
             decoded = comparison.against(saved, "The model in decoded form", literal=True)
         except InputError as error:
             # It overflows, or is none that the runtime takes: then nothing can be told from it.
@@ -138,7 +138,8 @@ class Honest:
                 waiting += new
         return False
 
-    def _decoded(self) -> ir.Model:
+    def decoded(self) -> ir.Model:
+        """The graph before it was rewritten, with the values that codes stand for; known once `require` was asked."""
         model = self.graph.clone()
         weights = {name: value for graph in model.graphs() for name, value in graph.initializers.items()}
         for outcome in self.outcomes:

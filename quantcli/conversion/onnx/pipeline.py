@@ -22,9 +22,10 @@ from quantcli.conversion.onnx.guard import Attempt, Guard, Protection
 from quantcli.conversion.onnx.histograms import weight_histograms
 from quantcli.conversion.onnx.journal import CodesJournal, begin
 from quantcli.conversion.onnx.memory import require_bounded_model, require_bounded_plan
-from quantcli.conversion.onnx.result import Result
+from quantcli.conversion.onnx.result import Result, require_smaller
 from quantcli.conversion.onnx.source import Source, open_source
 from quantcli.conversion.onnx.trial_inputs import NoFeeds, of_samples
+from quantcli.conversion.onnx.with_cache import prove_cache, write_decoder_config
 from quantcli.conversion.staging import Staging, open_staging, refuse_to_overwrite
 from quantcli.core.manifest import MANIFEST_KEY
 from quantcli.data.fingerprint import fingerprint
@@ -48,7 +49,6 @@ from quantcli.system.files import check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
 from quantcli.system.parallel import torch_threads
 from quantcli.system.progress import Progress
-from quantcli.system.text import format_bytes
 from quantcli.system.user_functions import is_function
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class _Job:
     progress: Progress | None
     material: Material | None = None
     guard: Guard | None = None
+    cache: bool = False
 
     @property
     def trains(self) -> bool:
@@ -116,11 +117,12 @@ def convert_onnx(
     progress: Progress | None = None,
     material: Material | None = None,
     guard: Guard | None = None,
+    cache: bool = False,
 ) -> Report:
     """Quantize a model into an ONNX file, or into a folder with ``model.onnx``, and prove what it became.
 
     ``material`` is the model as it was opened for other conversions on the same data; ``guard`` looks after artifacts
-    with fixed ranges.
+    with fixed ranges. ``cache``: a causal language model of a folder keeps its key-value cache.
 
     Raises:
         UsageError: the wishes do not go together.
@@ -131,7 +133,7 @@ def convert_onnx(
     started = time.monotonic()
     job = _Job(
         str(model), output, recipe, data, statistics, weights, device, dry_run, force, allow_larger, histograms,
-        progress, material, guard,
+        progress, material, guard, cache,
     )  # fmt: skip
     _check_request(job)
     with open_staging(output) as staging:
@@ -159,7 +161,8 @@ def convert_onnx(
 def _convert(job: _Job, staging: Staging) -> Report:
     """The stages of a conversion, inside the staging folder."""
     material = job.material or Material(
-        open_source(job.model, job.weights, job.recipe, job.data, staging.root / "export"), job.statistics
+        open_source(job.model, job.weights, job.recipe, job.data, staging.root / "export", cache=job.cache),
+        job.statistics,
     )
     graph, plan = material.planned(job.recipe, job.data, trains=job.trains)
     _require_data(job, plan)
@@ -239,6 +242,8 @@ def _build(
     outputs = _outputs(material, honest, calibrating, staging.root)
     compared = outputs.against(target, str(job.output))
     doubts = [] if job.trains else honest.require(outcomes, outputs, compared, target)
+    if job.cache:
+        verified["decoder"] = prove_cache(target, honest, source, staging.root)
     attempt = None
     if calibrating is not None:
         verified["compared"] = compared.to_json()
@@ -266,11 +271,13 @@ def _finish(job: _Job, staging: Staging, material: Material, built: _Built, prot
     add_metadata(built.files[0], MANIFEST_KEY, json.dumps(manifest.to_json(), sort_keys=True))
     size = sum(file.stat().st_size for file in built.files)
     if not job.allow_larger:
-        _require_smaller(size, source.model.size_bytes, built.weights_before)
+        require_smaller(size, source.model.size_bytes, built.weights_before)
     folder = Path(source.subject.path)
     lacking: list[str] = []
     if not job.single_file and folder.is_dir():
         lacking = copy_companions(folder, staging.out, layout_of(job.output, done), outside=len(built.files) > 1)
+    if job.cache:
+        lacking += write_decoder_config(folder, staging.out, layout_of(job.output, done))
 
     stages = (source, built.samples, gathered, built.history, done, protection, compared, advice)
     told = (warning for stage in stages if stage is not None for warning in stage.warnings)
@@ -383,13 +390,3 @@ def _save(graph: ir.Model, target: Path, layout: OnnxLayout, output: Path) -> li
     graph.metadata_props.pop(MANIFEST_KEY, None)  # of an earlier conversion, a cast
     target.parent.mkdir(exist_ok=True)
     return save_graph(graph, target, layout.data)
-
-
-def _require_smaller(size: int, before: int, weights_before: int) -> None:
-    """Raise InputError where an artifact of ``size`` bytes is no smaller than its model."""
-    if size >= before:
-        raise InputError(
-            f"The artifact would have {format_bytes(size)}, and the model has {format_bytes(before)}: of that, "
-            f"{format_bytes(weights_before)} are weights. Nothing was written.",
-            "It is too small a model for this scheme; --allow-larger keeps it, for the sake of its speed.",
-        )

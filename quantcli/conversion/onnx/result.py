@@ -11,8 +11,10 @@ from quantcli.conversion.onnx.comparison import Comparison
 from quantcli.conversion.onnx.rows import layer_entries, layer_rows, left_rows
 from quantcli.conversion.onnx.source import Source
 from quantcli.core.manifest import Manifest
+from quantcli.errors import InputError
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
 from quantcli.reporting.report import ModelRow, Report
+from quantcli.system.text import format_bytes
 from quantcli.version import __version__
 
 
@@ -64,3 +66,13 @@ class Result:
         ]
         models[-1].manifest = manifest.to_json() if manifest else None
         return Report("convert", models, rows, [], list(dict.fromkeys(warnings)), details)
+
+
+def require_smaller(size: int, before: int, weights_before: int) -> None:
+    """Raise InputError where an artifact of ``size`` bytes is no smaller than its model."""
+    if size >= before:
+        raise InputError(
+            f"The artifact would have {format_bytes(size)}, and the model has {format_bytes(before)}: of that, "
+            f"{format_bytes(weights_before)} are weights. Nothing was written.",
+            "It is too small a model for this scheme; --allow-larger keeps it, for the sake of its speed.",
+        )

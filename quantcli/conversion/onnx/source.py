@@ -33,6 +33,7 @@ class Source:
     """A model and its graph, which is exported where the model is none itself.
 
     ``codes`` are those of a quantized checkpoint that are to be kept; ``origin`` is what its manifest said.
+    ``exported_db`` is the signal to noise of an export's outputs beside torch's, None where they are equal.
     """
 
     subject: ModelSource
@@ -40,10 +41,13 @@ class Source:
     codes: CheckpointCodes | None
     origin: dict[str, Any] | None
     warnings: tuple[str, ...] = ()
+    exported_db: float | None = None
 
 
-def open_source(model: str, weights: Path | None, recipe: Recipe, data: DataRequest | None, folder: Path) -> Source:
-    """Open a model; export it into ``folder`` where it is none of ONNX.
+def open_source(
+    model: str, weights: Path | None, recipe: Recipe, data: DataRequest | None, folder: Path, *, cache: bool = False
+) -> Source:
+    """Open a model; export it into ``folder`` where it is none of ONNX, with a key-value cache where that is wanted.
 
     Raises:
         InputError: the model is missing, damaged, or cannot be exported.
@@ -57,10 +61,10 @@ def open_source(model: str, weights: Path | None, recipe: Recipe, data: DataRequ
         return Source(subject, subject.onnx, codes, origin)
     from quantcli.export.export import export_to_onnx
 
-    exported = export_to_onnx(subject.path, folder, data=data, weights=subject.weights)
-    graph = open_onnx(exported.path, mapped=True)
+    exported = export_to_onnx(subject.path, folder, data=data, weights=subject.weights, cache=cache)
+    graph, told = open_onnx(exported.path, mapped=True), tuple(exported.warnings)
     graph.shown = Path(subject.path)
-    return Source(subject, graph, codes, origin, tuple(exported.warnings))
+    return Source(subject, graph, codes, origin, told, exported.outputs_sqnr_db)
 
 
 def planned_graph(

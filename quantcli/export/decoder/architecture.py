@@ -108,11 +108,11 @@ def read_decoder(folder: Path) -> Decoder:
 
     reason = why_no_decoder(folder)
     if reason:
-        raise _refused(reason)
+        raise refused(reason)
     config = load_config(folder)
     architecture = ARCHITECTURES[config.model_type]
     for reason in _unsupported(config):
-        raise _refused(f"{folder}: {reason}")
+        raise refused(f"{folder}: {reason}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scale = (getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5
     kinds = _layer_types(config)
@@ -138,7 +138,8 @@ def read_decoder(folder: Path) -> Decoder:
     )
 
 
-def _refused(reason: str) -> InputError:
+def refused(reason: str) -> InputError:
+    """What a wish for a decoder ends with that cannot be fulfilled."""
     return InputError(
         f"No decoder with a key-value cache can be built: {reason}.",
         "Without a cache, for scoring alone, -o FILE.onnx --format onnx exports it; as a checkpoint, --format "

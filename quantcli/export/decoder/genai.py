@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,35 @@ CHUNK_SIZE = 64
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def genai_config(decoder: Decoder, folder: Path, filename: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Dimensions:
+    """What a runtime is told of a decoder.
+
+    - ``kind``: what onnxruntime-genai calls it.
+    - ``context``: tokens of a text at the most.
+    - ``in_place``: whether the next cache is written where the last one lies; else it grows with each run.
+    """
+
+    kind: str
+    context: int
+    vocabulary: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int
+    in_place: bool
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> Dimensions:
+        """Those of a decoder that is built here."""
+        return cls(
+            decoder.architecture.genai_type, decoder.context, decoder.vocabulary, decoder.hidden, decoder.heads,
+            decoder.kv_heads, decoder.head_dim, decoder.layers, in_place=True,
+        )  # fmt: skip
+
+
+def genai_config(decoder: Dimensions, folder: Path, filename: str) -> dict[str, Any]:
     """``genai_config.json`` of a decoder; special tokens and the defaults of a search come from ``folder``.
 
     Raises:
@@ -32,7 +61,7 @@ def genai_config(decoder: Decoder, folder: Path, filename: str) -> dict[str, Any
     numbered = dict.fromkeys(("key", "value"), "%d")
     past, present = ({kind: name.format(number, kind) for kind, number in numbered.items()} for name in (PAST, PRESENT))
     model: dict[str, Any] = {
-        "type": decoder.architecture.genai_type,
+        "type": decoder.kind,
         "context_length": decoder.context,
         "vocab_size": decoder.vocabulary,
         **_special_tokens(said),
@@ -57,7 +86,7 @@ def genai_config(decoder: Decoder, folder: Path, filename: str) -> dict[str, Any
             "num_key_value_heads": decoder.kv_heads,
         },
     }
-    cache = {"max_length": decoder.context, "past_present_share_buffer": True, "chunk_size": CHUNK_SIZE}
+    cache = {"max_length": decoder.context, "past_present_share_buffer": decoder.in_place, "chunk_size": CHUNK_SIZE}
     return {"model": model, "search": search | cache}
 
 

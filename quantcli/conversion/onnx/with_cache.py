@@ -1,0 +1,52 @@
+"""What a conversion adds for a decoder that torch exported: its proof, and how onnxruntime-genai opens it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quantcli.conversion.decoder.exported import prove_exported
+from quantcli.conversion.onnx.explained import Honest
+from quantcli.conversion.onnx.source import Source
+from quantcli.export.cache_shape import read_cache_shape
+from quantcli.export.decoder.genai import Dimensions, genai_config
+from quantcli.models.decoder import GENAI_CONFIG
+from quantcli.models.hugging_face import load_config, longest_sequence
+from quantcli.onnx.graph.save import save_graph
+from quantcli.planning.targets.base import OnnxLayout
+from quantcli.system.files import write_json
+
+#: What onnxruntime-genai calls any decoder that has the usual inputs and outputs.
+_ANY_DECODER = "decoder"
+
+
+def prove_cache(artifact: Path, honest: Honest, source: Source, scratch: Path) -> dict[str, Any]:
+    """Run an artifact from its cache, and beside its decoded form, which is written into ``scratch``.
+
+    Raises:
+        InputError: its logits are not those that they should be.
+    """
+    decoded = scratch / "decoded_cache.onnx"
+    save_graph(honest.decoded(), decoded)
+    cast = any(outcome.plan.form == "cast" for outcome in honest.outcomes)
+    return prove_exported(artifact, decoded, source.exported_db, Path(source.subject.path), cast=cast)
+
+
+def write_decoder_config(folder: Path, out: Path, layout: OnnxLayout) -> list[str]:
+    """Write how onnxruntime-genai opens a decoder; returns a warning of what the decoder is.
+
+    Targets with a config.json of their own need none.
+    """
+    config = load_config(folder).get_text_config(decoder=True)
+    cache = read_cache_shape(folder).uniform
+    if layout.config is None and cache is not None:
+        kv_heads, head_dim = cache
+        dimensions = Dimensions(
+            _ANY_DECODER, longest_sequence(folder), config.vocab_size, config.hidden_size, config.num_attention_heads,
+            kv_heads, head_dim, config.num_hidden_layers, in_place=False,
+        )  # fmt: skip
+        write_json(out / GENAI_CONFIG, genai_config(dimensions, folder, layout.file))
+    return [
+        f"No decoder of fused operators is built of {config.model_type}: it was exported by torch, with a cache, in "
+        "standard operators, which are slower."
+    ]

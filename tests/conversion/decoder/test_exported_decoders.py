@@ -1,0 +1,115 @@
+"""Decoders of architectures that no graph is built for: exported by torch, with a cache in standard operators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from onnx import numpy_helper
+from support.decoders import decoded_matrix, greedy_in_genai, greedy_in_torch, without_rounding
+from support.tokenizers import save_tokenizer
+
+import quantcli
+from quantcli.benchmarking.generation import NEW_TOKENS, generating
+from quantcli.errors import InputError
+from quantcli.export.cache_shape import read_cache_shape, why_no_cache
+from quantcli.models.decoder import GrowingDecoder
+from quantcli.models.runner import OnnxRunner
+
+PROMPT, COUNT = [5, 17, 60, 33, 9, 71, 44], 16
+_SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def saved(model_type: str, folder: Path, **settings: Any) -> Path:
+    config = transformers.CONFIG_MAPPING[model_type](**_SIZES | settings)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def configured(model_type: str, folder: Path, **settings: Any) -> Path:
+    config = transformers.CONFIG_MAPPING[model_type](**_SIZES | settings)
+    config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [
+        ("mamba", {}, "mamba remembers a state of its own kind"),
+        ("rwkv", {}, "rwkv remembers a state of its own kind"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 remembers a state of its own kind"),
+        ("mixtral", {"num_local_experts": 4}, "mixtral is a mixture of experts"),
+        ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}, "mpt with a cache for one length"),
+        (
+            "stablelm",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "of stablelm is dynamic",
+        ),
+    ],
+)
+def test_what_has_no_cache_of_keys_and_values_is_refused_by_name(
+    tmp_path: Path, model_type: str, settings: dict[str, Any], reason: str
+) -> None:
+    folder = configured(model_type, tmp_path / "model", **settings)
+    assert reason in (why_no_cache(folder) or "")
+    with pytest.raises(InputError, match=reason):
+        quantcli.convert(folder, tmp_path / "out", scheme="int4", target="onnxruntime-genai", dry_run=True)
+
+
+def test_a_cache_is_told_without_weights(tmp_path: Path) -> None:
+    folder = configured("cohere2", tmp_path / "model", layer_types=["sliding_attention", "full_attention"])
+    assert why_no_cache(folder) is None
+    assert read_cache_shape(folder).uniform == (2, 16)
+
+
+def torch_with_codes(folder: Path, artifact: Path) -> Any:
+    """The model in torch, its products' weights decoded from the artifact by the operators' documents."""
+    graph = onnx.load(artifact / "model.onnx").graph
+    constants = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    state, replaced = dict(model.state_dict()), 0
+    for node in graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        codes, scales, *points = (constants[name] for name in node.input[1:] if name)
+        bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+        matrix = decoded_matrix(codes.reshape(len(codes), -1), scales, points, bits)
+        state[f"{node.name.rpartition('/')[0]}.weight"].copy_(torch.from_numpy(matrix))
+        replaced += 1
+    assert replaced
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_genai_says_what_torch_says_on_the_same_codes(tmp_path: Path) -> None:
+    folder = saved("stablelm", tmp_path / "model")
+    report = quantcli.convert(
+        folder, tmp_path / "out", scheme="int4", group_size=32, target="onnxruntime-genai", skip=["*embed_tokens*"],
+        allow_larger=True,
+    )  # fmt: skip
+    proof = report.details["verified"]["decoder"]
+    assert proof["torch"]["compared"] and proof["torch"]["sqnr_db"] > 90
+    assert proof["cache_sqnr_db"] is None or proof["cache_sqnr_db"] > 90
+    said = greedy_in_genai(without_rounding(tmp_path / "out", tmp_path / "exact"), PROMPT, COUNT)
+    assert said == greedy_in_torch(torch_with_codes(folder, tmp_path / "out"), PROMPT, COUNT, banned=[2])
+    assert len(set(said)) > 1
+    model = generating(OnnxRunner(tmp_path / "out"), np.array([PROMPT], np.int64))
+    assert model is not None and isinstance(model.decoder, GrowingDecoder)
+    model.read(0)
+    model.generate(0)
+    assert model.decoder.length == len(PROMPT) + NEW_TOKENS
