@@ -21,3 +21,7 @@ class Clock:
     def is_over(self) -> bool:
         """Whether the limit is reached, so that a search ends with what it has."""
         return self.limit is not None and self.seconds > self.limit
+
+    def has_room_for(self, seconds: float) -> bool:
+        """Whether what takes so long would end within the limit."""
+        return self.limit is None or self.seconds + seconds <= self.limit

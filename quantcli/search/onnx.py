@@ -23,6 +23,7 @@ from quantcli.search.choices import Found, Mix, chosen_recipe, labels, ways_to_s
 from quantcli.search.clock import Clock
 from quantcli.search.judge import KL, metric_of
 from quantcli.search.limits import limits_of
+from quantcli.search.onnx_levels import LevelSearch
 from quantcli.search.onnx_measured import Measurements
 from quantcli.search.onnx_mixes import LEVELS, Limits, Mixes
 from quantcli.search.onnx_sensitivity import layer_costs
@@ -54,6 +55,7 @@ class OnnxSearch:
     tick: Callable[[float], None] = lambda _: None
     clock: Clock = field(default_factory=Clock)
     _mix_of: dict[str, Mix] = field(default_factory=dict)
+    _judged_uniforms: list[Recipe] = field(default_factory=list)
 
     def run(self) -> Found:
         """Find a recipe that keeps the budget.
@@ -167,31 +169,37 @@ class OnnxSearch:
         for recipe in self._converted_uniforms():
             if self.clock.is_over():
                 break
+            self._judged_uniforms.append(recipe)
             if self._keeps_outputs(recipe):
                 return recipe
         return None
 
     def _smallest_kept(self, most: int | None, limits: Limits) -> Recipe | None:
-        """The smallest mix within limits that keeps those on outputs: how much noise they allow is found by halves.
+        """The smallest mix within limits that keeps those on outputs: how much noise they allow is found by trying.
+
+        From where the single schemes let expect the limit, levels are tried at growing distances until one is kept and
+        one is not, then by halves: what is tried first is of the size that matters, should the time end there.
 
         ``most``: bytes that the artifact may have. What was estimated of them is corrected by what comes out.
         """
         accepted: Recipe | None = None
         room = math.inf if most is None else float(most - self.ways.rest)
-        low, high = 0, LEVELS - 1
-        while low <= high and not self.clock.is_over():
-            middle = (low + high) // 2
-            mix = self.mixes.at(middle, {**limits, "nbytes": room} if most is not None else limits)
+        levels, longest = LevelSearch(self.measured.expected_noise(self.budget, self._judged_uniforms)), 0.0
+        # What is found is converted and judged once more when it is published.
+        while (level := levels.next) is not None and self.clock.has_room_for(2 * longest):
+            started = self.clock.seconds
+            mix = self.mixes.at(level, {**limits, "nbytes": room} if most is not None else limits)
             if mix is None:
                 break
             recipe = self._recipe(mix)
             if most is not None and (excess := self.measured.size(recipe) - most) > 0:
                 # By a little more, so that few attempts are needed.
                 room -= excess + most // 4096
-            elif self._keeps_outputs(recipe):
-                accepted, high = recipe, middle - 1
-            else:
-                low = middle + 1
+                continue
+            if is_kept := self._keeps_outputs(recipe):
+                accepted = recipe
+            levels.tell(is_kept=is_kept)
+            longest = max(longest, self.clock.seconds - started)
         return accepted
 
     # A limit on bytes or time: the one that loses least.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from quantcli.planning.recipe import Recipe
@@ -67,6 +68,18 @@ class Measurements:
             UsageError: the data gives no such metric.
         """
         return limits_of(budget, self.drops(recipe))
+
+    def expected_noise(self, budget: Budget, judged: Iterable[Recipe]) -> float | None:
+        """The noise that would just keep the limits if losses grew with it as in recipes that were judged.
+
+        Of these the one that loses least tells; None: none does.
+        """
+        expected = []
+        for recipe in judged:
+            used = max((drop.bound / limit for _, limit, drop in self.limits(budget, recipe) if limit > 0), default=0.0)
+            if used > 0 and (noise := self.noise(recipe)) > 0:
+                expected.append((used, noise / used))
+        return min(expected)[1] if expected else None
 
     def best_case(self, budget: Budget) -> list[Limited]:
         """Limits on the number of answers that change, and what is lost where none does, as the samples can show it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,12 @@ LEVELS = 141
 _SHOWN_EVERY = 4
 #: A mix may be so much larger than the smallest one where that saves work.
 _AS_SMALL = 1.02
+
+
+def level_of(noise: float) -> int:
+    """The first level that allows no more than this noise."""
+    level = math.ceil((-10 * math.log10(noise) - _LEAST_DB) / _STEP_DB)
+    return min(LEVELS - 1, max(0, level))
 
 
 @dataclass(frozen=True)

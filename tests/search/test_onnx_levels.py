@@ -1,0 +1,40 @@
+"""The level of noise that keeps a limit is found exactly, and in few trials near to what was expected."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantcli.search.clock import Clock
+from quantcli.search.onnx_levels import LevelSearch
+from quantcli.search.onnx_mixes import LEVELS, level_of
+
+
+def tried(search: LevelSearch, first_kept: int) -> list[int]:
+    found = []
+    while search.next is not None:
+        found.append(search.next)
+        search.tell(is_kept=search.next >= first_kept)
+    return found
+
+
+@pytest.mark.parametrize("noise", [None, 1e3, 1.0, 2e-3, 1e-12])
+def test_every_level_is_found(noise: float | None) -> None:
+    for first in range(LEVELS):
+        levels = tried(LevelSearch(noise), first)
+        assert min(level for level in levels if level >= first) == first
+        assert len(levels) == len(set(levels)) <= 16
+    assert not [level for level in tried(LevelSearch(noise), LEVELS) if level >= LEVELS]
+
+
+def test_a_limit_near_to_what_was_expected_takes_few_trials_of_levels_near_by() -> None:
+    expected = level_of(1.6e-3)
+    for first in range(expected - 3, expected + 4):
+        levels = tried(LevelSearch(1.6e-3), first)
+        assert len(levels) <= 5
+        assert max(abs(level - first) for level in levels) <= 8
+
+
+def test_a_clock_tells_whether_something_ends_in_time() -> None:
+    assert Clock().has_room_for(1e9)
+    assert Clock(60.0).has_room_for(30.0)
+    assert not Clock(60.0).has_room_for(61.0)
