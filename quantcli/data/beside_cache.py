@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,8 @@ from quantcli.core.ports import Arrays
 from quantcli.data.sources.base import Sample, SampleSource
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
 
@@ -24,6 +26,10 @@ class BesideCache:
     def choose(self, wanted: int | None, seed: int) -> Sequence[int]:
         """At most so many samples, or all of them."""
         return self._source.choose(wanted, seed)
+
+    def files(self, chosen: Sequence[int]) -> Iterable[Path]:
+        """The files that these samples are read from."""
+        return self._source.files(chosen)
 
     def iterate(self, chosen: Sequence[int]) -> Iterator[Sample]:
         """These samples, in this order."""

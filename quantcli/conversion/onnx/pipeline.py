@@ -242,7 +242,7 @@ def _build(
     outputs = _outputs(material, honest, calibrating, staging.root)
     compared = outputs.against(target, str(job.output))
     doubts = [] if job.trains else honest.require(outcomes, outputs, compared, target)
-    if job.cache:
+    if source.cached:
         verified["decoder"] = prove_cache(target, honest, source, staging.root)
     attempt = None
     if calibrating is not None:
@@ -276,7 +276,7 @@ def _finish(job: _Job, staging: Staging, material: Material, built: _Built, prot
     lacking: list[str] = []
     if not job.single_file and folder.is_dir():
         lacking = copy_companions(folder, staging.out, layout_of(job.output, done), outside=len(built.files) > 1)
-    if job.cache:
+    if source.cached:
         lacking += write_decoder_config(folder, staging.out, layout_of(job.output, done))
 
     stages = (source, built.samples, gathered, built.history, done, protection, compared, advice)

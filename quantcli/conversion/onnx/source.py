@@ -27,13 +27,16 @@ from quantcli.planning.targets import onnxruntime_version
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from quantcli.export.export import Exported
+
 
 @dataclass(frozen=True)
 class Source:
     """A model and its graph, which is exported where the model is none itself.
 
     ``codes`` are those of a quantized checkpoint that are to be kept; ``origin`` is what its manifest said.
-    ``exported_db`` is the signal to noise of an export's outputs beside torch's, None where they are equal.
+    ``exported_db`` is the signal to noise of an export's outputs beside torch's, None where they are equal;
+    ``cached``: the export is a decoder with a key-value cache.
     """
 
     subject: ModelSource
@@ -42,6 +45,7 @@ class Source:
     origin: dict[str, Any] | None
     warnings: tuple[str, ...] = ()
     exported_db: float | None = None
+    cached: bool = False
 
 
 def open_source(
@@ -59,12 +63,28 @@ def open_source(
         codes, origin = _quantized(subject.checkpoint, recipe)
     if subject.onnx is not None:
         return Source(subject, subject.onnx, codes, origin)
-    from quantcli.export.export import export_to_onnx
-
-    exported = export_to_onnx(subject.path, folder, data=data, weights=subject.weights, cache=cache)
+    exported, cached = _exported(subject, recipe, data, folder, cache=cache)
     graph, told = open_onnx(exported.path, mapped=True), tuple(exported.warnings)
     graph.shown = Path(subject.path)
-    return Source(subject, graph, codes, origin, told, exported.outputs_sqnr_db)
+    return Source(subject, graph, codes, origin, told, exported.outputs_sqnr_db, cached)
+
+
+def _exported(
+    subject: ModelSource, recipe: Recipe, data: DataRequest | None, folder: Path, *, cache: bool
+) -> tuple[Exported, bool]:
+    """The export, and whether it has a key-value cache: where torch cannot trace one, a graph that scores will do."""
+    from quantcli.export.export import export_to_onnx
+
+    export = partial(export_to_onnx, subject.path, folder, data=data, weights=subject.weights)
+    try:
+        return export(cache=cache), cache
+    except InputError as error:
+        if not cache or recipe.runtime[0] not in (None, "onnxruntime"):
+            raise
+        why = error.message
+    plain = export()
+    plain.warnings.append(f"The graph has no key-value cache, and serves for scoring alone: {why}")
+    return plain, False
 
 
 def planned_graph(
