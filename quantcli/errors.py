@@ -49,6 +49,10 @@ class NotProvenError(InputError):
     """An artifact is written, and what was to prove that it works gave no answer: it is kept aside, to be continued."""
 
 
+class DiskFullError(InputError):
+    """The disk has no room for an output."""
+
+
 class RankError(QuantcliError):
     """Another process that shared the work ended: what is written so far stays, and the same command continues."""
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from quantcli.errors import InputError, NotProvenError, RankError, UsageError
+from quantcli.errors import DiskFullError, InputError, NotProvenError, RankError, UsageError
 from quantcli.system import ranks
 from quantcli.system.files import explain
 
@@ -41,6 +41,8 @@ class Staging:
         self._journal: IO[str] | None = None
         #: Whether this run found nothing that it continues.
         self.is_new = False
+        #: Whether codes lie here that were chosen from data.
+        self.has_calibrated = False
 
     @property
     def journals(self) -> list[Path]:
@@ -110,6 +112,11 @@ class Staging:
     def is_interrupted(self) -> bool:
         """Whether something lies there that the command that began it continues."""
         return self.checkpoint.exists() or self._journal_path.exists()
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether what lies there took long: codes chosen from data, or a training."""
+        return self.checkpoint.exists() or self.has_calibrated
 
     @property
     def is_no_loss(self) -> bool:
@@ -266,7 +273,7 @@ def partial_folder(target: Path) -> Path:
 def open_staging(target: Path) -> Iterator[Staging]:
     """A locked staging folder. An error removes it; an interruption, or a proof without an answer, leaves it.
 
-    What is left is continued by the next run. Of ranks that share the work, the first has it, and the others help.
+    So does a disk that is full, where what is done took long. What is left is continued by the next run. Of ranks that share the work, the first has it, and the others help.
 
     Raises:
         InputError: the place cannot be written, the disk is full, or another process builds this output.
@@ -291,6 +298,15 @@ def open_staging(target: Path) -> Iterator[Staging]:
             except (NotProvenError, RankError):
                 staging.close()
                 raise
+            except DiskFullError as error:
+                staging.close()
+                if not staging.is_costly:
+                    staging.discard()
+                    raise
+                hint = (
+                    f"Free some space: the same command continues with what is done, which is kept in {staging.root}."
+                )
+                raise DiskFullError(error.message, hint) from error
             except UsageError:
                 # Nothing was begun, or something that is not ours to throw away.
                 staging.close()

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import DiskFullError, InputError, UsageError
 
 #: numpy's words for a write that ended early, which have no number of an error.
 _CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
@@ -90,7 +90,8 @@ def _state(file: Path) -> tuple[int, ...] | None:
 def explain(error: OSError, target: Path) -> InputError:
     """An operating system's error about writing, in words."""
     if error.errno in _FULL or _CUT_SHORT.search(str(error)):
-        return InputError(f"The disk is full: {target} could not be written.", "Free some space, or choose another -o.")
+        message = f"The disk is full: {target} could not be written."
+        return DiskFullError(message, "Free some space, or choose another -o.")
     place = error.filename or target
     return InputError(f"{place} cannot be written: {error.strerror or error}.", "Choose another -o.")
 
