@@ -41,8 +41,8 @@ class Staging:
         self._journal: IO[str] | None = None
         #: Whether this run found nothing that it continues.
         self.is_new = False
-        #: Whether codes lie here that were chosen from data.
-        self.has_calibrated = False
+        #: Lies there with codes that were chosen from data.
+        self._calibrated = self.root / "calibrated"
 
     @property
     def journals(self) -> list[Path]:
@@ -81,6 +81,7 @@ class Staging:
             shutil.rmtree(self.scratch, ignore_errors=True)
             self._journal_path.unlink(missing_ok=True)
             self.checkpoint.unlink(missing_ok=True)
+            self._calibrated.unlink(missing_ok=True)
         self.out.mkdir(parents=True, exist_ok=True)
         self._journal = self._journal_path.open("a", encoding="utf-8")
         if not records:
@@ -116,7 +117,11 @@ class Staging:
     @property
     def is_costly(self) -> bool:
         """Whether what lies there took long: codes chosen from data, or a training."""
-        return self.checkpoint.exists() or self.has_calibrated
+        return self.checkpoint.exists() or self._calibrated.exists()
+
+    def note_calibrated(self) -> None:
+        """Say that codes lie there which were chosen from data."""
+        self._calibrated.touch()
 
     @property
     def is_no_loss(self) -> bool:
@@ -273,7 +278,8 @@ def partial_folder(target: Path) -> Path:
 def open_staging(target: Path) -> Iterator[Staging]:
     """A locked staging folder. An error removes it; an interruption, or a proof without an answer, leaves it.
 
-    So does a disk that is full, where what is done took long. What is left is continued by the next run. Of ranks that share the work, the first has it, and the others help.
+    So does a disk that is full, where what is done took long. What is left is continued by the next run. Of ranks that
+    share the work, the first has it, and the others help.
 
     Raises:
         InputError: the place cannot be written, the disk is full, or another process builds this output.
@@ -303,9 +309,7 @@ def open_staging(target: Path) -> Iterator[Staging]:
                 if not staging.is_costly:
                     staging.discard()
                     raise
-                hint = (
-                    f"Free some space: the same command continues with what is done, which is kept in {staging.root}."
-                )
+                hint = f"Free some space: the same command continues with what is done, and kept in {staging.root}."
                 raise DiskFullError(error.message, hint) from error
             except UsageError:
                 # Nothing was begun, or something that is not ours to throw away.

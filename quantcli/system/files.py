@@ -97,13 +97,13 @@ def explain(error: OSError, target: Path) -> InputError:
 
 
 def require_space(target: Path, nbytes: int) -> None:
-    """Raise InputError where the target's disk has less room than ``nbytes``."""
+    """Raise DiskFullError where the target's disk has less room than ``nbytes``."""
     folder = target.absolute().parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < nbytes:
-        raise InputError(
+        raise DiskFullError(
             f"The disk is full: {target} needs {nbytes:,} bytes, and {free:,} are free.",
             hint="Free some space, or choose another -o.",
         )

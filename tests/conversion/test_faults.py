@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,6 +192,27 @@ def test_a_disk_that_is_full_leaves_nothing_but_what_took_long(files: Path, plac
     for size in (0, 100, max(map(len, wanted.values())) // 2):
         fails(files_of_at_most(size), f"{size} bytes")
     assert bool(kept) == (name in TAKE_LONG)
+
+
+@pytest.mark.slow
+def test_another_try_on_a_disk_that_is_still_full_loses_nothing(
+    files: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = STAGES["gptq"]
+    with full_disk(place) as counted:
+        stage.run(files, place)
+    wanted = held(place)
+    clear(place)
+    with full_disk(place, counted.steps - 1), pytest.raises(InputError, match="the same command continues"):
+        stage.run(files, place)
+    written = {name: content for name, content in held(place).items() if "/out/" in name}
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=-1))
+        with pytest.raises(InputError, match=r"are free\. .*the same command continues"):
+            stage.run(files, place)
+    assert written and written.items() <= held(place).items()
+    stage.run(files, place)
+    assert held(place) == wanted
 
 
 @pytest.mark.usefixtures("frequent_checkpoints")

@@ -185,7 +185,6 @@ class CalibratedWork:
     def run(self, output: Output) -> None:
         """Quantize and write every block whose tensors are not in the output's results yet, then learn."""
         learned = output.staging.scratch / _LEARNED
-        output.staging.has_calibrated = not self.names().isdisjoint(output.results)
         if not learned.exists():
             with torch_threads():
                 chain = self._run_blocks(output)
@@ -239,7 +238,7 @@ class CalibratedWork:
         if ranks.is_first():
             for name, result in self._write(outcome, output.destinations).items():
                 output.record(name, result)
-            output.staging.has_calibrated = True
+            output.staging.note_calibrated()
 
     @property
     def _tunes(self) -> bool:
