@@ -125,13 +125,9 @@ def _machine() -> str:
 
 def _is_dead(host: str, process: int) -> bool:
     """Whether a process of this machine has ended; those of others seem to live."""
-    if host != _machine() or not hasattr(signal, "SIGKILL"):
-        return False  # on Windows, signal 0 would end it
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    return False
+    import psutil
+
+    return host == _machine() and not psutil.pid_exists(process)
 
 
 _team: ContextVar[_Team | None] = ContextVar("_team", default=None)
