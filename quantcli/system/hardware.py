@@ -60,6 +60,13 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number; signal 0, which asks so elsewhere, ends it on Windows."""
+    import psutil
+
+    return bool(psutil.pid_exists(process))
+
+
 def free_memory_bytes() -> int:
     """Memory that can be taken without swapping."""
     import psutil

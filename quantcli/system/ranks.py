@@ -25,6 +25,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantcli.errors import InputError, QuantcliError, RankError, UsageError
+from quantcli.system.hardware import is_running
 
 if TYPE_CHECKING:
     from quantcli.system.messages import Messages
@@ -125,9 +126,7 @@ def _machine() -> str:
 
 def _is_dead(host: str, process: int) -> bool:
     """Whether a process of this machine has ended; those of others seem to live."""
-    import psutil
-
-    return host == _machine() and not psutil.pid_exists(process)
+    return host == _machine() and not is_running(process)
 
 
 _team: ContextVar[_Team | None] = ContextVar("_team", default=None)

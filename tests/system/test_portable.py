@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from support.onnx_models import save_products
 from support.portable import lacking_what_linux_has, open_files_are_kept
-from support.stages import STAGES, write_inputs
+from support.stages import STAGES
 
 from quantcli import convert
 from quantcli.checkpoint import positional
@@ -29,11 +29,6 @@ from quantcli.system.child import Child, ChildFailedError
 #: A checkpoint, one with calibration, a single file of another kind, graphs with and without data, and statistics.
 COMMANDS = ("checkpoint", "gptq", "gguf", "graph", "graph in a folder", "static graph", "statistics")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="open files are known by /proc")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def held(place: Path) -> dict[str, bytes]:
