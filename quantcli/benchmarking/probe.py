@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from quantcli.errors import InputError
 from quantcli.models.custom_operators import register, registered
 from quantcli.models.narrow import in_numpy
 from quantcli.system.child import Child, ChildFailedError
+from quantcli.system.files import temporary_folder
 from quantcli.system.hardware import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def probe(
     """
     import numpy as np
 
-    with tempfile.TemporaryDirectory(prefix="quantcli-") as name:
+    with temporary_folder() as name:
         folder = Path(name)
         np.savez(folder / "feeds.npz", **{name: in_numpy(array) for name, array in feeds.items()})  # type: ignore[arg-type]
         request = {"model": model, "kind": kind, "threads": threads, "weights": weights and str(weights)}
@@ -67,10 +67,9 @@ def probe(
             return Probe(**child.result())
         except ChildFailedError as error:
             reason = error.last_line.removeprefix("quantcli.errors.InputError: ")
-            killed = error.status is not None and error.status < 0
             raise InputError(
                 f"{model} could not be run in a process of its own (status {error.status}): {reason}",
-                "It was killed, which is what happens where memory runs out." if killed else None,
+                "It was killed, which is what happens where memory runs out." if error.crashed else None,
             ) from error
         finally:
             child.stop()

@@ -6,7 +6,6 @@ taken in chunks: the samples run once for each, through just the part of the gra
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from quantcli.data.samples import Samples, batches, own_batches
 from quantcli.models.session import Session
 from quantcli.onnx.plan.plan import observed_tensors
 from quantcli.system import ranks
+from quantcli.system.files import temporary_folder
 from quantcli.system.parallel import usable_cores
 from quantcli.system.progress import Progress, Tracker
 
@@ -71,7 +71,7 @@ def collect(
         InputError: the graph cannot be run on the samples.
     """
     names = list(dict.fromkeys(observed_tensors(graph) if observed is None else observed))
-    with tempfile.TemporaryDirectory(prefix="quantcli-") as scratch:
+    with temporary_folder() as scratch:
         capture = capture_activations(graph, Path(scratch))
         first = next(batches(samples, batch_size))[0]
         sizes = {name: nbytes + _OBSERVER_BYTES for name, nbytes in capture.sizes(names, first).items()}

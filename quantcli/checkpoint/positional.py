@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HAS_POSITIONAL_IO = hasattr(os, "preadv") and hasattr(os, "pwrite")
+#: Bytes that are read or written at a time: macOS refuses 2 GiB and more.
+_PIECE = 1 << 30
 
 
 class PositionalFile:
@@ -46,11 +48,11 @@ class PositionalFile:
         done = 0
         while done < len(view):
             if _HAS_POSITIONAL_IO:
-                got = os.preadv(self._descriptor, [view[done:]], offset + done)
+                got = os.preadv(self._descriptor, [view[done : done + _PIECE]], offset + done)
             else:
                 with self._lock:
                     os.lseek(self._descriptor, offset + done, os.SEEK_SET)
-                    piece = os.read(self._descriptor, len(view) - done)
+                    piece = os.read(self._descriptor, min(_PIECE, len(view) - done))
                 view[done : done + len(piece)] = piece
                 got = len(piece)
             if got == 0:
@@ -63,11 +65,11 @@ class PositionalFile:
         done = 0
         while done < len(view):
             if _HAS_POSITIONAL_IO:
-                done += os.pwrite(self._descriptor, view[done:], offset + done)
+                done += os.pwrite(self._descriptor, view[done : done + _PIECE], offset + done)
             else:
                 with self._lock:
                     os.lseek(self._descriptor, offset + done, os.SEEK_SET)
-                    done += os.write(self._descriptor, view[done:])
+                    done += os.write(self._descriptor, view[done : done + _PIECE])
 
     def resize(self, size: int) -> None:
         """Extend (sparsely) or cut the file to ``size`` bytes."""

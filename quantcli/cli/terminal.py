@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
@@ -31,10 +32,14 @@ class Ui:
         self.json = self.quiet = self.debug = False
         #: Where the report is to go as a page.
         self.html: Path | None = None
+        # Names may hold characters that the encoding of a terminal or a log lacks, such as Windows' cp1252.
+        _reconfigure(sys.stdout, errors="backslashreplace")
+        _reconfigure(sys.stderr, errors="backslashreplace")
 
     def show(self, report: Report, tables: Sequence[Table]) -> None:
         """The report on stdout: one JSON document, or tables; warnings on stderr."""
         if self.json:
+            _reconfigure(sys.stdout, encoding="utf-8", errors="backslashreplace")  # RFC 8259, section 8.1
             print(report.to_json(), flush=True)
         else:
             console = self._console(sys.stdout)
@@ -99,6 +104,12 @@ class Ui:
 
         width = None if stream.isatty() else int(os.environ.get("COLUMNS", _LOG_WIDTH))
         return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+
+
+def _reconfigure(stream: Any, **options: Any) -> None:
+    """Change how a stream encodes; one that somebody put in its place is left as it is."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(**options)
 
 
 class _Shown:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from quantcli.onnx.graph.opset import QDQ_OPSET
 from quantcli.onnx.plan.plan import graph_quantization, observed_tensors
 from quantcli.reporting.report import ModelRow, Report
 from quantcli.system import ranks
-from quantcli.system.files import check_target
+from quantcli.system.files import check_target, temporary_folder
 from quantcli.system.progress import Progress
 from quantcli.system.text import suggestion
 
@@ -85,7 +84,7 @@ def calibrate(
     check_target(target, Path(given), force=force)
     if target.is_dir():
         raise UsageError(f"The output {target} is a folder.", "Name a file, such as stats.safetensors.")
-    with tempfile.TemporaryDirectory(prefix="quantcli-") as scratch:
+    with temporary_folder() as scratch:
         request = DataRequest.of(
             data, samples=samples, seq_len=seq_len, seed=seed, tokenizer=tokenizer, preprocess=preprocess
         )

@@ -17,7 +17,7 @@ from quantcli.reporting.pareto import require_pareto, write_pareto
 from quantcli.reporting.report import GateRow, ModelRow, Report
 from quantcli.search.budget import Budget
 from quantcli.search.choices import Found
-from quantcli.system.files import check_target, whole_file
+from quantcli.system.files import check_target, whole_file, write_text
 from quantcli.system.user_functions import is_function
 
 #: Converts by a recipe into a place; the flag says whether it is only planned.
@@ -173,7 +173,7 @@ def _write_recipe(path: Path, recipe: Recipe) -> None:
     text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
     try:
         with whole_file(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+            write_text(unfinished, text)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}.") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from quantcli.search.onnx import GraphSearches
 from quantcli.search.onnx_guard import StaticGuard
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.system import ranks
+from quantcli.system.files import temporary_folder
 from quantcli.system.progress import Progress
 
 
@@ -65,7 +65,7 @@ def convert_graph(
     require_other_data(recipe, budget, data=request is not None and recipe.algorithm != "auto")
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.search-", dir=parent) as folder:
+    with temporary_folder(f".{output.name}.search-", parent) as folder:
         subject = GraphSubject(
             str(model), output, recipe, request, statistics, weights, budget.allow, budget.eval_data, budget.metric,
             Path(folder), progress,

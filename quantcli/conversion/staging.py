@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from quantcli.errors import DiskFullError, InputError, NotProvenError, RankError, UsageError
 from quantcli.system import ranks
-from quantcli.system.files import explain
+from quantcli.system.files import explain, temporary_folder
 
 _LOCK = "lock"
 
@@ -285,14 +284,13 @@ def open_staging(target: Path) -> Iterator[Staging]:
         InputError: the place cannot be written, the disk is full, or another process builds this output.
     """
     if not ranks.is_first():
-        with tempfile.TemporaryDirectory(prefix="quantcli-") as own:
+        with temporary_folder() as own:
             yield _Beside(target, Path(own))
         return
     staging = Staging(target)
     try:
         staging.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(staging.root / _LOCK, timeout=0)
-        with lock:
+        with _locked(staging.root):
             staging.put_back()
             try:
                 yield staging
@@ -323,6 +321,26 @@ def open_staging(target: Path) -> Iterator[Staging]:
         raise InputError(f"Another process is writing {target}.", "Wait for it, or choose another -o.") from error
     except OSError as error:
         raise explain(error, target) from error
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Hold a folder's lock. Raises Timeout where another process has it.
+
+    Windows removes no file that is open: there the lock is what is left of a folder that was discarded meanwhile.
+    """
+    lock, discarded = root / _LOCK, False
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                discarded = root.exists() and [each.name for each in root.iterdir()] == [_LOCK]
+    finally:
+        if discarded:
+            with suppress(OSError):  # another process has taken it already
+                lock.unlink(missing_ok=True)
+                root.rmdir()
 
 
 def _remove_if_fresh(staging: Staging) -> None:

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from quantcli.core.ports import Port
 from quantcli.errors import InputError
-from quantcli.system.files import stored_member_offset
+from quantcli.system.files import stored_member_offset, temporary_folder
 from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class ArrayFile:
 
     def _extracted(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Path:
         if self._scratch is None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="quantcli-")
+            self._scratch = temporary_folder()
         folder = Path(self._scratch.name)
         if entry.file_size > shutil.disk_usage(folder).free:
             raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from quantcli.models.session import Session
 from quantcli.onnx.graph.model import OnnxModel, open_onnx
 from quantcli.onnx.graph.save import save_graph
 from quantcli.reporting.report import LayerRow
+from quantcli.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -175,7 +175,7 @@ def _observed(model: OnnxModel, names: Sequence[str]) -> Iterator[Session]:
     values = {value.name: value for value in (*graph.inputs, *(out for node in graph for out in node.outputs))}
     graph.outputs.clear()
     graph.outputs.extend(values[name] for name in dict.fromkeys(names))
-    with tempfile.TemporaryDirectory(prefix="quantcli-") as folder:
+    with temporary_folder() as folder:
         path = Path(folder) / "observed.onnx"
         save_graph(opened.ir, path)
         # Without optimization every value of the graph is there to be asked for.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from quantcli.models.pieces import pieces_of
 from quantcli.models.session import onnxruntime, session_of
 from quantcli.onnx.graph.model import load_graph
+from quantcli.system.files import temporary_folder
 
 #: Operators of an optimized graph that compute on integers, or on codes they expand as they go.
 INTEGER_KERNELS = frozenset(
@@ -70,7 +70,7 @@ def prove(path: Path, name: str | None = None) -> Proof:
     """
     version = f"onnxruntime {onnxruntime().__version__}"
     kernels, floating = Counter[str](), dict[str, list[str]]()
-    with tempfile.TemporaryDirectory(prefix="quantcli-") as folder:
+    with temporary_folder() as folder:
         for dump in _optimized(path, Path(folder), name):
             graph = load_graph(dump).graph
             kernels.update(node.op_type for node in graph.all_nodes())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantcli.reporting.report import Report, Table
-from quantcli.system.files import whole_file
+from quantcli.system.files import whole_file, write_text
 
 
 def write_markdown(tables: Sequence[Table], report: Report, path: Path | None) -> None:
@@ -21,7 +21,7 @@ def write_markdown(tables: Sequence[Table], report: Report, path: Path | None) -
     text = "\n".join(parts)
     if path is not None:
         with whole_file(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+            write_text(unfinished, text)
     if summary:
         with Path(summary).open("a", encoding="utf-8") as stream:
             stream.write(text)

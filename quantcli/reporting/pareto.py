@@ -12,7 +12,7 @@ from quantcli.reporting.charts.base import require_matplotlib
 from quantcli.reporting.charts.pareto import charts_of_points, points_of
 from quantcli.reporting.report import finite
 from quantcli.reporting.tables.budget import mixes_table
-from quantcli.system.files import whole_file
+from quantcli.system.files import whole_file, write_text
 
 
 def require_pareto(path: Path) -> None:
@@ -42,6 +42,6 @@ def write_pareto(path: Path, points: Sequence[Mapping[str, Any]]) -> None:
     try:
         for file, text in files.items():
             with whole_file(file) as unfinished:
-                unfinished.write_text(text, encoding="utf-8")
+                write_text(unfinished, text)
     except OSError as error:
         raise InputError(f"{error.filename} cannot be written: {error.strerror}.") from error

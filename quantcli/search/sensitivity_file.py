@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quantcli.errors import InputError
-from quantcli.system.files import whole_file
+from quantcli.system.files import whole_file, write_text
 from quantcli.system.text import first_line
 from quantcli.version import __version__
 
@@ -94,7 +94,7 @@ class SensitivityStore:
         text = json.dumps(self.found.model_dump(), indent=1, allow_nan=False)
         try:
             with whole_file(self.path) as unfinished:
-                unfinished.write_text(text + "\n", encoding="utf-8")
+                write_text(unfinished, text + "\n")
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}.") from error
 

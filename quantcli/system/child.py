@@ -9,18 +9,23 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from quantcli.system.files import temporary_folder
+
 #: The child imports what this process would, and nothing from the current folder.
 _CODE = "import sys; sys.path[:] = {path!r}; from quantcli.system.child import main; main(*sys.argv[1:])"
 #: SIGKILL, which not every system names.
 _KILL = 9
-_QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+#: Windows has no signals: from here on, the status of a process is the exception that it died of (NTSTATUS).
+_WINDOWS_CRASH = 0xC0000000
+_QUIET = {
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "PYTHONIOENCODING": "utf-8",
+}  # fmt: skip
 
 
 class ChildFailedError(Exception):
@@ -38,11 +43,22 @@ class ChildFailedError(Exception):
     @property
     def end(self) -> str:
         """How it ended, in words."""
-        if self.status is None or self.status >= 0:
-            return self.last_line
         if self.status == -_KILL:
             return "it was killed, as systems do where memory is short"
-        return f"it crashed ({signal.Signals(-self.status).name})"
+        return f"it crashed ({_crash(self.status)})" if self.crashed and self.status is not None else self.last_line
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the system ended it, and not the interpreter."""
+        return self.status is not None and (self.status < 0 or self.status >= _WINDOWS_CRASH)
+
+
+def _crash(status: int) -> str:
+    """What the system calls a crash: the name of a signal, or on Windows a number that is written in hexadecimal."""
+    if status > 0:
+        return f"0x{status:X}"
+    known = {each.value: each.name for each in signal.Signals}
+    return known.get(-status, f"signal {-status}")  # signals of real time have no names
 
 
 def is_out_of_memory(message: str) -> bool:
@@ -67,7 +83,7 @@ class Child:
             request: the dict it takes.
             environment: variables beside those of this process.
         """
-        self._place = tempfile.TemporaryDirectory(prefix="quantcli-")
+        self._place = temporary_folder()
         folder = Path(self._place.name)
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         with (folder / "stderr.txt").open("w", encoding="utf-8") as stderr:
@@ -105,7 +121,7 @@ class Service:
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         """Begin; ``environment``: variables beside those of this process."""
-        self._place = tempfile.TemporaryDirectory(prefix="quantcli-")
+        self._place = temporary_folder()
         self._calls = 0
         with (Path(self._place.name) / "stderr.txt").open("w", encoding="utf-8") as stderr:
             self._process = subprocess.Popen(
@@ -123,7 +139,7 @@ class Service:
         (folder / f"request{self._calls}.json").write_text(json.dumps(request), encoding="utf-8")
         assert self._process.stdin is not None
         # One that has ended says so where its answer is waited for.
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # BrokenPipeError, on Windows one of an invalid argument
             self._process.stdin.write(f"{function} {self._calls}\n".encode())
             self._process.stdin.flush()
 

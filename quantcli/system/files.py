@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
 import re
 import shutil
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -130,16 +132,36 @@ def whole_file(path: Path) -> Iterator[Path]:
         number = _OF_RUST.search(str(error))
         if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise _system_error(int(number[1]), path) from error
     finally:
         if not is_special:
             with suppress(OSError):  # where nothing could be written, there is nothing to clear away
                 unfinished.unlink(missing_ok=True)
 
 
+def _system_error(number: int, path: Path) -> OSError:
+    """The error that a system gives this number: its own one on Windows, errno elsewhere."""
+    if sys.platform == "win32":
+        return OSError(0, ctypes.FormatError(number), str(path), number)
+    return OSError(number, os.strerror(number), str(path))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text of an output: the same bytes on every system, in UTF-8 and with its line ends as they are."""
+    path.write_text(text, encoding="utf-8", newline="")
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a configuration as people read it."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def temporary_folder(prefix: str = "quantcli-", parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
+    """A folder that goes when it is left, by ``with``, ``cleanup`` or for want of a reference.
+
+    What is still open or mapped then stays: Windows removes no such file, and that is no reason to fail.
+    """
+    return tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from pathlib import Path
 #: Instructions that integer kernels are chosen by, as Linux names them.
 _FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 
-_CPU_INFO = Path("/proc/cpuinfo")
+#: What Linux tells; other systems have no such files.
+_CPU_INFO, _STATUS = Path("/proc/cpuinfo"), Path("/proc/self/status")
 
 
 def cpu_name() -> str:
@@ -37,10 +38,9 @@ def _field(name: str) -> str | None:
 
 def peak_rss_bytes() -> int:
     """Largest resident size of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
+    if _STATUS.exists():
         # Not getrusage: on Linux its figure starts at the size of the process that started this one.
-        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        peak = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"))
         if peak:
             return int(peak[1]) * 1024
     if sys.platform == "win32":
@@ -58,6 +58,13 @@ def resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number; signal 0, which asks so elsewhere, ends it on Windows."""
+    import psutil
+
+    return bool(psutil.pid_exists(process))
 
 
 def free_memory_bytes() -> int:

@@ -25,6 +25,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantcli.errors import InputError, QuantcliError, RankError, UsageError
+from quantcli.system.hardware import is_running
 
 if TYPE_CHECKING:
     from quantcli.system.messages import Messages
@@ -125,13 +126,7 @@ def _machine() -> str:
 
 def _is_dead(host: str, process: int) -> bool:
     """Whether a process of this machine has ended; those of others seem to live."""
-    if host != _machine() or not hasattr(signal, "SIGKILL"):
-        return False  # on Windows, signal 0 would end it
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    return False
+    return host == _machine() and not is_running(process)
 
 
 _team: ContextVar[_Team | None] = ContextVar("_team", default=None)

@@ -32,7 +32,7 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 
 
 @contextmanager
-def _watching(watch: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+def watching(watch: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
     """Meanwhile ``watch`` is told of every event, and may raise in its place."""
     if not getattr(sys, "_quantcli_watched", False):
         sys.addaudithook(_hook)
@@ -64,7 +64,7 @@ def before_changes(folder: Path, react: Callable[[str], None], events: tuple[str
         react("write")
         write(file, offset, data)
 
-    with pytest.MonkeyPatch.context() as patch, _watching(see):
+    with pytest.MonkeyPatch.context() as patch, watching(see):
         patch.setattr(PositionalFile, "write", writing)
         yield
 
@@ -121,7 +121,7 @@ def failing_reads(file: Path, after: int | None = None) -> Iterator[Counted]:
             failing("read")
         read(opened, view, offset)
 
-    with pytest.MonkeyPatch.context() as patch, _watching(see):
+    with pytest.MonkeyPatch.context() as patch, watching(see):
         patch.setattr(PositionalFile, "_read_into", reading)
         yield failing
 
@@ -151,7 +151,7 @@ class Kills:
         shutil.copytree(moment, self.folder)
 
     def _keep(self, _: str) -> None:
-        with _watching(lambda *_: None):  # copying is no step of its own
+        with watching(lambda *_: None):  # copying is no step of its own
             held = {
                 str(path.relative_to(self.folder)): b"" if path.is_dir() else path.read_bytes()
                 for path in sorted(self.folder.rglob("*"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -25,6 +24,7 @@ from quantcli.core.manifest import Manifest
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError, MissingExtraError
 from quantcli.formats import gguf as form
+from quantcli.system.files import temporary_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +86,7 @@ class GgufCheckpoint(Checkpoint):
 
     @cached_property
     def _folder(self) -> Path:
-        self._place = tempfile.TemporaryDirectory(prefix="quantcli-gguf-")
+        self._place = temporary_folder("quantcli-gguf-")
         folder = Path(self._place.name).resolve()
         files: dict[str, Any] = {"config.json": self.config}
         files |= tokenizer_files(self._metadata, str(self.path))

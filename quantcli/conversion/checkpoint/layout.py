@@ -19,6 +19,7 @@ from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.core.tensors import TensorSpec
 from quantcli.errors import UsageError
 from quantcli.planning.plan import LayerPlan, Plan, quantization_config
+from quantcli.system.files import write_text
 
 #: Formats that diffusers loads for its own models.
 _OF_DIFFUSERS = ("safetensors", "bitsandbytes")
@@ -69,9 +70,7 @@ class Layout:
                 "metadata": {"total_size": sum(spec.nbytes for spec in self.specs.values())},
                 "weight_map": dict(sorted(weight_map.items())),
             }
-            (out / f"{self.stem}.safetensors.index.json").write_text(
-                json.dumps(index, indent=2) + "\n", encoding="utf-8"
-            )
+            write_text(out / f"{self.stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         return destinations
 
     def config(self, plan: Plan, original: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -92,7 +91,7 @@ class Layout:
         """quantcli.json in a folder; in a single file its metadata, for which room was kept."""
         if self.single_file is None:
             text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-            (out / MANIFEST).write_text(text + "\n", encoding="utf-8")
+            write_text(out / MANIFEST, text + "\n")
             return
         reserved = len(self.headers[self.single_file][0])
         text = json.dumps(manifest.to_json(), separators=(",", ":"), allow_nan=False)

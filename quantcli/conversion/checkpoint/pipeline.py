@@ -21,6 +21,7 @@ from quantcli.core.manifest import Manifest, ManifestLayer
 from quantcli.errors import UsageError, VerificationError
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.system import ranks
+from quantcli.system.files import write_json
 from quantcli.system.parallel import Background, in_parallel, usable_cores
 from quantcli.system.progress import Fractions, Progress, Tracker
 from quantcli.system.text import format_bytes
@@ -239,7 +240,7 @@ class Conversion:
                 shutil.copyfile(folder / relative, destination)
         config = self.layout.config(self.plan, self.checkpoint.config)
         if config is not None:
-            (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(out / "config.json", config)
 
     def _calibration(self) -> dict[str, Any]:
         """What is known of calibration data: of this run's, or of that which a quantized source has seen."""

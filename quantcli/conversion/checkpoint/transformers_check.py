@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from quantcli.planning.rules import Rules
 from quantcli.planning.targets.transformers import mixtures
 from quantcli.system import ranks
 from quantcli.system.child import ChildFailedError, Service
+from quantcli.system.files import temporary_folder
 from quantcli.system.parallel import usable_cores
 
 TIMEOUT_SECONDS = 900
@@ -136,7 +136,7 @@ class RuntimeCheck:
             self._scope = choose_scope(blocks, self._verify, self._limit)
             self._refuse([refusal.reason for refusal in mixtures(plan)])
         if not self._skipped and not _needs_values(plan):
-            with tempfile.TemporaryDirectory(prefix="quantcli-") as place:
+            with temporary_folder() as place:
                 # Files full of holes: headers, and room that takes no space.
                 for destination in layout.create_files(Path(place)).values():
                     destination.file.close()
