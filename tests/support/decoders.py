@@ -20,6 +20,8 @@ _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+#: As Qwen 2.5 is told to read longer texts, which leaves ``max_position_embeddings`` at the original length.
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
 #: By name: what transformers calls the architecture, and what of it is set beside `_SIZES`.
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -27,6 +29,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", {"tie_word_embeddings": False, "rope_parameters": _LLAMA3, "mlp_bias": True,
                          "attention_bias": True}),
     "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "yarn": ("qwen2", {"max_position_embeddings": 32, "rope_parameters": _YARN}),
     "mistral": ("mistral", {"sliding_window": 8}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True}),

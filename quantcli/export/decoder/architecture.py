@@ -53,8 +53,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 #: Activations of the feed-forward part that the graph has operators for.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
-#: Kinds of rotary embeddings that do not depend on how long a text is.
+#: Kinds of rotary embeddings that turn each position by the same angle in every text, so that tables hold them.
 _STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
+#: Kinds that turn it by another angle in a longer text.
+_ROTARY_BY_LENGTH = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def read_decoder(folder: Path) -> Decoder:
         kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=head_dim,
         vocabulary=config.vocab_size,
-        context=config.max_position_embeddings,
+        context=_context(config),
         epsilon=config.rms_norm_eps,
         activation=ACTIVATIONS[_activation(config)],
         scale=scale,
@@ -147,6 +149,16 @@ def refused(reason: str) -> InputError:
     )
 
 
+def _context(config: Any) -> int:
+    """Tokens that a model can take. With yarn, ``max_position_embeddings`` may be left at what it was trained on."""
+    lengths = [int(config.max_position_embeddings)]
+    for each in _rotary_settings(config):
+        # Not so with llama3, whose factor is beyond the context: Llama 3.2 has 32 for 131,072 tokens after 8192.
+        if each.get("rope_type") == "yarn" and each.get("factor"):
+            lengths.append(int(each["factor"] * each["original_max_position_embeddings"]))
+    return max(lengths)
+
+
 def _layer_types(config: Any) -> list[str]:
     """What each block attends to: ``full_attention`` or ``sliding_attention``."""
     named = getattr(config, "layer_types", None)
@@ -161,6 +173,12 @@ def _rotary_by_kind(config: Any) -> bool:
     return any(isinstance(value, Mapping) for value in (config.rope_parameters or {}).values())
 
 
+def _rotary_settings(config: Any) -> list[Mapping[str, Any]]:
+    """Settings of a model's rotary embeddings: one, or one of each kind of blocks."""
+    parameters = config.rope_parameters or {}
+    return list(parameters.values()) if _rotary_by_kind(config) else [parameters]
+
+
 def _activation(config: Any) -> str:
     return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
@@ -168,11 +186,12 @@ def _activation(config: Any) -> str:
 def _unsupported(config: Any) -> list[str]:
     """What of a configuration has no place in the graph."""
     found = []
-    parameters = config.rope_parameters or {}
-    for each in parameters.values() if _rotary_by_kind(config) else [parameters]:
+    for each in _rotary_settings(config):
         kind = each.get("rope_type", "default")
-        if kind not in _STATIC_ROTARY:
+        if kind in _ROTARY_BY_LENGTH:
             found.append(f"its rotary embedding is {kind}, which depends on the length of a text")
+        elif kind not in _STATIC_ROTARY:
+            found.append(f"its rotary embedding is {kind}, and known are {listed(list(_STATIC_ROTARY), 9)}")
         if each.get("partial_rotary_factor", 1.0) != 1.0:
             found.append("its rotary embedding turns a part of each head only")
     if _activation(config) not in ACTIVATIONS:

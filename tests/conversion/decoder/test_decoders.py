@@ -61,6 +61,21 @@ def test_genai_says_what_torch_says_on_the_same_codes(made: Any, name: str, tmp_
     assert len(np.unique(said)) > 1
 
 
+@pytest.mark.parametrize("name", ["linear", "llama3", "yarn"])
+def test_beyond_the_length_it_was_trained_on_a_stretched_rotary_embedding_is_torchs(
+    made: Any, name: str, tmp_path: Path
+) -> None:
+    folder, artifact, _ = made(name)
+    assert json.loads((artifact / "genai_config.json").read_text())["model"]["context_length"] == 128
+    exact = OnnxRunner(without_rounding(artifact, tmp_path / "exact") / "model.onnx")
+    ids = np.random.default_rng(0).integers(3, 96, (1, 128))
+    with torch.inference_mode():
+        expected = torch_with_codes(folder, artifact)(torch.from_numpy(ids)).logits[0].numpy()
+    logits = exact.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]
+    for start, end in ((0, 32), (32, 33), (33, 128)):
+        assert np.abs(logits[0, start:end] - expected[start:end]).max() < 1e-4
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_prompt_that_is_read_in_pieces_is_the_same_prompt(made: Any, name: str, tmp_path: Path) -> None:
     """Logits of a whole prompt at once would be several times the model, so that the runtime is told to take less."""
@@ -158,18 +173,39 @@ def test_schemes_and_rules_reach_the_graph(made: Any, tmp_path: Path, name: str,
     assert not report.warnings or "cache" not in " ".join(report.warnings)
 
 
-def test_what_is_no_decoder_is_refused_by_name(made: Any, tmp_path: Path) -> None:
+def test_a_scheme_that_a_decoder_has_no_operator_for_is_refused_by_name(made: Any, tmp_path: Path) -> None:
     folder, _, _ = made("llama")
     with pytest.raises(UsageError, match="nf4"):
         quantcli.convert(folder, tmp_path / "out", scheme="nf4", target="onnxruntime-genai")
-    config = json.loads((folder / "config.json").read_text())
-    other = tmp_path / "longrope"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "dynamic, which depends on the length of a text"),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+             "original_max_position_embeddings": 32},
+            "longrope, which depends on the length of a text",
+        ),
+        ({"rope_type": "proportional"}, "proportional, and known are"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "turns a part of each head"),
+    ],
+)  # fmt: skip
+def test_a_rotary_embedding_that_no_table_holds_is_refused_before_any_work(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], reason: str
+) -> None:
+    folder, _, _ = made("llama")
+    other = tmp_path / "model"
     shutil.copytree(folder, other)
-    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="dynamic, which depends on the length of a text"):
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_theta": 1e4, **settings}}))
+    rounded: list[str] = []
+    monkeypatch.setattr("quantcli.algorithms.rtn.run", lambda *_: rounded.append("again"))
+    with pytest.raises(InputError, match=reason):
         quantcli.convert(other, tmp_path / "out", scheme="int8", target="onnxruntime-genai")
-    assert not (tmp_path / "out").exists()
+    assert not rounded
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 def test_an_interrupted_conversion_is_continued(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
