@@ -226,7 +226,15 @@ def _open_folder(folder: Path) -> Checkpoint:
         )
     if (folder / "config.json").is_file():
         raise InputError(f"{folder} has a config.json but no weights (model.safetensors or pytorch_model.bin).")
-    raise InputError(f"{folder} is not a model: it holds no safetensors or pytorch_model.bin file.")
+    inner = sorted(config.parent for config in folder.glob("*/config.json") if _holds_weights(config.parent))
+    raise InputError(
+        f"{folder} is not a model: it holds no safetensors or pytorch_model.bin file.",
+        f"Models lie in folders inside it: name one, such as {inner[0]}." if inner else None,
+    )
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _FOLDER_ENTRIES)
 
 
 def _open_file(path: Path, folder: Path | None) -> Checkpoint:

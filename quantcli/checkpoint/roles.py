@@ -16,7 +16,9 @@ from quantcli.core.dtypes import FLOAT_DTYPES, SMALL_DTYPES
 from quantcli.core.tensors import TensorInfo
 
 #: Roles whose tensors are weights of a layer that some format can quantize.
-LAYER_ROLES = ("linear", "conv1d", "conv", "embedding", "head", "tied head", "router", "expert", "experts")
+LAYER_ROLES = (
+    "linear", "conv1d", "conv", "embedding", "head", "tied head", "draft", "router", "expert", "experts",
+)  # fmt: skip
 
 #: Output heads of language models that share the embedding's weight and so are often not stored.
 HEAD_NAMES = (
@@ -32,6 +34,9 @@ _EMBEDDING_LEAF = re.compile(
 _PROJECTION_LEAF = re.compile(r"proj|patch|dense|unembed", re.IGNORECASE)
 #: Embeddings of places, not of words; with few words they can be the larger ones.
 _POSITION = re.compile(r"pos|wpe|type|seg", re.IGNORECASE)
+#: What leads into a layer that predicts a further token (`eh_proj`, or of twice the columns), and its own head.
+_DRAFT = re.compile(r"(^|\.)(eh_proj|shared_head\..+)$")
+_DRAFT_LAYERS = re.compile(r"(^|[._])mtp([._]|$)|nextn")
 _GATE = re.compile(r"(^|_)(gate|router)$")
 _SMALLEST_EXPERT_SIDE = 32
 
@@ -59,6 +64,9 @@ def classify(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> d
         if roles[info.name] != "linear":
             continue
         module = module_of(info.name)
+        if _is_draft(module, info):
+            roles[info.name] = "draft"
+            continue
         # A head stands alone: what is numbered belongs to a block, whatever its shape.
         like_embedding = info.shape in vocabulary_shapes and not any(map(str.isdigit, module.split(".")))
         if like_embedding or _HEAD_LEAF.fullmatch(_leaf(module)):
@@ -75,6 +83,15 @@ def classify(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> d
 def _leaf(module: str) -> str:
     """The last part of a module's name; a number only counts the members of a list."""
     return next((part for part in reversed(module.split(".")) if not part.isdigit()), "")
+
+
+def _is_draft(module: str, info: TensorInfo) -> bool:
+    """Whether a linear module leads into, or out of, a layer of multi-token prediction.
+
+    Such a layer reads the last hidden state and the next token's embedding side by side.
+    """
+    leads_in = info.columns == 2 * info.rows and _DRAFT_LAYERS.search(module) is not None
+    return leads_in or _DRAFT.search(module) is not None
 
 
 def _is_router(module: str, expert_parents: Container[str]) -> bool:

@@ -42,7 +42,7 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
     return section
 
 
-_LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "router", "expert")
+_LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "draft", "router", "expert")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Loader:
 
     - ``name``: the class, for messages.
     - ``modules``: modules of the file that it calls otherwise. ``absent``: linear modules that no tensor fills.
-    - ``leave``: reasons, by tensor, why it would not run codes.
+    - ``leave``: reasons, by tensor, why it would not run codes. ``unknown``: tensors that it does not load at all.
     - ``unpacked``: weights whose codes it takes only under the weight's own name; ``fits_nf4`` says whether it would
       run some of them as nf4.
     - ``weights_only``: weights that it runs only with inputs as they are.
@@ -68,6 +68,7 @@ class Loader:
     weights_only: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
     runs_narrow: bool = True
+    unknown: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ _LEFT_BECAUSE = {
     "empty": "empty",
     "head": "output head: runtimes and accuracy want it unquantized",
     "tied head": "output head, tied to the embedding",
+    "draft": "projection of multi-token prediction: runtimes want it unquantized, as they do the output head",
     "router": "router: decides which expert runs",
 }
 
@@ -226,7 +227,7 @@ class _Resolver:
         if role not in LAYER_ROLES:
             return self._leave(info, role, _LEFT_BECAUSE[role])
         asked = rule is not None and rule.scheme is not None
-        if role == "tied head" or (role in ("head", "router") and not asked):
+        if role == "tied head" or (role in ("head", "draft", "router") and not asked):
             return self._leave(info, role, _LEFT_BECAUSE[role])
         reason = self.format.carries(role)
         if reason:
@@ -281,7 +282,7 @@ class _Resolver:
         kind, default = scheme.weights.granularity.kind, scheme.weights.granularity.size
         if default is not None:
             size = wanted or default
-            together = self._columns_of_experts if role == "expert" and not wanted else columns
+            together = self._columns_of_experts if info.name in self._experts and not wanted else columns
             if columns % size or (together % size and self._fitting(scheme, together)):
                 if wanted or (spelled_out and kind == "group"):
                     self.bad_groups.setdefault(size, []).append(module_of(info.name))
@@ -327,9 +328,17 @@ class _Resolver:
         return [size for size in sizes if self.format.supports(scheme.with_group_size(size)) is None]
 
     @cached_property
+    def _experts(self) -> dict[str, TensorInfo]:
+        """Experts that are stored one by one, and the shared ones beside them, by name."""
+        if "expert" not in self.roles.values():
+            return {}
+        matrices = (info for info in self.infos if self.roles[info.name] in ("expert", "linear"))
+        return {info.name: info for info in matrices if "experts" in info.name}
+
+    @cached_property
     def _columns_of_experts(self) -> int:
-        """What divides the columns of all experts that are stored one by one: runtimes unpack them with one size."""
-        return gcd(*(info.columns for info in self.infos if self.roles[info.name] == "expert"))
+        """What divides the columns of all experts: runtimes unpack them with one size, be it that of a shared one."""
+        return gcd(*(info.columns for info in self._experts.values()))
 
     def _algorithm(self, scheme: Scheme, wish: str | None) -> str:
         """What chooses a layer's codes."""

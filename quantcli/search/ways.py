@@ -43,7 +43,7 @@ _VERIFIED_BYTES, _NOTE_BYTES = 1200, 40
 #: What it says of calibration data, with hashes of its n-grams.
 _SKETCH_BYTES = 512 * 8 * 4 // 3 + 1000
 #: Roles of layers that are chosen for; routers and tied heads stay.
-_CHOSEN = tuple(role for role in LAYER_ROLES if role not in ("router", "tied head"))
+_CHOSEN = tuple(role for role in LAYER_ROLES if role not in ("router", "tied head", "draft"))
 
 
 @dataclass(frozen=True)

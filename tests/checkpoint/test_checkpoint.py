@@ -381,3 +381,13 @@ def test_companions(tmp_path: Path) -> None:
     (model / "loop").symlink_to(model, target_is_directory=True)
     (model / "folder.json").mkdir()
     assert [path.as_posix() for path in companions(model)] == wanted
+
+
+def test_a_folder_around_models_names_one_of_them(tmp_path: Path) -> None:
+    inner = tmp_path / "0_Transformer"
+    inner.mkdir()
+    (inner / "config.json").write_text("{}", encoding="utf-8")
+    (inner / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="is not a model") as caught:
+        open_checkpoint(tmp_path)
+    assert str(inner) in str(caught.value.hint)

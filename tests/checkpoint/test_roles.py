@@ -305,3 +305,22 @@ def test_original_dtype_is_what_most_elements_have() -> None:
     assert original_dtype([]) == "F32"
     many = [info(str(number), 1, dtype="F32") for number in range(9)]
     assert original_dtype([*many, info("a", 10, dtype="BF16"), info("b", 99, dtype="I8")]) == "BF16"
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "role"),
+    [
+        ("model.layers.2.eh_proj", (64, 128), "draft"),
+        ("model.layers.2.shared_head.head", (300, 64), "draft"),
+        ("mtp.fc", (64, 128), "draft"),
+        ("model.mtp_layers.0.input_proj", (64, 128), "draft"),
+        ("mtp.layers.0.self_attn.q_proj", (64, 64), "linear"),
+        ("mtp.layers.0.mlp.down_proj", (64, 192), "linear"),
+        ("model.layers.2.mlp.down_proj", (64, 128), "linear"),
+    ],
+)
+def test_what_leads_into_multi_token_prediction_is_told_from_its_layers(
+    module: str, shape: tuple[int, ...], role: str
+) -> None:
+    found = roles(info("model.embed_tokens.weight", 300, 64), info(f"{module}.weight", *shape))
+    assert found[f"{module}.weight"] == role

@@ -195,6 +195,14 @@ def test_nf4_keeps_weights_in_one_dtype() -> None:
     assert dtypes["moe.gate.weight"] == "F32"
 
 
+def test_shared_experts_have_groups_of_the_size_of_all_experts() -> None:
+    # transformers may take the scheme of the shared ones for that of all.
+    shapes = {"mlp.experts.0.down.weight": (128, 64), "mlp.shared_experts.up.weight": (64, 128), "q.weight": (128, 128)}
+    schemes = {layer.info.name: layer.scheme for layer in plan_of(infos(shapes), scheme="int4").layers}
+    sizes = {name: scheme.weights.granularity.size for name, scheme in schemes.items() if scheme}
+    assert sizes == dict(zip(shapes, (64, 64, 128), strict=True))
+
+
 def test_a_plan_heeds_what_the_loader_does() -> None:
     tensors = infos({"a.weight": (64, 64), "b.weight": (64, 64), "c.weight": (64, 64), "d.weight": (64, 64)})
     loader = Loader(

@@ -87,6 +87,7 @@ class _Survey:
             "modules": renamed,
             "absent": self._absent(),
             "leave": self.leave,
+            "unknown": self.unknown,
             "unpacked": self.unpacked,
             # bitsandbytes replaces no subclass of linear layers.
             "fits_nf4": any(type(self._linear(name)) is nn.Linear for name in self.unpacked),
@@ -181,9 +182,18 @@ class _Survey:
                 self.leave[name] = f"{kind} of transformers, which {self.request['format']} does not replace"
 
     def _is_head(self, tensor: str) -> bool:
-        """Whether a tensor is of what the class calls its output head, which the library does not replace."""
-        head = output_head(self.model)
-        return head is not None and self.modules[self.loaded[tensor].rpartition(".")[0]] is head
+        """Whether a tensor is of what the class calls its output head, or of a layer that gives scores or labels.
+
+        The latter lies outside the base model, has a row for each label, or one for each end of an answer. The library
+        does not replace heads with bitsandbytes, and codes of so few rows save nothing.
+        """
+        path = self.loaded[tensor].rpartition(".")[0]
+        layer, base = self.modules[path], self.model.base_model
+        if layer is output_head(self.model):
+            return True
+        rows = getattr(layer, "out_features", None)
+        inside = base is self.model or any(layer is module for module in base.modules())
+        return not inside and rows is not None and (rows <= 2 or rows == self.model.config.num_labels)
 
     def _tied(self, tensor: str) -> str | None:
         """Another module that has the very parameter that a tensor is loaded as; a module with two names is one."""

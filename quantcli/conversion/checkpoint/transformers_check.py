@@ -120,6 +120,7 @@ class RuntimeCheck:
             frozenset(answer["weights_only"]),
             frozenset(answer["wide"]),
             answer["runs_narrow"],
+            frozenset(answer["unknown"]),
         )
 
     def rehearse(self, plan: Plan, layout: Layout) -> dict[str, Any]:

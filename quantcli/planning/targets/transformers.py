@@ -36,10 +36,14 @@ def unknown_format(plan: Plan, target: Target) -> Refusal | None:
 
 
 def unquantized_experts(plan: Plan, target: Target) -> Refusal | None:
-    """Single experts that stay unquantized among others that do not, since they are fused into one parameter."""
+    """Single experts that stay unquantized among others that do not, since they are fused into one parameter.
+
+    Those that the class does not load, such as of multi-token prediction, are fused with none.
+    """
     fuses = plan.format == "compressed-tensors" and not target.is_before(FUSED_EXPERTS)
     mixed = fuses and any(layer.has_codes for layer in single_experts(plan))
-    return experts_taken_for_quantized(experts_left(plan) if mixed else [], plan, target)
+    left = [name for name in experts_left(plan) if f"{name}.weight" not in plan.loader.unknown]
+    return experts_taken_for_quantized(left if mixed else [], plan, target)
 
 
 def quantized_inputs_of_experts(plan: Plan, target: Target) -> Refusal | None:

@@ -77,6 +77,24 @@ def test_weights_that_the_class_lacks_are_left_and_layers_that_the_file_lacks_na
     assert "pooler.dense" in surveyed(folder, "int8")[1]["absent"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "task", "heads"),
+    [
+        ("Bert", "SequenceClassification", ["classifier.weight"]),
+        ("Roberta", "TokenClassification", ["classifier.weight"]),
+        ("Roberta", "SequenceClassification", ["classifier.out_proj.weight"]),
+        ("Bert", "QuestionAnswering", ["qa_outputs.weight"]),
+        ("Llama", "SequenceClassification", ["score.weight"]),
+    ],
+)
+def test_what_gives_labels_stays_as_output_heads_do(tmp_path: Path, kind: str, task: str, heads: list[str]) -> None:
+    config = getattr(transformers, f"{kind}Config")(**WIDE, num_labels=2 if "Question" in task else 5)
+    folder = saved(getattr(transformers, f"{kind}For{task}")(config), tmp_path / "model")
+    left = surveyed(folder, "int8")[1]["leave"]
+    assert list(left) == heads
+    assert "output head" in left[heads[0]]
+
+
 def test_layers_that_are_read_by_the_initialization_are_found(tmp_path: Path) -> None:
     config = transformers.T5Config(
         vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, feed_forward_proj="relu"
@@ -352,6 +370,21 @@ def test_experts_that_are_unpacked_wrongly_are_refused_before_the_work(
     with pytest.raises(InputError, match=said) as caught:
         convert(folder, tmp_path / "out", recipe=recipe, dry_run=True)
     assert "--skip" in str(caught.value.hint)
+
+
+def test_a_mixture_is_quantized_but_for_the_multi_token_prediction_that_its_class_lacks(
+    tmp_path: Path,
+) -> None:
+    folder = mixture(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    further = {name.replace(".layers.1.", ".layers.2."): weight.clone() for name, weight in weights.items()}
+    weights |= {name: weight for name, weight in further.items() if ".layers.2." in name}
+    weights["model.layers.2.eh_proj.weight"] = torch.randn(128, 256)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    report = convert(folder, tmp_path / "out", scheme="int4", dry_run=True)
+    schemes = {row.name: row.scheme for row in report.layers if "experts" in row.name}
+    assert {name for name, scheme in schemes.items() if not scheme} == {name for name in schemes if ".2." in name}
+    assert any("MixtralForCausalLM of transformers has no such weight" in warning for warning in report.warnings)
 
 
 def test_a_service_answers_again_and_says_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
