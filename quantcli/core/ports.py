@@ -38,8 +38,10 @@ class Port:
     def __str__(self) -> str:
         if self.kind:
             return f"{self.name}: {self.kind}"
+        if self.floats is not None and self.shape is None:
+            return f"{self.name}: any tensor"
         dims = "any shape" if self.shape is None else " x ".join(str(d) if d is not None else "?" for d in self.shape)
-        return f"{self.name}: {self.dtype if self.floats is None else 'any type'} {dims or 'scalar'}"
+        return f"{self.name}: {self.dtype} {dims or 'scalar'}"
 
 
 #: A sample's arrays by input name, and a model's by output name.
