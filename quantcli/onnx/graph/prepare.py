@@ -65,6 +65,7 @@ def prepare(model: OnnxModel, *, fold: bool = True, without: Collection[str] = (
             graph_model = model.ir.clone()
         except _STUMBLES as error:
             raise InputError(f"{model.shown} is not a consistent ONNX graph: {first_line(error)}") from error
+        common.RemoveInitializersFromInputsPass()(graph_model)
         if defaults:
             _list_integers(graph_model, model.defaults)
         # Initializers that are no inputs came with this version.
