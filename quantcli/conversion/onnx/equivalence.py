@@ -7,6 +7,7 @@ simplification that changes a result is left out; an upgrade that does is not ta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,18 +51,22 @@ def simplified(model: OnnxModel, data: Data = no_data, *, fold: bool = True) -> 
     Raises:
         InputError: the graph is inconsistent, the runtime does not load it, or there is nothing to run it on.
     """
-    graph = prepare(model, fold=fold)
+    prepared = partial(prepare, model, fold=fold)
+    if model.defaults and not _is_loaded(prepared()):
+        # The runtime, too, computes more of constants beforehand than of inputs, and may stumble over it.
+        prepared = partial(prepared, defaults=True)
+    graph = prepared()
     reference = _Reference.of(model.path, model.ir, data)
     if isinstance(reference, NoFeeds):
         raise reference.refusal()
     if reference.is_met_by(graph):
         return graph
-    plain = prepare(model, fold=fold, without=STEPS)
+    plain = prepared(without=STEPS)
     if not reference.is_met_by(plain):
         # Written anew as it is the model differs, too: nothing can be told from this.
         return graph
     for step in STEPS:
-        lacking = prepare(model, fold=fold, without=[step])
+        lacking = prepared(without=[step])
         if reference.is_met_by(lacking):
             return lacking
     return plain
@@ -96,6 +101,15 @@ def upgraded(graph: ir.Model, opset: int, data: Data = no_data) -> ir.Model:
         if candidate is not None and reference.is_met_by(candidate):
             return candidate
     raise problem
+
+
+def _is_loaded(graph: ir.Model) -> bool:
+    """Whether the runtime loads a graph and makes it faster on its way."""
+    try:
+        runnable(graph)
+    except InputError:
+        return False
+    return True
 
 
 def _as_written(model: Path | ir.Model) -> Runnable:

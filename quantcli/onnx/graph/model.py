@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,11 +54,13 @@ class OnnxModel:
     """A model's graph with lazy weights. Use `open_onnx`.
 
     ``shown`` is what messages call it: its path, or the user's model where the graph was exported from that.
+    ``defaults`` are constants that were inputs as well, which a caller might feed; in ``ir`` they are none.
     """
 
-    def __init__(self, path: Path, model: ir.Model) -> None:
+    def __init__(self, path: Path, model: ir.Model, defaults: Collection[str] = ()) -> None:
         self.path, self.ir = path, model
         self.shown = path
+        self.defaults = frozenset(defaults)
         self._watched = Unchanged(())
 
     def watch(self) -> None:
@@ -147,7 +149,11 @@ def open_onnx(path: Path, *, mapped: bool = False) -> OnnxModel:
     if "ai.onnx" in model.opset_imports:
         # Its other name.
         model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
-    opened = OnnxModel(path, model)
+    # Before IR version 4 every initializer was an input as well; nobody feeds those.
+    later = model.ir_version is None or model.ir_version > 3
+    opened = OnnxModel(
+        path, model, [str(value.name) for value in model.graph.inputs if later and value.is_initializer()]
+    )
     if 0 < opened.opset < OLDEST_OPSET:
         raise InputError(
             f"{path} uses operator set {opened.opset}; the oldest that onnxruntime runs is {OLDEST_OPSET}.",
@@ -155,7 +161,6 @@ def open_onnx(path: Path, *, mapped: bool = False) -> OnnxModel:
         )
     find_external(model, path)
     opened.watch()
-    # Before IR version 4 every initializer was an input as well; nobody feeds those.
     common.RemoveInitializersFromInputsPass()(model)
     return opened
 

@@ -47,10 +47,11 @@ STEPS = (
 )  # fmt: skip
 
 
-def prepare(model: OnnxModel, *, fold: bool = True, without: Collection[str] = ()) -> ir.Model:
+def prepare(model: OnnxModel, *, fold: bool = True, without: Collection[str] = (), defaults: bool = False) -> ir.Model:
     """A copy of the graph with functions inlined, constants folded, and with ``fold`` batch norm in the weights.
 
-    A step that fails is left out, as are those of `STEPS` that are named in ``without``.
+    A step that fails is left out, as are those of `STEPS` that are named in ``without``. With ``defaults`` integers
+    that were inputs as well still are, so that nobody computes shapes of them beforehand.
 
     Raises:
         InputError: the graph is inconsistent.
@@ -65,6 +66,8 @@ def prepare(model: OnnxModel, *, fold: bool = True, without: Collection[str] = (
         except _STUMBLES as error:
             raise InputError(f"{model.shown} is not a consistent ONNX graph: {first_line(error)}") from error
         common.RemoveInitializersFromInputsPass()(graph_model)
+        if defaults:
+            _list_integers(graph_model, model.defaults)
         # Initializers that are no inputs came with this version.
         graph_model.ir_version = max(graph_model.ir_version or 0, 4)
         take_in(graph_model, SMALL_BYTES)
@@ -79,6 +82,13 @@ def prepare(model: OnnxModel, *, fold: bool = True, without: Collection[str] = (
     except _STUMBLES as error:
         raise InputError(f"{model.shown} is not a consistent ONNX graph: {first_line(error)}") from error
     return graph_model
+
+
+def _list_integers(model: ir.Model, names: Collection[str]) -> None:
+    """Make those of some initializers that hold integers inputs."""
+    for name, value in model.graph.initializers.items():
+        if name in names and value.dtype is not None and value.dtype.is_integer():
+            model.graph.inputs.append(value)
 
 
 def _functions() -> tuple[Callable[[ir.Model], object], ...]:

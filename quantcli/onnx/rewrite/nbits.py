@@ -19,7 +19,7 @@ import numpy as np
 from quantcli.core.scheme import Granularity, NumberFormat, Scheme
 from quantcli.core.tensors import Hessian, QuantizedTensor, Rounding
 from quantcli.onnx.graph.operands import Operand, operand_of, remove_unread
-from quantcli.onnx.graph.values import add_initializer, free_name, input_of, integer, real
+from quantcli.onnx.graph.values import add_initializer, constant, free_name, input_of, integer, is_standard, real
 from quantcli.onnx.plan import nbits
 from quantcli.onnx.plan.evidence import Evidence, Journal, Made
 from quantcli.onnx.plan.forms import Form
@@ -36,6 +36,13 @@ DOMAIN = "com.microsoft"
 #: float32, three (4 bits) to thirty times (8 bits) more slowly for one row; unset means 0. The inputs'
 #: rounding adds noise at about 45 dB, which is that of 8-bit weights and far below that of 4-bit ones.
 ACCURACY_LEVEL = 4
+
+#: Lets it round nothing. What is small beside the inputs' rounding comes out as noise, and below zero at times.
+EXACT_LEVEL = 0
+
+#: Operators that make much of what is small, and NaN of what is below zero; and those that hand their input on.
+_OF_SMALL_VALUES = ("Log", "Sqrt")
+_HAND_ON = ("Cast", "Clip", "Concat", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 
 #: Key of a weight's `meta` under which its stored forms are kept, for the next node that reads it.
 _FORMS = "quantcli.forms"
@@ -302,12 +309,28 @@ def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -
         assert layer.scheme and layer.algorithm
         codes = evidence.codes.of(layer) if evidence.codes else None
         hessian = evidence.hessian(layer)
+        level = EXACT_LEVEL if _is_logarithm_taken(layer.node.outputs[0]) else ACCURACY_LEVEL
         written = quantize_node(
-            model, layer.node, layer.scheme, layer.algorithm, hessian=hessian, given=codes, journal=evidence.journal
-        )
+            model, layer.node, layer.scheme, layer.algorithm, hessian=hessian, given=codes, accuracy_level=level,
+            journal=evidence.journal,
+        )  # fmt: skip
         return LayerOutcome.quantized(layer, written.nbytes, written.rounding, written.note, written.decoded)
 
     return rewrite
+
+
+def _is_logarithm_taken(value: ir.Value) -> bool:
+    """Whether a logarithm or a root is taken of a value, as of a sound's energies; with or without a constant floor."""
+    seen, pending = {value}, [value]
+    while pending:
+        for reader in pending.pop().consumers():
+            if is_standard(reader, *_OF_SMALL_VALUES):
+                return True
+            floor = is_standard(reader, "Add", "Max") and any(constant(each) is not None for each in reader.inputs)
+            if (floor or is_standard(reader, *_HAND_ON)) and reader.outputs[0] not in seen:
+                seen.add(reader.outputs[0])
+                pending.append(reader.outputs[0])
+    return False
 
 
 def _substitute(layer: NodePlan, scheme: Scheme) -> tuple[Scheme, str] | None:

@@ -223,3 +223,20 @@ def test_large_weights_inside_a_file_are_given_to_the_runtime(tmp_path: Path) ->
     assert (found.proto.ByteSize() < 100_000, list(found.weights), found.folder) == (True, ["w"], None)
     np.testing.assert_array_equal(found.weights["w"].numpy(), weight)
     assert convert(path, tmp_path / "o.onnx", scheme="int8").details["verified"]["codes"] == "equal"
+
+
+def test_a_default_whose_shapes_the_runtime_stumbles_over_stays_an_input(tmp_path: Path) -> None:
+    """A Range is given a list of one number: the runtime notices where it can compute that before it runs."""
+    nodes = [node("Gather", ["size", "first"], ["end"]), node("Range", ["start", "end", "step"], ["rows"])]
+    nodes += [node("Cast", ["rows"], ["places"], to=onnx.TensorProto.FLOAT), node("MatMul", ["x", "w"], ["a"])]
+    nodes += [node("Add", ["a", "places"], ["y"])]
+    numbers = {"size": np.array([1200, 5]), "first": np.array([0]), "start": np.array(0), "step": np.array(1)}
+    proto = model(nodes, {"x": ["n", 64]}, {"y": None}, {"w": normal(64, 1200), **numbers})
+    proto.graph.input.append(helper.make_tensor_value_info("size", onnx.TensorProto.INT64, [2]))
+    proto.graph.input.append(helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [64, 1200]))
+
+    convert(saved(proto, tmp_path), tmp_path / "q.onnx", scheme="int8", allow_larger=True)
+
+    written = onnx.load(tmp_path / "q.onnx")
+    assert [entry.name for entry in written.graph.input] == ["x", "size"]
+    assert "MatMulNBits" in [each.op_type for each in written.graph.node]

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from support import graphs
 from support.nbits_graphs import constant, free, matmul, model_of, normal, one_node, run, tied
 
+from quantcli import convert
 from quantcli.core.scheme import PRESETS, Granularity, NumberFormat, Scheme
 from quantcli.errors import InputError
 from quantcli.models.session import Session
@@ -424,3 +427,23 @@ def test_equal_work_gives_equal_bytes() -> None:
     proto = [ir.to_proto(quantized(tied(), int4(), "mse")).SerializeToString(deterministic=True) for _ in range(2)]
     assert proto[0] == proto[1]
     assert onnxruntime.__version__.encode() not in proto[0]
+
+
+def test_energies_that_a_logarithm_is_taken_of_do_not_fall_below_zero(tmp_path: Path) -> None:
+    """As in the front ends of speech models: with its inputs rounded, the product of filters is below zero at times."""
+    centres, bins = np.linspace(0, 256, 80)[None, :], np.arange(257)[:, None]
+    filters = np.maximum(0, 1 - np.abs(bins - centres) / 4).astype(np.float32) / 100
+    nodes = [graphs.node("Mul", ["x", "x"], ["power"]), graphs.node("MatMul", ["power", "filters"], ["mel"])]
+    nodes += [graphs.node("Add", ["mel", "guard"], ["guarded"]), graphs.node("Log", ["guarded"], ["log"])]
+    nodes += [graphs.node("Transpose", ["log"], ["y"], perm=[0, 2, 1])]
+    constants = {"filters": filters, "guard": np.float32(6e-8)}
+    proto = graphs.model(nodes, {"x": [1, "frames", 257]}, {"y": None}, constants)
+    onnx.save(proto, tmp_path / "m.onnx")
+
+    convert(tmp_path / "m.onnx", tmp_path / "q.onnx", scheme="int8", allow_larger=True)
+
+    x = np.linspace(30, 0, 257, dtype=np.float32) * normal(1, 200, 257)
+    x[..., 128:] *= 1e-4
+    assert "MatMulNBits" in [each.op_type for each in onnx.load(tmp_path / "q.onnx").graph.node]
+    got = onnxruntime.InferenceSession(tmp_path / "q.onnx").run(None, {"x": x})[0]
+    assert np.isfinite(got).all()
