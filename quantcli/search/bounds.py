@@ -31,6 +31,15 @@ class Drop:
         # Where no sample differs, so many are needed to call differences rare (the rule of three).
         return ceil(max(by_spread, 3 / room, self.samples + 1))
 
+    def share_of(self, limit: float) -> float:
+        """How much of the loss that a limit allows on average is lost, so many samples being as sure as these."""
+        room = limit - (self.bound - self.mean)
+        return self.mean / room if room > 0 else inf
+
+    def bound_with(self, samples: int) -> float:
+        """About what the bound would be with so many samples, if they were like those that were seen."""
+        return self.mean + (self.bound - self.mean) * sqrt(self.samples / samples)
+
 
 def drop_of(losses: Sequence[float]) -> Drop:
     """The loss of a metric from what it lost on each sample (reference minus candidate), one value a sample.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
 
@@ -19,6 +19,8 @@ from quantcli.search.bounds import Drop, drop_of
 #: tell which of two mixes of text's models is better; a limit is judged on all.
 SEARCHED, HELD_OUT, COMPARED = 8, 12, 6
 KL = "kl_nats"
+#: After so many samples each it is looked whether a candidate is worth running on the others.
+_LOOKED_AFTER = 32
 #: Metrics that are better the lower they are; all others are better the higher they are.
 _LOWER_IS_BETTER = ("perplexity", KL, "wer")
 #: What a metric that compares a candidate with the reference is of the reference itself.
@@ -29,29 +31,36 @@ _JUDGED_BY = ("top1", "perplexity", "wer", "argmax_agreement", "cosine")
 
 @dataclass(frozen=True)
 class Judged:
-    """A candidate's metrics beside the reference's, over all samples and on each."""
+    """A candidate's metrics beside the reference's, over the samples that were run and on each.
+
+    ``unseen``: samples that were not run, since the candidate was given up.
+    """
 
     reference: Metrics
     candidate: Metrics
     singles: Sequence[tuple[Metrics, Metrics]]
+    unseen: int = 0
 
-    def drops(self) -> dict[str, Drop]:
-        """What each metric lost; more is worse, whichever way the metric counts."""
-        found = {}
+    def drops(self, *, at_best: bool = False) -> dict[str, Drop]:
+        """What each metric lost; more is worse, whichever way the metric counts.
+
+        ``at_best``: what it would have lost if nothing were lost on the samples that were not run.
+        """
+        found, rest = {}, [0.0] * (self.unseen if at_best else 0)
         for name in self.candidate:
             if name == "perplexity":
-                found[name] = self._perplexity_drop()
+                found[name] = self._perplexity_drop(rest)
                 continue
             losses = [_loss(name, before, after) for before, after in self.singles]
             known = [loss for loss in losses if loss is not None]
             if known and not name.endswith("_se"):
-                found[name] = drop_of(known)
+                found[name] = drop_of(known + rest)
         return found
 
-    def _perplexity_drop(self) -> Drop:
+    def _perplexity_drop(self, rest: list[float]) -> Drop:
         """The bound is of the logarithm, which is a mean over samples as perplexity is not."""
         pairs = [(before["perplexity"], after["perplexity"]) for before, after in self.singles]
-        logs = drop_of([log(after) - log(before) for before, after in pairs if before and after])
+        logs = drop_of([log(after) - log(before) for before, after in pairs if before and after] + rest)
         base = self.reference["perplexity"] or 0.0
         mean, bound = (base * (exp(min(value, 700.0)) - 1) for value in (logs.mean, logs.bound))
         return Drop(mean, bound, logs.samples, base * logs.deviation)
@@ -81,12 +90,28 @@ def _loss(metric: str, before: Metrics, after: Metrics) -> float | None:
     return candidate - reference if metric in _LOWER_IS_BETTER else reference - candidate
 
 
-def judge(source: ModelSource, reference: Runner, candidate: Runner, inputs: Inputs) -> Judged:
-    """Run both models on all samples. Raises InputError where one does not run."""
+def judge(
+    source: ModelSource,
+    reference: Runner,
+    candidate: Runner,
+    inputs: Inputs,
+    is_hopeless: Callable[[Judged], bool] = lambda _: False,
+) -> Judged:
+    """Run both models on all samples, or on the first ones until a candidate is seen to be hopeless.
+
+    Raises:
+        InputError: one does not run.
+    """
     scorer = inputs.task.scorer
     whole = scorer(source, source), scorer(source, source)
-    singles = []
+    singles: list[tuple[Metrics, Metrics]] = []
+    looked = 0
     for feeds, labels in inputs.batches():
+        if len(singles) - looked >= _LOOKED_AFTER:
+            looked = len(singles)
+            so_far = Judged(whole[0].metrics(), whole[1].metrics(), singles, len(inputs) - looked)
+            if is_hopeless(so_far):
+                return so_far
         expected, got = reference.run(feeds), candidate.run(feeds)
         for position, label in enumerate(labels):
             sample, ours, theirs = (single_sample(each, position, len(labels)) for each in (feeds, expected, got))

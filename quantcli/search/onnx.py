@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,13 +19,13 @@ from quantcli.errors import InputError
 from quantcli.planning.recipe import Recipe
 from quantcli.search.budget import Budget
 from quantcli.search.choices import Found, Mix, chosen_recipe, labels, ways_to_store
-from quantcli.search.clock import Clock
+from quantcli.search.clock import Clock, Pace
 from quantcli.search.judge import KL, metric_of
 from quantcli.search.limits import limits_of
-from quantcli.search.onnx_levels import LevelSearch
 from quantcli.search.onnx_measured import Measurements
 from quantcli.search.onnx_mixes import LEVELS, Limits, Mixes
 from quantcli.search.onnx_sensitivity import layer_costs
+from quantcli.search.onnx_smallest import SmallestSearch
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.search.onnx_trials import key_of
 from quantcli.search.onnx_ways import Ways, uniform_recipe
@@ -73,6 +72,11 @@ class OnnxSearch:
         return Found(recipe, self._details(recipe), self._warnings())
 
     @cached_property
+    def pace(self) -> Pace:
+        """How long trials take."""
+        return Pace(self.clock)
+
+    @cached_property
     def ways(self) -> Ways:
         """What each layer can become, as it is known from before or seen now."""
         known, own = self.store.found, self.subject.recipe
@@ -85,7 +89,7 @@ class OnnxSearch:
     @cached_property
     def mixes(self) -> Mixes:
         """What is chosen of, with estimated costs."""
-        costs = layer_costs(lambda: self.subject.runs, self.ways, self.store, self.clock.is_over, self.tick)
+        costs = layer_costs(lambda: self.subject.runs, self.ways, self.store, self.clock.is_half_over, self.tick)
         return Mixes(self.ways, self.ways.groups(costs))
 
     def _recipe(self, mix: Mix) -> Recipe:
@@ -105,7 +109,7 @@ class OnnxSearch:
         return self.budget.max_size is None or self.measured.size(recipe) <= self.budget.max_size
 
     def _keeps_outputs(self, recipe: Recipe) -> bool:
-        return all(drop.bound <= limit for _, limit, drop in self.measured.limits(self.budget, recipe))
+        return self.measured.keeps(self.budget, recipe)
 
     def _keeps(self, recipe: Recipe) -> bool:
         """Whether a recipe keeps the ceilings on bytes and on outputs."""
@@ -167,40 +171,19 @@ class OnnxSearch:
     def _smallest_uniform(self) -> Recipe | None:
         """The smallest artifact of one scheme for all layers that keeps the limits on outputs."""
         for recipe in self._converted_uniforms():
-            if self.clock.is_over():
+            if not self.pace.has_time():
                 break
             self._judged_uniforms.append(recipe)
-            if self._keeps_outputs(recipe):
+            with self.pace.trial():
+                is_kept = self._keeps_outputs(recipe)
+            if is_kept:
                 return recipe
         return None
 
     def _smallest_kept(self, most: int | None, limits: Limits) -> Recipe | None:
-        """The smallest mix within limits that keeps those on outputs: how much noise they allow is found by trying.
-
-        From where the single schemes let expect the limit, levels are tried at growing distances until one is kept and
-        one is not, then by halves: what is tried first is of the size that matters, should the time end there.
-
-        ``most``: bytes that the artifact may have. What was estimated of them is corrected by what comes out.
-        """
-        accepted: Recipe | None = None
-        room = math.inf if most is None else float(most - self.ways.rest)
-        levels, longest = LevelSearch(self.measured.expected_noise(self.budget, self._judged_uniforms)), 0.0
-        # What is found is converted and judged once more when it is published.
-        while (level := levels.next) is not None and self.clock.has_room_for(2 * longest):
-            started = self.clock.seconds
-            mix = self.mixes.at(level, {**limits, "nbytes": room} if most is not None else limits)
-            if mix is None:
-                break
-            recipe = self._recipe(mix)
-            if most is not None and (excess := self.measured.size(recipe) - most) > 0:
-                # By a little more, so that few attempts are needed.
-                room -= excess + most // 4096
-                continue
-            if is_kept := self._keeps_outputs(recipe):
-                accepted = recipe
-            levels.tell(is_kept=is_kept)
-            longest = max(longest, self.clock.seconds - started)
-        return accepted
+        """The smallest mix within limits that keeps those on outputs, of ``most`` bytes."""
+        search = SmallestSearch(self.budget, self.mixes, self.measured, self.pace, self._recipe, most, limits)
+        return search.find(self._judged_uniforms)
 
     # A limit on bytes or time: the one that loses least.
 

@@ -16,33 +16,50 @@ class LevelSearch:
 
     Attributes:
         expected_noise: about what is allowed, by signal, or None.
-        next: the level to try, or None once the one is found, or there is none.
     """
 
     expected_noise: float | None = None
-    next: int | None = field(init=False)
     _low: int = 0
     _high: int = LEVELS - 1
+    _outcomes: set[bool] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.next = LEVELS // 2 if self.expected_noise is None else level_of(self.expected_noise)
+        self._first = LEVELS // 2 if self.expected_noise is None else level_of(self.expected_noise)
         self._step = _FAR if self.expected_noise is None else _NEAR
-        self._outcomes: set[bool] = set()
+        self._last: int | None = None
 
-    def tell(self, *, is_kept: bool) -> None:
-        """Say what came of the level that was to be tried."""
-        assert self.next is not None
-        level = self.next
+    @property
+    def next(self) -> int | None:
+        """The level to try; None once the one is found, or there is none.
+
+        The one that is expected comes first. While only one side is known the next is further away each time; between
+        two sides it is in the middle.
+        """
+        if self._low > self._high:
+            return None
+        if self._last is None and self._low <= self._first <= self._high:
+            return self._first
+        if len(self._outcomes) != 1:
+            return (self._low + self._high) // 2
+        if True in self._outcomes:
+            return max(self._low, self._high + 1 - self._step)
+        return min(self._high, self._low - 1 + self._step)
+
+    def know(self, level: int, *, is_kept: bool) -> None:
+        """Take into account what came of a level at another time."""
         self._outcomes.add(is_kept)
         if is_kept:
-            self._high = level - 1
+            self._high = min(self._high, level - 1)
         else:
-            self._low = level + 1
-        if self._low > self._high:
-            self.next = None
-        elif len(self._outcomes) > 1:
-            self.next = (self._low + self._high) // 2
-        else:
-            # Only one side is known: further away from it each time.
-            self.next = max(self._low, level - self._step) if is_kept else min(self._high, level + self._step)
+            self._low = max(self._low, level + 1)
+
+    def tell(self, level: int, *, is_kept: bool) -> None:
+        """Say what came of the level that was tried."""
+        if self._last is not None:
             self._step *= 2
+        self._last = level
+        self.know(level, is_kept=is_kept)
+
+    def settle(self) -> None:
+        """What was found is good enough."""
+        self._low = self._high + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from quantcli.planning.recipe import Recipe
@@ -14,6 +14,11 @@ from quantcli.search.onnx_sensitivity import NOT_FINITE
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.search.onnx_trials import key_of
 from quantcli.search.sensitivity_file import SensitivityStore
+
+#: A smaller mix is looked for while the limit is used up to no more than this share.
+_USED_UP = 0.85
+#: The entry that names levels of noise that were tried.
+_LEVELS = "levels"
 
 
 class Measurements:
@@ -35,16 +40,50 @@ class Measurements:
         return int(known[self._size] or 0)
 
     def drops(self, recipe: Recipe) -> dict[str, Drop]:
-        """What every metric loses, on samples that were held out; nothing where there are none."""
+        """What every metric loses, on all samples that were held out; nothing where there are none."""
         if self.subject.verdicts is None:
             return {}
-        known = self._known(recipe)
-        if not any(name.endswith(" mean") for name in known):
-            judged = self.subject.verdicts.of(self.subject.trials.of(recipe).path)
-            known.update(flat(judged.drops()))
-            self.store.save()
+        if not self._seen(recipe) or self._at_best(recipe):
+            self._judge(recipe)
         self.size(recipe)
-        return restored(known)
+        return self._seen(recipe)
+
+    def keeps(self, budget: Budget, recipe: Recipe) -> bool:
+        """Whether a recipe keeps the limits on outputs that a budget sets.
+
+        One that would not even if it lost nothing on the samples to come is not run on them.
+
+        Raises:
+            UsageError: the data gives no such metric.
+        """
+        if self.verdict(budget, recipe) is None:
+            self._judge(recipe, lambda judged: not _is_kept(budget, judged.drops(at_best=True)))
+        self.size(recipe)
+        return bool(self.verdict(budget, recipe))
+
+    def verdict(self, budget: Budget, recipe: Recipe) -> bool | None:
+        """What is known without a run of whether a recipe keeps the limits on outputs; None: nothing."""
+        seen, at_best = self._seen(recipe), self._at_best(recipe)
+        if not seen or (at_best and _is_kept(budget, at_best)):
+            return None
+        return not at_best and _is_kept(budget, seen)
+
+    def _judge(self, recipe: Recipe, is_hopeless: Callable[[Judged], bool] = lambda _: False) -> None:
+        """Run a recipe's artifact on samples that were held out, and note what it loses."""
+        assert self.subject.verdicts is not None
+        judged = self.subject.verdicts.of(self.subject.trials.of(recipe).path, is_hopeless)
+        self._known(recipe).update(flat(judged.drops()))
+        at_best = flat(judged.drops(at_best=True)) if judged.unseen else {}
+        self.store.found.measured[_at_best_key(recipe)] = at_best
+        self.store.save()
+
+    def _seen(self, recipe: Recipe) -> dict[str, Drop]:
+        """What every metric lost on the samples that were run, as far as any were."""
+        return restored(self._known(recipe))
+
+    def _at_best(self, recipe: Recipe) -> dict[str, Drop]:
+        """What every metric loses at best, of a recipe that was given up; nothing of others."""
+        return restored(self.store.found.measured.get(_at_best_key(recipe), {}))
 
     def noise(self, recipe: Recipe) -> float:
         """How far the outputs move on the samples of the search."""
@@ -69,17 +108,23 @@ class Measurements:
         """
         return limits_of(budget, self.drops(recipe))
 
-    def expected_noise(self, budget: Budget, judged: Iterable[Recipe]) -> float | None:
-        """The noise that would just keep the limits if losses grew with it as in recipes that were judged.
+    def used(self, budget: Budget, recipe: Recipe) -> float:
+        """How much a recipe uses of the limits on outputs, as far as it was judged: above 1 one is not kept."""
+        limits = [each for each in limits_of(budget, self._seen(recipe)) if each[1] > 0]
+        return max((drop.bound_with(self._held_out) / limit for _, limit, drop in limits), default=0.0)
 
-        Of these the one that loses least tells; None: none does.
-        """
-        expected = []
-        for recipe in judged:
-            used = max((drop.bound / limit for _, limit, drop in self.limits(budget, recipe) if limit > 0), default=0.0)
-            if used > 0 and (noise := self.noise(recipe)) > 0:
-                expected.append((used, noise / used))
-        return min(expected)[1] if expected else None
+    def is_used_up(self, budget: Budget, recipe: Recipe) -> bool:
+        """Whether a recipe that was judged has a limit on outputs used up, but for a small rest."""
+        return any(drop.share_of(limit) >= _USED_UP for _, limit, drop in self.limits(budget, recipe))
+
+    def levels(self) -> list[int]:
+        """Levels of noise that were tried for any budget."""
+        return sorted(map(int, self.store.found.measured.get(_LEVELS, {})))
+
+    def note_level(self, level: int) -> None:
+        """Keep that a level was tried."""
+        self.store.found.measured.setdefault(_LEVELS, {})[str(level)] = None
+        self.store.save()
 
     def best_case(self, budget: Budget) -> list[Limited]:
         """Limits on the number of answers that change, and what is lost where none does, as the samples can show it.
@@ -106,14 +151,29 @@ class Measurements:
         known, key = self._known(recipe), key_of(recipe)
         row: dict[str, Any] = {"size_bytes": self.size(recipe), "searched": known.get("noise")}
         if drops := restored(known):
+            if self._at_best(recipe):
+                row["given_up_after"] = max(drop.samples for drop in drops.values())
             row["held_out"] = {name: drop.mean for name, drop in drops.items()}
             row["held_out_bound"] = {name: drop.bound for name, drop in drops.items()}
         if key in self._latency:
             row["latency_ms_p50"] = self._latency[key]
         return row
 
+    @property
+    def _held_out(self) -> int:
+        return len(self.subject.verdicts.held_out) if self.subject.verdicts else 1
+
     def _known(self, recipe: Recipe) -> dict[str, float | None]:
         return self.store.found.measured.setdefault(key_of(recipe), {})
+
+
+def _is_kept(budget: Budget, drops: Mapping[str, Drop]) -> bool:
+    """Whether the limits on outputs that a budget sets are kept where so much is lost."""
+    return all(drop.bound <= limit for _, limit, drop in limits_of(budget, drops))
+
+
+def _at_best_key(recipe: Recipe) -> str:
+    return f"at best {key_of(recipe)}"
 
 
 def _counts_answers(judged: Judged, metric: str) -> bool:

@@ -26,6 +26,11 @@ _SHOWN_EVERY = 4
 _AS_SMALL = 1.02
 
 
+def noise_at(level: int) -> float:
+    """The noise by signal that a level allows."""
+    return float(10 ** (-(_LEAST_DB + level * _STEP_DB) / 10))
+
+
 def level_of(noise: float) -> int:
     """The first level that allows no more than this noise."""
     level = math.ceil((-10 * math.log10(noise) - _LEAST_DB) / _STEP_DB)
@@ -84,8 +89,7 @@ class Mixes:
 
         Where none has so little noise it is the one that has least; None: none is within the limits.
         """
-        noise = 10 ** (-(_LEAST_DB + level * _STEP_DB) / 10)
-        mix = self.smallest({**limits, "cost": noise})
+        mix = self.smallest({**limits, "cost": noise_at(level)})
         return best_mix(self.groups, "cost", limits, without=self.nothing) if mix is None else mix
 
     def levels(self) -> list[Mix]:

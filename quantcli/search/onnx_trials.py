@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -124,9 +124,9 @@ class Verdicts:
         self.source, self.model, self.held_out = source, model, held_out
         self._known: Remembered | None = None
 
-    def of(self, path: Path) -> Judged:
-        """What an artifact loses. Raises InputError where it does not run."""
-        return judge(self.source, self._reference(), OnnxRunner(onnx_file(path)), self.held_out)
+    def of(self, path: Path, is_hopeless: Callable[[Judged], bool] = lambda _: False) -> Judged:
+        """What an artifact loses, on all samples or until that is hopeless. Raises InputError where it does not run."""
+        return judge(self.source, self._reference(), OnnxRunner(onnx_file(path)), self.held_out, is_hopeless)
 
     def of_itself(self) -> Judged:
         """What the model would lose if it were a candidate: nothing, but with the bounds that the samples allow."""

@@ -11,9 +11,9 @@ from quantcli.search.onnx_mixes import LEVELS, level_of
 
 def tried(search: LevelSearch, first_kept: int) -> list[int]:
     found = []
-    while search.next is not None:
-        found.append(search.next)
-        search.tell(is_kept=search.next >= first_kept)
+    while (level := search.next) is not None:
+        found.append(level)
+        search.tell(level, is_kept=level >= first_kept)
     return found
 
 

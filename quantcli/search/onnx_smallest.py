@@ -1,0 +1,110 @@
+"""The smallest mix of a graph that keeps limits on outputs: how much noise they allow is found by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf, log
+
+from quantcli.planning.recipe import Recipe
+from quantcli.search.budget import Budget
+from quantcli.search.choices import Mix
+from quantcli.search.clock import Pace
+from quantcli.search.onnx_levels import LevelSearch
+from quantcli.search.onnx_measured import Measurements
+from quantcli.search.onnx_mixes import Limits, Mixes, noise_at
+
+
+@dataclass
+class SmallestSearch:
+    """Looks for the smallest mix that keeps the limits on outputs.
+
+    From where what was judged lets expect the limit, levels of noise are tried at growing distances until one is kept
+    and one is not, then by halves: what is tried first is of the size that matters, should the time end there. What
+    uses a limit up but for a small rest is small enough. Levels that another budget tried are not tried again.
+
+    Attributes:
+        budget: the limits.
+        mixes: what is chosen of.
+        measured: what is known of recipes.
+        pace: whether there is time for another trial.
+        recipe_of: notes a mix, and makes its recipe.
+        most: bytes that the artifact may have, or None. What was estimated is corrected by what comes out.
+        limits: others that a mix has to keep.
+    """
+
+    budget: Budget
+    mixes: Mixes
+    measured: Measurements
+    pace: Pace
+    recipe_of: Callable[[Mix], Recipe]
+    most: int | None
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        self._room = inf if self.most is None else float(self.most - self.mixes.ways.rest)
+
+    def find(self, judged: Sequence[Recipe]) -> Recipe | None:
+        """The smallest that was found, or None. ``judged`` are recipes of one scheme, which tell what to expect."""
+        outcomes = self._outcomes()
+        kept = [recipe for _, recipe, is_kept in outcomes if is_kept]
+        levels = LevelSearch(self._expected_noise(judged, outcomes))
+        for known, _, is_kept in outcomes:
+            levels.know(known, is_kept=is_kept)
+        if any(map(self._is_used_up, kept)):
+            levels.settle()
+        while (level := levels.next) is not None and self.pace.has_time():
+            with self.pace.trial():
+                recipe = self._at(level)
+                if recipe is None:
+                    break
+                if not self._fits(recipe):
+                    continue
+                is_kept = self.measured.keeps(self.budget, recipe)
+            self.measured.note_level(level)
+            levels.tell(level, is_kept=is_kept)
+            if is_kept:
+                kept.append(recipe)
+                if self._is_used_up(recipe):
+                    levels.settle()
+        return min(kept, key=self.measured.size, default=None)
+
+    def _at(self, level: int) -> Recipe | None:
+        limits = self.limits if self.most is None else {**self.limits, "nbytes": self._room}
+        mix = self.mixes.at(level, limits)
+        return None if mix is None else self.recipe_of(mix)
+
+    def _fits(self, recipe: Recipe) -> bool:
+        """Whether the artifact is small enough; where it is not, the next mix will have to be smaller."""
+        if self.most is None or (excess := self.measured.size(recipe) - self.most) <= 0:
+            return True
+        # By a little more, so that few attempts are needed.
+        self._room -= excess + self.most // 4096
+        return False
+
+    def _is_used_up(self, recipe: Recipe) -> bool:
+        return self.measured.is_used_up(self.budget, recipe)
+
+    def _outcomes(self) -> list[tuple[int, Recipe, bool]]:
+        """What is known of levels that earlier searches tried: the recipe, and whether it keeps the limits."""
+        found = []
+        for level in self.measured.levels():
+            recipe = self._at(level)
+            is_kept = None if recipe is None else self.measured.verdict(self.budget, recipe)
+            if recipe is not None and is_kept is not None and self._fits(recipe):
+                found.append((level, recipe, is_kept))
+        return found
+
+    def _expected_noise(self, judged: Sequence[Recipe], outcomes: Sequence[tuple[int, Recipe, bool]]) -> float | None:
+        """The noise that would just keep the limits if losses grew with it as in recipes that were judged.
+
+        Of these the one that is nearest to the limits tells; None: none does.
+        """
+        points = [(self.measured.used(self.budget, recipe), noise_at(level)) for level, recipe, _ in outcomes]
+        points += [
+            (used, self.measured.noise(recipe))
+            for recipe in judged
+            if (used := self.measured.used(self.budget, recipe)) > 0
+        ]
+        expected = [(abs(log(used)), noise / used) for used, noise in points if used > 0 and noise > 0]
+        return min(expected)[1] if expected else None
