@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quantcli.search.clock import Clock
+from quantcli.search.clock import Clock, Pace
 from quantcli.search.onnx_levels import LevelSearch
 from quantcli.search.onnx_mixes import LEVELS, level_of
 
@@ -38,3 +38,28 @@ def test_a_clock_tells_whether_something_ends_in_time() -> None:
     assert Clock().has_room_for(1e9)
     assert Clock(60.0).has_room_for(30.0)
     assert not Clock(60.0).has_room_for(61.0)
+
+
+def test_what_is_known_of_levels_is_not_tried_again() -> None:
+    search = LevelSearch(1.6e-3)
+    expected = level_of(1.6e-3)
+    search.know(expected + 1, is_kept=True)
+    search.know(expected - 1, is_kept=False)
+    assert tried(search, expected) == [expected]
+    settled = LevelSearch(1.6e-3)
+    settled.settle()
+    assert settled.next is None
+
+
+def test_a_trial_is_begun_only_where_it_and_what_follows_it_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    clock = Clock(60.0)
+    pace = Pace(clock)
+    assert pace.has_time()
+    with pace.trial():
+        now = 15.0
+    assert pace.has_time() and not clock.is_half_over()
+    now = 31.0
+    assert not pace.has_time() and clock.is_half_over()
+    assert Pace(Clock()).has_time() and not Clock().is_half_over()
