@@ -54,7 +54,7 @@ def test_what_is_known_of_levels_is_not_tried_again() -> None:
 def test_a_trial_is_begun_only_where_it_and_what_follows_it_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    clock = Clock(60.0)
+    clock = Clock(60.0, 0.0)
     pace = Pace(clock)
     assert pace.has_time()
     with pace.trial():
@@ -62,4 +62,4 @@ def test_a_trial_is_begun_only_where_it_and_what_follows_it_end_in_time(monkeypa
     assert pace.has_time() and not clock.is_half_over()
     now = 31.0
     assert not pace.has_time() and clock.is_half_over()
-    assert Pace(Clock()).has_time() and not Clock().is_half_over()
+    assert Pace(Clock(None, 0.0)).has_time() and not Clock(None, 0.0).is_half_over()
