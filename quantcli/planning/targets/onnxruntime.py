@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from quantcli.core.scheme import Scheme
 from quantcli.planning.recipe import Recipe
-from quantcli.planning.targets.base import GraphRequest, OnnxLayout, Refusal, no_checkpoint
+from quantcli.planning.targets.base import ExportedDecoder, GraphRequest, OnnxLayout, Refusal, no_checkpoint
 
 CHECKED = {"onnxruntime": "onnxruntime 1.32", "onnxruntime-genai": "onnxruntime-genai 0.18"}
 LOADS_ONNX = True
@@ -17,6 +17,19 @@ LOADS_ONNX = True
 
 RULES = (no_checkpoint,)
 GRAPH_RULES: tuple[Callable[[GraphRequest], Refusal | None], ...] = ()
+
+
+def one_cache_size(decoder: ExportedDecoder) -> Refusal | None:
+    """A rule of onnxruntime-genai, whose genai_config.json tells one size of keys and values for all layers."""
+    if decoder.uniform or decoder.target.runtime != "onnxruntime-genai":
+        return None
+    return Refusal(
+        f"keys and values of {decoder.model_type} have several sizes, and {decoder.target.name} takes one",
+        "Use --target onnxruntime, which takes the decoder as it is.",
+    )
+
+
+DECODER_RULES = (one_cache_size,)
 
 
 def completed(recipe: Recipe) -> Recipe:
