@@ -88,6 +88,8 @@ def test_genai_says_what_torch_says_on_the_same_codes(tmp_path: Path) -> None:
     proof = report.details["verified"]["decoder"]
     assert proof["torch"]["compared"] and proof["torch"]["sqnr_db"] > 90
     assert proof["cache_sqnr_db"] is None or proof["cache_sqnr_db"] > 90
+    head = next(node for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node if "logits" in node.output)
+    assert next(attribute.i for attribute in head.attribute if attribute.name == "bits") == 8
     said = greedy_in_genai(without_rounding(tmp_path / "out", tmp_path / "exact"), PROMPT, COUNT)
     assert said == greedy_in_torch(torch_with_codes(folder, tmp_path / "out"), PROMPT, COUNT, banned=[2])
     assert len(set(said)) > 1
