@@ -27,13 +27,13 @@ from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
-from quantcli.export.decoder.architecture import Decoder, read_decoder, refused, why_no_decoder
+from quantcli.export.decoder.architecture import WITHOUT_DECODER, Decoder, read_decoder, refused, why_no_decoder
 from quantcli.formats import quantized_format
 from quantcli.onnx.graph.model import is_onnx
 from quantcli.planning.recipe import Recipe, build_scheme
 from quantcli.planning.steps import training_step
-from quantcli.planning.targets import onnx_layout, require_onnx
-from quantcli.planning.targets.base import OnnxLayout
+from quantcli.planning.targets import exported_decoder_refusal, onnx_layout, require_onnx
+from quantcli.planning.targets.base import OnnxLayout, Refusal
 from quantcli.reporting.report import Report
 from quantcli.search.budget import Budget
 from quantcli.system.files import check_target, explain, require_space, write_json
@@ -95,21 +95,21 @@ def way_to_onnx(
         return Way.PLAIN
     if why_no_decoder(path) is None:
         return Way.BUILT
-    if (lacking := _why_no_cache(path, recipe)) is None:
+    if (lacking := _no_export(path, recipe)) is None:
         return Way.EXPORTED
     if asked:
-        raise refused(lacking)
+        raise refused(lacking.reason, lacking.hint)
     return Way.PLAIN
 
 
-def _why_no_cache(folder: Path, recipe: Recipe) -> str | None:
+def _no_export(folder: Path, recipe: Recipe) -> Refusal | None:
     """Why a model cannot be exported with a key-value cache, or its target would not run that; None where it can."""
     from quantcli.export.cache_shape import read_cache_shape, why_no_cache
 
-    reason = why_no_cache(folder)
-    if reason or recipe.runtime[0] not in DECODER_TARGETS or read_cache_shape(folder).uniform:
-        return reason
-    return f"keys and values of {folder} have several sizes, and {recipe.runtime[0]} takes one"
+    if reason := why_no_cache(folder):
+        return Refusal(reason, WITHOUT_DECODER)
+    uniform = read_cache_shape(folder).uniform is not None
+    return exported_decoder_refusal(recipe, str((config_of(folder) or {}).get("model_type")), uniform=uniform)
 
 
 def why_without_cache(
@@ -119,7 +119,9 @@ def why_without_cache(
     path = Path(model)
     if output.suffix == ".onnx" or is_function(str(model)) or is_onnx(path) or not is_causal_config(config_of(path)):
         return []
-    reason = _usage_reason(output, recipe, budget, statistics) or _why_no_cache(path, recipe)
+    reason = _usage_reason(output, recipe, budget, statistics)
+    if reason is None and (lacking := _no_export(path, recipe)) is not None:
+        reason = lacking.reason
     return [f"The graph has no key-value cache, and serves for scoring alone: {reason}."]
 
 

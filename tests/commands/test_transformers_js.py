@@ -9,14 +9,17 @@ from typing import Any
 
 import onnx
 import pytest
-from support.decoders import tiny_decoder
+from support.decoders import configured_decoder, tiny_decoder
 from support.tokenizers import save_tokenizer
 
 from quantcli.cli.app import main
 from quantcli.commands.convert import convert
+from quantcli.commands.convert_decoder import Way, way_to_onnx
 from quantcli.errors import InputError, UsageError
 from quantcli.models.source import open_model
 from quantcli.onnx.graph.model import is_onnx, onnx_file
+from quantcli.planning.recipe import Recipe
+from quantcli.planning.targets import completed, onnx_layout
 from quantcli.search.budget import Budget
 
 TARGET = "transformers.js"
@@ -70,9 +73,35 @@ def test_a_scheme_that_decoders_have_not_is_refused(decoder: Path, tmp_path: Pat
     assert files(tmp_path) == set()
 
 
-def test_a_language_model_without_a_decoder_is_refused_by_name(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="gpt2"):
-        convert(models / "gpt2", tmp_path / "out", scheme="int4", target=TARGET)
+@pytest.mark.parametrize(
+    ("model_type", "target", "reason"),
+    [
+        ("mamba", TARGET, "mamba remembers a state of its own kind"),
+        ("nemotron", TARGET, "transformers.js has no class for nemotron"),
+        ("stablelm", f"{TARGET}==4.1", "releases before 4.2 do not read the sizes of the cache of stablelm"),
+    ],
+)
+def test_a_language_model_that_it_would_not_generate_with_is_refused_by_name(
+    tmp_path: Path, model_type: str, target: str, reason: str
+) -> None:
+    folder = configured_decoder(model_type, tmp_path / "model")
+    with pytest.raises(InputError, match=reason) as refusal:
+        convert(folder, tmp_path / "out", scheme="int4", target=target)
+    assert refusal.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_language_model_with_an_exported_decoder_is_taken(tmp_path: Path) -> None:
+    folder = configured_decoder("stablelm", tmp_path / "model")
+    wishes = completed(Recipe(scheme="int4", target=TARGET))
+    assert way_to_onnx(folder, tmp_path / "out", wishes, None, None) is Way.EXPORTED
+
+
+def test_keys_and_values_are_never_said_to_be_one_tensor(tmp_path: Path) -> None:
+    layout = onnx_layout(completed(Recipe(scheme="int4", target=TARGET)), [])
+    assert layout.config is not None
+    assert layout.config({"model_type": "falcon", "multi_query": True}, False)["multi_query"] is False
+    assert "multi_query" not in layout.config({"model_type": "llama"}, False)
 
 
 def test_a_budget_and_another_format_are_refused(models: Path, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from quantcli import convert
 from quantcli.cli.app import main
 from quantcli.errors import UsageError
 from quantcli.planning.plan import Plan, quantization_config
-from quantcli.planning.recipe import validate
+from quantcli.planning.recipe import Recipe, validate
 from quantcli.planning.resolve import resolve
-from quantcli.planning.targets import for_target, onnxruntime, serving
+from quantcli.planning.targets import completed, for_target, onnxruntime, serving
 from quantcli.planning.targets import transformers as rules_of_transformers
 
 CHECKED = {**rules_of_transformers.CHECKED, **serving.CHECKED, **onnxruntime.CHECKED}
@@ -375,3 +375,18 @@ def test_experts_load_in_transformers_where_they_are_not_refused(
 def test_int4_experts_pass_the_check(models: Path, tmp_path: Path) -> None:
     report = convert(models / "mixtral", tmp_path / "out", scheme="int4", target="transformers")
     assert report.details["verified"]["runtime"]["checked"] is True
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "format"),
+    [
+        ("onnxruntime-genai", None, "onnx"),
+        ("onnxruntime-genai==0.18", None, "onnx"),
+        ("onnxruntime-genai", "gptq", "gptq"),
+        ("onnxruntime", None, None),
+        ("transformers.js", None, "onnx"),
+    ],
+)
+def test_a_target_that_loads_onnx_alone_means_that_format(target: str, asked: str | None, format: str | None) -> None:
+    """Else a checkpoint that is quantized already would not be told that its codes go to another container."""
+    assert completed(Recipe(target=target, format=asked)).format == format

@@ -17,12 +17,13 @@ import onnx
 import pytest
 from support import real_models
 from support import transformers_js as node
-from support.decoders import tiny_decoder
+from support.decoders import saved_decoder, tiny_decoder
 from support.graphs import with_accuracy_level
 
 from quantcli.commands.convert import convert
 from quantcli.core.ports import cache_ports
-from quantcli.models.decoder import CachedDecoder, empty_cache, sized_cache
+from quantcli.export.decoder.architecture import ARCHITECTURES
+from quantcli.models.decoder import cached_decoder, empty_cache, sized_cache
 from quantcli.models.hugging_face import load_tokenizer
 from quantcli.models.session import Session
 from quantcli.onnx.graph.model import onnx_file
@@ -74,6 +75,12 @@ def test_the_tables_are_those_of_the_package(packages: Path) -> None:
         match = re.search(rf"MODEL_FOR_{tables[head]}_MAPPING_NAMES = new Map\(\[(.*?)\]\);", registry, re.DOTALL)
         assert match is not None
         assert sorted(re.findall(r"\['([^']+)'", match[1])) == sorted(types)
+    match = re.search(r"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = new Map\(\[(.*?)\]\);", registry, re.DOTALL)
+    assert match is not None
+    # Those that read images as well, and those that are decoders of an encoder, it keeps in several files.
+    parts = {"gemma3", "mbart", "phi3_v", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "trocr"}
+    known = {*transformers_js.LANGUAGE_MODELS, *ARCHITECTURES, *parts}
+    assert set(re.findall(r"\['([^']+)'", match[1])) == known
 
 
 def test_embeddings_of_a_real_model(tmp_path: Path) -> None:
@@ -102,6 +109,18 @@ def test_scores_of_classes(models: Path, tmp_path: Path) -> None:
         assert sqnr_db(meant, found) > 90, job["kind"]
 
 
+def test_exported_decoders_say_the_same_tokens(tmp_path: Path) -> None:
+    settings: dict[str, dict[str, Any]] = {"gpt2": {}, "falcon": {"num_kv_heads": 1, "multi_query": True}}
+    jobs, said = [], []
+    for model_type, each in settings.items():
+        out = tmp_path / f"{model_type}-out"
+        folder = saved_decoder(model_type, tmp_path / model_type, **each)
+        convert(folder, out, scheme="int4", target="transformers.js", allow_larger=True)
+        said.append(greedy(onnx_file(out)))
+        jobs.append({"kind": "tokens", "folder": str(out), "ids": PROMPT, "count": COUNT})
+    assert node.run(jobs, tmp_path) == said
+
+
 def test_decoders_say_the_same_tokens(tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, str]]] = [
         ("llama", {"scheme": "int4"}), ("qwen3", {"scheme": "int4", "rest": "fp16"}), ("gemma3", {"scheme": "int8"}),
@@ -125,7 +144,7 @@ def test_decoders_say_the_same_tokens(tmp_path: Path) -> None:
 def greedy(artifact: Path) -> list[int]:
     """The prompt, and the likeliest tokens after it."""
     ids = list(PROMPT)
-    decoder = CachedDecoder(Session(artifact), artifact, len(ids) + COUNT)
+    decoder = cached_decoder(Session(artifact), artifact, len(ids) + COUNT)
     logits = decoder.read(np.array([ids]))
     for _ in range(COUNT):
         ids.append(int(logits[0, -1].argmax()))

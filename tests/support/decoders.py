@@ -63,6 +63,41 @@ def tiny_decoder(name: str, folder: Path) -> Path:
     return folder
 
 
+def configured_decoder(model_type: str, folder: Path, **settings: Any) -> Path:
+    """Save the config.json of a small language model of any architecture, and nothing else."""
+    import transformers
+
+    config = _any_config(model_type, settings)
+    config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    config.save_pretrained(folder)
+    return folder
+
+
+def saved_decoder(model_type: str, folder: Path, **settings: Any) -> Path:
+    """Save a small random language model of any architecture with a tokenizer."""
+    import torch
+    import transformers
+
+    from support.tokenizers import save_tokenizer
+
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(_any_config(model_type, settings)).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def _any_config(model_type: str, settings: dict[str, Any]) -> Any:
+    import transformers
+
+    # Not every architecture takes a length of heads that is set apart.
+    sizes = {name: value for name, value in _SIZES.items() if name != "head_dim"} | {"num_hidden_layers": 2}
+    return transformers.CONFIG_MAPPING[model_type](**sizes | settings)
+
+
 def greedy_in_genai(artifact: Path, prompt: list[int], count: int) -> list[int]:
     """What onnxruntime-genai says after a prompt, the likeliest token each time, its end or not."""
     import onnxruntime_genai as genai

@@ -25,7 +25,7 @@ from quantcli.conversion.onnx.memory import require_bounded_model, require_bound
 from quantcli.conversion.onnx.result import Result, require_smaller
 from quantcli.conversion.onnx.source import Source, open_source
 from quantcli.conversion.onnx.trial_inputs import NoFeeds, of_samples
-from quantcli.conversion.onnx.with_cache import prove_cache, write_decoder_config
+from quantcli.conversion.onnx.with_cache import prove_cache, with_head_scheme, write_decoder_config
 from quantcli.conversion.staging import Staging, open_staging, refuse_to_overwrite
 from quantcli.core.manifest import MANIFEST_KEY
 from quantcli.data.fingerprint import fingerprint
@@ -164,6 +164,8 @@ def _convert(job: _Job, staging: Staging) -> Report:
         open_source(job.model, job.weights, job.recipe, job.data, staging.root / "export", cache=job.cache),
         job.statistics,
     )
+    if material.source.cached and material.source.codes is None:
+        job = replace(job, recipe=with_head_scheme(job.recipe, material.source.model.ir))
     graph, plan = material.planned(job.recipe, job.data, trains=job.trains)
     _require_data(job, plan)
     require_bounded_plan(plan, data=bool(job.data or job.statistics), trains=job.trains)

@@ -140,13 +140,16 @@ def read_decoder(folder: Path) -> Decoder:
     )
 
 
-def refused(reason: str) -> InputError:
+#: What is left to models without a decoder.
+WITHOUT_DECODER = (
+    "Without a cache, for scoring alone, -o FILE.onnx --format onnx exports it; as a checkpoint, --format "
+    "compressed-tensors keeps it for transformers."
+)
+
+
+def refused(reason: str, hint: str = WITHOUT_DECODER) -> InputError:
     """What a wish for a decoder ends with that cannot be fulfilled."""
-    return InputError(
-        f"No decoder with a key-value cache can be built: {reason}.",
-        "Without a cache, for scoring alone, -o FILE.onnx --format onnx exports it; as a checkpoint, --format "
-        "compressed-tensors keeps it for transformers.",
-    )
+    return InputError(f"No decoder with a key-value cache can be built: {reason}.", hint)
 
 
 def _context(config: Any) -> int:

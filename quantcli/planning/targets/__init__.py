@@ -72,6 +72,20 @@ def require_onnx(recipe: Recipe, config: Mapping[str, Any] | None, output: Path)
         raise _refused(recipe, first)
 
 
+def exported_decoder_refusal(recipe: Recipe, model_type: str, *, uniform: bool) -> Refusal | None:
+    """Why a recipe's target would not run a decoder that torch exports with a cache; None where it would.
+
+    ``uniform``: keys and values of all layers have the same heads of one length.
+    """
+    rules = _onnx_rules(recipe)
+    if rules is None:
+        return None
+    from quantcli.planning.targets.base import ExportedDecoder
+
+    decoder = ExportedDecoder(_target(recipe), model_type, uniform)
+    return next((refusal for rule in rules.DECODER_RULES if (refusal := rule(decoder))), None)
+
+
 def completed(recipe: Recipe) -> Recipe:
     """A recipe with what goes without saying for its target."""
     runtime, _ = recipe.runtime

@@ -59,6 +59,18 @@ class GraphRequest:
 
 
 @dataclass(frozen=True)
+class ExportedDecoder:
+    """A language model that torch exports with a key-value cache for a target.
+
+    ``uniform``: keys and values of all layers have the same heads of one length.
+    """
+
+    target: Target
+    model_type: str
+    uniform: bool
+
+
+@dataclass(frozen=True)
 class OnnxLayout:
     """How a runtime wants a folder with a graph.
 
@@ -97,12 +109,14 @@ class Rules(Protocol):
 class OnnxRules(Rules, Protocol):
     """What the module of a target that takes ONNX holds besides.
 
-    ``GRAPH_RULES``: asked like ``RULES``, of what becomes ONNX. ``completed``: a recipe with what goes without saying.
+    ``GRAPH_RULES``: asked like ``RULES``, of what becomes ONNX; ``DECODER_RULES``: of a decoder that torch would
+    export. ``completed``: a recipe with what goes without saying.
     ``onnx_layout``: of a folder whose weights have a scheme, for the most part. ``onnxruntime_version``: which one a
     version of the target runs.
     """
 
     GRAPH_RULES: tuple[Callable[[GraphRequest], Refusal | None], ...]
+    DECODER_RULES: tuple[Callable[[ExportedDecoder], Refusal | None], ...]
 
     def completed(self, recipe: Recipe) -> Recipe:
         """See above."""

@@ -12,7 +12,7 @@ from typing import Any
 from quantcli.checkpoint.hugging_face import is_causal_config
 from quantcli.core.scheme import Scheme
 from quantcli.planning.recipe import Recipe, build_scheme
-from quantcli.planning.targets.base import GraphRequest, OnnxLayout, Refusal, no_checkpoint
+from quantcli.planning.targets.base import ExportedDecoder, GraphRequest, OnnxLayout, Refusal, no_checkpoint
 
 CHECKED = {"transformers.js": "transformers.js 4.3"}
 LOADS_ONNX = True
@@ -44,6 +44,16 @@ HEADS: dict[str, tuple[str, ...]] = {
         "resnet", "segformer", "swin", "vit", "vit_msn",
     ),
 }  # fmt: skip
+#: Model types of language models that it has classes for, besides those that decoders are built of.
+LANGUAGE_MODELS = (
+    "afmoe", "apertus", "arcee", "bloom", "codegen", "cohere", "cohere2", "deepseek_v3", "deepseek_v4", "ernie4_5",
+    "exaone", "falcon", "falcon_h1", "gemma", "gemma3n", "gemma4", "glm", "glm_moe_dsa", "gpt2", "gpt_bigcode",
+    "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoehybrid", "helium", "hrm_text", "hunyuan_v1_dense",
+    "jais", "lfm2", "lfm2_moe", "lfm3", "llama4_text", "ministral", "ministral3", "mistral4", "mobilellm",
+    "modernbert-decoder", "mpt", "nanochat", "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid", "openelm", "opt",
+    "phi", "qwen2_moe", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_moe", "qwen3_next", "smollm3", "solar_open",
+    "stablelm", "starcoder2", "vaultgemma", "youtu", "zaya",
+)  # fmt: skip
 #: What its tokenizers and processors are made by.
 _READERS = ("tokenizer.json", "preprocessor_config.json")
 #: Sections of a config.json that speak of parts which the library keeps in files of their own.
@@ -121,6 +131,27 @@ def decoders(request: GraphRequest) -> Refusal | None:
     return None
 
 
+def known_language_model(decoder: ExportedDecoder) -> Refusal | None:
+    """A rule for architectures that the library has no class for."""
+    if decoder.model_type in LANGUAGE_MODELS:
+        return None
+    return Refusal(
+        f"{decoder.target.name} has no class for {decoder.model_type}",
+        "Use --target onnxruntime-genai, which runs any decoder with a cache.",
+    )
+
+
+def cache_sized_by_graph(decoder: ExportedDecoder) -> Refusal | None:
+    """A rule for releases that reckon the cache's sizes from config.json, and often otherwise than the model has it."""
+    if not decoder.target.is_before("4.2"):
+        return None
+    return Refusal(
+        f"releases before 4.2 do not read the sizes of the cache of {decoder.model_type} from its graph",
+        "Use transformers.js 4.2 or newer.",
+    )
+
+
+DECODER_RULES = (known_language_model, cache_sized_by_graph)
 GRAPH_RULES = (only_folders, supported_release, named_dtypes, decoders, known_classes)
 
 
@@ -147,6 +178,9 @@ def onnx_layout(recipe: Recipe, scheme: Scheme) -> OnnxLayout:
         if outside:
             settings["use_external_data_format"] = {name: 1}
         plain = {key: value for key, value in own.items() if key != "quantization_config"}
+        if plain.get("multi_query"):
+            # It takes that for a cache that holds keys and values in one tensor, as no graph of ours has it.
+            plain["multi_query"] = False
         return {**plain, "transformers.js_config": settings}
 
     return OnnxLayout(f"onnx/{name}", f"{name}_data", config, _READERS)

@@ -11,8 +11,14 @@ import pytest
 import torch
 import transformers
 from onnx import numpy_helper
-from support.decoders import decoded_matrix, greedy_in_genai, greedy_in_torch, without_rounding
-from support.tokenizers import save_tokenizer
+from support.decoders import (
+    configured_decoder,
+    decoded_matrix,
+    greedy_in_genai,
+    greedy_in_torch,
+    saved_decoder,
+    without_rounding,
+)
 
 import quantcli
 from quantcli.benchmarking.generation import NEW_TOKENS, generating
@@ -22,29 +28,6 @@ from quantcli.models.decoder import GrowingDecoder
 from quantcli.models.runner import OnnxRunner
 
 PROMPT, COUNT = [5, 17, 60, 33, 9, 71, 44], 16
-_SIZES: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-
-
-def saved(model_type: str, folder: Path, **settings: Any) -> Path:
-    config = transformers.CONFIG_MAPPING[model_type](**_SIZES | settings)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
-
-
-def configured(model_type: str, folder: Path, **settings: Any) -> Path:
-    config = transformers.CONFIG_MAPPING[model_type](**_SIZES | settings)
-    config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]
-    config.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -65,14 +48,14 @@ def configured(model_type: str, folder: Path, **settings: Any) -> Path:
 def test_what_has_no_cache_of_keys_and_values_is_refused_by_name(
     tmp_path: Path, model_type: str, settings: dict[str, Any], reason: str
 ) -> None:
-    folder = configured(model_type, tmp_path / "model", **settings)
+    folder = configured_decoder(model_type, tmp_path / "model", **settings)
     assert reason in (why_no_cache(folder) or "")
     with pytest.raises(InputError, match=reason):
         quantcli.convert(folder, tmp_path / "out", scheme="int4", target="onnxruntime-genai", dry_run=True)
 
 
 def test_a_cache_is_told_without_weights(tmp_path: Path) -> None:
-    folder = configured("cohere2", tmp_path / "model", layer_types=["sliding_attention", "full_attention"])
+    folder = configured_decoder("cohere2", tmp_path / "model", layer_types=["sliding_attention", "full_attention"])
     assert why_no_cache(folder) is None
     assert read_cache_shape(folder).uniform == (2, 16)
 
@@ -97,7 +80,7 @@ def torch_with_codes(folder: Path, artifact: Path) -> Any:
 
 @pytest.mark.slow
 def test_genai_says_what_torch_says_on_the_same_codes(tmp_path: Path) -> None:
-    folder = saved("stablelm", tmp_path / "model")
+    folder = saved_decoder("stablelm", tmp_path / "model")
     report = quantcli.convert(
         folder, tmp_path / "out", scheme="int4", group_size=32, target="onnxruntime-genai", skip=["*embed_tokens*"],
         allow_larger=True,
@@ -105,6 +88,8 @@ def test_genai_says_what_torch_says_on_the_same_codes(tmp_path: Path) -> None:
     proof = report.details["verified"]["decoder"]
     assert proof["torch"]["compared"] and proof["torch"]["sqnr_db"] > 90
     assert proof["cache_sqnr_db"] is None or proof["cache_sqnr_db"] > 90
+    head = next(node for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node if "logits" in node.output)
+    assert next(attribute.i for attribute in head.attribute if attribute.name == "bits") == 8
     said = greedy_in_genai(without_rounding(tmp_path / "out", tmp_path / "exact"), PROMPT, COUNT)
     assert said == greedy_in_torch(torch_with_codes(folder, tmp_path / "out"), PROMPT, COUNT, banned=[2])
     assert len(set(said)) > 1
