@@ -14,6 +14,7 @@ from support.static_graphs import Converted
 from quantcli.commands.calibrate import calibrate
 from quantcli.commands.convert import convert
 from quantcli.commands.inspect_onnx import inspect_onnx
+from quantcli.errors import InputError
 from quantcli.models.session import Session
 
 MICROSOFT = "com.microsoft"
@@ -252,6 +253,15 @@ def test_weights_in_double_precision(tmp_path: Path, scheme: str) -> None:
     assert not [row.reason for row in report.layers if row.scheme == "float"]
     if scheme.startswith("int8-"):
         assert "double precision" in " ".join(report.warnings)
+
+
+@pytest.mark.parametrize("size", [1e50, 1e-50])
+def test_doubles_that_float32_has_not_are_named_as_such(tmp_path: Path, size: float) -> None:
+    weights = {"w": normal(64, 96).astype(np.float64) * size}
+    proto = model([node("MatMul", ["x", "w"], ["y"])], X, {"y": None}, weights, dtype=onnx.TensorProto.DOUBLE)
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(InputError, match=r"w holds numbers as large as .*, beyond what float32 scales can stand for"):
+        convert(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme="int8")
 
 
 def test_a_weight_without_values_stays(tmp_path: Path) -> None:
