@@ -1,7 +1,7 @@
 """Every operator test that the onnx package generates through every scheme: is what ends with exit status 0 right?
 
 Run: .venv/bin/python tests/benchmarks/sweep_operators.py [--only GLOB] [--schemes ...] [--jobs N]
-     [--limit N [--seed N]] [--json FILE] [--quick]
+     [--limit N [--seed N]] [--json FILE [--resume]] [--quick]
 
 Each graph is tried in six forms: ``as-is``; ``product``, two MatMul (of a rank-4 output two Conv beside them) with
 constant weights behind its first float output; and ``constants``, the same with all inputs but the first turned
@@ -450,10 +450,16 @@ def quick(jobs: int = 2) -> dict[str, dict[str, Outcome]]:
 
 
 def swept(
-    names: Sequence[str], known: dict[str, Any], schemes: Sequence[str], jobs: int, file: Path | None = None
+    names: Sequence[str],
+    known: dict[str, Any],
+    schemes: Sequence[str],
+    jobs: int,
+    file: Path | None = None,
+    resume: bool = False,
 ) -> dict[str, dict[str, Outcome]]:
     """Rows of all forms that there are."""
-    found = sweeping.sweep(names, lambda name: run(name, known[name], schemes), jobs, file)
+    done = sweeping.read(file) if file and resume else None
+    found = sweeping.sweep(names, lambda name: run(name, known[name], schemes), jobs, file, done)
     return {name: row for name, row in found.items() if row}
 
 
@@ -465,7 +471,7 @@ def main() -> int:
     else:
         known = graphs()
         names = sweeping.chosen(known, wanted.only, wanted.limit, wanted.seed)
-        found = swept(names, known, tuple(wanted.schemes.split(",")), wanted.jobs, wanted.json)
+        found = swept(names, known, tuple(wanted.schemes.split(",")), wanted.jobs, wanted.json, wanted.resume)
     sweeping.print_matrix(found)
     if wanted.json:
         sweeping.write(wanted.json, found)

@@ -233,6 +233,7 @@ def options(description: str | None, schemes: Sequence[str]) -> argparse.Argumen
     parser.add_argument("--limit", type=int, metavar="N", help="that many cases, spread over all of them")
     parser.add_argument("--seed", type=int, metavar="N", help="those of --limit are drawn at random, by this seed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every verdict with its reason")
+    parser.add_argument("--resume", action="store_true", help="keep the verdicts that --json FILE holds already")
     parser.add_argument("--quick", action="store_true", help="a few cases of different kinds")
     return parser
 
@@ -248,13 +249,19 @@ def chosen(names: Iterable[str], only: Sequence[str] | None, limit: int | None, 
 
 
 def sweep(
-    names: Sequence[str], run: Callable[[str], dict[str, Outcome]], jobs: int, file: Path | None = None
+    names: Sequence[str],
+    run: Callable[[str], dict[str, Outcome]],
+    jobs: int,
+    file: Path | None = None,
+    known: Mapping[str, dict[str, Outcome]] | None = None,
 ) -> dict[str, dict[str, Outcome]]:
     """Run every case in a fork, ``jobs`` at a time, and print each as it ends.
 
-    In a random order, the same each time, so that a sweep that is cut short has seen some of everything.
+    In a random order, the same each time, so that a sweep that is cut short has seen some of everything. Cases that
+    are ``known`` are not run again.
     """
-    waiting, running, found = random.Random(0).sample(names, len(names)), {}, {}
+    found, running = {name: row for name, row in (known or {}).items() if name in set(names)}, {}
+    waiting = [name for name in random.Random(0).sample(names, len(names)) if name not in found]
     with tempfile.TemporaryDirectory(prefix="sweep-") as place:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -297,6 +304,12 @@ def write(file: Path, found: Mapping[str, Mapping[str, Outcome]]) -> None:
     part = file.with_suffix(".part")
     part.write_text(json.dumps(rows, indent=1) + "\n")
     part.replace(file)
+
+
+def read(file: Path) -> dict[str, dict[str, Outcome]]:
+    """What ``write`` wrote; nothing where there is no such file."""
+    rows = json.loads(file.read_text()) if file.is_file() else {}
+    return {name: {column: Outcome(**value) for column, value in row.items()} for name, row in rows.items()}
 
 
 def print_matrix(found: Mapping[str, Mapping[str, Outcome]]) -> None:

@@ -128,7 +128,7 @@ def _without_newer(plan: GraphPlan, opset: int, error: InputError, file: Path) -
     )
     if not any(node.form for node in nodes):
         raise InputError(
-            f"{file}: {plan.scheme} takes a newer operator set. {error}",
+            f"{file}: {plan.scheme} takes a newer operator set. {error.message}",
             f"{error.hint or 'Export the model with a newer operator set.'} --scheme fp16 goes with any set.",
         ) from error
     return replace(plan, nodes=nodes, warnings=(*plan.warnings, f"{error} Layers that need it stay as they are."))

@@ -9,6 +9,7 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from quantcli.conversion.onnx.tied_sizes import tied
 from quantcli.core.ports import Arrays, Port, dtype_family
 from quantcli.data.made_up import FILLS, SPREADS, Draw, counts_samples, lengths, made_up_feeds, table_sizes
 from quantcli.data.samples import Samples, batches
@@ -92,7 +93,12 @@ def made_up(
     reasons: list[str] = []
     ran: _Trial | None = None
     ports, tables = _ports(reference, graph), table_sizes(graph)
-    for maker in (*_makers(ports, tables, draws or {}), *_axis_by_axis(ports, tables, draws or {})):
+    known = tied(ports, graph)
+    ways = [known] if known == ports else [known, ports]
+    for maker in (
+        *(maker for way in ways for maker in _makers(way, tables, draws or {})),
+        *_axis_by_axis(known, tables, draws or {}),
+    ):
         if ran is not None and not maker.is_larger_than(ran.maker):
             continue  # what ran and left an output without a number may fill it at a larger size alone
         try:

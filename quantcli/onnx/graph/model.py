@@ -175,7 +175,8 @@ def _cause(error: BaseException) -> BaseException:
 def load_graph(path: Path, *, mapped: bool = False) -> ir.Model:
     """Read a file as it is, but for what onnx-ir has not.
 
-    Types of maps are left out, which onnxruntime infers by itself; sparse constants are written out. With ``mapped``
+    Types of maps are left out, which onnxruntime infers by itself; sparse constants are written out; nodes are put into
+    order. With ``mapped``
     its large weights are tensors of an external file, which is the file itself.
     """
     import onnx
@@ -189,7 +190,21 @@ def load_graph(path: Path, *, mapped: bool = False) -> ir.Model:
     write_out_sparse(proto, path.parent)
     model = ir.from_proto(proto)
     external_data.set_base_dir(model.graph, path.parent)
+    if not _is_sorted(model.graph):
+        # The standard wants nodes behind what they read. onnxruntime sorts them, and its own converter to float16
+        # writes some in another order.
+        model.graph.sort()
     return model
+
+
+def _is_sorted(graph: ir.Graph) -> bool:
+    """Whether every node of a graph and its bodies stands behind those whose values it reads."""
+    seen = set()
+    for node in graph.all_nodes():
+        seen.add(node)
+        if any(value is not None and (made := value.producer()) and made not in seen for value in node.inputs):
+            return False
+    return True
 
 
 def _holds_map(kind: onnx.TypeProto) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from quantcli.errors import InputError
 from quantcli.onnx.graph.external import SMALL_BYTES, elsewhere
-from quantcli.onnx.graph.values import input_of, integer, is_standard, rank
+from quantcli.onnx.graph.values import array, input_of, integer, is_standard, rank
 from quantcli.system.text import first_line
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ _MICROSOFT = "com.microsoft"
 
 #: Below operator set 13 these flatten what follows their axis, which is 1 where none is given.
 _FLATTENING = ("Softmax", "LogSoftmax", "Hardmax")
+
+#: The operator set from which on a Resize says how it maps coordinates. Before, it takes the place in the output by the
+#: scale; the converter leaves the newer default, which takes centres of pixels.
+_COORDINATES_OPSET = 11
 
 #: Where nodes stand that the converter must not touch, since they are in the newer set's words already.
 _NEWER = "quantcli.newer"
@@ -55,6 +59,8 @@ def upgrade(model: ir.Model, opset: int) -> ir.Model:
         return working
     if old < QDQ_OPSET <= opset:
         _spell_out_flattening(working)
+    if old < _COORDINATES_OPSET <= opset:
+        _spell_out_resizing(working)
     working.ir_version = max(working.ir_version or 0, needed_ir_version(old))
     weights = _set_aside(working)
     try:
@@ -151,6 +157,34 @@ def _spell_out_flattening(model: ir.Model) -> None:
                 each.outputs[0].name = f"{base}_{part}"
         result, name = nodes[-1].outputs[0], output.name
         ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [output], [result])
+        result.name = name
+        model.opset_imports[_NEWER] = 1
+
+
+def _spell_out_resizing(model: ir.Model) -> None:
+    """Write Upsample, and Resize of set 10, as the newer Resize that maps coordinates as they do."""
+    import onnx_ir as ir
+
+    for node in list(model.graph.all_nodes()):
+        data, graph, output = input_of(node, 0), node.graph, node.outputs[0]
+        if not is_standard(node, "Upsample", "Resize") or data is None or graph is None:
+            continue
+        scales, nodes = input_of(node, 1), []
+        if scales is None:
+            lengths = list(node.attributes["scales"].as_floats())
+            made = ir.node("Constant", [], {"value_floats": lengths}, domain=_NEWER, name=f"{node.name}_scales")
+            made.outputs[0].name = f"{output.name}_scales"
+            scales, nodes = made.outputs[0], [made]
+        attribute, known = node.attributes.get("mode"), array(scales)
+        mode = "nearest" if attribute is None else attribute.as_string()
+        wanted = {"mode": mode, "coordinate_transformation_mode": "asymmetric"}
+        if mode == "nearest":
+            # What makes an image smaller takes the next pixel, as onnxruntime's kernel of set 10 does.
+            wanted["nearest_mode"] = "ceil" if known is not None and (known < 1).any() else "floor"
+        newer = ir.node("Resize", [data, None, scales], wanted, domain=_NEWER, name=node.name)
+        name, result = output.name, newer.outputs[0]
+        result.type, result.shape = output.type, output.shape
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [*nodes, newer], [output], [result])
         result.name = name
         model.opset_imports[_NEWER] = 1
 

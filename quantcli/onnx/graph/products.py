@@ -33,10 +33,8 @@ def plain_products(model: ir.Model) -> None:
 
 def _plain_einsum(graph: ir.Graph, node: ir.Node) -> None:
     """``...C,CF->...F``, the letters of C and F in one piece each; the weight's two may be the other way round."""
-    attribute = node.attributes.get("equation")
-    terms, arrow, result = ("" if attribute is None else attribute.as_string().replace(" ", "")).partition("->")
-    operands = terms.split(",")
-    if not arrow or len(operands) != 2:
+    operands, result = einsum_terms(node)
+    if len(operands) != 2:
         return
     at = 1 if constant(node.inputs[1]) is not None else 0
     data, weight, term, letters = node.inputs[1 - at], node.inputs[at], operands[1 - at], operands[at]
@@ -64,6 +62,17 @@ def _plain_einsum(graph: ir.Graph, node: ir.Node) -> None:
         target = [0] * len(kept) + [sizes[letter] for letter in free]
         _reshaped(graph, node, product, target, "shape", nodes)
     _replace(graph, node, nodes)
+
+
+def einsum_terms(node: ir.Node) -> tuple[list[str], str]:
+    """The letters of an Einsum's operands, and of its result: where none is written, those that occur once."""
+    attribute = node.attributes.get("equation")
+    terms, arrow, result = ("" if attribute is None else attribute.as_string().replace(" ", "")).partition("->")
+    if not arrow:
+        letters = terms.replace("...", "").replace(",", "")
+        once = "".join(sorted(letter for letter in letters if letters.count(letter) == 1))
+        result = f"...{once}" if "..." in terms else once
+    return terms.split(","), result
 
 
 def _once(letters: str) -> bool:

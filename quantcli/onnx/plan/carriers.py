@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantcli.onnx.graph.operands import behind_transposes, channel_axis
+from quantcli.onnx.graph.products import einsum_terms
 from quantcli.onnx.graph.values import constant, input_of, is_standard
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _MICROSOFT = "com.microsoft"
 
 #: ONNX's names of the dtypes that weights have before they are quantized.
-_FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
+_FLOATS = ("DOUBLE", "FLOAT", "FLOAT16", "BFLOAT16")
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,8 @@ def _contracted(index: int) -> Callable[[ir.Node, int], tuple[int, ...] | None]:
     """The dimensions of an Einsum's operand that its result lacks; None where the equation tells none."""
 
     def summed(node: ir.Node, rank: int) -> tuple[int, ...] | None:
-        attribute = node.attributes.get("equation")
-        equation = "" if attribute is None else attribute.as_string().replace(" ", "")
-        terms, arrow, result = equation.partition("->")
-        operands = terms.split(",")
-        if not arrow or index >= len(operands) or len(operands[index]) != rank or "." in operands[index]:
+        operands, result = einsum_terms(node)
+        if index >= len(operands) or len(operands[index]) != rank or "." in operands[index]:
             return None
         return tuple(axis for axis, letter in enumerate(operands[index]) if letter not in result) or None
 
@@ -93,7 +91,7 @@ _PLACES: dict[tuple[str, str], tuple[_Place, ...]] = {
     **{("", name): _RECURRENT for name in ("LSTM", "GRU", "RNN")},
     **{(_MICROSOFT, name): (_RIGHT, _LEFT) for name in ("FusedMatMul", "TransposeMatMul")},
     **{(_MICROSOFT, name): (_RIGHT,) for name in ("FusedGemm", "GemmFastGelu")},
-    **{(_MICROSOFT, name): _CONVOLUTION for name in ("FusedConv", "NhwcFusedConv")},
+    **{(_MICROSOFT, name): _CONVOLUTION for name in ("FusedConv", "NhwcFusedConv", "ConvTransposeWithDynamicPads")},
     **{
         (_MICROSOFT, name): (_Place(1, "linear", _last_but_one),)
         for name in ("Attention", "PackedAttention", "DecoderMaskedSelfAttention", "LongformerAttention")

@@ -37,7 +37,8 @@ def no_integer_kernel(layer: NodePlan, scheme: Scheme) -> str | None:
     if any(is_standard(reader, "Gather") for reader in readers(layer.weight)):
         return "a lookup reads the same table"
     if weight.dtype.name != "FLOAT":
-        return "integer kernels take and return float32, and this is half precision"
+        precision = "double" if weight.dtype.name == "DOUBLE" else "half"
+        return f"integer kernels take and return float32, and this is {precision} precision"
     if node.op_type == "MatMul":
         return None if len(weight.shape) == 2 else "the weight is not a matrix"
     bias = constant(input_of(node, 2))

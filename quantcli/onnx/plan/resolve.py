@@ -56,20 +56,8 @@ def resolve_graph(recipe: Recipe, model: ir.Model, file: Path) -> GraphPlan:
     if quantization:
         kept = f"The model is quantized in part already ({quantization}); what is quantized stays as it is."
         plan = replace(plan, warnings=(kept, *plan.warnings))
-    if not plan.nodes and _holds_doubles(model):
-        raise InputError(
-            f"{plan.scheme} applies to nothing in {file}: its weights are float64, and what is quantized here is "
-            "float32, float16 or bfloat16.",
-            "Export the model in float32.",
-        )
     require_work(plan, file)
     return plan
-
-
-def _holds_doubles(model: ir.Model) -> bool:
-    """Whether any matrix of a graph, or of its bodies, is in float64."""
-    tensors = (constant(value) for graph in model.graphs() for value in graph.initializers.values())
-    return any(t is not None and t.dtype.name == "DOUBLE" and len(t.shape) > 1 for t in tensors)
 
 
 class _Planner:
@@ -124,7 +112,7 @@ class _Planner:
         """Cast what is left, where the user says so."""
         rest = self.recipe.rest
         small = plan.info.numel < _SMALLEST_WEIGHT
-        if plan.form or small or rest not in ("fp16", "bf16") or plan.info.dtype != "F32":
+        if plan.form or small or rest not in ("fp16", "bf16") or plan.info.dtype not in ("F32", "F64"):
             return plan
         return replace(plan, form="cast", scheme=PRESETS[rest], label=rest, reason=None, note=f"cast: {plan.reason}")
 

@@ -1,4 +1,4 @@
-"""fp16 and bf16: weights are stored at half size, and one Cast brings each back to float32.
+"""fp16 and bf16: weights are stored at half size, and one Cast brings each back to float32, or to float64.
 
 On a CPU onnxruntime computes in float32 either way, and folds these casts when it loads the model: what is gained
 is the file's size. The graph's own inputs, outputs and arithmetic stay float32, so that nothing overflows in it.
@@ -40,7 +40,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class CastWeight:
-    """A weight that was cast; or one that stayed float32, and ``stays`` says why."""
+    """A weight that was cast; or one that stayed as it was, and ``stays`` says why."""
 
     name: str
     nbytes: int
@@ -50,7 +50,7 @@ class CastWeight:
 
 
 def cast_weights(model: ir.Model, dtype: str, names: Collection[str] | None = None) -> list[CastWeight]:
-    """Store a model's float32 weights as ``dtype``, fp16 or bf16, in place; casting is put off until they are saved.
+    """Store a model's wider weights as ``dtype``, fp16 or bf16, in place; casting is put off until they are saved.
 
     Small tensors stay as they are and are not listed; weights of other ``names`` neither.
 
@@ -76,7 +76,7 @@ def cast_weights(model: ir.Model, dtype: str, names: Collection[str] | None = No
 
 def _is_weight(value: ir.Value) -> bool:
     tensor = constant(value)
-    if tensor is None or tensor.dtype.name != "FLOAT" or value.is_graph_output():
+    if tensor is None or tensor.dtype.name not in ("FLOAT", "DOUBLE") or value.is_graph_output():
         return False
     return tensor.nbytes >= (_SMALLEST_MATRIX if len(tensor.shape) > 1 else _SMALLEST_VECTOR)
 
@@ -97,12 +97,13 @@ def _cast(value: ir.Value, dtype: str) -> CastWeight:
     assert tensor is not None and graph is not None and name is not None
     half = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16
     signal, noise, overflows = _powers(tensor, half)
+    wide = "fp32" if tensor.dtype == ir.DataType.FLOAT else "fp64"
     if overflows:
         largest = float(np.finfo(np.float16).max) if dtype == "fp16" else 3.39e38
-        note = f"stays fp32: {overflows} values lie beyond {largest:.6g}, the largest {dtype} number"
+        note = f"stays {wide}: {overflows} values lie beyond {largest:.6g}, the largest {dtype} number"
         return CastWeight(name, tensor.nbytes, stays=note)
     if noise > signal * _MOST_NOISE:
-        note = f"stays fp32: its values are too small for {dtype}, which rounds most of them to zero"
+        note = f"stays {wide}: its values are too small for {dtype}, which rounds most of them to zero"
         return CastWeight(name, tensor.nbytes, stays=note)
     stored = ir.Value(
         name=free_name(graph, f"{name}_{dtype}"),
@@ -112,7 +113,7 @@ def _cast(value: ir.Value, dtype: str) -> CastWeight:
             partial(_half, tensor, half), dtype=half, shape=ir.Shape(tensor.shape.numpy()), name=f"{name}_{dtype}"
         ),
     )
-    cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT}, name=f"{name}_to_float")
+    cast = ir.node("Cast", [stored], {"to": tensor.dtype}, name=f"{name}_to_float")
     value.replace_all_uses_with(cast.outputs[0])
     graph.initializers.pop(name)
     cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = name, value.shape, value.type
@@ -122,7 +123,7 @@ def _cast(value: ir.Value, dtype: str) -> CastWeight:
     else:
         graph.append(cast)
     rounding = Rounding("cast", signal=signal, noise=noise)
-    return CastWeight(name, tensor.nbytes // 2, rounding, decoded=lambda: _half(tensor, half).numpy())
+    return CastWeight(name, tensor.size * 2, rounding, decoded=lambda: _half(tensor, half).numpy())
 
 
 def _half(tensor: ir.TensorProtocol, half: ir.DataType) -> ir.TensorProtocol:
@@ -138,7 +139,7 @@ def _powers(tensor: ir.TensorProtocol, half: ir.DataType) -> tuple[float, float,
     for start in range(0, flat.size, _CHUNK):
         part = flat[start : start + _CHUNK]
         with np.errstate(over="ignore", invalid="ignore"):
-            back = part.astype(half.numpy()).astype(np.float32)
+            back = part.astype(half.numpy()).astype(part.dtype)
         finite = np.isfinite(part)
         overflows += int(np.count_nonzero(finite & ~np.isfinite(back)))
         kept = part[finite].astype(np.float64)
@@ -152,8 +153,8 @@ def _powers(tensor: ir.TensorProtocol, half: ir.DataType) -> tuple[float, float,
 def _supports(layer: NodePlan, scheme: Scheme) -> str | None:
     dtype = layer.info.dtype
     if dtype == DTYPE_OF_NUMBER[scheme.weights.dtype]:
-        return "already so"
-    if dtype != "F32":
+        return f"already {scheme.weights.dtype}"
+    if dtype not in ("F32", "F64"):
         return "already in half precision"
     return "its weight is an output of the model" if layer.weight.is_graph_output() else None
 

@@ -17,6 +17,7 @@ import numpy as np
 from quantcli import algorithms
 from quantcli.core.scheme import Granularity, NumberFormat, Scheme
 from quantcli.core.tensors import QuantizedTensor, Rounding
+from quantcli.errors import InputError
 from quantcli.onnx.graph.operands import operand_of
 from quantcli.onnx.graph.opset import NARROW_OPSET
 from quantcli.onnx.graph.values import add_initializer, array, drop_unused, free_name, prepend
@@ -112,8 +113,7 @@ def _rounded(layer: NodePlan, number_format: NumberFormat, algorithm: str) -> Ma
 
     weight = array(layer.weight)
     assert weight is not None
-    weight = weight.astype(np.float32)
-    require_finite(weight, layer.weight.name)
+    weight = _in_float32(weight, layer.weight.name)
     rows = torch.from_numpy(np.ascontiguousarray(rows_of(weight, layer.summed)))
     size = number_format.granularity.size
     if size is not None:
@@ -124,6 +124,20 @@ def _rounded(layer: NodePlan, number_format: NumberFormat, algorithm: str) -> Ma
     if tensor.zero_point is not None:
         tensors["zero_point"] = np.asarray(tensor.zero_point)
     return Made(tensors, Rounding(algorithm, signal=signal, noise=noise))
+
+
+def _in_float32(weight: np.ndarray, name: str | None) -> np.ndarray:
+    """A weight of any precision. Raises InputError where its numbers are not finite, or none that float32 has."""
+    require_finite(weight, name)
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = weight.astype(np.float32)
+    largest = np.abs(weight).max(initial=0)
+    if not np.isfinite(narrow).all() or 0 < largest < np.finfo(np.float32).tiny:
+        raise InputError(
+            f"{name} holds numbers as large as {largest:.3g}, beyond what float32 scales can stand for.",
+            "Leave the layer out with --skip.",
+        )
+    return narrow
 
 
 class _Expansion:

@@ -51,6 +51,25 @@ def test_a_model_of_a_newer_set_than_the_runtimes_own_quantizing_operators(tmp_p
     assert np.square(expected - got).sum() / np.square(expected).sum() < (0.03 if scheme == "int4" else 2e-3)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize(("opset", "scale"), [(7, 2.0), (9, 2.0), (9, 2.3), (10, 2.3), (10, 0.6)])
+def test_a_resize_of_an_old_set_maps_coordinates_as_it_did(tmp_path: Path, mode: str, opset: int, scale: float) -> None:
+    """The newer operator takes centres of pixels unless it is told, and the converter does not tell."""
+    scales = [1.0, 1.0, scale, scale]
+    attributes = {"mode": mode} | ({"scales": scales} if opset == 7 else {})
+    resize = node("Resize" if opset == 10 else "Upsample", ["h", "s"][: 2 if opset > 7 else 1], ["r"], **attributes)
+    nodes = [node("Conv", ["x", "w"], ["h"], pads=[1] * 4), resize, node("Conv", ["r", "v"], ["y"], pads=[1] * 4)]
+    held = {"w": normal(16, 8, 3, 3) / 8, "v": normal(32, 16, 3, 3, seed=1) / 8}
+    held |= {} if opset == 7 else {"s": np.array(scales, np.float32)}
+    onnx.save(model(nodes, {"x": ["n", 8, 6, 6]}, {"y": None}, held, opset=opset), tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=normal(8, 8, 6, 6))
+    report = convert(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme="int8-static", data=tmp_path / "d.npz")
+    assert report.details["verified"]["runtime"]["integer_kernels"]["QLinearConv"] == 2
+    x = {"x": normal(8, 8, 6, 6)}
+    expected, got = (Session(tmp_path / name).run(x)["y"] for name in ("m.onnx", "o.onnx"))
+    assert np.square(expected - got).sum() / np.square(expected).sum() < 2e-3
+
+
 def test_what_no_upgrade_has_words_for_is_said_without_the_converters_source(tmp_path: Path) -> None:
     """A BatchNormalization of statistics for each place left the standard with operator set 9."""
     names = ("scale", "shift", "mean", "variance")

@@ -12,7 +12,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support.graphs import codes_of, model, node, normal, opened, operators, prepared, run, same_function
 
+from quantcli import convert
 from quantcli.errors import InputError
+from quantcli.models.session import Session
 from quantcli.onnx.graph.model import open_onnx
 from quantcli.onnx.graph.opset import upgrade
 from quantcli.onnx.graph.prepare import prepare
@@ -360,6 +362,17 @@ def test_a_quantized_weight_is_not_expanded(dtype: type) -> None:
     constants = {"q": np.arange(35, dtype=dtype).reshape(5, 7), "s": np.float32(0.1)}
     proto = model(nodes, {"x": ["n", 5]}, {"y": None}, constants)
     assert graph_quantization(prepared(proto)) == "QDQ"
+
+
+def test_nodes_in_another_order_are_sorted(tmp_path: Path) -> None:
+    """onnxruntime runs such a graph, and its converter to float16 writes one."""
+    nodes = [node("Relu", ["h"], ["r"]), node("MatMul", ["r", "v"], ["y"]), node("MatMul", ["x", "w"], ["h"])]
+    held = {"w": normal(64, 96), "v": normal(96, 32)}
+    onnx.save(model(nodes, {"x": [2, 64]}, {"y": None}, held), tmp_path / "m.onnx")
+    convert(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme="int8")
+    x = {"x": normal(2, 64, seed=3)}
+    expected, got = (Session(tmp_path / name).run(x)["y"] for name in ("m.onnx", "o.onnx"))
+    assert np.square(expected - got).sum() / np.square(expected).sum() < 1e-3
 
 
 def test_an_inconsistent_graph_is_refused() -> None:

@@ -29,7 +29,7 @@ LEAST = {"int8": 35, "int4": 14, "int8-dynamic": 30, "int8-static": 30, "fp16": 
         ("btd,dh->bth", (64, 96), True), ("btd,hd->bth", (96, 64), True), ("dh,btd->bth", (64, 96), True),
         ("btd,dnh->btnh", (64, 4, 24), True), ("btd,nhd->btnh", (4, 24, 64), True),
         ("...d,dh->...h", (64, 96), True), ("btd,dh->hbt", (64, 96), False), ("btd,bdh->bth", (2, 64, 32), False),
-        ("btd,d->bt", (64,), None), ("btd,td->bt", (5, 64), False),
+        ("btd,d->bt", (64,), None), ("btd,td->bt", (5, 64), False), ("btd,dh", (64, 96), None),
     ],
 )  # fmt: skip
 def test_einsum(tmp_path: Path, equation: str, shape: tuple[int, ...], product: bool | None, scheme: str) -> None:
@@ -58,6 +58,13 @@ def test_products_of_more_dimensions_and_of_a_left_constant(tmp_path: Path, sche
     found = Converted(model(nodes, X, {"y": None, "z": None}, held), tmp_path, None, scheme)
     assert found.kernels == {"MatMul": 2} and found.pairs == (0, 0)
     assert found.sqnr_db("y") > LEAST[scheme] and found.sqnr_db("z") > LEAST[scheme]
+
+
+def test_a_transposed_convolution_of_onnxruntimes_own(tmp_path: Path) -> None:
+    held = {"w": normal(64, 16, 3, 3, scale=0.1), "p": np.array([1, 1, 1, 1])}
+    nodes = [node("ConvTransposeWithDynamicPads", ["x", "w", "p"], ["y"], domain=MICROSOFT, strides=[2, 2])]
+    proto = model(nodes, {"x": [1, 64, 5, 5]}, {"y": [1, 16, 9, 9]}, held, domains={MICROSOFT: 1})
+    assert Converted(proto, tmp_path, None, "int8").sqnr_db() > LEAST["int8"]
 
 
 @pytest.mark.parametrize("scheme", LEAST)
@@ -226,13 +233,35 @@ def test_what_stays_is_named_with_the_true_reason(tmp_path: Path) -> None:
     assert reasons["b"] == "bias, norm or constant: tiny, and sensitive"
 
 
-@pytest.mark.parametrize("scheme", ["fp16", "int8"])
-def test_weights_in_double_precision_are_named_as_such(tmp_path: Path, scheme: str) -> None:
-    weights = {"w": normal(64, 96).astype(np.float64)}
+@pytest.mark.parametrize("scheme", LEAST)
+def test_weights_in_double_precision(tmp_path: Path, scheme: str) -> None:
+    """A double graph stays one: no kernel of integers or of few bits takes doubles, but a Cast makes them."""
+    weights = {"w": normal(64, 96, scale=0.1).astype(np.float64), "v": normal(96, 64, scale=0.1).astype(np.float64)}
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Gemm", ["g", "v"], ["y"])]
+    nodes.insert(1, node("Reshape", ["h", "rows"], ["g"]))
+    held = {**weights, "rows": np.array([-1, 96])}
+    onnx.save(model(nodes, X, {"y": None}, held, dtype=onnx.TensorProto.DOUBLE), tmp_path / "m.onnx")
+    x = normal(2, 5, 64, seed=3).astype(np.float64)
+    np.savez(tmp_path / "d.npz", x=np.concatenate([x] * 4))
+    data = tmp_path / "d.npz" if scheme == "int8-static" else None
+    report = convert(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme=scheme, data=data)
+    before, after = (Session(tmp_path / name, threads=1).run({"x": x})["y"] for name in ("m.onnx", "o.onnx"))
+    assert after.dtype == np.float64
+    assert 10 * np.log10(np.square(before).sum() / np.square(before - after).sum()) > LEAST[scheme]
+    bits = {"fp16": 16, "int4": 5}.get(scheme, 9)
+    assert (tmp_path / "o.onnx").stat().st_size < 2 * 64 * 96 * bits / 8 + 4000
+    assert not [row.reason for row in report.layers if row.scheme == "float"]
+    if scheme.startswith("int8-"):
+        assert "double precision" in " ".join(report.warnings)
+
+
+@pytest.mark.parametrize("size", [1e50, 1e-50])
+def test_doubles_that_float32_has_not_are_named_as_such(tmp_path: Path, size: float) -> None:
+    weights = {"w": normal(64, 96).astype(np.float64) * size}
     proto = model([node("MatMul", ["x", "w"], ["y"])], X, {"y": None}, weights, dtype=onnx.TensorProto.DOUBLE)
     onnx.save(proto, tmp_path / "m.onnx")
-    with pytest.raises(InputError, match=r"applies to nothing in .*m.onnx: its weights are float64"):
-        convert(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme=scheme)
+    with pytest.raises(InputError, match=r"w holds numbers as large as .*, beyond what float32 scales can stand for"):
+        convert(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme="int8")
 
 
 def test_a_weight_without_values_stays(tmp_path: Path) -> None:
