@@ -167,8 +167,8 @@ class Kills:
 def power_cuts() -> Iterator[list[tuple[str, Path, dict[str, int] | None]]]:
     """Meanwhile what is forced to the disk, and what is renamed, is written down, in order.
 
-    Yields entries ``("forced", path, None)``, and ``("renamed", new path, sizes)``: how large each file was that goes by
-    the new name, by its path below it, where it was forced as it is; a file that was not, or has changed since, is -1.
+    Yields entries ``("forced", path, None)``, and ``("renamed", new path, sizes)``: how large each file is that goes
+    by the new name, by its path below it. A file that was not forced as it is counts as -1.
     """
     seen: list[tuple[str, Path, dict[str, int] | None]] = []
     forced: dict[Path, tuple[int, int]] = {}
