@@ -12,6 +12,7 @@ from quantcli.calibration.histograms import activation_histograms
 from quantcli.calibration.ranges import DEFAULT_METHOD, METHODS
 from quantcli.calibration.statistics import CalibrationStats
 from quantcli.conversion.onnx.equivalence import Data, simplified, upgraded
+from quantcli.conversion.staging import locked
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.errors import InputError, UsageError
@@ -73,7 +74,8 @@ def calibrate(
 
     Raises:
         UsageError: an unknown method, or the output exists.
-        InputError: the model or the data is missing or unsuitable, or the output cannot be written.
+        InputError: the model or the data is missing or unsuitable, or the output cannot be written, or another process
+            is writing it.
     """
     if method not in METHODS:
         raise UsageError(f"Unknown method {method!r}.", suggestion(method, METHODS))
@@ -84,7 +86,7 @@ def calibrate(
     check_target(target, Path(given), force=force)
     if target.is_dir():
         raise UsageError(f"The output {target} is a folder.", "Name a file, such as stats.safetensors.")
-    with temporary_folder() as scratch:
+    with locked(target), temporary_folder() as scratch:
         request = DataRequest.of(
             data, samples=samples, seq_len=seq_len, seed=seed, tokenizer=tokenizer, preprocess=preprocess
         )
@@ -111,8 +113,8 @@ def calibrate(
         if source.onnx is not None:
             source.onnx.require_unchanged()
         chosen.require_unchanged()
-    ranks.finish()
-    stats.save(target)
+        ranks.finish()
+        stats.save(target)
     report = _report(source, chosen, stats, target, [*warnings, *chosen.warnings])
     if histograms:
         report.details["histograms"] = activation_histograms(stats, histograms)

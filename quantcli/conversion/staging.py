@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from quantcli.errors import DiskFullError, InputError, NotProvenError, RankError, UsageError
 from quantcli.system import ranks
-from quantcli.system.files import explain, temporary_folder
+from quantcli.system.files import explain, force_entry, force_to_disk, temporary_folder
 
 _LOCK = "lock"
 
@@ -235,12 +235,15 @@ def _records(journal: Path) -> list[dict[str, Any]]:
 def put_in_place(built: Path, target: Path, single_file: str | None, aside: Path) -> None:
     """Rename what a folder holds to its place; the old output, if any, goes only once the new one stands.
 
+    What was built is on the disk before it is renamed, and so are the new names before this returns.
+
     Args:
         built: the folder that becomes ``target``, or in which the single file lies, and what goes beside that.
         target: the place.
         single_file: the output's name where it is a file. What else was built goes beside the target, and before it.
         aside: where an old folder waits meanwhile.
     """
+    force_to_disk(built)
     if single_file:
         for companion in sorted(built.iterdir()):
             if companion.name != single_file:
@@ -257,6 +260,7 @@ def put_in_place(built: Path, target: Path, single_file: str | None, aside: Path
             raise
     else:
         built.replace(target)
+    force_entry(target.absolute().parent)
 
 
 def refuse_to_overwrite(built: Path, target: Path) -> None:
@@ -321,6 +325,23 @@ def open_staging(target: Path) -> Iterator[Staging]:
         raise InputError(f"Another process is writing {target}.", "Wait for it, or choose another -o.") from error
     except OSError as error:
         raise explain(error, target) from error
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Meanwhile no other process makes this file, which appears at once. Raises InputError where one does already.
+
+    What is no file, such as /dev/stdout, has no lock.
+    """
+    place = target.resolve()
+    if place.exists() and not place.is_file():
+        yield
+        return
+    with open_staging(place) as staging:
+        try:
+            yield
+        finally:
+            staging.discard()
 
 
 @contextmanager

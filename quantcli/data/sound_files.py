@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 SOUND_SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")
 #: Seconds of a sound at the most: what Whisper hears at a time, and about as much as memory allows others.
 LONGEST_SECONDS = 30
+#: Samples per second at the most. No recording has more than 768,000; a header that says so is damaged, and seconds of
+#: it would take any memory.
+_HIGHEST_RATE = 1_000_000
 
 
 def read_sound(file: Path | IO[bytes], rate: int) -> tuple[np.ndarray, float]:
@@ -32,7 +35,11 @@ def read_sound(file: Path | IO[bytes], rate: int) -> tuple[np.ndarray, float]:
     try:
         with soundfile.SoundFile(file) as opened:
             own_rate, seconds = opened.samplerate, opened.frames / opened.samplerate
-            channels = opened.read(frames=LONGEST_SECONDS * own_rate, dtype="float32", always_2d=True)
+            if own_rate > _HIGHEST_RATE:
+                raise ValueError(f"it claims {own_rate:,} samples per second")
+            # Where the format cannot be searched, soundfile makes room for all that is asked for.
+            frames = min(opened.frames, LONGEST_SECONDS * own_rate)
+            channels = opened.read(frames=frames, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise ValueError(error.error_string.rstrip(".")) from error
     sound = channels.mean(1)

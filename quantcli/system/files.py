@@ -23,6 +23,8 @@ _CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
 #: The system's error in those of libraries written in Rust, such as safetensors.
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
+#: What file systems say that have no way to force something to the disk, as some network file systems.
+_CANNOT_FORCE = (errno.EINVAL, errno.ENOTSUP)
 
 
 def stored_member_offset(stream: IO[bytes], entry: zipfile.ZipInfo) -> int:
@@ -111,11 +113,40 @@ def require_space(target: Path, nbytes: int) -> None:
         )
 
 
+def force_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, outlasts a power cut.
+
+    A rename may reach the disk before what was written earlier: without this, a file could stand in its place, and be
+    empty. Raises OSError where the disk fails or has no room.
+    """
+    if path.is_dir():
+        for entry in path.iterdir():
+            force_to_disk(entry)
+    force_entry(path)
+
+
+def force_entry(path: Path) -> None:
+    """Wait until a file, or the list of what a folder holds, is on the disk. Raises OSError."""
+    has_folders = hasattr(os, "O_DIRECTORY")
+    if path.is_dir() and not has_folders:
+        return  # Windows opens no folders, and keeps their entries itself
+    # Windows forces only what may be written; elsewhere a file may be read-only, as copies of one are.
+    descriptor = os.open(path, os.O_RDONLY if has_folders else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_FORCE:
+            raise
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file that appears under its own name only once it is whole; after an error, not at all.
 
-    Through links, and straight into what is no file, such as /dev/stdout. An OSError names ``path``.
+    It is on the disk by then. Through links, and straight into what is no file, such as /dev/stdout. An OSError names
+    ``path``.
     """
     target = path.resolve()
     is_special = target.exists() and not target.is_file()
@@ -123,7 +154,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         if not is_special:
+            force_entry(unfinished)
             unfinished.replace(target)
+            force_entry(target.parent)
     except OSError as error:
         if error.filename == str(unfinished):
             error.filename = str(path)

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from filelock import FileLock
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -290,3 +291,14 @@ def test_statistics_of_a_function_with_weights_fit_its_conversion(
     calibrate_function("wide_net:net", data="x.npy", output="stats", **given)
     convert("wide_net:net", "out.onnx", scheme="int8-static", calibration="stats", **given)
     assert (tmp_path / "out.onnx").exists()
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path, data: Path) -> None:
+    model, target = model_file(tmp_path), tmp_path / "stats.safetensors"
+    folder = tmp_path / ".stats.safetensors.partial"
+    folder.mkdir()
+    with FileLock(folder / "lock"), pytest.raises(InputError, match=r"Another process is writing .*stats.safetensors"):
+        calibrate_function(model, data=data, output=target)
+    assert folder.exists() and not target.exists()
+    calibrate_function(model, data=data, output=target)
+    assert target.is_file() and not folder.exists()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.faults import Counted, Kills, before_changes, failing_reads, files_of_at_most, full_disk
+from support.faults import Counted, Kills, before_changes, failing_reads, files_of_at_most, full_disk, power_cuts
 from support.onnx_models import save_products
 from support.stages import STAGES, saving_often, write_inputs
 
@@ -274,3 +274,19 @@ def test_inputs_of_any_kind_that_change_while_they_are_read(
     with pytest.raises(InputError, match=f"{changed} was changed while it was read"):
         STAGES[name].run(files, place)
     assert not list(place.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are known by /proc")
+@pytest.mark.parametrize("name", ["checkpoint", "gguf", "graph", "graph in a folder", "statistics"])
+def test_a_power_cut_finds_an_output_whole_or_absent(files: Path, place: Path, name: str) -> None:
+    """What gets its name is on the disk by then, and the name before the command ends; also in place of another."""
+    stage = STAGES[name]
+    for _ in range(2):
+        with power_cuts() as seen:
+            stage.run(files, place)
+        arrivals = [number for number, (what, path, _) in enumerate(seen) if what == "renamed" and path.parent == place]
+        assert arrivals
+        for number in arrivals:
+            sizes = seen[number][2]
+            assert sizes and -1 not in sizes.values(), seen[number]
+        assert ("forced", place, None) in seen[arrivals[-1] :]

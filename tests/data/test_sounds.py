@@ -160,3 +160,30 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf'{package}, which .*pip install "quantcli\[audio\]"'):
         read_sound(file, 8000)
+
+
+#: Twelve bytes of G.721, which libsndfile cannot search, and 16 million samples per second: found by fuzzing.
+FORGED_HEAD = bytes.fromhex("52494646ec21000057415645666d74201000000040000100")
+FORGED_TAIL = bytes.fromhex("803e000044001000646174610000006100af")
+
+
+@pytest.mark.parametrize(("rate", "said"), [(16_777_247, "claims 16,777,247 samples per second"), (900_000, None)])
+def test_a_rate_that_is_forged_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int, said: str | None
+) -> None:
+    asked: list[int] = []
+    read = soundfile.SoundFile.read
+
+    def watched(file: object, frames: int = -1, **options: object) -> np.ndarray:
+        asked.append(frames)
+        return read(file, frames, **options)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", watched)
+    (tmp_path / "a.wav").write_bytes(FORGED_HEAD + rate.to_bytes(4, "little") + FORGED_TAIL)
+    if said is None:
+        assert len(read_sound(tmp_path / "a.wav", 16000)[0])
+        assert max(asked) < 1000
+        return
+    with pytest.raises(ValueError, match=said):
+        read_sound(tmp_path / "a.wav", 16000)
+    assert not asked

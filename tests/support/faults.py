@@ -161,3 +161,37 @@ class Kills:
                 moment = self._store / str(len(self.moments))
                 shutil.copytree(self.folder, moment)
                 self.moments.append(moment)
+
+
+@contextmanager
+def power_cuts() -> Iterator[list[tuple[str, Path, dict[str, int] | None]]]:
+    """Meanwhile what is forced to the disk, and what is renamed, is written down, in order.
+
+    Yields entries ``("forced", path, None)``, and ``("renamed", new path, sizes)``: how large each file is that goes
+    by the new name, by its path below it. A file that was not forced as it is counts as -1.
+    """
+    seen: list[tuple[str, Path, dict[str, int] | None]] = []
+    forced: dict[Path, tuple[int, int]] = {}
+    fsync = os.fsync
+
+    def forcing(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        status = path.stat()
+        forced[path] = status.st_size, status.st_mtime_ns
+        seen.append(("forced", path, None))
+        fsync(descriptor)
+
+    def renaming(event: str, arguments: tuple[Any, ...]) -> None:
+        if event != "os.rename":
+            return
+        old, new = (Path(os.fspath(each)).absolute() for each in arguments[:2])
+        files = [old] if old.is_file() else [path for path in sorted(old.rglob("*")) if path.is_file()]
+        sizes = {}
+        for file in files:
+            state = file.stat().st_size, file.stat().st_mtime_ns
+            sizes[file.relative_to(old).as_posix()] = state[0] if forced.get(file) == state else -1
+        seen.append(("renamed", new, sizes))
+
+    with pytest.MonkeyPatch.context() as patch, watching(renaming):
+        patch.setattr(os, "fsync", forcing)
+        yield seen

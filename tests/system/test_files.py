@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from quantcli.errors import InputError, UsageError
-from quantcli.system.files import check_target, explain, whole_file
+from quantcli.system.files import check_target, explain, force_to_disk, whole_file
 
 
 def test_a_file_appears_once_it_is_whole(tmp_path: Path) -> None:
@@ -80,3 +82,31 @@ def test_errors_of_the_system_in_words(tmp_path: Path) -> None:
     assert full.message.startswith("The disk is full")
     denied = explain(PermissionError(13, "Permission denied", "/x"), tmp_path)
     assert denied.message == "/x cannot be written: Permission denied."
+
+
+def test_a_disk_that_fails_while_it_is_forced_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output"), whole_file(tmp_path / "file") as unfinished:
+        unfinished.write_text("new")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_file_system_that_cannot_force_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(_: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", unable)
+    with whole_file(tmp_path / "file") as unfinished:
+        unfinished.write_text("new")
+    assert (tmp_path / "file").read_text() == "new"
+
+
+def test_copies_of_read_only_files_are_forced(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "within").mkdir(parents=True)
+    file = tmp_path / "folder" / "within" / "file"
+    file.write_text("new")
+    file.chmod(0o400)
+    force_to_disk(tmp_path / "folder")

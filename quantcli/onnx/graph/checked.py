@@ -7,12 +7,21 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
-#: Fields of a tensor that hold its values as numbers or texts.
-_NUMBERS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+#: Fields of a tensor that hold its values as numbers or texts, and the types whose values they hold (onnx.proto).
+_NUMBERS = {
+    "float_data": ("FLOAT", "COMPLEX64"),
+    "double_data": ("DOUBLE", "COMPLEX128"),
+    "int64_data": ("INT64",),
+    "uint64_data": ("UINT32", "UINT64"),
+    "string_data": ("STRING",),
+    "int32_data": (),
+}
+#: Types that int32_data holds: all that have no other field.
+_HELD_ELSEWHERE = {dtype for dtypes in _NUMBERS.values() for dtype in dtypes}
 
 
 def require_sound(model: ir.Model) -> None:
-    """Raise ValueError where a constant has no type or too few bytes, or an attribute another type."""
+    """Raise ValueError where a constant has no type or too few values, or an attribute another type."""
     for tensor in _constants(model):
         if tensor.dtype == ir.DataType.UNDEFINED:
             raise ValueError(f"the constant {tensor.name!r} has no type")
@@ -21,6 +30,7 @@ def require_sound(model: ir.Model) -> None:
         held = _stored_bytes(tensor)
         if held is not None and held != tensor.nbytes:
             raise ValueError(f"the constant {tensor.name!r} has {held} bytes in place of {tensor.nbytes}")
+        _require_numbers(tensor)
     for node in model.graph.all_nodes():
         _require_attributes(node, model.opset_imports.get(node.domain, 0))
 
@@ -30,6 +40,10 @@ def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
         for value in graph.initializers.values():
             if value.const_value is not None:
                 yield value.const_value
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                yield attribute.as_tensor()
 
 
 def _stored_bytes(tensor: ir.TensorProtocol) -> int | None:
@@ -38,6 +52,25 @@ def _stored_bytes(tensor: ir.TensorProtocol) -> int | None:
     if not isinstance(proto, onnx.TensorProto) or any(len(getattr(proto, numbers)) for numbers in _NUMBERS):
         return None
     return len(proto.raw_data)
+
+
+def _require_numbers(tensor: ir.TensorProtocol) -> None:
+    """Raise ValueError where a list of numbers is not the one of a tensor's type, or has another length."""
+    proto = getattr(tensor, "raw", None)
+    if not isinstance(proto, onnx.TensorProto):
+        return
+    dtype = tensor.dtype
+    count = tensor.size * (2 if dtype.name.startswith("COMPLEX") else 1)
+    if dtype.bitwidth in (2, 4):
+        count = -(-count * dtype.bitwidth // 8)  # several in each number
+    for field, dtypes in _NUMBERS.items():
+        numbers = len(getattr(proto, field))
+        if not numbers:
+            continue
+        if dtype.name not in dtypes and (dtypes or dtype.name in _HELD_ELSEWHERE):
+            raise ValueError(f"the constant {tensor.name!r} is {dtype.name}, and keeps its values in {field}")
+        if numbers != count:
+            raise ValueError(f"the constant {tensor.name!r} has {numbers} numbers in place of {count}")
 
 
 def _require_attributes(node: ir.Node, opset: int) -> None:

@@ -42,7 +42,11 @@ def find_external(model: ir.Model, path: Path) -> None:
     for tensor, put in _tensors(model):
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        file, name = path.parent / tensor.location, tensor.name or "a constant"
+        name = tensor.name or "a constant"
+        # What is no UTF-8 comes as bytes, and no file's name holds a zero.
+        if not isinstance(tensor.location, str) or "\0" in tensor.location:
+            raise InputError(f"{path} keeps {name} in {tensor.location!r}, which is no name of a file.")
+        file = path.parent / tensor.location
         real = file.resolve()
         climbs = Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts
         if climbs or not any(real.is_relative_to(folder) for folder in folders):
