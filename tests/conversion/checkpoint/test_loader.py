@@ -42,6 +42,7 @@ def surveyed(folder: Path, scheme: str) -> tuple[Plan, dict[str, Any]]:
     coded = {
         layer.info.name: {
             "role": layer.role,
+            "asked": False,
             "packed": plan.format == "compressed-tensors" and layer.scheme.inputs is None,
             "inputs": layer.scheme.inputs is not None,
         }
