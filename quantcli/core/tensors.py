@@ -106,12 +106,14 @@ class Rounding:
     - ``algorithm``: what chose the codes in the end.
     - ``note``: what is to be said of that, such as "rtn in place of gptq: ...".
     - ``signal``, ``noise``: sums of squares of the weight, and of its error.
+    - ``tokens``: of an expert's layer, how many tokens of the data were sent to it; None: they were not counted.
     """
 
     algorithm: str
     note: str | None = None
     signal: float = 0.0
     noise: float = 0.0
+    tokens: int | None = None
 
     @property
     def sqnr_db(self) -> float | None:

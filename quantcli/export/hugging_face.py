@@ -16,6 +16,7 @@ from quantcli.errors import InputError
 from quantcli.export.source import Example, ExportSource, wave
 from quantcli.models import hugging_face
 from quantcli.models.runner import TorchRunner, open_runner
+from quantcli.system.text import first_line
 
 #: Classes whose head is what the model is for; others are exported without one.
 _HEADED = ("ForSequenceClassification", "ForImageClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -57,23 +58,38 @@ def hugging_face_source(path: Path) -> ExportSource:
         )
     # What may come beside the main input, of any shape, is left out.
     names = [port.name for port in runner.inputs if port.shape is not None]
+    if names != ["pixel_values"] and hugging_face.decoder_start(module) is not None:
+        names += [port.name for port in runner.inputs if port.name == "decoder_input_ids"]
     examples = _images(module, path) if names == ["pixel_values"] else _tokens(module, path, names)
     options = {"return_dict": True} | ({"use_cache": False} if hugging_face.is_causal(path) else {})
     outputs = _output_names(module, examples[0], options, path)
-    axes = {0: "batch"} if names == ["pixel_values"] else {0: "batch", 1: "sequence"}
     wrapped = _Outputs(module, names, outputs, options).eval()
 
     def run(example: Example) -> dict[str, np.ndarray]:
         with torch.inference_mode():
             return {name: value.numpy() for name, value in zip(outputs, wrapped(**example), strict=True)}
 
-    dynamic = dict.fromkeys(names, axes)
+    dynamic = {name: _axes(name) for name in names}
     return ExportSource(str(path), wrapped, run, examples, dynamic, outputs, prefix="model.")
 
 
+def _axes(name: str) -> dict[int, str]:
+    """The free axes of an input."""
+    if name == "pixel_values":
+        return {0: "batch"}
+    return {0: "batch", 1: "decoder_sequence" if name.startswith("decoder_") else "sequence"}
+
+
 def _output_names(module: nn.Module, example: Example, options: dict[str, Any], path: Path) -> list[str]:
-    with torch.inference_mode():
-        returned = module(**example, **options)
+    try:
+        with torch.inference_mode():
+            returned = module(**example, **options)
+    except Exception as error:  # whatever a class's own code raises on inputs that are made up for it
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in example.items())
+        raise InputError(
+            f"{path} cannot be run on made-up inputs ({shapes}): {first_line(error)}",
+            "Export it by hand, and give quantcli the .onnx file.",
+        ) from error
     names = [name for name in returned if name == "logits" or name.endswith("_logits")]
     names = names or [name for name in returned if name == "last_hidden_state"]
     if not names:
@@ -91,20 +107,27 @@ def _tokens(module: nn.Module, path: Path, names: list[str]) -> list[Example]:
         mask = torch.ones_like(ids)
         mask[1, -2:] = 0
         every = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+        every["decoder_input_ids"] = ids[:, 1:-1]  # of another length than the encoder's
         examples.append({name: every[name] for name in names})
     return examples
 
 
 def _images(module: nn.Module, path: Path) -> list[Example]:
-    channels = getattr(module.config, "num_channels", 3)
+    channels = _of_vision(module, "num_channels") or 3
     height, width = _image_size(module, path)
     pattern = wave((3, channels, height, width))
     return [{"pixel_values": pattern[:2]}, {"pixel_values": pattern}]
 
 
+def _of_vision(module: nn.Module, name: str) -> Any:
+    """A setting of the part that sees, which may have a configuration of its own; None where there is none."""
+    config: Any = module.config
+    return getattr(config, name, None) or getattr(getattr(config, "vision_config", None), name, None)
+
+
 def _image_size(module: nn.Module, path: Path) -> tuple[int, int]:
     """Height and width that the model is made for, else those that its preprocessor makes."""
-    size = getattr(module.config, "image_size", None)
+    size = _of_vision(module, "image_size")
     preprocessor = path / "preprocessor_config.json"
     if size is None and preprocessor.is_file():
         settings = load_json(preprocessor)

@@ -50,7 +50,7 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
     Raises:
         InputError: the folder is not a model that transformers can load, or weights are missing.
     """
-    transformers = transformers_library()
+    transformers_library()
     config = read_config(require_folder(path) / "config.json")
     section = section_of(config)
     method = section.get("quant_method")
@@ -65,11 +65,39 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
     }.items():
         if method == needed and not plain:
             _require(extra[0], extra[1], f"Loading {path} ({needed})")
+    loaders = _loaders(path, config, causal=causal, headed=headed)
+    model, missing = _loaded(loaders[0], path, plain)
+    for other in loaders[1:] if missing else ():
+        # A part of a model has a class of its own: the towers of CLIP, say, of which a classifier has one.
+        found, lacking = _loaded(other, path, plain)
+        model, missing = (model, missing) if lacking else (found, lacking)
+    if missing:
+        raise InputError(
+            f"{path} lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
+            f"{', '.join(missing[:3])}.",
+            hint="Choose another --task, or repair the model.",
+        )
+    return model.eval()
+
+
+def _loaders(path: Path, config: Mapping[str, Any], *, causal: bool, headed: bool) -> list[Any]:
+    """Classes of transformers to load a folder by: the one that is asked for, then what config.json names."""
+    transformers = transformers_library()
+    named = named_class(config)
     loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    if headed or (causal and _reads_more_than_text(config)):
-        loader = named_class(config) or loader
-    elif not causal and _is_bare(config):
-        loader = named_class(config) or loader  # T5EncoderModel, say, for which AutoModel makes a decoder
+    if named is None:
+        return [loader]
+    # T5EncoderModel is bare, and AutoModel makes a decoder of it.
+    by_name = _reads_more_than_text(config) if causal else _is_bare(config)
+    # Some types have no model without a head, or are not listed among those that continue text.
+    if headed or by_name or type(load_config(path)) not in loader._model_mapping:
+        return [named]
+    return [loader, named]
+
+
+def _loaded(loader: Any, path: Path, plain: Checkpoint | None) -> tuple[nn.Module, list[str]]:
+    """A folder's model by a class, and the weights it lacks. Raises InputError where transformers cannot load it."""
+    transformers = transformers_library()
     try:
         with quiet():
             options = {"dtype": torch.float32, "output_loading_info": True}
@@ -81,14 +109,7 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
         reason = first_line(error)
         raise InputError(f"transformers {transformers.__version__} cannot load {path}: {reason}") from error
     missing = [name for name in info["missing_keys"] if not any(part in name for part in HARMLESS_WHEN_MISSING)]
-    missing = sorted(set(missing) - computed_tables(model, missing).keys())
-    if missing:
-        raise InputError(
-            f"{path} lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
-            f"{', '.join(missing[:3])}.",
-            hint="Choose another --task, or repair the model.",
-        )
-    return model.eval()
+    return model, sorted(set(missing) - computed_tables(model, missing).keys())
 
 
 def _needs_decoding(section: Mapping[str, Any]) -> bool:

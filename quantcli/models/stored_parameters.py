@@ -102,6 +102,22 @@ class MergedExperts:
             return target, int(number), rule.source_patterns.index(pattern), leaf or "weight"
         return None
 
+    def parts(self, tensor: str, parameter: str) -> list[str]:
+        """What a file calls the parts of one expert that holds them one by one, with ``{}`` for its number.
+
+        ``tensor`` is what a file calls all of them, stacked as the ``parameter``. Empty where the library stacks none.
+        """
+        for rule in self._converters if self._known else ():
+            whole = [pattern.replace("\\.", ".") for pattern in rule.target_patterns]
+            if len(whole) != 1 or not tensor.endswith(whole[0]):
+                continue
+            begin = tensor.removesuffix(whole[0])
+            single = [begin + pattern.replace("\\.", ".").replace("*", "{}", 1) for pattern in rule.source_patterns]
+            places = [self.place(name.format(0)) for name in single]
+            if all(place and place[:3] == (parameter, 0, part) for part, place in enumerate(places)):
+                return single
+        return []
+
 
 @dataclass(frozen=True)
 class Conversion:

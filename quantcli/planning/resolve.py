@@ -217,6 +217,12 @@ class _Resolver:
         if rule and rule.skip:
             return self._leave(info, role, SKIPPED)
         if info.name in self.leave:
+            if rule and rule.scheme and {info.name, module_of(info.name)} & set(rule.globs):
+                raise UsageError(
+                    f"A rule gives {module_of(info.name)} a scheme by its name, and it has to stay as it is: "
+                    f"{self.leave[info.name]}.",
+                    "Remove the rule.",
+                )
             return self._leave(info, role, self.leave[info.name])
         scheme, label = self.scheme, self.name
         if rule and rule.scheme:
@@ -354,8 +360,10 @@ class _Resolver:
         experts = [layer for layer in layers if layer.role in ("expert", "experts") and layer.scheme is None]
         if experts:
             share = sum(layer.info.nbytes for layer in experts) / max(1, sum(info.nbytes for info in self.infos))
+            known = "" if experts[0].reason == SKIPPED else ", and --skip '*experts*' says that this is meant"
             warnings.append(
-                f"{len(experts)} expert weights, {share:.0%} of the model, are left unquantized: {experts[0].reason}."
+                f"{len(experts)} expert weights, {share:.0%} of the model, are left unquantized: "
+                f"{experts[0].reason}{known}."
             )
         unpacked = sum(bool(layer.scheme and layer.scheme.unpacked) for layer in layers)
         if unpacked:

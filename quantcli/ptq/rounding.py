@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -49,7 +48,7 @@ def round_block(
     dtype = torch_dtype(plan.scale_dtype)
     weights = {name: matrix(block.get_submodule(name)).detach().contiguous() for name in layers}
     by_algorithm: dict[str, dict[str, LayerPlan]] = {}
-    notes = _tokens_of_experts({name: stats[name] for name, layer in layers.items() if layer.role == "expert"})
+    tokens = _tokens_of_experts({name: stats[name] for name, layer in layers.items() if layer.role == "expert"})
     for name, layer in layers.items():
         # An expert, say, that no token was sent to.
         unseen = not needs_no_data(layer.algorithm) and not stats[name].tokens
@@ -69,7 +68,7 @@ def round_block(
             rounded |= {name: _as_asked(found, _format(own[name])) for name, found in chosen.items()}
     measured = {name: _measured(found, weights[name].cpu()) for name, found in rounded.items()}
     everywhere = {name: found for part in ranks.gather(measured) for name, found in part.items()}
-    return {name: _noted(everywhere[name], notes.get(name)) for name in layers}
+    return {name: _counted(everywhere[name], tokens.get(name)) for name in layers}
 
 
 def _shared(
@@ -85,21 +84,16 @@ def _shared(
     return {name for names in ranks.share(costs) for name in names}
 
 
-def _tokens_of_experts(stats: Mapping[str, LinearStats]) -> dict[str, str]:
-    """Of layers that are alike but for a number, and that saw more tokens or fewer: how many, in words."""
-    groups: dict[str, dict[str, int]] = {}
-    for name, seen in stats.items():
-        if seen.gram is not None or seen.absmax is not None or seen.sample is not None:
-            groups.setdefault(re.sub(r"\b\d+\b", "*", name), {})[name] = seen.tokens
-    uneven = (group for group in groups.values() if len(set(group.values())) > 1)
-    return {name: f"{tokens} tokens seen" for group in uneven for name, tokens in group.items() if tokens}
+def _tokens_of_experts(stats: Mapping[str, LinearStats]) -> dict[str, int]:
+    """How many tokens each expert's layer was given, where all data was run to gather statistics of them."""
+    gathered = any(
+        seen.gram is not None or seen.absmax is not None or seen.sample is not None for seen in stats.values()
+    )
+    return {name: seen.tokens for name, seen in stats.items()} if gathered else {}
 
 
-def _noted(rounded: RoundedTensor, note: str | None) -> RoundedTensor:
-    if note is None:
-        return rounded
-    before = rounded.rounding.note
-    return RoundedTensor(rounded.tensor, replace(rounded.rounding, note=f"{before}; {note}" if before else note))
+def _counted(rounded: RoundedTensor, tokens: int | None) -> RoundedTensor:
+    return RoundedTensor(rounded.tensor, replace(rounded.rounding, tokens=tokens))
 
 
 def round_unobserved(weight: Tensor, layer: LayerPlan, plan: Plan) -> RoundedTensor:

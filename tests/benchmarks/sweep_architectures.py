@@ -227,6 +227,8 @@ def compare_onnx(model: Path, artifact: Path) -> float:
             # A picture of the size that the graph takes.
             given = given if tuple(sizes) == given.shape else numpy.resize(given, sizes)
             feeds[entry.name] = used[entry.name] = given.astype(dtype)
+        elif entry.name == "decoder_input_ids":
+            feeds[entry.name] = used[entry.name] = known["input_ids"]
         elif entry.name == "position_ids":
             feeds[entry.name] = numpy.tile(numpy.arange(length), (2, 1))
         else:

@@ -21,6 +21,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.hugging_face import companions
 from quantcli.core.manifest import Manifest
 from quantcli.errors import InputError
+from quantcli.onnx.graph.model import is_onnx
 
 INDEX = "model.safetensors.index.json"
 A, B = torch.arange(6.0).reshape(3, 2), torch.arange(4, dtype=torch.int8)
@@ -391,3 +392,12 @@ def test_a_folder_around_models_names_one_of_them(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a model") as caught:
         open_checkpoint(tmp_path)
     assert str(inner) in str(caught.value.hint)
+
+
+def test_a_folder_around_a_transformer_with_an_export_beside_is_no_onnx_model(tmp_path: Path) -> None:
+    for folder, file in (("0_Transformer", "model.safetensors"), ("onnx", "model.onnx")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_bytes(b"")
+    assert not is_onnx(tmp_path)
+    (tmp_path / "0_Transformer" / "model.safetensors").unlink()
+    assert is_onnx(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from quantcli.data.request import DataRequest
 from quantcli.errors import InputError
 from quantcli.export import export, source
 from quantcli.export.export import export_to_onnx
+from quantcli.export.hugging_face import hugging_face_source
 from quantcli.models.session import Session
 
 CODE = """
@@ -328,3 +330,26 @@ def test_a_folder_quantized_in_a_way_that_is_not_read(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="is quantized as quip, which quantcli does not read"):
         export_to_onnx(tmp_path, tmp_path / "out")
+
+
+def test_an_encoder_decoder_is_given_the_ids_of_its_decoder(tmp_path: Path) -> None:
+    config = tf.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    tf.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    made = hugging_face_source(tmp_path)
+    assert list(made.examples[0]) == ["input_ids", "attention_mask", "decoder_input_ids"]
+    assert made.dynamic["decoder_input_ids"] == {0: "batch", 1: "decoder_sequence"}
+    assert made.run(made.examples[0])["last_hidden_state"].shape == (2, 10, 16)
+
+
+def test_a_tower_has_the_size_of_images_in_a_configuration_of_its_own(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seeing = tf.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    config = tf.CLIPConfig(vision_config=seeing, text_config=tf.CLIPTextConfig(**sizes))
+    tf.CLIPForImageClassification(config).save_pretrained(tmp_path)
+    assert hugging_face_source(tmp_path).examples[0]["pixel_values"].shape == (2, 3, 16, 16)
+    settings = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    settings["vision_config"]["num_channels"] = 3
+    settings["image_size"] = 24
+    (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be run on made-up inputs"):
+        hugging_face_source(tmp_path)

@@ -55,3 +55,11 @@ def test_tables_that_are_computed_need_no_values_in_the_file(tmp_path: Path) -> 
     table = open_skeleton(open_checkpoint(tmp_path / "marian")).load("model.encoder.embed_positions").weight
     assert torch.equal(table, model.model.encoder.embed_positions.weight)
     assert len(table.unique()) > 8
+
+
+def test_a_class_with_one_tower_is_loaded_by_its_own_name(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seeing = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    config = transformers.CLIPConfig(vision_config=seeing, text_config=transformers.CLIPTextConfig(**sizes))
+    transformers.CLIPForImageClassification(config).save_pretrained(tmp_path)
+    assert type(load_model(tmp_path, causal=False)).__name__ == "CLIPForImageClassification"

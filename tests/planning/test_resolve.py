@@ -18,7 +18,7 @@ from quantcli.core.scheme import NumberFormat
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError, UsageError
 from quantcli.planning.plan import LayerPlan, Loader, Plan, left_linear_modules, quantization_config
-from quantcli.planning.recipe import Recipe, validate
+from quantcli.planning.recipe import Recipe, Rule, validate
 from quantcli.planning.resolve import resolve
 
 LINEAR = {"blk.0.up.weight": (256, 128), "blk.0.up.bias": (256,), "blk.0.down.weight": (128, 256)}
@@ -437,3 +437,14 @@ def test_fixed_ranges_of_activations_are_symmetric_in_a_checkpoint_and_need_data
     spelled = {"scheme": {"weights": {"dtype": "int8", "granularity": "channel"}, "inputs": asymmetric}}
     with pytest.raises(UsageError, match="symmetric inputs only"):
         plan_rows(checkpoint, validate(spelled, ""))
+
+
+def test_a_layer_that_has_to_stay_is_refused_where_a_rule_names_it() -> None:
+    tensors, name = infos({"encoder.weight": (64, 64), "score.weight": (64, 64)}), "score.weight"
+    loader = Loader("Net", leave={name: "Net keeps it in float32"})
+    for match in ("score", name):
+        recipe = Recipe(scheme="int8", rules=[Rule(match=match, scheme="int4")])
+        with pytest.raises(UsageError, match="score a scheme by its name, and it has to stay as it is: Net keeps it"):
+            resolve(recipe, tensors, None, loader=loader)
+    found = resolve(Recipe(scheme="int8", rules=[Rule(match="sc*", scheme="int4")]), tensors, None, loader=loader)
+    assert layer(found, name).reason == "Net keeps it in float32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from support.plans import infos, plan_of
 from quantcli import convert
 from quantcli.cli.app import main
 from quantcli.errors import UsageError
-from quantcli.planning.plan import Plan, quantization_config
+from quantcli.planning.plan import Loader, Plan, quantization_config
 from quantcli.planning.recipe import Recipe, validate
 from quantcli.planning.resolve import resolve
 from quantcli.planning.targets import completed, for_target, onnxruntime, serving
@@ -173,6 +174,7 @@ CASES: dict[str, tuple[Shapes, str, dict[str, Any], str | None]] = {
     "fused experts in vLLM": (FUSED_3D, "vllm", {}, "experts.gate_up_proj: experts that stay unquantized"),
     "fused experts in SGLang": (FUSED_3D, "sglang", {"scheme": "int8"}, "experts that stay unquantized"),
     "fused experts in transformers": (FUSED_3D, "transformers", {}, None),
+    "fused experts that are skipped": (FUSED_3D, "transformers", {"skip": ["*experts*"]}, None),
     "fused experts cast": (FUSED_3D, "vllm", {"scheme": "bf16"}, None),
     "experts": (mixture(), "vllm", {}, None),
     "experts in SGLang": (mixture(), "sglang", {}, None),
@@ -390,3 +392,11 @@ def test_int4_experts_pass_the_check(models: Path, tmp_path: Path) -> None:
 def test_a_target_that_loads_onnx_alone_means_that_format(target: str, asked: str | None, format: str | None) -> None:
     """Else a checkpoint that is quantized already would not be told that its codes go to another container."""
     assert completed(Recipe(target=target, format=asked)).format == format
+
+
+def test_fused_experts_are_refused_by_a_target_that_was_asked() -> None:
+    plan = plan_of(infos(FUSED_3D), target="transformers")
+    assert for_target(plan) == plan
+    asked = replace(plan, loader=Loader("GptOssForCausalLM"))
+    with pytest.raises(UsageError, match="fused experts, which GptOssForCausalLM of transformers does not load"):
+        for_target(asked)

@@ -301,8 +301,7 @@ def test_experts_that_see_no_token(tmp_path: Path) -> None:
     for name, entry in codes.items():
         unseen = ".experts.3." in name
         assert entry["algorithm"] == ("mse" if unseen else "gptq")
-        pattern = r"no token seen: mse in place of gptq" if unseen else r"\d+ tokens seen"
-        assert re.fullmatch(pattern, entry["note"])
+        assert entry.get("note") == ("no token seen: mse in place of gptq" if unseen else None)
 
 
 def test_folds_of_one_block_need_not_hold_in_another() -> None:

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from quantcli.conversion.checkpoint.loader_dtypes import is_kept_wide, mixes_dtypes, scales_kept_wide
+from quantcli.conversion.checkpoint.loader_experts import held_one_by_one, stacked_as_loaded
 from quantcli.conversion.checkpoint.loader_rows import rearranged
 from quantcli.conversion.checkpoint.made_up_inputs import candidates
 from quantcli.conversion.checkpoint.watched import watched_dtypes, watched_weights, watched_writes
@@ -24,7 +25,7 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
     """What `quantcli.planning.plan.Loader` holds, or an ``error`` where transformers has no such model.
 
     ``request``: ``folder`` of the original, ``tensors`` by name (``shape``), ``coded`` by name (``role``, ``packed``,
-    ``inputs``), ``format``, and the ``dtype`` of the result by torch's name.
+    ``inputs``, and whether a rule ``asked`` for it), ``format``, and the ``dtype`` of the result by torch's name.
     """
     try:
         model = build(request["folder"], request["dtype"])
@@ -94,7 +95,8 @@ class _Survey:
             "weights_only": self.weights_only,
             "wide": self._wide(),
             "runs_narrow": self._runs_narrow(),
-            "split": self._split(),
+            "split": held_one_by_one(self.modules, {name: self.request["tensors"][name] for name in self.unknown}),
+            "single": self._single_experts(),
             "rearranged": rearranged(self.model, self.request["tensors"]),
             "loaded": {name: loaded for name, loaded in self.loaded.items() if name in self.coded},
             "joined": {name: place for name, place in self.joined.items() if name in self.coded},
@@ -174,12 +176,16 @@ class _Survey:
                 self.leave[name] = f"{self.name} ties it to {other}, which would have no values"
             elif name in self.renamed_alone and self.request["format"] == "compressed-tensors":
                 self.leave[name] = f"{self.name} of transformers renames it, and would not rename its codes and scales"
-            elif self._is_head(name) and how["role"] != "head":
+            elif self._is_head(name) and how["role"] != "head" and not self._is_wanted(how):
                 self.leave[name] = f"output head of {self.name}: runtimes and accuracy want it unquantized"
             elif self._linear(name) is None:
                 module = self.modules.get(self.loaded[name].rpartition(".")[0])
                 kind = type(module).__name__
                 self.leave[name] = f"{kind} of transformers, which {self.request['format']} does not replace"
+
+    def _is_wanted(self, how: dict[str, Any]) -> bool:
+        """Whether a rule of the user's gives a head a scheme, and the library runs it so."""
+        return bool(how["asked"]) and self.request["format"] != "bitsandbytes"
 
     def _is_head(self, tensor: str) -> bool:
         """Whether a tensor is of what the class calls its output head, or of a layer that gives scores or labels.
@@ -201,35 +207,11 @@ class _Survey:
         owners = self._owners.get(id(getattr(self.modules[path], leaf, None)), [])
         return next((name for name in owners if self.modules[name] is not self.modules[path]), None)
 
-    def _split(self) -> dict[str, list[dict[str, Any]]]:
-        """Fused experts of the file that the library holds as layers, and which part of them each layer is."""
-        found = {}
-        for name in self.unknown:
-            shape, (path, _, leaf) = self.request["tensors"][name], name.rpartition(".")
-            # The file's path to the experts is the library's own here, but for what it puts in front.
-            inside = [key for key in self.modules if f".{path}".endswith(f".{key}") or key.endswith(f".{path}")]
-            experts = self.modules[max(inside, key=len)] if len(shape) == 3 and inside else None
-            children = list(experts.children()) if experts is not None else []
-            leaves = ["gate_proj", "up_proj"] if leaf == "gate_up_proj" else [leaf]
-            if not children or len(children) != shape[0]:
-                continue
-            if not all(hasattr(child, each) for child in children for each in leaves):
-                continue
-            rows, columns = getattr(children[0], leaves[0]).weight.shape
-            turned = [columns, rows * len(leaves)] == list(shape[1:])
-            if turned or [rows * len(leaves), columns] == list(shape[1:]):
-                found[name] = [
-                    {
-                        "name": f"{path}.{expert}.{each}.weight",
-                        "expert": expert,
-                        "first": rows * index,
-                        "shape": [rows, columns],
-                        "turned": turned,
-                    }
-                    for expert in range(len(children))
-                    for index, each in enumerate(leaves)
-                ]
-        return found
+    def _single_experts(self) -> dict[str, list[dict[str, Any]]]:
+        """What `stacked_as_loaded` finds, where the library unpacks the codes of single experts."""
+        if self.request["format"] != "compressed-tensors":
+            return {}
+        return stacked_as_loaded(self.model, {name: self.request["tensors"][name] for name in self.loaded}, self.loaded)
 
     def _absent(self) -> list[str]:
         """Linear layers that no tensor of the file fills, such as a pooler that only the class has."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.roles import module_of
 from quantcli.conversion.checkpoint.layout import Layout, plan_layout
 from quantcli.conversion.checkpoint.proof import warning
 from quantcli.planning.plan import LayerPlan, Plan
@@ -52,9 +54,40 @@ def conversion_report(
     odd = [f"{count} layer{'s' * (count > 1)}: {note}." for note, count in notes.most_common(3)]
     warnings = [*checkpoint.warnings, *plan.warnings, *odd, *details.get("training", {}).get("warnings", [])]
     runtime = details["runtime"] if "runtime" in details else details["verified"]["runtime"]
+    if results and (experts := _tokens_of_experts(plan, results)):
+        details = details | {"experts": experts}
+        if experts["under_fed"]:
+            warnings.append(
+                f"{experts['under_fed']} of {experts['count']} experts were given fewer tokens than they have inputs, "
+                "so that their codes rest on little data: more --samples, or a longer --seq-len, helps."
+            )
     unproven = warning(runtime)
     warnings += [unproven] if unproven else []
     return Report("convert", [source, artifact], rows, [], warnings, details)
+
+
+def _tokens_of_experts(plan: Plan, results: Mapping[str, LayerResult]) -> dict[str, Any] | None:
+    """How the data's tokens were spread over the experts; None where they were not counted.
+
+    An expert is under-fed where one of its layers has more inputs than it was given tokens: these do not tell of all
+    directions that the inputs may have.
+    """
+    given: dict[str, int] = {}
+    under_fed: set[str] = set()
+    for layer in plan.layers:
+        result = results.get(layer.info.name)
+        tokens = result.rounding.tokens if result else None
+        if tokens is None:
+            continue
+        expert = module_of(module_of(layer.info.name))
+        given[expert] = min(tokens, given.get(expert, tokens))
+        if tokens < layer.matrix_shape[1]:
+            under_fed.add(expert)
+    if not given:
+        return None
+    counts = given.values()
+    tokens_of = {"min": min(counts), "median": median(counts), "max": max(counts)}
+    return {"count": len(given), "tokens": tokens_of, "under_fed": len(under_fed)}
 
 
 def _layer_row(layer: LayerPlan, layout: Layout, result: LayerResult | None) -> LayerRow:
@@ -62,6 +95,7 @@ def _layer_row(layer: LayerPlan, layout: Layout, result: LayerResult | None) -> 
     reason = layer.reason or (result.rounding.note if result else None)
     if layer.reason and layer.dtype != layer.info.dtype:
         reason = f"{reason}; cast {layer.info.dtype} to {layer.dtype}"
+    counted = {"tokens": result.rounding.tokens} if result and result.rounding.tokens is not None else {}
     return LayerRow(
         layer.info.name,
         full_label(layer.label, layer.scheme),
@@ -69,5 +103,5 @@ def _layer_row(layer: LayerPlan, layout: Layout, result: LayerResult | None) -> 
         after,
         result.rounding.sqnr_db if result else None,
         reason,
-        details={"shape": list(layer.info.shape), "role": layer.role},
+        details={"shape": list(layer.info.shape), "role": layer.role} | counted,
     )

@@ -78,8 +78,8 @@ class RuntimeCheck:
     def as_held(self, rules: Rules) -> Checkpoint | None:
         """The checkpoint as the library holds it, where that is otherwise; None where it is as stored.
 
-        Its experts are one by one where it fuses them and the library runs codes only so, and what the library joins or
-        splits by rows is joined or split, unless ``rules`` name it.
+        Its experts are one by one where it fuses them and the library takes codes only so, and what the library joins
+        or splits by rows is joined or split, unless ``rules`` name it.
         """
         answer = self._result("its names were asked for")
         if made := _free(answer.get("rearranged", {}), self._checkpoint, rules):
@@ -89,7 +89,8 @@ class RuntimeCheck:
                 f"{len(made)} tensors are stored as transformers holds them, such as {name} made of rows of "
                 f"{how['sources'][0]}; what runs the file's own names wants --target vllm.",
             )
-        if split := answer.get("split"):
+        single = {name: parts for name, parts in answer.get("single", {}).items() if not _skipped(name, rules)}
+        if split := answer.get("split", {}) | single:
             self._checkpoint = SplitExperts(self._checkpoint, split)
         return self._checkpoint if made or split else None
 
@@ -226,9 +227,11 @@ class RuntimeCheck:
             )
 
     def _survey_request(self, plan: Plan) -> dict[str, Any]:
+        rules = Rules(plan.recipe)
         coded = {
             layer.info.name: {
                 "role": layer.role,
+                "asked": (rule := rules.first(layer.info.name)) is not None and rule.scheme is not None,
                 "packed": plan.format == "compressed-tensors" and layer.scheme.inputs is None,
                 "inputs": layer.scheme.inputs is not None,
             }
@@ -271,6 +274,11 @@ def _free(made: Mapping[str, Mapping[str, Any]], checkpoint: Checkpoint, rules: 
         if not named and len({source.dtype for source in sources}) == 1 and not any(each.shares for each in sources):
             free[name] = how
     return free
+
+
+def _skipped(name: str, rules: Rules) -> bool:
+    rule = rules.first(name)
+    return rule is not None and rule.skip
 
 
 def _needs_values(plan: Plan) -> bool:

@@ -76,13 +76,14 @@ class LayerResult:
         """For the journal."""
         rounding = self.rounding
         powers = {"signal": rounding.signal, "noise": rounding.noise}
-        named = {"algorithm": rounding.algorithm, "note": rounding.note or ""}
+        named = {"algorithm": rounding.algorithm, "note": rounding.note or "", "tokens": rounding.tokens}
         return {name: getattr(self, name) for name in _CHECKSUMS} | powers | named
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> LayerResult:
         """Inverse of `to_json`."""
-        rounding = Rounding(record["algorithm"], record["note"] or None, record["signal"], record["noise"])
+        named = (record["algorithm"], record["note"] or None)
+        rounding = Rounding(*named, record["signal"], record["noise"], record["tokens"])
         return cls(**{name: record[name] for name in _CHECKSUMS}, rounding=rounding)
 
 

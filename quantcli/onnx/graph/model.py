@@ -38,8 +38,11 @@ def is_onnx(path: Path) -> bool:
     """
     if not path.is_dir():
         return path.suffix == ".onnx"
-    # Folders with both are exports lying beside their checkpoint, which is what is meant.
-    return onnx_file(path).is_file() and not any(next(path.glob(kind), None) for kind in _CHECKPOINT_FILES)
+    # Folders with both are exports lying beside their checkpoint, which is what is meant. Older folders of
+    # sentence-transformers keep that in a folder of its own, the first of a numbered row.
+    places = (path, *path.glob("0_*"))
+    weights = any(next(place.glob(kind), None) for place in places for kind in _CHECKPOINT_FILES)
+    return onnx_file(path).is_file() and not weights
 
 
 def onnx_file(path: Path) -> Path:

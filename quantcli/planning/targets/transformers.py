@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantcli.planning.plan import LayerPlan, Plan, quantization_config
+from quantcli.planning.rules import SKIPPED
 from quantcli.planning.targets.base import (
     FUSED_EXPERTS,
     Refusal,
@@ -44,6 +45,22 @@ def unquantized_experts(plan: Plan, target: Target) -> Refusal | None:
     mixed = fuses and any(layer.has_codes for layer in single_experts(plan))
     left = [name for name in experts_left(plan) if f"{name}.weight" not in plan.loader.unknown]
     return experts_taken_for_quantized(left if mixed else [], plan, target)
+
+
+def fused_experts(plan: Plan, target: Target) -> Refusal | None:
+    """Experts that the file holds as one tensor, where the library was asked and takes them in no other form.
+
+    Without a target they stay unquantized, and a warning says how much of the model that is.
+    """
+    left = [layer for layer in plan.layers if layer.role == "experts" and not scheme_of(layer)]
+    named = [layer.info.name for layer in left if layer.reason != SKIPPED]
+    if not named or not plan.loader.name or plan.recipe.target is None or quantization_config(plan) is None:
+        return None
+    return Refusal(
+        f"{listed(named)}: fused experts, which {plan.loader.name} of transformers does not load as codes of "
+        f"{plan.format}",
+        "--skip '*experts*' quantizes all but the experts; without --target they are left with a warning.",
+    )
 
 
 def quantized_inputs_of_experts(plan: Plan, target: Target) -> Refusal | None:
@@ -114,6 +131,7 @@ def mixtures(plan: Plan) -> list[Refusal]:
 RULES = (
     unknown_format,
     unquantized_experts,
+    fused_experts,
     quantized_inputs_of_experts,
     zero_points,
     one_scheme_of_experts,

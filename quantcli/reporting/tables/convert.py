@@ -113,6 +113,8 @@ def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
         ("Ratio", f"{ratio_text(ratio)} ({1 / ratio:.1f}x smaller)"),
         ("Format", f"{artifact.format}, algorithm {artifact.details['algorithm'] or 'cast'}"),
     ]
+    if "experts" in report.details:
+        rows.append(("Experts", _experts_text(report.details["experts"])))
     if "seconds" in report.details:
         rows.append(("Time", format_seconds(report.details["seconds"])))
         rows.append(("Peak memory", format_bytes(report.details["peak_rss_bytes"])))
@@ -132,6 +134,13 @@ def _totals(report: Report, source: ModelRow, artifact: ModelRow) -> Table:
     return Table(
         "Total" if "seconds" in report.details else "Total (dry run: nothing was written)", ("", "Value"), rows
     )
+
+
+def _experts_text(experts: Mapping[str, Any]) -> str:
+    """How the data's tokens were spread over the experts."""
+    low, middle, high = (f"{experts['tokens'][name]:,}" for name in ("min", "median", "max"))
+    spread = f"{experts['count']} were given {low} to {high} tokens, median {middle}"
+    return f"{spread}; {experts['under_fed']} fewer than they have inputs"
 
 
 def _outputs_text(compared: Mapping[str, Any], one: str, many: str) -> str:

@@ -92,9 +92,9 @@ def test_what_does_not_fit_its_dtype_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("note", [None, "no token seen"])
 def test_the_journal_gives_a_result_back(note: str | None) -> None:
-    result = LayerResult([1, 2], 3, 4, Rounding("mse", note, 5.0, 0.5))
+    result = LayerResult([1, 2], 3, 4, Rounding("mse", note, 5.0, 0.5, 7))
     record = json.loads(json.dumps(result.to_json()))
     assert LayerResult.from_json({"name": "w", **record}) == result
     assert list(record) == [
-        "checksums", "scales_checksum", "others_checksum", "signal", "noise", "algorithm", "note",
+        "checksums", "scales_checksum", "others_checksum", "signal", "noise", "algorithm", "note", "tokens",
     ]  # fmt: skip
