@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,13 @@ from quantcli.cli.help import GroupedCommand, Overview
 from quantcli.cli.output import Outcome, reported
 from quantcli.cli.terminal import Ui
 from quantcli.errors import UsageError
-from quantcli.system.text import parse_bytes
+from quantcli.system.text import format_seconds, parse_bytes
+
+if TYPE_CHECKING:
+    from quantcli.reporting.report import Report
+
+#: How long gptq and tune take together by gptq alone: SmolLM2-135M, 64 sequences of 512 tokens (docs/measured.md).
+_TUNE_BY_GPTQ = 2.8
 
 app = typer.Typer(
     name="quantcli",
@@ -244,7 +250,18 @@ def convert(
         )
     runs = not dry_run and (model.is_dir() or model.suffix == ".onnx")
     next_step = f"quantcli eval {model} {output} --data {data or 'DATA'} measures what it cost." if runs else None
+    if next_step and algorithm in (None, "auto") and recipe is None:
+        next_step += _closer(report)
     return Outcome(report, convert_tables(report), next_step)
+
+
+def _closer(report: Report) -> str:
+    """What is known to bring four bits closer to the model than the default with data, and how long it takes."""
+    artifact = report.models[-1]
+    if (artifact.scheme, artifact.details.get("algorithm")) != ("int4", "gptq") or artifact.format == "onnx":
+        return ""
+    takes = format_seconds(_TUNE_BY_GPTQ * float(report.details["seconds"]))
+    return f" Add --algorithm tune for a closer one: scales are learned after gptq, which takes about {takes} in all."
 
 
 @_command(

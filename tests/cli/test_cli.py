@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -119,6 +121,18 @@ def test_quiet_says_nothing_but_errors(weights: Path, tmp_path: Path, capsys: py
     assert capsys.readouterr().err == ""
     assert main(["convert", str(weights), "-o", str(tmp_path / "out"), "--scheme", "int8", "-q"]) == 2
     assert "--force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("wishes", "said"), [([], True), (["--algorithm", "gptq"], False)])
+def test_after_the_default_with_data_a_closer_algorithm_is_named_with_its_time(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wishes: list[str], said: bool
+) -> None:
+    np.savez(tmp_path / "ids.npz", input_ids=np.arange(64).reshape(4, 16))
+    given = ["convert", str(models / "tied"), "-o", str(tmp_path / "out"), "--data", str(tmp_path / "ids.npz")]
+    assert main([*given, "--scheme", "int4", "--verify", "codes", *wishes]) == 0
+    shown = capsys.readouterr().err
+    assert "Next: quantcli eval" in shown
+    assert bool(re.search(r"--algorithm tune .* takes about [\d.]+ (s|min)", shown)) is said
 
 
 def test_a_defect_is_status_4_and_its_traceback_is_for_debug(
