@@ -57,7 +57,7 @@ def parse_gates(texts: Iterable[str], known: Sequence[str] | None, *, alone: boo
         match = _EXPRESSION.fullmatch(text)
         if not match:
             raise UsageError(
-                f"--require {text!r} is not METRIC OP NUMBER.", 'Write for example: --require "perplexity_drop >= -0.5"'
+                f"--require {text!r} is not METRIC OP NUMBER.", 'Write for example: --require "size_ratio <= 0.5"'
             )
         metric, symbol, bound = match.groups()
         if known is not None and metric not in known and metric.removesuffix(DROP) not in known:
