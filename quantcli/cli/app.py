@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.exit_code)
     except _CommandLineError as error:
         where = getattr(error, "ctx", None)
-        ui.fail(error.format_message(), f"See: {where.command_path if where else 'quantcli'} --help")
+        ui.fail(_problem(error), f"See: {where.command_path if where else 'quantcli'} --help")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         ui.fail("Interrupted.", "The same command continues where it stopped.")
@@ -73,6 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"This is a defect of quantcli: {type(error).__name__}: {error}"
         return _failed(ui, error, message, "Run again with --debug and report what it prints.", QuantcliError.exit_code)
     return 0
+
+
+def _problem(error: Any) -> str:
+    """What is wrong with a command line, as sentences: the parser's messages end without a stop."""
+    likely = getattr(error, "possibilities", None)
+    if likely:
+        return f"{error.message.rstrip('.')}. Did you mean {' or '.join(sorted(likely))}?"
+    # The parser says twice that a number is none: as what it should be, and as what could not be parsed.
+    message = str(error.format_message()).partition(", unable to parse")[0]
+    message = message.replace(": Input should be ", ": it should be ").strip()
+    return message if message.endswith((".", "?")) else f"{message}."
 
 
 def _failed(ui: Ui, error: BaseException, message: str, hint: str | None, status: int) -> int:

@@ -208,7 +208,7 @@ MaxMemory = Annotated[
 ListLayers = Annotated[bool, _reports("--layers", text="Also list the tensors, alike ones in one row.")]
 Require = Annotated[
     Optional[list[str]],
-    _reports("--require", metavar="EXPR", text='A gate such as "kl_nats <= 0.05"; may be repeated.'),
+    _reports("--require", metavar="EXPR", text='A gate such as "size_ratio <= 0.5"; may be repeated.'),
 ]
 Baseline = Annotated[
     Optional[Path],

@@ -80,7 +80,8 @@ def bench(
         UsageError: an unknown metric, one that the baseline does not have, or numbers that cannot be meant.
         InputError: a model, the data or the baseline is missing or unsuitable, or a package is not installed.
     """
-    gates = parse_gates(require, [*METRICS, *(CANDIDATE_METRICS if candidates or baseline else ())])
+    compared = bool(candidates or baseline)
+    gates = parse_gates(require, [*METRICS, *(CANDIDATE_METRICS if compared else ())], alone=not compared)
     earlier = None if baseline is None else read_baseline(baseline, "bench", (model, *candidates))
     if earlier:
         earlier.require(gates)

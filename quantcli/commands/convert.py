@@ -119,8 +119,7 @@ def convert(
         VerificationError: what was written does not decode to what was meant.
     """
     place = Path(output)
-    if verify not in (None, "codes", "run"):
-        raise UsageError(f"--verify {verify} is not known.", "Use codes or run.")
+    _require_known(verify, device)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
     wishes = base.with_flags(
         scheme=scheme,
@@ -210,6 +209,16 @@ def convert(
     return one(place, wishes, request, dry_run=dry_run, force=force)
 
 
+def _require_known(verify: str | None, device: str) -> None:
+    """Raise UsageError for a way to verify, or a device, that does not exist, whether it is needed or not."""
+    if verify not in (None, "codes", "run"):
+        raise UsageError(f"--verify {verify} is not known.", "Use codes or run.")
+    if device != "cpu":
+        from quantcli.system.devices import require_known_device
+
+        require_known_device(device)
+
+
 def _within(
     budget: Budget,
     model: str,
@@ -288,8 +297,7 @@ def _convert_checkpoint(
     work: Work | None = carried
     if checkpoint.folder:
         checkpoint.warnings += neighbours(checkpoint.folder, checkpoint.files).warnings
-    if not dry_run:
-        check_target(output, checkpoint.folder or source, force=force)
+    check_target(output, checkpoint.folder or source, force=force or dry_run)
     from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
 
     with at_most(threads), RuntimeCheck(plan, checkpoint, verify, max_memory) as check:

@@ -101,7 +101,8 @@ def _gates(
     measured: list[str] | None = None,
 ) -> list[Gate]:
     """Gates on the task's metrics, or on those that a user's function gave where only it knows them."""
-    gates = parse_gates(require, _known_metrics(task, compared=bool(candidates)) or measured)
+    known = _known_metrics(task, compared=bool(candidates)) or measured
+    gates = parse_gates(require, known, alone=not candidates and earlier is None)
     if earlier:
         earlier.require(gates)
     return gates

@@ -93,10 +93,10 @@ def _bytes_by(pairs: Sequence[tuple[str, int]]) -> dict[str, dict[str, int]]:
 def _plan(checkpoint: Checkpoint, scheme: str, report: Report) -> dict[str, Any]:
     """What `convert` would do: sizes, and which tensors are left and why. Adds layer rows to the report."""
     from quantcli.conversion.checkpoint.rows import plan_rows
-    from quantcli.planning.recipe import validate
+    from quantcli.planning.recipe import FLAGS, validate
 
     try:
-        plan, layout, rows = plan_rows(checkpoint, validate({"scheme": scheme}, "--scheme"))
+        plan, layout, rows = plan_rows(checkpoint, validate({"scheme": scheme}, FLAGS))
     except InputError as error:
         # That one scheme does not apply is what the user wants to know, not a failure to inspect.
         report.warnings.append(f"{scheme}: {error}")

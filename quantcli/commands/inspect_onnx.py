@@ -71,11 +71,11 @@ def _plan(model: OnnxModel, scheme: str, report: Report) -> dict[str, Any]:
     """What `convert` would do, in sizes that are estimates; adds layer rows to the report."""
     from quantcli.conversion.onnx.rows import layer_rows, left_rows
     from quantcli.onnx.graph.prepare import prepare
-    from quantcli.planning.recipe import validate
+    from quantcli.planning.recipe import FLAGS, validate
 
     graph = prepare(model)
     try:
-        plan = resolve_graph(validate({"scheme": scheme}, "--scheme"), graph, model.path)
+        plan = resolve_graph(validate({"scheme": scheme}, FLAGS), graph, model.path)
     except InputError as error:
         report.warnings.append(f"{scheme}: {error}")
         return {"scheme": scheme, "applies": False, "reason": str(error)}

@@ -19,6 +19,9 @@ DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 #: Characters of what is said against a value, which may quote it.
 _LONGEST_PROBLEM = 600
 
+#: Where data comes from options of the command line: messages name the option in place of a key.
+FLAGS = "flags"
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -145,7 +148,7 @@ class Recipe(_Strict):
         own = self.model_dump(exclude_unset=True)
         if "algorithm" in given:
             own.pop("steps", None)
-        return validate(own | given, "flags")
+        return validate(own | given, FLAGS)
 
 
 def build_scheme(value: str | SchemeSpec) -> Scheme:
@@ -181,7 +184,10 @@ def validate(data: dict[str, Any], where: str) -> Recipe:
             ) from error
         message = problem["msg"].removeprefix("Value error, ").rstrip(".?")[:_LONGEST_PROBLEM]
         end = "?" if "Did you mean" in message else "."
-        raise UsageError(f"{where}: {'.'.join(location)}: {message}{end}") from error
+        key = ".".join(location)
+        message = message.replace("Input should be", "it should be", 1)
+        place = f"--{key.replace('_', '-')}" if where == FLAGS else f"{where}: {key}"
+        raise UsageError(f"{place}: {message}{end}") from error
 
 
 def _fields_at(location: list[str]) -> list[str]:

@@ -39,23 +39,37 @@ class Gate:
         return GateRow(self.text, model.path, value, passed)
 
 
-def parse_gates(texts: Iterable[str], known: Sequence[str] | None) -> list[Gate]:
-    """Parse requirements. Raises UsageError for bad syntax or a metric not in ``known`` (or its drop).
+def parse_gates(texts: Iterable[str], known: Sequence[str] | None, *, alone: bool = False) -> list[Gate]:
+    """Parse requirements.
 
-    ``known`` is None where metrics are not known before they are measured.
+    Args:
+        texts: ``METRIC OP NUMBER`` each.
+        known: the metrics that may be named, as they are or with ``_drop``; None where they are not known before they
+            are measured.
+        alone: one model is measured, with nothing to compare it with. What it loses to itself is always 0: such a
+            gate would pass whatever the model is worth.
+
+    Raises:
+        UsageError: bad syntax, a metric that is not known, or a comparison where there is nothing to compare with.
     """
     gates = []
     for text in texts:
         match = _EXPRESSION.fullmatch(text)
         if not match:
             raise UsageError(
-                f"--require {text!r} is not METRIC OP NUMBER.", 'Write for example: --require "perplexity_drop >= -0.5"'
+                f"--require {text!r} is not METRIC OP NUMBER.", 'Write for example: --require "size_ratio <= 0.5"'
             )
         metric, symbol, bound = match.groups()
         if known is not None and metric not in known and metric.removesuffix(DROP) not in known:
             listed = ", ".join(sorted(known))
             raise UsageError(
                 f"--require names the unknown metric {metric!r}.", f"Known: {listed}; each also with _drop."
+            )
+        compares = metric == "size_ratio" or (known is not None and metric not in known)
+        if alone and compares:
+            raise UsageError(
+                f"--require {text!r} compares a model with another, and only one is given.",
+                "Name a CANDIDATE behind MODEL, or an earlier report with --baseline.",
             )
         try:
             gates.append(Gate(text, metric, symbol, float(bound)))

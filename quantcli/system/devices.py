@@ -20,10 +20,15 @@ _DEVICES = ("cpu", "cuda")
 _exact: ContextVar[bool] = ContextVar("_exact", default=False)
 
 
+def require_known_device(device: str) -> None:
+    """Raise UsageError for a device that there is no such thing as."""
+    if device not in _DEVICES:
+        raise UsageError(f"--device {device} is not known.", f"Use {' or '.join(_DEVICES)}.")
+
+
 def check_device(device: str) -> None:
     """Raise UsageError for a device that there is no such thing as, InputError for one that this machine lacks."""
-    if device not in _DEVICES:
-        raise UsageError(f"--device {device} is none of {', '.join(_DEVICES)}.")
+    require_known_device(device)
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device cuda: torch {torch.__version__} sees no such device.", "Leave it out.")
 

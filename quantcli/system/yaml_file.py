@@ -45,8 +45,10 @@ def read_yaml(path: Path, what: str) -> Any:
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"{what} {path} is over {_MOST_BYTES >> 20} MiB, too much for what it should be.")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{what} {path} cannot be read: {error}.") from error
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} {path} cannot be read: it is not UTF-8 text.") from error
     try:
         loader = _UniqueKeyLoader(text)
         node = loader.get_single_node()

@@ -59,6 +59,40 @@ def test_usage_errors_are_one_paragraph_and_exit_2(argv: list[str], capsys: pyte
     assert "\n\n" not in captured.err
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--shceme", "int8"], "No such option: --shceme. Did you mean --scheme"),
+        (["--threads", "0"], "Invalid value for '--threads': "),
+        (["--scheme", "int9"], "Error: --scheme: unknown scheme 'int9'. Did you mean 'int8'?"),
+        (["--scheme", "int8", "--group-size", "x"], "Invalid value for '--group-size': "),
+        (["--scheme", "int8", "--device", "tpu"], "Error: --device tpu is not known. Use cpu or cuda."),
+        (["--scheme", "int8", "--rest", "fp8"], "Error: --rest: "),
+        (["--scheme", "int8", "--target", "vlm"], "Error: --target: unknown target 'vlm'. Did you mean 'vllm'?"),
+    ],
+)
+def test_a_wrong_option_is_named_in_sentences(
+    weights: Path, tmp_path: Path, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(["convert", str(weights), "-o", str(output), *flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert "unable to parse" not in error
+    assert error.partition(" See: ")[0].endswith((".", "?"))
+    assert not output.exists()
+
+
+def test_an_output_inside_the_input_is_refused_in_a_dry_run_too(
+    weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["convert", str(weights.parent), "-o", str(weights.parent / "out"), "--scheme", "int8", "--dry-run"]
+    (weights.parent / "config.json").write_text("{}")
+    weights.rename(weights.parent / "model.safetensors")
+    assert main(argv) == 2
+    assert "overlap" in capsys.readouterr().err
+
+
 def test_json_is_the_whole_of_stdout(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(weights), "--scheme", "int8", "--scheme", "nf4", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

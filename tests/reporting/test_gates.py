@@ -63,6 +63,19 @@ def test_what_is_no_requirement_is_refused(text: str, says: str) -> None:
         parse_gates([text], KNOWN)
 
 
+@pytest.mark.parametrize("text", ["top1_drop <= 0.1", "size_ratio <= 1"])
+def test_a_model_alone_is_not_compared_with_itself(text: str) -> None:
+    assert parse_gates([text], KNOWN)[0].text == text
+    with pytest.raises(UsageError, match="only one is given") as refused:
+        parse_gates([text], KNOWN, alone=True)
+    assert "CANDIDATE" in str(refused.value.hint)
+    assert parse_gates(["top1 >= 0.9"], KNOWN, alone=True)
+
+
+def test_a_users_own_metric_may_be_called_a_drop() -> None:
+    assert parse_gates(["rain_drop < 3"], ["rain_drop"], alone=True)
+
+
 def test_metrics_of_a_task_of_the_users_own_are_not_known_before() -> None:
     assert parse_gates(["anything > 1"], None)[0].metric == "anything"
 
