@@ -7,33 +7,36 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Generic, TypeVar
 
 from quantcli.system.ranks import on_this_machine
 
+T = TypeVar("T")
 
-class Background(threading.Thread):
+
+class Background(threading.Thread, Generic[T]):
     """A call under way in a thread of its own, which nobody waits for when the rest fails."""
 
-    def __init__(self, call: Callable[[], str]) -> None:
+    def __init__(self, call: Callable[[], T]) -> None:
         super().__init__(daemon=True)
         self._call = call
-        self._value = ""
+        self._values: list[T] = []
         self._failure: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         """Called by the thread."""
         try:
-            self._value = self._call()
+            self._values.append(self._call())
         except BaseException as error:
             self._failure = error
 
-    def result(self) -> str:
+    def result(self) -> T:
         """Wait for the value. Raises what the call raised."""
         self.join()
         if self._failure:
             raise self._failure
-        return self._value
+        return self._values[0]
 
 
 def in_parallel(tasks: Iterator[Callable[[], None]], workers: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -290,3 +291,19 @@ def test_a_power_cut_finds_an_output_whole_or_absent(files: Path, place: Path, n
             sizes = seen[number][2]
             assert sizes and -1 not in sizes.values(), seen[number]
         assert ("forced", place, None) in seen[arrivals[-1] :]
+
+
+def test_a_disk_that_fails_while_the_artifact_is_read_again_is_told_of(
+    files: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells of a failure once: of what was told in the background nothing would be heard later."""
+    failures = iter([OSError(errno.EIO, os.strerror(errno.EIO))])
+
+    def fsync(descriptor: int) -> None:
+        for failure in failures:
+            raise failure
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(InputError, match="Input/output error"):
+        STAGES["checkpoint"].run(files, place)
+    assert not visible(held(place))

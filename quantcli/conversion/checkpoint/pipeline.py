@@ -21,7 +21,7 @@ from quantcli.core.manifest import Manifest, ManifestLayer
 from quantcli.errors import UsageError, VerificationError
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.system import ranks
-from quantcli.system.files import write_json
+from quantcli.system.files import force_to_disk, write_json
 from quantcli.system.parallel import Background, in_parallel, usable_cores
 from quantcli.system.progress import Fractions, Progress, Tracker
 from quantcli.system.text import format_bytes
@@ -131,9 +131,13 @@ class Conversion:
         self.checkpoint.require_unchanged()
         for destination in output.destinations.values():
             destination.file.close()
+        # A slow disk writes while the artifact is read again and run; publishing forces what is left.
+        forcing = Background(partial(force_to_disk, staging.out)) if ranks.is_first() else None
         verified = self._verify(staging.out / (self.layout.single_file or ""))
         ranks.finish()
         verified["runtime"] = self._check.result(staging.out)
+        if forcing:
+            forcing.result()
         manifest = self._manifest(verified)
         self.layout.write_manifest(staging.out, manifest)
         history = self.work.history if self.work else None
