@@ -457,7 +457,7 @@ def test_a_tokenizer_of_another_model(lively: Path, tmp_path: Path, capsys: pyte
     ("arguments", "status", "message"),
     [
         (["--device", "cuda"], 3, "--device cuda: torch .* sees no such device"),
-        (["--device", "tpu"], 2, "--device tpu is none of cpu, cuda"),
+        (["--device", "tpu"], 2, "--device tpu is not known. Use cpu or cuda."),
         (["--max-memory", "1MB"], 2, r"--max-memory 1 MB is too little: with model\.layers\.0, .* are needed"),
     ],
 )

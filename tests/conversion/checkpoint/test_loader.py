@@ -409,18 +409,19 @@ def test_fused_experts_are_stored_as_the_library_stacks_them(tmp_path: Path) -> 
     sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     config = transformers.Qwen3MoeConfig(**sizes, num_experts=2, num_attention_heads=4, num_key_value_heads=2)
     model = transformers.Qwen3MoeForCausalLM(config)
-    model.save_pretrained(tmp_path)
+    folder = tmp_path / "fused"
+    model.save_pretrained(folder)
     # As it is in memory, and in the files of Qwen3.5: fused.
-    save_file({name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "model.safetensors")
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, folder / "model.safetensors")
     fused = "model.layers.0.mlp.experts.gate_up_proj"
-    found = surveyed(tmp_path, "int4")[1]["single"]
+    found = surveyed(folder, "int4")[1]["single"]
     assert sorted(found) == ["model.layers.0.mlp.experts.down_proj", fused]
     gate, up = found[fused][2:]
     assert gate == {"name": "model.layers.0.mlp.experts.1.gate_proj.weight", "expert": 1, "first": 0,
                     "shape": [64, 128], "turned": False}  # fmt: skip
     assert (up["name"], up["first"]) == ("model.layers.0.mlp.experts.1.up_proj.weight", 64)
-    assert surveyed(tmp_path, "nf4")[1]["single"] == {}
-    planned = convert(tmp_path, tmp_path / "out", scheme="int4", group_size=64, dry_run=True)
+    assert surveyed(folder, "nf4")[1]["single"] == {}
+    planned = convert(folder, tmp_path / "out", scheme="int4", group_size=64, dry_run=True)
     assert {layer.scheme for layer in planned.layers if ".experts." in layer.name} == {"int4 group 64"}
-    left = convert(tmp_path, tmp_path / "out", scheme="int4", group_size=64, skip=["*experts*"], dry_run=True)
+    left = convert(folder, tmp_path / "out", scheme="int4", group_size=64, skip=["*experts*"], dry_run=True)
     assert {layer.reason.split(";")[0] for layer in left.layers if ".experts." in layer.name} == {"skipped as asked"}
