@@ -129,8 +129,8 @@ def _loaded(loader: Any, path: Path, plain: Checkpoint | None) -> tuple[nn.Modul
 def _needs_decoding(section: Mapping[str, Any], *, other_class: bool) -> bool:
     """Whether transformers 5.23 loads codes of this kind only with what cannot be had on a CPU, or not as they are.
 
-    With ``other_class`` the class that loads is not the one that was quantized, and may have layers that the file lacks:
-    a pooler, the other tower. compressed-tensors makes codes of no value for these.
+    With ``other_class`` the class that loads is not the one that was quantized, and may have layers that the file
+    lacks: a pooler, the other tower. compressed-tensors makes codes of no value for these.
     """
     if section.get("quant_method") in ("gptq", "awq", "gguf", *FLOATS):
         return True
