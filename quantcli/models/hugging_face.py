@@ -54,8 +54,9 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
     config = read_config(require_folder(path) / "config.json")
     section = section_of(config)
     method = section.get("quant_method")
+    loaders = _loaders(path, config, causal=causal, headed=headed)
     plain = None
-    if (decoded and method) or _needs_decoding(section):
+    if (decoded and method) or _needs_decoding(section, other_class=len(loaders) > 1):
         plain = decoded_checkpoint(open_checkpoint(path))
         if not decoded and plain.quantizes_inputs:
             raise InputError(f"{path} has asymmetric weights beside quantized inputs, and such a model cannot be run.")
@@ -65,19 +66,32 @@ def load_model(path: Path, *, causal: bool, headed: bool = False, decoded: bool 
     }.items():
         if method == needed and not plain:
             _require(extra[0], extra[1], f"Loading {path} ({needed})")
-    loaders = _loaders(path, config, causal=causal, headed=headed)
-    model, missing = _loaded(loaders[0], path, plain)
-    for other in loaders[1:] if missing else ():
-        # A part of a model has a class of its own: the towers of CLIP, say, of which a classifier has one.
-        found, lacking = _loaded(other, path, plain)
-        model, missing = (model, missing) if lacking else (found, lacking)
-    if missing:
-        raise InputError(
-            f"{path} lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
-            f"{', '.join(missing[:3])}.",
-            hint="Choose another --task, or repair the model.",
+    return _complete(loaders, path, plain).eval()
+
+
+def _complete(loaders: Sequence[Any], path: Path, plain: Checkpoint | None) -> nn.Module:
+    """The model by the first class that a folder has all weights of.
+
+    A part of a model has a class of its own: the towers of CLIP, say, of which a classifier has one.
+    """
+    failures = []
+    for loader in loaders:
+        try:
+            model, missing = _loaded(loader, path, plain)
+        except InputError as error:
+            # The library may fail to make random values for what is missing, in place of naming it.
+            failures.append(error)
+            continue
+        if not missing:
+            return model
+        failures.append(
+            InputError(
+                f"{path} lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
+                f"{', '.join(missing[:3])}.",
+                hint="Choose another --task, or repair the model.",
+            )
         )
-    return model.eval()
+    raise failures[0]
 
 
 def _loaders(path: Path, config: Mapping[str, Any], *, causal: bool, headed: bool) -> list[Any]:
@@ -112,14 +126,20 @@ def _loaded(loader: Any, path: Path, plain: Checkpoint | None) -> tuple[nn.Modul
     return model, sorted(set(missing) - computed_tables(model, missing).keys())
 
 
-def _needs_decoding(section: Mapping[str, Any]) -> bool:
-    """Whether transformers 5.23 loads codes of this kind only with what cannot be had on a CPU, or not as they are."""
+def _needs_decoding(section: Mapping[str, Any], *, other_class: bool) -> bool:
+    """Whether transformers 5.23 loads codes of this kind only with what cannot be had on a CPU, or not as they are.
+
+    With ``other_class`` the class that loads is not the one that was quantized, and may have layers that the file
+    lacks: a pooler, the other tower. compressed-tensors makes codes of no value for these.
+    """
     if section.get("quant_method") in ("gptq", "awq", "gguf", *FLOATS):
         return True
     if section.get("quant_method") == "bitsandbytes":
         # bitsandbytes computes in 16 bits, and only some classes, with some shapes, on this processor.
         return section.get("bnb_4bit_quant_type") == "nf4" and bool(section.get("load_in_4bit"))
     groups = (section.get("config_groups") or {}).values()
+    if section.get("quant_method") == "compressed-tensors" and other_class:
+        return not any(group.get("input_activations") for group in groups)
     return any((group.get("weights") or {}).get("symmetric") is False for group in groups)
 
 

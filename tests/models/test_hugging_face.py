@@ -63,3 +63,21 @@ def test_a_class_with_one_tower_is_loaded_by_its_own_name(tmp_path: Path) -> Non
     config = transformers.CLIPConfig(vision_config=seeing, text_config=transformers.CLIPTextConfig(**sizes))
     transformers.CLIPForImageClassification(config).save_pretrained(tmp_path)
     assert type(load_model(tmp_path, causal=False)).__name__ == "CLIPForImageClassification"
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "DeiT"])
+def test_layers_that_an_artifact_lacks_are_not_run_from_empty_codes(tmp_path: Path, kind: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seeing = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    configs = {
+        "CLIP": transformers.CLIPConfig(vision_config=seeing, text_config=transformers.CLIPTextConfig(**sizes)),
+        "DeiT": transformers.DeiTConfig(**sizes, image_size=16, patch_size=8),
+    }
+    getattr(transformers, f"{kind}ForImageClassification")(configs[kind]).save_pretrained(tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "int8", scheme="int8", verify="codes")
+    picture = {"pixel_values": torch.randn(1, 3, 16, 16)}
+    models = [load_model(tmp_path / name, causal=False) for name in ("model", "int8")]
+    assert type(models[0]) is type(models[1])
+    with torch.no_grad():
+        expected, found = (model(**picture)[0] for model in models)
+    assert torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), dim=0) > 0.99

@@ -19,9 +19,9 @@ from quantcli.checkpoint.quantized import open_quantized
 from quantcli.commands.convert import convert
 from quantcli.conversion.checkpoint import loader_run
 from quantcli.conversion.checkpoint.loader_survey import _computes_plainly, survey
-from quantcli.errors import InputError
+from quantcli.errors import InputError, UsageError
 from quantcli.planning.plan import Plan
-from quantcli.planning.recipe import Recipe
+from quantcli.planning.recipe import Recipe, Rule
 from quantcli.planning.resolve import resolve
 from quantcli.system.child import ChildFailedError, Service
 
@@ -94,6 +94,19 @@ def test_what_gives_labels_stays_as_output_heads_do(tmp_path: Path, kind: str, t
     left = surveyed(folder, "int8")[1]["leave"]
     assert list(left) == heads
     assert "output head" in left[heads[0]]
+
+
+def test_a_rule_that_names_what_gives_labels_is_obeyed_or_refused(tmp_path: Path) -> None:
+    model = transformers.RobertaForTokenClassification(transformers.RobertaConfig(**WIDE, num_labels=64))
+    folder = saved(model, tmp_path / "model")
+    for scheme, spelled in (("int8", "int8"), ("int4", "int4 group 64")):
+        named = Recipe(scheme="int8", rules=[Rule(match="classifier", scheme=scheme)])
+        report = convert(folder, tmp_path / "out", recipe=named, dry_run=True)
+        assert {row.name: row.scheme for row in report.layers}["classifier.weight"] == spelled
+    report = convert(folder, tmp_path / "out", scheme="int8", dry_run=True)
+    assert {row.name: row.scheme for row in report.layers}["classifier.weight"] is None
+    with pytest.raises(UsageError, match="A rule gives classifier a scheme by its name, and it has to stay"):
+        convert(folder, tmp_path / "out", recipe=Recipe(scheme="nf4", rules=[Rule(match="classifier", scheme="nf4")]))
 
 
 def test_layers_that_are_read_by_the_initialization_are_found(tmp_path: Path) -> None:
