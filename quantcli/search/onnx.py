@@ -39,6 +39,10 @@ _MEASURED = 8
 _FEW_LAYERS = 12
 #: Attempts to fit a ceiling that an estimate of bytes or time just missed.
 _ATTEMPTS = 6
+#: A mix that is slower than a single scheme has to have no more than this share of its bytes.
+_WORTH_TIME = 0.9
+#: No mix is so many times as fast as the fastest single scheme: what kernels take differs by less.
+_NEVER_AS_FAST = 4
 #: Points of the frontier.
 _POINTS = 9
 
@@ -66,9 +70,8 @@ class OnnxSearch:
         """
         if self.budget.judges_outputs:
             self._require_samples()
-            recipe = self._for_outputs()
-        else:
-            recipe = self._for_room()
+        self._require_time_in_reach()
+        recipe = self._for_outputs() if self.budget.judges_outputs else self._for_room()
         return Found(recipe, self._details(recipe), self._warnings())
 
     @cached_property
@@ -150,9 +153,8 @@ class OnnxSearch:
 
         Single schemes are judged first: of mixes, only those that are smaller than the best of them matter.
         """
-        accepted = self._smallest_uniform()
-        most = self.budget.max_size if accepted is None else self.measured.size(accepted) - 1
-        accepted = self._smallest_kept(most, {}) or accepted
+        uniform = self._smallest_uniform()
+        accepted = self._smallest_kept(self.budget.max_size, {}) if uniform is None else self._smaller(uniform)
         if accepted is None:
             safest = self._safest()
             if not self._keeps_outputs(safest):
@@ -179,6 +181,12 @@ class OnnxSearch:
             if is_kept:
                 return recipe
         return None
+
+    def _smaller(self, uniform: Recipe) -> Recipe:
+        """The smallest mix that is smaller than a single scheme and no slower, or much smaller; or that scheme."""
+        size = self.measured.size(uniform)
+        as_fast: Limits = {"milliseconds": self.ways.work_of(_label(uniform))}
+        return self._smallest_kept(size - 1, as_fast) or self._smallest_kept(int(_WORTH_TIME * size), {}) or uniform
 
     def _smallest_kept(self, most: int | None, limits: Limits) -> Recipe | None:
         """The smallest mix within limits that keeps those on outputs, of ``most`` bytes."""
@@ -240,6 +248,18 @@ class OnnxSearch:
 
     # A limit on time.
 
+    def _require_time_in_reach(self) -> None:
+        """Raise BudgetError where a ceiling on latency is plainly out of reach, before anything is searched for."""
+        most, glance = self.budget.max_latency_p50, self.measured.glance
+        if most is None:
+            return
+        uniforms = sorted(self._converted_uniforms(), key=glance)
+        if not uniforms or glance(uniforms[0]) <= _NEVER_AS_FAST * most:
+            return
+        fastest = next(filter(self._keeps, uniforms), None)
+        if fastest is not None:
+            raise too_slow(self.budget, self.measured.latency(fastest), self._candidates())
+
     def _is_fast(self, recipe: Recipe) -> bool:
         most = self.budget.max_latency_p50
         return most is None or self.measured.latency(recipe) <= most
@@ -282,8 +302,7 @@ class OnnxSearch:
         if mix is not None:
             told = {"layers": labels(self.mixes.groups, mix), "estimate": self.mixes.cost(mix)}
         else:
-            label = f"{recipe.scheme} group {recipe.group_size}" if recipe.group_size else str(recipe.scheme)
-            told = {"layers": {label: len(self.ways.layers)}, "estimate": self.measured.noise(recipe)}
+            told = {"layers": {_label(recipe): len(self.ways.layers)}, "estimate": self.measured.noise(recipe)}
         return self.measured.row(recipe) | told
 
     def _candidates(self, chosen: Recipe | None = None) -> list[dict[str, Any]]:
@@ -322,6 +341,11 @@ class OnnxSearch:
         if self.subject.evidence is not None:
             return ()
         return ("There is no --data, so layers were chosen by how far made-up inputs move the outputs.",)
+
+
+def _label(uniform: Recipe) -> str:
+    """What people call a recipe of one scheme for all layers."""
+    return f"{uniform.scheme} group {uniform.group_size}" if uniform.group_size else str(uniform.scheme)
 
 
 @dataclass

@@ -28,6 +28,7 @@ class Measurements:
         self.subject, self.store = subject, store
         self.tried: dict[str, Recipe] = {}
         self._latency: dict[str, float] = {}
+        self._glanced: dict[str, float] = {}
         self._size = f"size of the {'file' if subject.output.suffix == '.onnx' else 'folder'}"
 
     def size(self, recipe: Recipe) -> int:
@@ -99,6 +100,13 @@ class Measurements:
         if key not in self._latency:
             self._latency[key] = self.subject.stopwatch.p50_ms(self.subject.trials.of(recipe).path)
         return self._latency[key]
+
+    def glance(self, recipe: Recipe) -> float:
+        """About the median of a run in ms, from a few rounds."""
+        key = key_of(recipe)
+        if key not in self._glanced:
+            self._glanced[key] = self.subject.stopwatch.glance_ms(self.subject.trials.of(recipe).path)
+        return self._glanced[key]
 
     def limits(self, budget: Budget, recipe: Recipe) -> list[Limited]:
         """The limits on outputs that a budget sets, with what a recipe loses of each.

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantcli.benchmarking.timing import Timing, time_interleaved
+from quantcli.benchmarking.timing import MIN_ROUNDS, Timing, time_interleaved
 from quantcli.conversion.onnx.evidence import Material
 from quantcli.conversion.onnx.pipeline import convert_onnx
 from quantcli.core.ports import Arrays, Port
@@ -28,15 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trial:
-    """An artifact as it would be published.
+    """An artifact as it would be published; ``nbytes`` are of all of its files."""
 
-    ``nbytes`` are of all of its files; ``sha256`` tells its ONNX file from others.
-    """
-
-    recipe: Recipe
     path: Path
     nbytes: int
-    sha256: str
 
 
 @dataclass
@@ -73,7 +68,7 @@ class Trials:
                 material=self.material, allow_larger=True,
             )  # fmt: skip
             nbytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-            self._made[key] = Trial(recipe, target, nbytes, _sha256(onnx_file(target)))
+            self._made[key] = Trial(target, nbytes)
         return self._made[key]
 
 
@@ -82,9 +77,14 @@ def key_of(recipe: Recipe) -> str:
     return hashlib.sha256(recipe.model_dump_json(exclude_unset=True).encode()).hexdigest()[:16]
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb", buffering=0) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _sha256(folder: Path) -> str:
+    """Tells the files of a folder from others, by their names and bytes."""
+    whole = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb", buffering=0) as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        whole.update(f"{file.relative_to(folder).as_posix()}\0{digest}\n".encode())
+    return whole.hexdigest()
 
 
 class Remembered:
@@ -118,15 +118,30 @@ class Pass:
 
 
 class Verdicts:
-    """Judges artifacts beside the model, on samples that were held out."""
+    """Judges artifacts beside the model, on samples that were held out; those of the same bytes once."""
 
     def __init__(self, source: ModelSource, model: Path, held_out: Inputs) -> None:
         self.source, self.model, self.held_out = source, model, held_out
         self._known: Remembered | None = None
+        self._judged: dict[str, Judged] = {}
 
     def of(self, path: Path, is_hopeless: Callable[[Judged], bool] = lambda _: False) -> Judged:
-        """What an artifact loses, on all samples or until that is hopeless. Raises InputError where it does not run."""
-        return judge(self.source, self._reference(), OnnxRunner(onnx_file(path)), self.held_out, is_hopeless)
+        """What an artifact loses, on all samples or until that is hopeless.
+
+        Args:
+            path: its file or folder, in a folder that holds nothing else.
+            is_hopeless: whether it is to be given up, by what was seen so far.
+
+        Raises:
+            InputError: it does not run.
+        """
+        sha256 = _sha256(path.parent)
+        if sha256 in self._judged:
+            return self._judged[sha256]
+        found = judge(self.source, self._reference(), OnnxRunner(onnx_file(path)), self.held_out, is_hopeless)
+        if not found.unseen:
+            self._judged[sha256] = found
+        return found
 
     def of_itself(self) -> Judged:
         """What the model would lose if it were a candidate: nothing, but with the bounds that the samples allow."""
@@ -152,6 +167,12 @@ class Stopwatch:
     def p50_ms(self, artifact: Path) -> float:
         """The time that half of an artifact's runs stay below, in ms."""
         return self.of(artifact)[1].percentile_ms(50)
+
+    def glance_ms(self, artifact: Path) -> float:
+        """About what `p50_ms` would tell, from a few rounds of the artifact alone."""
+        runner = OnnxRunner(onnx_file(artifact), shared=True)
+        (alone,) = time_interleaved([partial(_timed, runner, self.feeds)], rounds=MIN_ROUNDS)
+        return alone.percentile_ms(50)
 
 
 def _timed(runner: OnnxRunner, feeds: Mapping[str, np.ndarray], number: int) -> None:

@@ -55,6 +55,10 @@ class Ways:
         """Multiplications of one run."""
         return sum(layer.work for layer in self.layers.values())
 
+    def work_of(self, label: str) -> float:
+        """Multiplications of one run, in those of the float model, where all layers that can be are stored alike."""
+        return sum(layer.work * _factor(layer, label) for layer in self.layers.values())
+
     def groups(self, costs: Mapping[str, Mapping[str, float]]) -> list[Group]:
         """What the solver chooses of; ``costs`` are by layer and label."""
         found = []
@@ -79,6 +83,12 @@ class Ways:
         main = max(quantizing, key=lambda rule: quantizing[rule])
         rules = [rule | {"match": [glob.escape(name) for name in rule["match"]]} for rule in rules_of(groups, mix)]
         return chosen_recipe(self.recipe, dict(main), rules)
+
+
+def _factor(layer: LayerFigures, label: str) -> float:
+    """The time of a layer that is stored as a label says, by that of its float kernel."""
+    known = (way.factor for own, way in layer.ways.items() if label == own or label in way.alike)
+    return next(known, 1.0)
 
 
 def _works(plan: GraphPlan, sizes: Mapping[str, int]) -> dict[str, float]:
@@ -127,7 +137,7 @@ def open_ways(runs: GraphRuns, recipe: Recipe, allow: Sequence[str], sizes: Mapp
     """
     rules, whole, floats = ways_to_store(recipe, allow), Rules(recipe), runs.float_bytes()
     layers: dict[str, LayerFigures] = {}
-    seen: dict[str, set[object]] = defaultdict(set)
+    seen: dict[str, dict[object, WayFigures]] = defaultdict(dict)
     for label, rule in rules.items():
         if label == FLOAT:
             continue
@@ -145,9 +155,10 @@ def open_ways(runs: GraphRuns, recipe: Recipe, allow: Sequence[str], sizes: Mapp
             plans, first = [each.plan for each in same], same[0]
             layer = layers.setdefault(name, LayerFigures(nbytes=first.plan.info.nbytes, work=works[name], ways={}))
             form = tuple((plan.form, plan.scheme) for plan in plans)
-            if first.plan.form and form not in seen[name]:
-                seen[name].add(form)
-                layer.ways[label] = WayFigures(
+            if form in seen[name]:
+                seen[name][form].alike.append(label)
+            elif first.plan.form:
+                layer.ways[label] = seen[name][form] = WayFigures(
                     nbytes=first.bytes_after + overhead,
                     factor=_work_factor(first.plan),
                     error=noise_of([first.sqnr_db]),

@@ -20,13 +20,17 @@ _MOST_BYTES = 256 << 20
 
 
 class WayFigures(BaseModel):
-    """A way to store a layer of a graph: bytes, time by that of the float kernel, noise by signal of the weight."""
+    """A way to store a layer of a graph: bytes, time by that of the float kernel, noise by signal of the weight.
+
+    ``alike`` are labels of others that come to the same for this layer.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     nbytes: int
     factor: float
     error: float
+    alike: list[str] = []
 
 
 class LayerFigures(BaseModel):

@@ -15,6 +15,9 @@ from support.fragile_nets import convolutions, products, samples, saved
 import quantcli
 from quantcli.cli.app import main
 from quantcli.errors import BudgetError
+from quantcli.models.runner import OnnxRunner
+from quantcli.planning.recipe import Recipe
+from quantcli.search import onnx_trials
 from quantcli.search.budget import Budget
 from quantcli.search.choices import total
 from quantcli.search.clock import Clock
@@ -36,7 +39,6 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 def subject(model: Path, folder: Path, budget: Budget, data: Path | None = None) -> GraphSubject:
     from quantcli.data.request import DataRequest
-    from quantcli.planning.recipe import Recipe
 
     recipe = Recipe(group_size=16)
     request = None if data is None else DataRequest(str(data))
@@ -106,6 +108,24 @@ def test_a_second_budget_takes_a_tenth_of_the_time(net, tmp_path: Path) -> None:
     assert taken[1] <= taken[0] / 10
 
 
+def test_what_was_judged_is_not_judged_again_when_it_is_published(
+    net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data, held_out = net
+    opened: list[bytes] = []
+
+    def runner(path: Path) -> OnnxRunner:
+        opened.append(path.read_bytes())
+        return OnnxRunner(path)
+
+    monkeypatch.setattr(onnx_trials, "OnnxRunner", runner)
+    budget = Budget(max_drop=0.02, eval_data=str(held_out), allow=("float", "int8-dynamic"))
+    report = quantcli.convert(model, tmp_path / "out.onnx", data=data, budget=budget)
+    assert report.passed
+    assert (tmp_path / "out.onnx").read_bytes() in opened
+    assert len(opened) == len(set(opened))
+
+
 def simple(tmp_path: Path, budget: Budget) -> OnnxSearch:
     """A search on a few products, without data."""
     one = subject(saved(products(4), tmp_path / "products.onnx"), tmp_path, budget)
@@ -126,6 +146,45 @@ def test_a_ceiling_on_latency_is_kept_or_the_fastest_is_told(tmp_path: Path, mon
     with pytest.raises(BudgetError, match=r"cannot be met: the fastest found takes 0\.5 ms") as raised:
         simple(tmp_path, Budget(max_size=1 << 30, max_latency_p50=0.1, allow=schemes)).run()
     assert raised.value.details["nearest"] == {"max_latency_p50": 0.55}
+
+
+def test_a_ceiling_on_latency_that_is_far_out_of_reach_takes_no_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> float:
+        raise AssertionError("searched")
+
+    monkeypatch.setattr(Stopwatch, "p50_ms", lambda _, artifact: 3.0)
+    monkeypatch.setattr(Stopwatch, "glance_ms", lambda _, artifact: 3.0)
+    monkeypatch.setattr(GraphRuns, "noise_of_layers", never)
+    budget = Budget(max_latency_p50=0.7, allow=("float", "int8-dynamic"))
+    with pytest.raises(BudgetError, match="the fastest found takes 3 ms"):
+        simple(tmp_path, budget).run()
+    with pytest.raises(AssertionError, match="searched"):
+        simple(tmp_path, replace(budget, max_latency_p50=0.8)).run()
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_mix_that_is_slower_than_a_single_scheme_has_to_be_much_smaller(
+    tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So many products may have 4 bits, which takes more time than 8 do.
+    search = simple(tmp_path, Budget(max_drop=0.1, allow=("float", "int8-dynamic", "int4")))
+
+    def four_bits(recipe: Recipe) -> int:
+        file = search.subject.trials.of(recipe).path
+        return sum(each.op_type == "MatMulNBits" for each in onnx.load(file).graph.node)
+
+    monkeypatch.setattr(Measurements, "keeps", lambda *given: four_bits(given[2]) <= most)
+    monkeypatch.setattr(Measurements, "used", lambda *_: 0.0)
+    monkeypatch.setattr(Measurements, "is_used_up", lambda *_: False)
+    found = search._for_outputs()
+    single = next(recipe for recipe in search._converted_uniforms() if recipe.scheme == "int8-dynamic")
+    if most == 1:
+        assert found == single
+    else:
+        assert four_bits(found) == most
+        assert search.measured.size(found) <= 0.9 * search.measured.size(single)
 
 
 def test_a_search_ends_with_what_it_has_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
