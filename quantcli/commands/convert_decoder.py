@@ -201,7 +201,7 @@ def convert_decoder(
     artifact.manifest = manifest
     from quantcli.conversion.decoder.proof import warnings
 
-    report.warnings += warnings(proof) + place.warnings(model)
+    report.warnings += warnings(proof, decoder, recipe.target) + place.warnings(model)
     return report
 
 

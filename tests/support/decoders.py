@@ -22,6 +22,13 @@ _LLAMA3 = {
 }  # fmt: skip
 #: As Qwen 2.5 is told to read longer texts, which leaves ``max_position_embeddings`` at the original length.
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+#: As Phi-4 mini reads long texts: other factors hold for every position of a text beyond the original length, and a
+#: part of each head is turned.
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
+    "long_factor": [1.1, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 16.0], "original_max_position_embeddings": 32,
+    "partial_rotary_factor": 0.5,
+}  # fmt: skip
 
 #: By name: what transformers calls the architecture, and what of it is set beside `_SIZES`.
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,6 +41,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True}),
     "phi3": ("phi3", {"sliding_window": 9, "head_dim": None}),
+    "longrope": ("phi3", {"head_dim": None, "hidden_size": 128, "tie_word_embeddings": True,
+                          "original_max_position_embeddings": 32, "rope_parameters": _LONGROPE}),
     "gemma2": ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
                           "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", {"sliding_window": 8, "query_pre_attn_scalar": 24,
@@ -41,15 +50,15 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def tiny_decoder(name: str, folder: Path) -> Path:
-    """Save a model of `TINY` with a tokenizer."""
+def tiny_decoder(name: str, folder: Path, **changed: Any) -> Path:
+    """Save a model of `TINY` with a tokenizer, some of its settings changed."""
     import torch
     import transformers
 
     from support.tokenizers import save_tokenizer
 
     model_type, settings = TINY[name]
-    known = {key: value for key, value in (_SIZES | settings).items() if value is not None}
+    known = {key: value for key, value in (_SIZES | settings | changed).items() if value is not None}
     config = transformers.CONFIG_MAPPING[model_type](**known)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float()

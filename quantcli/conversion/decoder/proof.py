@@ -12,6 +12,7 @@ import numpy as np
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import InputError, MissingExtraError
 from quantcli.export.decoder.architecture import Decoder
+from quantcli.export.decoder.genai import READ_ANEW
 from quantcli.models.decoder import CachedDecoder
 from quantcli.models.decoder import Decoder as LanguageModel
 from quantcli.models.kernels import prove
@@ -66,7 +67,9 @@ def prove_decoder(artifact: Path, decoder: Decoder, values: Checkpoint) -> dict[
 def made_up_tokens(decoder: Decoder) -> np.ndarray:
     """A text of tokens, int64 ``[1, length]``, long enough to leave a window of attention where one is short."""
     windows = [window for window in decoder.windows if 0 < window < _LONGEST]
-    length = min(max([_LENGTH, *(window + 8 for window in windows)]), decoder.context)
+    # Keys that are cached of a short text keep its angles, so that a cache does not reach beyond it.
+    longest = decoder.short_context or decoder.context
+    length = min(max([_LENGTH, *(window + 8 for window in windows)]), longest)
     return (np.arange(length, dtype=np.int64)[None] * 37 + 5) % decoder.vocabulary
 
 
@@ -158,7 +161,15 @@ def without_rounding(artifact: Path, target: Path) -> None:
     target.write_bytes(model.SerializeToString())
 
 
-def warnings(proof: Mapping[str, Any]) -> list[str]:
-    """What a report warns of."""
-    torch = proof["decoder"]["torch"]
-    return [] if torch["compared"] else [f"The decoder was not compared with torch: {torch['reason']}."]
+def warnings(proof: Mapping[str, Any], decoder: Decoder, target: str | None) -> list[str]:
+    """What a report warns of; ``target`` is the runtime that is asked for."""
+    torch, short = proof["decoder"]["torch"], decoder.short_context
+    found = [] if torch["compared"] else [f"The decoder was not compared with torch: {torch['reason']}."]
+    read_anew = READ_ANEW.get(decoder.architecture.genai_type) if target == "onnxruntime-genai" else None
+    if short is not None and short != read_anew:
+        found.append(
+            f"Texts of more than {short} tokens have rotary embeddings of their own (longrope). Where a text grows "
+            f"beyond {short} tokens while it is generated, the runtime must read all of it again: keys that are cached "
+            "until then are those of a short text."
+        )
+    return found

@@ -53,10 +53,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 #: Activations of the feed-forward part that the graph has operators for.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
-#: Kinds of rotary embeddings that turn each position by the same angle in every text, so that tables hold them.
-_STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
-#: Kinds that turn it by another angle in a longer text.
-_ROTARY_BY_LENGTH = ("dynamic", "longrope")
+#: Kinds of rotary embeddings that tables hold: each position is turned by the same angle in every text, or with
+#: longrope by another one in all texts beyond one length.
+_IN_TABLES = ("default", "linear", "llama3", "yarn", "longrope")
+#: Elements of a head that GroupQueryAttention turns, the first of each, are a multiple of this.
+_TURNED_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Decoder:
       none.
     - ``windows``: of each block, how many tokens are attended to, -1 for all.
     - ``rotary``: of each block, the kind of its rotary embedding, where a model has several.
+    - ``short_context``: tokens beyond which a text's positions are all turned by other angles, None where they never
+      are.
     """
 
     architecture: Architecture
@@ -86,6 +89,7 @@ class Decoder:
     tied: bool
     windows: tuple[int, ...]
     rotary: tuple[str | None, ...]
+    short_context: int | None = None
 
 
 def why_no_decoder(folder: Path) -> str | None:
@@ -115,7 +119,7 @@ def read_decoder(folder: Path) -> Decoder:
     architecture = ARCHITECTURES[config.model_type]
     for reason in _unsupported(config):
         raise refused(f"{folder}: {reason}")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = _head_dim(config)
     scale = (getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5
     kinds = _layer_types(config)
     by_kind = _rotary_by_kind(config)
@@ -137,6 +141,7 @@ def read_decoder(folder: Path) -> Decoder:
         tied=bool(config.tie_word_embeddings),
         windows=tuple(config.sliding_window if kind == "sliding_attention" else -1 for kind in kinds),
         rotary=tuple(kind if by_kind else None for kind in kinds),
+        short_context=_short_context(config),
     )
 
 
@@ -152,6 +157,10 @@ def refused(reason: str, hint: str = WITHOUT_DECODER) -> InputError:
     return InputError(f"No decoder with a key-value cache can be built: {reason}.", hint)
 
 
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def _context(config: Any) -> int:
     """Tokens that a model can take. With yarn, ``max_position_embeddings`` may be left at what it was trained on."""
     lengths = [int(config.max_position_embeddings)]
@@ -160,6 +169,15 @@ def _context(config: Any) -> int:
         if each.get("rope_type") == "yarn" and each.get("factor"):
             lengths.append(int(each["factor"] * each["original_max_position_embeddings"]))
     return max(lengths)
+
+
+def _short_context(config: Any) -> int | None:
+    """Tokens of the texts that longrope has its short factors for; None where no text is longer."""
+    (first, *_) = _rotary_settings(config)
+    if first.get("rope_type") != "longrope":
+        return None
+    length = int(first["original_max_position_embeddings"])
+    return length if length < _context(config) else None
 
 
 def _layer_types(config: Any) -> list[str]:
@@ -191,12 +209,18 @@ def _unsupported(config: Any) -> list[str]:
     found = []
     for each in _rotary_settings(config):
         kind = each.get("rope_type", "default")
-        if kind in _ROTARY_BY_LENGTH:
-            found.append(f"its rotary embedding is {kind}, which depends on the length of a text")
-        elif kind not in _STATIC_ROTARY:
-            found.append(f"its rotary embedding is {kind}, and known are {listed(list(_STATIC_ROTARY), 9)}")
-        if each.get("partial_rotary_factor", 1.0) != 1.0:
-            found.append("its rotary embedding turns a part of each head only")
+        if kind == "dynamic":
+            found.append(f"its rotary embedding is {kind}, which turns positions by other angles at every length")
+        elif kind not in _IN_TABLES:
+            found.append(f"its rotary embedding is {kind}, and known are {listed(list(_IN_TABLES), 9)}")
+        elif kind == "longrope" and _rotary_by_kind(config):
+            found.append("its rotary embedding is longrope for some of its blocks only")
+        turned = int(_head_dim(config) * each.get("partial_rotary_factor", 1.0))
+        if turned % _TURNED_MULTIPLE:
+            found.append(
+                f"its rotary embedding turns {turned} elements of each head, and GroupQueryAttention turns a multiple "
+                f"of {_TURNED_MULTIPLE}"
+            )
     if _activation(config) not in ACTIVATIONS:
         found.append(f"its activation is {_activation(config)}, and known are {listed(list(ACTIVATIONS), 9)}")
     kinds = set(_layer_types(config)) - {"full_attention", "sliding_attention"}

@@ -19,6 +19,9 @@ _SEARCH: dict[str, Any] = {
 #: Tokens of a prompt that are read at once. The graph returns logits of all of them, which of a long prompt would be
 #: several times the model.
 CHUNK_SIZE = 64
+#: Where it reads a text anew that it generates, because all positions of longer texts are turned by other angles
+#: (longrope): by what it calls the model, after so many tokens.
+READ_ANEW = {"phi3": 4096}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -29,6 +32,7 @@ class Dimensions:
     - ``kind``: what onnxruntime-genai calls it.
     - ``context``: tokens of a text at the most.
     - ``in_place``: whether the next cache is written where the last one lies; else it grows with each run.
+    - ``in_pieces``: whether a prompt may be read piece by piece.
     """
 
     kind: str
@@ -40,6 +44,7 @@ class Dimensions:
     head_dim: int
     layers: int
     in_place: bool
+    in_pieces: bool = True
 
     @classmethod
     def of(cls, decoder: Decoder) -> Dimensions:
@@ -47,6 +52,8 @@ class Dimensions:
         return cls(
             decoder.architecture.genai_type, decoder.context, decoder.vocabulary, decoder.hidden, decoder.heads,
             decoder.kv_heads, decoder.head_dim, decoder.layers, in_place=True,
+            # The first pieces of a long prompt would be turned as short texts are.
+            in_pieces=decoder.short_context is None,
         )  # fmt: skip
 
 
@@ -86,7 +93,9 @@ def genai_config(decoder: Dimensions, folder: Path, filename: str) -> dict[str, 
             "num_key_value_heads": decoder.kv_heads,
         },
     }
-    cache = {"max_length": decoder.context, "past_present_share_buffer": decoder.in_place, "chunk_size": CHUNK_SIZE}
+    cache: dict[str, Any] = {"max_length": decoder.context, "past_present_share_buffer": decoder.in_place}
+    if decoder.in_pieces:
+        cache["chunk_size"] = CHUNK_SIZE
     return {"model": model, "search": search | cache}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from quantcli.core.ports import CACHE_INPUT, CACHE_OUTPUT
 from quantcli.export.decoder.architecture import Decoder
 from quantcli.export.decoder.nodes import Nodes, Table
-from quantcli.export.decoder.rotary import rotary_tables
+from quantcli.export.decoder.rotary import rotary_tables, table_rows
 from quantcli.export.decoder.weights import DecoderWeights, Matrix
 from quantcli.system.progress import Progress
 
@@ -89,13 +89,15 @@ class _Builder:
         mask = nodes.input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
         inputs, outputs = [ids, mask], list[ir.Value]()
         lengths = self._lengths(mask)
+        short = decoder.short_context
+        positions = None if short is None else table_rows(nodes, ids, *lengths, short)
         residual, table = self._embedded(ids)
         added: ir.Value | None = None
         for layer, kind in enumerate(decoder.rotary):
             shape = ("batch_size", decoder.kv_heads, "past_sequence_length", decoder.head_dim)
             past = [nodes.input(PAST.format(layer, part), ir.DataType.FLOAT, shape) for part in ("key", "value")]
             normed, residual = self._norm(f"model.layers.{layer}.input_layernorm", residual, added)
-            attended, *present = self._attention(layer, kind, normed, past, lengths)
+            attended, *present = self._attention(layer, kind, normed, [*past, *lengths], positions)
             after = "post_feedforward" if self.architecture.sandwich else "post_attention"
             if self.architecture.sandwich:
                 attended, _ = self._norm(f"model.layers.{layer}.post_attention_layernorm", attended, None)
@@ -178,19 +180,23 @@ class _Builder:
         return self.nodes.add("Add", [product, self.nodes.weight(f"{name}.bias", bias)], f"{name}.add")
 
     def _attention(
-        self, layer: int, kind: str | None, value: ir.Value, past: list[ir.Value], lengths: tuple[ir.Value, ir.Value]
+        self, layer: int, kind: str | None, value: ir.Value, past: list[ir.Value], positions: ir.Value | None
     ) -> list[ir.Value]:
-        """What a block's attention returns, and the keys and values of all tokens so far."""
+        """What a block's attention returns, and the keys and values of all tokens so far.
+
+        ``past`` are those of the tokens before, and the lengths; ``positions`` are rows of the tables of the rotary
+        embedding, where these are not the tokens' own positions.
+        """
         decoder, nodes, name = self.decoder, self.nodes, f"model.layers.{layer}.self_attn"
         made = self._linear([f"{name}.{part}" for part in self.architecture.qkv], value)
         if self.architecture.qk_norm:
             made = self._normed_heads(name, made)
         queries = [*made, *[None] * (3 - len(made))]
+        rotary = [*self._rotary(kind), *([] if positions is None else [positions])]
         attention = nodes.add_many(
-            "GroupQueryAttention", [*queries, *past, *lengths, *self._rotary(kind)], name, 3, domain="com.microsoft",
-            num_heads=decoder.heads, kv_num_heads=decoder.kv_heads, scale=float(decoder.scale),
-            softcap=float(decoder.softcap), local_window_size=decoder.windows[layer], do_rotary=1,
-            rotary_interleaved=0,
+            "GroupQueryAttention", [*queries, *past, *rotary], name, 3, domain="com.microsoft", num_heads=decoder.heads,
+            kv_num_heads=decoder.kv_heads, scale=float(decoder.scale), softcap=float(decoder.softcap),
+            local_window_size=decoder.windows[layer], do_rotary=1, rotary_interleaved=0,
         )  # fmt: skip
         for part, present in zip(("key", "value"), attention[1:], strict=True):
             shape = ("batch_size", decoder.kv_heads, "total_sequence_length", decoder.head_dim)
@@ -215,9 +221,11 @@ class _Builder:
         return [*found, made[2]]
 
     def _rotary(self, kind: str | None) -> tuple[ir.Value, ir.Value]:
-        """The tables of a kind of rotary embedding, which blocks share."""
+        """The tables of a kind of rotary embedding, which blocks share; those of short texts come before the others."""
         if kind not in self.tables:
-            tables = rotary_tables(self._rotary_module, kind, self.decoder.context)
+            lengths = [length for length in (self.decoder.short_context, self.decoder.context) if length]
+            halves = [rotary_tables(self._rotary_module, kind, length) for length in lengths]
+            tables = [np.concatenate(tables) for tables in zip(*halves, strict=True)]
             suffix = "" if kind is None else f"_{kind}"
             cosines, sines = (
                 self.nodes.weight(f"{name}{suffix}", table)

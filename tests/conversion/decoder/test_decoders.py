@@ -61,7 +61,7 @@ def test_genai_says_what_torch_says_on_the_same_codes(made: Any, name: str, tmp_
     assert len(np.unique(said)) > 1
 
 
-@pytest.mark.parametrize("name", ["linear", "llama3", "yarn"])
+@pytest.mark.parametrize("name", ["linear", "llama3", "longrope", "yarn"])
 def test_beyond_the_length_it_was_trained_on_a_stretched_rotary_embedding_is_torchs(
     made: Any, name: str, tmp_path: Path
 ) -> None:
@@ -74,6 +74,37 @@ def test_beyond_the_length_it_was_trained_on_a_stretched_rotary_embedding_is_tor
     logits = exact.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]
     for start, end in ((0, 32), (32, 33), (33, 128)):
         assert np.abs(logits[0, start:end] - expected[start:end]).max() < 1e-4
+
+
+@pytest.mark.parametrize("length", [31, 32, 33, 80])
+def test_longrope_turns_a_text_by_its_length(made: Any, length: int, tmp_path: Path) -> None:
+    """In a batch as well, whose shorter row is padded on the right."""
+    folder, artifact, report = made("longrope")
+    exact = OnnxRunner(without_rounding(artifact, tmp_path / "exact") / "model.onnx")
+    ids = np.random.default_rng(length).integers(3, 96, (2, length))
+    mask = np.ones_like(ids)
+    mask[1, length - 5 :] = 0
+    with torch.inference_mode():
+        expected = torch_with_codes(folder, artifact)(torch.from_numpy(ids)).logits.numpy()
+    logits = exact.run({"input_ids": ids, "attention_mask": mask})["logits"]
+    assert np.abs(logits[0] - expected[0]).max() < 1e-4
+    assert np.abs(logits[1, : length - 5] - expected[1, : length - 5]).max() < 1e-4
+    assert any("Texts of more than 32 tokens" in each for each in report.warnings)
+
+
+@pytest.mark.slow
+def test_genai_reads_a_text_anew_that_grows_beyond_the_short_factors(tmp_path: Path) -> None:
+    rope = TINY["longrope"][1]["rope_parameters"] | {"original_max_position_embeddings": 4096}
+    folder = tiny_decoder(
+        "longrope", tmp_path / "model", num_hidden_layers=1, max_position_embeddings=8192, rope_parameters=rope,
+        original_max_position_embeddings=4096,
+    )  # fmt: skip
+    report = quantcli.convert(folder, tmp_path / "out", scheme="int8", target="onnxruntime-genai")
+    assert not any("Texts of more than" in each for each in report.warnings)
+    prompt = np.random.default_rng(0).integers(3, 96, 4095).tolist()
+    exact, model = without_rounding(tmp_path / "out", tmp_path / "exact"), torch_with_codes(folder, tmp_path / "out")
+    model.set_attn_implementation("sdpa")  # In eager mode a matrix of 4096 x 4096 for each head takes seconds.
+    assert greedy_in_genai(exact, prompt, 4) == greedy_in_torch(model, prompt, 4, banned=[2])
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -182,14 +213,9 @@ def test_a_scheme_that_a_decoder_has_no_operator_for_is_refused_by_name(made: An
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "dynamic, which depends on the length of a text"),
-        (
-            {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
-             "original_max_position_embeddings": 32},
-            "longrope, which depends on the length of a text",
-        ),
+        ({"rope_type": "dynamic", "factor": 2.0}, "dynamic, which turns positions by other angles at every length"),
         ({"rope_type": "proportional"}, "proportional, and known are"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "turns a part of each head"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "turns 8 elements of each head"),
     ],
 )  # fmt: skip
 def test_a_rotary_embedding_that_no_table_holds_is_refused_before_any_work(
