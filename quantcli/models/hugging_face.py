@@ -106,7 +106,8 @@ def _loaders(path: Path, config: Mapping[str, Any], *, causal: bool, headed: boo
     # Some types have no model without a head, or are not listed among those that continue text.
     if headed or by_name or type(load_config(path)) not in loader._model_mapping:
         return [named]
-    return [loader, named]
+    # One without a head would be scored by what are no logits.
+    return [loader] if causal else [loader, named]
 
 
 def _loaded(loader: Any, path: Path, plain: Checkpoint | None) -> tuple[nn.Module, list[str]]:
