@@ -145,3 +145,39 @@ def test_a_model_with_an_operator_that_no_library_has(tmp_path: Path) -> None:
         Session(tmp_path / "m.onnx")
     with pytest.raises(InputError, match=r"m.onnx cannot be loaded by onnxruntime .*--custom-ops"):
         convert(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme="int8", dry_run=True)
+
+
+@pytest.fixture
+def extensions() -> Path:
+    """A library of real operators."""
+    library = pytest.importorskip("onnxruntime_extensions", reason="a library with operators in it")
+    return Path(library.get_library_path())
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "int8", "int4", "int8-dynamic", "int8-static"])
+def test_a_graph_converts_around_an_operator_of_a_library(tmp_path: Path, extensions: Path, scheme: str) -> None:
+    """The products before and behind it are quantized, and it runs in the artifact: NegPos parts a tensor by sign."""
+    drawn = np.random.default_rng(0)
+    held = {name: drawn.standard_normal((64, 64)).astype(np.float32) / 8 for name in ("w", "v")}
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"]),
+        node("NegPos", ["h"], ["neg", "pos"], domain="ai.onnx.contrib"),
+        node("Sub", ["pos", "neg"], ["size"]),
+        node("MatMul", ["size", "v"], ["y"]),
+    ]
+    proto = model(nodes, {"x": ["n", 64]}, {"y": None}, held)
+    proto.opset_import.append(onnx.helper.make_opsetid("ai.onnx.contrib", 1))
+    onnx.save(proto, tmp_path / "m.onnx")
+    x = drawn.standard_normal((40, 64)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    paths = [str(tmp_path / name) for name in ("m.onnx", "o.onnx", "x.npz")]
+    convert_it = ["convert", paths[0], "--scheme", scheme, "--data", paths[2], "-o", paths[1], "--quiet"]
+    assert main(convert_it) == 3, "no runtime knows the operator by itself"
+    assert main([*convert_it, "--custom-ops", str(extensions)]) == 0
+    custom_operators.register([extensions])
+    (got,) = Session(tmp_path / "o.onnx").run({"x": x}).values()
+    expected = np.abs(x @ held["w"]) @ held["v"]
+    assert np.square(got - expected).sum() / np.square(expected).sum() < (0.05 if scheme == "int4" else 1e-3)
+    stored = {each.name: each.data_type for each in onnx.load(tmp_path / "o.onnx").graph.initializer}
+    assert not {name for name in held if stored.get(name) == onnx.TensorProto.FLOAT}
+    assert main(["eval", *paths[:2], "--data", paths[2], "--custom-ops", str(extensions), "--quiet"]) == 0

@@ -58,7 +58,7 @@ def _lengths(value: ir.Value, rank: int) -> Iterator[tuple[int, int]]:
     while waiting:
         value, axes = waiting.pop()
         for use in value.uses():
-            for dim, length in _needs(use.node, use.idx, len(axes)):
+            for dim, length in needs(use.node, use.idx):
                 axis = axes[dim] if -len(axes) <= dim < len(axes) else None
                 if axis is not None:
                     yield axis, length
@@ -68,7 +68,7 @@ def _lengths(value: ir.Value, rank: int) -> Iterator[tuple[int, int]]:
                 waiting.append(following)
 
 
-def _needs(node: ir.Node, index: int, rank: int) -> Iterator[tuple[int, int]]:
+def needs(node: ir.Node, index: int) -> Iterator[tuple[int, int]]:
     """Dimensions of a node's input, and the lengths that a constant beside it asks for."""
     other = constant(input_of(node, 0 if index else 1))
     shape = () if other is None else other.shape.numpy()

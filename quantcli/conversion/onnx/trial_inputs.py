@@ -9,6 +9,7 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from quantcli.conversion.onnx.solved_sizes import first_axes, named_axes, solved
 from quantcli.conversion.onnx.tied_sizes import tied
 from quantcli.core.ports import Arrays, Port, dtype_family
 from quantcli.data.made_up import FILLS, SPREADS, Draw, counts_samples, lengths, made_up_feeds, table_sizes
@@ -91,14 +92,25 @@ def made_up(
             an artifact's outputs tell nothing of its use.
     """
     reasons: list[str] = []
-    ran: _Trial | None = None
-    ports, tables = _ports(reference, graph), table_sizes(graph)
+    ports, tables, drawn = _ports(reference, graph), table_sizes(graph), draws or {}
     known = tied(ports, graph)
     ways = [known] if known == ports else [known, ports]
-    for maker in (
-        *(maker for way in ways for maker in _makers(way, tables, draws or {})),
-        *_axis_by_axis(known, tables, draws or {}),
-    ):
+    ran = _best(reference, (maker for way in ways for maker in _makers(way, tables, drawn)), reasons)
+    if ran is None:
+        ran = _best(reference, _axis_by_axis(known, graph, tables, drawn), reasons)
+    if ran is None:
+        return NoFeeds(
+            f"{reasons[0]} {len(reasons)} choices of its free sizes were tried." if reasons[1:] else reasons[0]
+        )
+    if ran.shows == 0:
+        return NoFeeds("it returns no finite number for made-up inputs.")
+    return _with_others(reference, ran, mixed=mixed)
+
+
+def _best(reference: Runnable, makers: Iterable[_Maker], reasons: list[str]) -> _Trial | None:
+    """The trial that shows most, of makers in turn; None, and a reason for each, where a model runs on none."""
+    ran: _Trial | None = None
+    for maker in makers:
         if ran is not None and not maker.is_larger_than(ran.maker):
             continue  # what ran and left an output without a number may fill it at a larger size alone
         try:
@@ -110,13 +122,7 @@ def made_up(
             ran = trial
         if ran.shows == 1:
             break
-    if ran is None:
-        return NoFeeds(
-            f"{reasons[0]} {len(reasons)} choices of its free sizes were tried." if reasons[1:] else reasons[0]
-        )
-    if ran.shows == 0:
-        return NoFeeds("it returns no finite number for made-up inputs.")
-    return _with_others(reference, ran, mixed=mixed)
+    return ran
 
 
 def has_numbers(outputs: Mapping[str, Any]) -> bool:
@@ -277,18 +283,19 @@ def _makers(ports: Sequence[Port], tables: Mapping[str, int], draws: Mapping[str
                 yield _Maker(known, tables, samples, length, side, draws)
 
 
-def _axis_by_axis(ports: Sequence[Port], tables: Mapping[str, int], draws: Mapping[str, Draw]) -> Iterator[_Maker]:
+def _axis_by_axis(
+    ports: Sequence[Port], graph: ir.Model, tables: Mapping[str, int], draws: Mapping[str, Draw]
+) -> Iterator[_Maker]:
     """Makers that give each free axis a length of its own: names do not tell what an inner Concat or Add binds."""
-    named = [
-        replace(port, shape=tuple(f"{port.name}.{axis}" if dim is None else dim for axis, dim in enumerate(port.shape)))
-        for port in ports
-        if port.shape is not None
-    ]
-    # First axes count samples, and of these there is one.
-    firsts = {dim: 1 for port in named for dim in (port.shape or ())[:1] if isinstance(dim, str)}
+    named = named_axes(ports)
+    if len(named) < len(ports):
+        return
+    for asked_for in solved(named, graph):
+        yield _Maker(named, tables, *_SIZES[0], draws, asked_for)
+    firsts = first_axes(named)
     free = (dim for port in named for dim in port.shape or () if isinstance(dim, str) and dim not in firsts)
     names = list(dict.fromkeys(free))
-    if len(named) < len(ports) or not 1 < len(names) <= _MOST_AXES:
+    if not 1 < len(names) <= _MOST_AXES:
         return
     for chosen in product(_AXIS_LENGTHS, repeat=len(names)):
         if len(set(chosen)) > 1:
