@@ -155,6 +155,10 @@ def _require_one_device(name: str, tensors: Sequence[Tensor]) -> None:
 
 def main(root: Path) -> None:
     """Convert by every chain on the CPU and on the device, and print which shares of the codes are equal, as JSON."""
+    from quantcli.system import devices
+
+    devices._DEVICES = ("cpu", NAME)
+    devices.has_bfloat16 = lambda _: False  # before it is imported elsewhere
     import transformers as tf
     from safetensors.torch import load_file
 
@@ -162,13 +166,11 @@ def main(root: Path) -> None:
     from quantcli.conversion.checkpoint import transformers_check
     from quantcli.conversion.checkpoint.proof import Skipped
     from quantcli.planning.recipe import Recipe
-    from quantcli.system import devices
 
     register()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    devices._DEVICES = ("cpu", NAME)
     transformers_check._reason_to_skip = lambda *_: Skipped("left out by a test")
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
