@@ -133,7 +133,7 @@ def _factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, flo
     """
     mean = hessian.diagonal().mean()
     turned_order = order.flip(0)
-    info = torch.empty(0, dtype=torch.int32, device=hessian.device)
+    info = torch.empty((), dtype=torch.int32, device=hessian.device)
     while damping <= MAX_DAMPING:
         matrix = hessian[turned_order.unsqueeze(1), turned_order]
         matrix.diagonal().add_(damping * mean)

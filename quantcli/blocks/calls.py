@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError, QuantcliError
+from quantcli.system.child import raise_if_out_of_memory
 from quantcli.system.devices import products
 from quantcli.system.text import first_line
 
@@ -56,6 +57,7 @@ class Call:
         except (Interruption, QuantcliError, MemoryError):
             raise
         except Exception as error:  # whatever the model's code raises
+            raise_if_out_of_memory(error)
             raise BlockError(type(block).__name__, first_line(error)) from error
         if isinstance(output, tuple | list) and output:
             output = output[0]

@@ -15,6 +15,7 @@ from quantcli.blocks.calls import Call, Interruption
 from quantcli.blocks.structure import HIDDEN_STATES, NotSequentialError
 from quantcli.errors import InputError, QuantcliError
 from quantcli.models import hugging_face
+from quantcli.system.child import raise_if_out_of_memory
 from quantcli.system.text import first_line
 
 
@@ -182,6 +183,7 @@ def failing_on(batch: Mapping[str, Any], model: str) -> Iterator[None]:
     except (Interruption, QuantcliError, MemoryError):
         raise
     except Exception as error:
+        raise_if_out_of_memory(error)
         shapes = ", ".join(f"{name} {list(given.shape)}" for name, given in batch.items() if isinstance(given, Tensor))
         raise InputError(
             f"{model} cannot be run on the calibration data ({shapes}): {first_line(error)}.",

@@ -67,12 +67,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except QuantcliError as error:
         return _failed(ui, error, error.message, error.hint, error.exit_code)
-    except MemoryError as error:
-        return _failed(ui, error, "There is not enough memory.", "Use fewer --threads.", InputError.exit_code)
     except Exception as error:
-        message = f"This is a defect of quantcli: {type(error).__name__}: {error}"
-        return _failed(ui, error, message, "Run again with --debug and report what it prints.", QuantcliError.exit_code)
+        return _unexpected(ui, error)
     return 0
+
+
+def _unexpected(ui: Ui, error: Exception) -> int:
+    """Tell of an error that is not meant for the user: of memory that was not to be had, or of a defect."""
+    from quantcli.system.child import is_out_of_memory
+
+    # torch has errors of its own for it.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(str(error))):
+        if "CUDA" in str(error):
+            hint = "Use shorter sequences (--seq-len), or leave out --device cuda."
+            return _failed(ui, error, "The GPU has not enough memory.", hint, InputError.exit_code)
+        return _failed(ui, error, "There is not enough memory.", "Use fewer --threads.", InputError.exit_code)
+    message = f"This is a defect of quantcli: {type(error).__name__}: {error}"
+    return _failed(ui, error, message, "Run again with --debug and report what it prints.", QuantcliError.exit_code)
 
 
 def _problem(error: Any) -> str:

@@ -63,7 +63,8 @@ def _crash(status: int) -> str:
 
 def is_out_of_memory(message: str) -> bool:
     """Whether an error of Python, torch or safetensors says that memory was not to be had."""
-    return bool(re.search(r"MemoryError|[Cc]an(no|')t allocate memory|not enough memory|bad_alloc", message))
+    known = r"MemoryError|[Cc]an(no|')t allocate memory|not enough memory|bad_alloc|CUDA out of memory"
+    return bool(re.search(known, message))
 
 
 def raise_if_out_of_memory(error: BaseException) -> None:

@@ -145,6 +145,25 @@ def test_a_defect_is_status_4_and_its_traceback_is_for_debug(
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "There is not enough memory."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "There is not enough memory."),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "The GPU has not enough memory."),
+    ],
+)
+def test_memory_that_is_not_to_be_had_is_no_defect(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("quantcli.cli.terminal.Ui.show", fail)
+    assert main(["inspect", str(weights)]) == 3
+    assert said in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_is_no_error(weights: Path) -> None:
     command = f"{sys.executable} -m quantcli inspect {weights} --layers | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
