@@ -158,7 +158,10 @@ def test_commands_do_not_call_each_other(module: str) -> None:
 @pytest.mark.parametrize(
     ("library", "importers"),
     [
-        ("typer", {f"cli/{name}.py" for name in ("app", "commands", "completion", "help", "options", "output")}),
+        (
+            "typer",
+            {f"cli/{name}.py" for name in ("app", "commands", "completion", "help", "needs", "options", "output")},
+        ),
         ("shellingham", {"cli/completion.py"}),
         ("rich", {"cli/terminal.py"}),
         ("click", set()),

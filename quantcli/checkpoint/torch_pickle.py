@@ -175,6 +175,8 @@ def _read(path: Path) -> tuple[Any, _Places]:
         magic = stream.read(4)
         stream.seek(0)
         read = readers.get(magic) or readers.get(magic[:1])
+        if not magic:
+            raise InputError(f"{path} is empty: it has 0 bytes.", "Download or copy it again.")
         if read is None:
             raise InputError(
                 f"{path} is not a torch file.", "A MODEL is a folder, .safetensors, .pt, .pth, .bin or .onnx."

@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.Exit as stop:
         return int(stop.exit_code)
     except _CommandLineError as error:
-        where = getattr(error, "ctx", None)
-        ui.fail(_problem(error), f"See: {where.command_path if where else 'quantcli'} --help")
+        ui.fail(_problem(error), f"See: {_place(error, arguments)} --help")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         ui.fail("Interrupted.", "The same command continues where it stopped.")
@@ -84,6 +83,15 @@ def _unexpected(ui: Ui, error: Exception) -> int:
         return _failed(ui, error, "There is not enough memory.", "Use fewer --threads.", InputError.exit_code)
     message = f"This is a defect of quantcli: {type(error).__name__}: {error}"
     return _failed(ui, error, message, "Run again with --debug and report what it prints.", QuantcliError.exit_code)
+
+
+def _place(error: Any, arguments: list[str] | None) -> str:
+    """The command that an error is about; the parser does not tell it where an option lacks its value."""
+    if context := getattr(error, "ctx", None):
+        return str(context.command_path)
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    first = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+    return f"{completion.PROGRAM} {first}" if first in commands else completion.PROGRAM
 
 
 def _problem(error: Any) -> str:

@@ -315,7 +315,7 @@ def evaluate(
 @_command(
     "[OPTIONS]",
     "bench net.onnx int8.onnx --batch-size 1 --batch-size 8",
-    'bench net.onnx int8.onnx --data test.npz --require "speedup >= 0.1"',
+    'bench net.onnx int8.onnx --data test.npz --require "speedup >= 1.2"',
 )
 def bench(
     ui: Ui,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from quantcli.cli import options
+from quantcli.cli.needs import require_needs
 from quantcli.cli.terminal import Ui
 from quantcli.errors import InputError
 from quantcli.system import ranks
@@ -65,6 +66,7 @@ def reported(command: Callable[..., Outcome], *, shared: bool) -> Callable[..., 
         chosen = {flag.name: given.pop(flag.name) for flag in flags}
         ui: Ui = context.obj
         ui.json, ui.quiet, ui.debug, ui.html = (chosen[name] for name in ("json", "quiet", "debug", "html"))
+        require_needs(context)
         with ranks.joined() if shared else nullcontext():
             outcome = command(ui, **given)
             ranks.finish()

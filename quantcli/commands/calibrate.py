@@ -22,7 +22,7 @@ from quantcli.onnx.graph.opset import QDQ_OPSET
 from quantcli.onnx.plan.plan import graph_quantization, observed_tensors
 from quantcli.reporting.report import ModelRow, Report
 from quantcli.system import ranks
-from quantcli.system.files import check_target, temporary_folder
+from quantcli.system.files import check_name, check_target, temporary_folder
 from quantcli.system.progress import Progress
 from quantcli.system.text import suggestion
 
@@ -83,6 +83,7 @@ def calibrate(
         raise UsageError(f"--batch-size {batch_size}: at least one is needed.")
     given, target = str(model), Path(output)
     source = open_model(given, None if weights is None else Path(weights))
+    check_name(target, ".safetensors", folder=False)
     check_target(target, Path(given), force=force)
     if target.is_dir():
         raise UsageError(f"The output {target} is a folder.", "Name a file, such as stats.safetensors.")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.hugging_face import neighbours
+from quantcli.commands.convert_checks import require_effect, require_known
 from quantcli.commands.convert_decoder import Way, convert_decoder, way_to_onnx, why_without_cache
 from quantcli.commands.convert_pipeline import convert_pipeline, is_pipeline
 from quantcli.conversion.checkpoint.gguf_packing import Packing
@@ -119,7 +120,9 @@ def convert(
         VerificationError: what was written does not decode to what was meant.
     """
     place = Path(output)
-    _require_known(verify, device)
+    require_known(verify, device)
+    if budget is not None:
+        budget.require_used()
     base = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
     wishes = base.with_flags(
         scheme=scheme,
@@ -141,9 +144,9 @@ def convert(
     if place.suffix.lower() == ".gguf" and wishes.format is None:
         wishes = wishes.with_flags(format="gguf")
     way = way_to_onnx(model, place, wishes, budget, calibration)
+    becomes_onnx = way is not Way.PLAIN or goes_to_onnx(model, place, wishes.format)
+    require_effect(place, wishes, onnx=becomes_onnx, verify=verify, calibration=calibration)
     if way is Way.BUILT:
-        if verify is not None:
-            raise UsageError("--verify is for checkpoints; what becomes ONNX is always run.")
         ranks.require_single("A conversion to a decoder in ONNX")
         with at_most(threads):
             return convert_decoder(
@@ -158,7 +161,7 @@ def convert(
                 force=force,
                 progress=progress,
             )
-    if way is Way.EXPORTED or goes_to_onnx(model, place, wishes.format):
+    if becomes_onnx:
         from quantcli.commands.convert_onnx import convert_graph
 
         if device != "cpu":
@@ -167,8 +170,6 @@ def convert(
             if not training_step(wishes):
                 raise UsageError(f"--device {device} does not apply to ONNX, which is calibrated on the CPU.")
             check_device(device)
-        if verify is not None:
-            raise UsageError("--verify is for checkpoints; what becomes ONNX is always run.")
         if max_memory is not None and budget is not None and budget != Budget():
             raise UsageError(
                 "--max-memory does not go with a budget, whose search measures whole graphs.",
@@ -194,11 +195,6 @@ def convert(
         if way is Way.PLAIN:
             report.warnings += why_without_cache(model, place, wishes, budget, calibration)
         return report
-    if calibration:
-        raise UsageError(
-            "Statistics of `calibrate` are for ONNX: a checkpoint's layers are calibrated one block after the other.",
-            hint="Give the data itself with --data, or use --format onnx.",
-        )
     one = partial(
         _convert_checkpoint, str(model), weights=weights, device=device, threads=threads, max_memory=max_memory,
         verify=verify, histograms=histograms, progress=progress,
@@ -207,16 +203,6 @@ def convert(
         ranks.require_single("The search for a budget")
         return _within(budget, str(model), place, wishes, request, weights, one, dry_run=dry_run, force=force)
     return one(place, wishes, request, dry_run=dry_run, force=force)
-
-
-def _require_known(verify: str | None, device: str) -> None:
-    """Raise UsageError for a way to verify, or a device, that does not exist, whether it is needed or not."""
-    if verify not in (None, "codes", "run"):
-        raise UsageError(f"--verify {verify} is not known.", "Use codes or run.")
-    if device != "cpu":
-        from quantcli.system.devices import require_known_device
-
-        require_known_device(device)
 
 
 def _within(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from quantcli.core.ports import Port, without_cache
@@ -31,7 +30,7 @@ def source_for(models: Sequence[ModelSource], request: DataRequest, ports: Seque
     if is_text(request.data):
         _require_tokens(models[0].path, request.data, ports, tokenizer)
     folder = _folder_with(models, "preprocessor_config.json", "config.json")
-    return open_source(replace(request, tokenizer=tokenizer), ports, folder=folder)
+    return open_source(request, ports, folder=folder, tokenizer=tokenizer)
 
 
 def _require_tokens(model: str, data: str, ports: Sequence[Port], tokenizer: Path | None) -> None:

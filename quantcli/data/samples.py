@@ -5,7 +5,8 @@ Everything is checked against the inputs before work starts, and read when it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from quantcli.core.ports import Port
 from quantcli.data.not_finite import NotFinite
 from quantcli.data.request import DataRequest
 from quantcli.data.sources import kinds_of, source_kinds
-from quantcli.data.sources.base import Labels, Sample, SampleSource, evenly
+from quantcli.data.sources.base import Labels, Sample, SampleSource, SourceKind, evenly
 from quantcli.errors import InputError, UsageError
 from quantcli.models.batch_size import least_batch_size
 from quantcli.system import ranks
@@ -162,14 +163,18 @@ def choose_samples(request: DataRequest, source: SampleSource) -> Samples:
     return Samples(request.data, source, source.choose(wanted, request.seed))
 
 
-def open_source(request: DataRequest, inputs: Sequence[Port], *, folder: Path | None) -> SampleSource:
-    """Where samples come from, before any is chosen. Arguments and errors are those of `load_samples`."""
+def open_source(
+    request: DataRequest, inputs: Sequence[Port], *, folder: Path | None, tokenizer: Path | None = None
+) -> SampleSource:
+    """Where samples come from, before any is chosen. Arguments and errors are those of `load_samples`.
+
+    ``tokenizer`` is its folder where the request names none.
+    """
     data = request.data
     if request.samples is not None and request.samples < 1:
         raise UsageError(f"--samples {request.samples}: at least one is needed.")
     kinds = kinds_of(data)
-    if request.seq_len is not None and not any(kind.IS_TEXT for kind in kinds.values()):
-        raise UsageError(f"--seq-len is for text, and {data} is none.")
+    _require_options(request, kinds.values())
     if len(kinds) > 1:
         raise InputError(f"{data} holds both {' and '.join(kinds)}.", "Give them separately.")
     if not kinds:
@@ -179,7 +184,20 @@ def open_source(request: DataRequest, inputs: Sequence[Port], *, folder: Path | 
             f"{data} {what if path.exists() else 'does not exist'}.",
             f"DATA is {', '.join(described[:-1])}, or {described[-1]}.",
         )
+    request = replace(request, tokenizer=request.tokenizer or tokenizer)
     return kinds.popitem()[1].open_source(request, inputs, folder)
+
+
+def _require_options(request: DataRequest, kinds: Collection[SourceKind]) -> None:
+    """Raise UsageError for an option that does nothing with data of these kinds."""
+    wishes = {
+        "--seq-len": (request.seq_len, "text"),
+        "--tokenizer": (request.tokenizer, "text"),
+        "--preprocess": (request.preprocess, "a folder of images"),
+    }
+    for option, (value, what) in wishes.items():
+        if value is not None and kinds and not any(option in kind.OPTIONS for kind in kinds):
+            raise UsageError(f"{option} is for {what}, and {request.data} is none.", "Leave the option out.")
 
 
 def own_batches(samples: Samples, size: int) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ from quantcli.errors import InputError
 from quantcli.models import custom_operators
 from quantcli.models.narrow import is_narrow, packed, unpacked
 from quantcli.onnx.graph.external import LARGE_BYTES
+from quantcli.system.files import require_utf8
 from quantcli.system.parallel import usable_cores
 from quantcli.system.text import first_line
 
@@ -114,6 +115,8 @@ class Session:
             # The runtime does not keep them alive.
             self._weights = [ort.OrtValue.ortvalue_from_numpy(values) for values in weights.values()]
             options.add_external_initializers(list(weights), self._weights)
+        if isinstance(model, Path):
+            require_utf8(model)
         name = name or (str(model) if isinstance(model, Path) else "The model")
         try:
             self._session = ort.InferenceSession(

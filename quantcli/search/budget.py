@@ -63,17 +63,8 @@ class Budget:
         """Whether outputs have to be measured."""
         return self.max_drop is not None or self.max_kl is not None
 
-    def checked(self, *, onnx: bool, data: bool) -> Budget:
-        """The same budget with the schemes that it may choose from.
-
-        Args:
-            onnx: whether the result is ONNX.
-            data: whether there is data to calibrate on.
-
-        Raises:
-            UsageError: options that do not go together.
-            MissingExtraError: SciPy, which solves integer programs and knows distributions, is not installed.
-        """
+    def require_used(self) -> None:
+        """Raise UsageError for an option that does nothing without a limit that is not set."""
         stray = {
             "--metric": self.metric and self.max_drop is None,
             "--eval-data": self.eval_data and not self.is_asked_for,
@@ -86,6 +77,19 @@ class Budget:
             if is_stray:
                 need = "--max-drop" if option == "--metric" else "a budget, such as --max-size 80MB"
                 raise UsageError(f"{option} goes with {need}.")
+
+    def checked(self, *, onnx: bool, data: bool) -> Budget:
+        """The same budget with the schemes that it may choose from.
+
+        Args:
+            onnx: whether the result is ONNX.
+            data: whether there is data to calibrate on.
+
+        Raises:
+            UsageError: options that do not go together.
+            MissingExtraError: SciPy, which solves integer programs and knows distributions, is not installed.
+        """
+        self.require_used()
         for option, value in self.ceilings.items():
             if value <= 0 and option != "--max-drop":
                 raise UsageError(f"{option} {value:g} cannot be kept: it must be more than 0.")

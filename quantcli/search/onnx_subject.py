@@ -14,6 +14,7 @@ from quantcli.conversion.onnx.evidence import Material
 from quantcli.conversion.onnx.source import open_source
 from quantcli.conversion.onnx.trial_inputs import NoFeeds, of_samples
 from quantcli.data.request import DataRequest
+from quantcli.data.sources import is_text
 from quantcli.errors import BudgetError, InputError, UsageError
 from quantcli.models.session import Session
 from quantcli.models.source import ModelSource
@@ -82,8 +83,9 @@ class GraphSubject:
     def evidence(self) -> Evidence | None:
         """Samples to search by, and to judge by."""
         request = self.request
-        if request is not None and request.tokenizer is None and self.material.source.subject.kind == "checkpoint":
-            request = replace(request, tokenizer=self.material.source.subject.folder)
+        subject = self.material.source.subject
+        if request and request.tokenizer is None and is_text(request.data) and subject.kind == "checkpoint":
+            request = replace(request, tokenizer=subject.folder)
         return gather_evidence(self.source, request, self.eval_data, self.metric)
 
     @cached_property

@@ -20,6 +20,13 @@ from quantcli.errors import DiskFullError, InputError, UsageError
 
 #: numpy's words for a write that ended early, which have no number of an error.
 _CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
+#: What files are known by that commands read or write, and others that a slip of the hand names. Not every suffix is a
+#: kind: model-0.5 is a folder.
+_FILE_SUFFIXES = (
+    *(".safetensors", ".onnx", ".gguf", ".pt", ".pth", ".pt2", ".bin", ".ckpt", ".h5", ".tflite"),
+    *(".npz", ".npy", ".parquet", ".csv", ".txt", ".json", ".jsonl", ".yaml", ".yml", ".md", ".html", ".xml"),
+    *(".svg", ".png", ".jpg", ".log", ".zip", ".tar", ".gz", ".py", ".so"),
+)
 #: The system's error in those of libraries written in Rust, such as safetensors.
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
@@ -46,6 +53,36 @@ def check_target(target: Path, source: Path | None, *, force: bool) -> None:
             raise UsageError(f"The output {target} and the input {source} overlap.", "Choose another place for -o.")
     if target.exists() and not force:
         raise UsageError(f"The output {target} exists.", "Use --force to replace it.")
+
+
+def check_name(target: Path, ending: str, *, folder: bool) -> None:
+    """Refuse a target that is named as another kind of file than the one that is written to it.
+
+    Args:
+        target: the output.
+        ending: the suffix of a file that is written.
+        folder: whether a folder is written where the target has none.
+
+    Raises:
+        UsageError: its name ends as a file of another kind does.
+    """
+    if target.suffix.lower() in _FILE_SUFFIXES and target.suffix != ending:
+        kinds = f"a folder, or a file that ends in {ending}" if folder else f"a file that ends in {ending}"
+        raise UsageError(
+            f"The output {target} is named as a {target.suffix} file, and what is written is {kinds}.",
+            f"Name for example: -o {target.with_suffix('' if folder else ending)}",
+        )
+
+
+def require_utf8(path: Path) -> None:
+    """Raise InputError for a name that libraries cannot take which know names as UTF-8 alone, such as onnxruntime."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="replace")
+        raise InputError(
+            f"The name {shown} is not UTF-8, and onnxruntime opens no other.", "Rename the file, or its folder."
+        ) from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 from quantcli.data.fitting import converted
 from quantcli.data.sources.base import Sample, evenly, hash_samples
 
-DESCRIPTION, IS_TEXT = "a .csv file of rows", False
+DESCRIPTION, IS_TEXT, OPTIONS = "a .csv file of rows", False, ()
 
 
 def accepts(data):

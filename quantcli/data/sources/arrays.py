@@ -14,6 +14,7 @@ from quantcli.data.sources.base import Labels, Sample, evenly, fixed_batch_of, h
 from quantcli.errors import InputError
 
 DESCRIPTION, IS_TEXT = f"a {' or '.join(ARRAY_SUFFIXES)} file, a folder of those", False
+OPTIONS: tuple[str, ...] = ()
 
 
 def accepts(data: str) -> bool:

@@ -57,8 +57,10 @@ class SourceKind(Protocol):
 
     #: How messages tell users of it.
     DESCRIPTION: str
-    #: Whether it becomes tokens, so that ``--seq-len`` and ``--tokenizer`` apply.
+    #: Whether it becomes tokens.
     IS_TEXT: bool
+    #: Those of ``--seq-len``, ``--tokenizer`` and ``--preprocess`` that say how it is read.
+    OPTIONS: tuple[str, ...]
 
     def accepts(self, data: str) -> bool:
         """Whether DATA, a path or a function's name, is of this kind."""

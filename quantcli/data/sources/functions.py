@@ -16,6 +16,7 @@ from quantcli.errors import InputError
 from quantcli.system.user_functions import is_function, load_function
 
 DESCRIPTION, IS_TEXT = "package.module:function", False
+OPTIONS: tuple[str, ...] = ()
 
 
 def accepts(data: str) -> bool:

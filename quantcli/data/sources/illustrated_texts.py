@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from quantcli.core.ports import Arrays
 
 DESCRIPTION, IS_TEXT = "a .jsonl that names an image with each text", True
+OPTIONS: tuple[str, ...] = ("--seq-len", "--tokenizer")
 
 _IDS = "input_ids"
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 DESCRIPTION, IS_TEXT = "a folder of images", False
+OPTIONS: tuple[str, ...] = ("--preprocess",)
 
 
 def accepts(data: str) -> bool:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from quantcli.core.ports import Arrays
 
 DESCRIPTION, IS_TEXT = f"a folder of sounds ({', '.join(SOUND_SUFFIXES)}) or a .jsonl that names them", False
+OPTIONS: tuple[str, ...] = ("--tokenizer",)
 
 #: Beside a sound, a file of the same name with this ending holds what is said.
 _TRANSCRIPT_SUFFIX = ".txt"

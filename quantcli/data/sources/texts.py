@@ -25,6 +25,7 @@ DEFAULT_LENGTH = 512
 
 
 DESCRIPTION, IS_TEXT = f"a {', '.join(TEXT_SUFFIXES)} file", True
+OPTIONS: tuple[str, ...] = ("--seq-len", "--tokenizer")
 
 
 def accepts(data: str) -> bool:
