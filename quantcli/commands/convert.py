@@ -31,7 +31,7 @@ from quantcli.planning.targets import completed, for_target
 from quantcli.reporting.report import Report
 from quantcli.search.budget import Budget
 from quantcli.system import ranks
-from quantcli.system.files import check_target, explain, require_space
+from quantcli.system.files import check_name, check_target, explain, require_space
 from quantcli.system.hardware import peak_rss_bytes
 from quantcli.system.memory import within_memory
 from quantcli.system.parallel import at_most
@@ -145,7 +145,7 @@ def convert(
         wishes = wishes.with_flags(format="gguf")
     way = way_to_onnx(model, place, wishes, budget, calibration)
     becomes_onnx = way is not Way.PLAIN or goes_to_onnx(model, place, wishes.format)
-    require_effect(place, wishes, onnx=becomes_onnx, verify=verify, calibration=calibration)
+    require_effect(place, onnx=becomes_onnx, verify=verify, calibration=calibration)
     if way is Way.BUILT:
         ranks.require_single("A conversion to a decoder in ONNX")
         with at_most(threads):
@@ -283,6 +283,8 @@ def _convert_checkpoint(
     work: Work | None = carried
     if checkpoint.folder:
         checkpoint.warnings += neighbours(checkpoint.folder, checkpoint.files).warnings
+    if recipe.format != "gguf":
+        check_name(output, ".safetensors", folder=True)
     check_target(output, checkpoint.folder or source, force=force or dry_run)
     from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
 

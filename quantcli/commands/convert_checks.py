@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantcli.errors import UsageError
-from quantcli.planning.recipe import Recipe
 from quantcli.system.files import check_name, require_utf8
 
 
@@ -19,9 +18,7 @@ def require_known(verify: str | None, device: str) -> None:
         require_known_device(device)
 
 
-def require_effect(
-    output: Path, recipe: Recipe, *, onnx: bool, verify: str | None, calibration: str | Path | None
-) -> None:
+def require_effect(output: Path, *, onnx: bool, verify: str | None, calibration: str | Path | None) -> None:
     """Raise UsageError for what does nothing where this is converted, and for an output named as what it is not."""
     if onnx:
         check_name(output, ".onnx", folder=True)
@@ -29,8 +26,6 @@ def require_effect(
         if verify == "codes":
             raise UsageError("--verify codes is for checkpoints; what becomes ONNX is always run.")
         return
-    if recipe.format != "gguf":
-        check_name(output, ".safetensors", folder=True)
     if calibration:
         raise UsageError(
             "Statistics of `calibrate` are for ONNX: a checkpoint's layers are calibrated one block after the other.",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.roles import module_of
 from quantcli.evaluation.metrics import Fidelity
-from quantcli.models.hugging_face import run, weighted_modules
+from quantcli.models.hugging_face import run
 from quantcli.reporting.report import LayerRow
 
 
@@ -65,7 +65,7 @@ def captured(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         return hook
 
     with ExitStack() as stack:
-        for name, module in weighted_modules(model).items():
+        for name, module in _weighted_modules(model).items():
             stack.callback(module.register_forward_hook(keep(name)).remove)
         yield outputs
 
@@ -89,3 +89,17 @@ def _stored_name(module: str, stored: dict[str, int]) -> str | None:
     if module in stored:
         return module
     return next((name for name in stored if name.endswith(f".{module}")), None)
+
+
+def _weighted_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that hold a weight of their own and may be quantized: linear, convolution, embedding layers."""
+    found = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if (
+            isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd))
+            or "Linear" in kind
+            or kind == "Conv1D"
+        ):
+            found[name] = module
+    return found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.config_file import read_config
 from quantcli.checkpoint.decoded import decoded_checkpoint
-from quantcli.checkpoint.hugging_face import is_causal_config, load_json
+from quantcli.checkpoint.hugging_face import is_causal_config
 from quantcli.checkpoint.quantized import FLOATS, section_of
 from quantcli.errors import InputError, MissingExtraError
 from quantcli.models.stored_parameters import computed_tables
@@ -387,30 +387,3 @@ def _places_of_padding(path: Path, positions: int) -> int:
         if isinstance(table := getattr(module, "weight", None), Tensor) and len(table) == positions
     ]
     return max(padded) + 1 if padded else 0
-
-
-def pooling_of(path: Path) -> str:
-    """How a sentence-transformers folder pools token vectors: ``mean``, ``cls`` or ``last``; by default mean."""
-    pooling = path / "1_Pooling" / "config.json"
-    if not pooling.is_file():
-        return "mean"
-    config = load_json(pooling)
-    modes = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
-    chosen = [mode for mode, key in modes.items() if config.get(key)]
-    if len(chosen) != 1:
-        raise InputError(f"{pooling} asks for a pooling that is not supported; known are {', '.join(modes)}.")
-    return chosen[0]
-
-
-def weighted_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that hold a weight of their own and may be quantized: linear, convolution, embedding layers."""
-    found = {}
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if (
-            isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd))
-            or "Linear" in kind
-            or kind == "Conv1D"
-        ):
-            found[name] = module
-    return found

@@ -109,7 +109,7 @@ class TestFiles:
         assert "does not exist" in refusal(tmp_path / "m\0.safetensors")
         assert "cannot be read: File name too long" in refusal(tmp_path / ("m" * 300))
         (tmp_path / "m.bin").touch()
-        assert "is not a torch file" in refusal(tmp_path / "m.bin")
+        assert "is empty: it has 0 bytes" in refusal(tmp_path / "m.bin")
 
         def denied(self: Path, *_: Any, **__: Any) -> Any:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.hugging_face import load_json
 from quantcli.core.ports import Arrays
 from quantcli.data.sources.base import Labels
 from quantcli.errors import InputError
 from quantcli.evaluation.metrics import Mean, cosine
 from quantcli.evaluation.tasks.base import Metrics, with_error
-from quantcli.models import hugging_face
 from quantcli.models.outputs import floats
 from quantcli.models.source import ModelSource
 
@@ -27,7 +28,7 @@ NEEDS_LABELS: Labels = ""
 
 def scorer(model: ModelSource, reference: ModelSource) -> Embedding:
     """Compares vectors that are pooled as the reference's folder says."""
-    return Embedding(model.path, hugging_face.pooling_of(reference.folder) if reference.folder else "mean")
+    return Embedding(model.path, _pooling_of(reference.folder) if reference.folder else "mean")
 
 
 #: Names of outputs that hold one vector per text.
@@ -82,3 +83,16 @@ class Embedding:
     def details(self) -> dict[str, Any]:
         """Nothing."""
         return {}
+
+
+def _pooling_of(path: Path) -> str:
+    """How a sentence-transformers folder pools token vectors: ``mean``, ``cls`` or ``last``; by default mean."""
+    pooling = path / "1_Pooling" / "config.json"
+    if not pooling.is_file():
+        return "mean"
+    config = load_json(pooling)
+    modes = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
+    chosen = [mode for mode, key in modes.items() if config.get(key)]
+    if len(chosen) != 1:
+        raise InputError(f"{pooling} asks for a pooling that is not supported; known are {', '.join(modes)}.")
+    return chosen[0]

@@ -119,36 +119,39 @@ def test_honest_losses_are_kept(tmp_path: Path) -> None:
     assert report.details["outputs"]["sqnr_db"] < 5
 
 
-def reshaping(path: Path, opset: int = 17) -> Path:
-    """A model that takes no shapes but those that its own Reshape happens to fit."""
-    nodes = [helper.make_node("Reshape", ["x", "shape"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"])]
-    weights = {"w": weight(64, 96), "shape": np.array([7, 64])}
+def far_reaching(path: Path, opset: int = 17) -> Path:
+    """A model that takes no length but such as nobody would make up: only what runs it finds out."""
+    nodes = [helper.make_node("Gather", ["x", "columns"], ["r"], axis=1), helper.make_node("MatMul", ["r", "w"], ["y"])]
+    weights = {"w": weight(64, 96), "columns": np.arange(90_000, 90_064)}
     return save(path, nodes, weights, {"x": (TensorProto.FLOAT, ["n", "k"])}, opset)
+
+
+def long_enough(folder: Path) -> Path:
+    """A folder of feeds that it takes."""
+    folder.mkdir()
+    np.savez(folder / "d.npz", x=RANDOM.standard_normal((1, 90_100)).astype(np.float32))
+    return folder
 
 
 @pytest.mark.parametrize("scheme", ["fp16", "int8", "int8-dynamic"])
 def test_a_model_that_runs_on_nothing_that_is_made_up(tmp_path: Path, scheme: str) -> None:
-    model = reshaping(tmp_path / "m.onnx")
+    model = far_reaching(tmp_path / "m.onnx")
     refused(model, "Nothing would show what the artifact computes: on made-up inputs, .*Give --data", scheme=scheme)
     refused(model, "Nothing would show what the artifact computes", scheme=scheme, dry_run=True)
-    np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((14, 33)).astype(np.float32))
+    np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((14, 64)).astype(np.float32))
     with pytest.raises(InputError, match="could not run the model"):
         convert(model, tmp_path / "out.onnx", scheme=scheme, data=tmp_path / "d.npz")
-    fitting = tmp_path / "fitting"
-    fitting.mkdir()
-    np.savez(fitting / "d.npz", x=RANDOM.standard_normal((1, 448)).astype(np.float32))
-    report = convert(model, tmp_path / "out.onnx", scheme=scheme, data=fitting)
+    report = convert(model, tmp_path / "out.onnx", scheme=scheme, data=long_enough(tmp_path / "fitting"))
     assert (report.details["outputs"]["compared"], report.details["outputs"]["made_up"]) == (True, False)
     assert report.details["outputs"]["sqnr_db"] > 30
 
 
 def test_an_upgrade_is_proven_on_the_data_where_nothing_made_up_runs(tmp_path: Path) -> None:
-    model = reshaping(tmp_path / "m.onnx", opset=11)
+    model = far_reaching(tmp_path / "m.onnx", opset=11)
     refused(model, "Nothing would show what the artifact computes", scheme="int8-dynamic")
     with pytest.raises(InputError, match="operator set 11 is not upgraded to 13, since nothing would show"):
         upgraded(open_onnx(model).ir, 13)
-    np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((3, 448)).astype(np.float32))
-    report = convert(model, tmp_path / "out.onnx", scheme="int8-dynamic", data=tmp_path / "d.npz")
+    report = convert(model, tmp_path / "out.onnx", scheme="int8-dynamic", data=long_enough(tmp_path / "fitting"))
     assert report.details["outputs"]["sqnr_db"] > 30
     assert report.details["verified"]["runtime"]["integer_kernels"]
 
