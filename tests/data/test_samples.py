@@ -241,9 +241,9 @@ def test_data_of_no_known_kind(tmp_path: Path) -> None:
         load(tmp_path / "x.csv")
     with pytest.raises(UsageError, match="--samples 0"):
         load(tmp_path, samples=0)
-    with pytest.raises(UsageError, match="--seq-len is for text"):
-        load(tmp_path, seq_len=8)
     np.save(tmp_path / "x.npy", np.zeros((3, 2, 3)))
+    with pytest.raises(UsageError, match="--seq-len is for text"):
+        load(tmp_path / "x.npy", seq_len=8)
     with pytest.raises(InputError, match=r"is one array, and the model has 2 inputs\. Give a \.npz with a, b"):
         load(tmp_path / "x.npy", PAIR)
 
