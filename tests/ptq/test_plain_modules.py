@@ -492,7 +492,7 @@ def test_text_by_another_folders_tokenizer(tmp_path: Path) -> None:
         ),
         (["plain_nets:stack", "--weights", "{}", "--algorithm", "gptq"], 2, "gptq needs calibration data"),
         (["plain_nets:stack", "--weights", "{}", "--data", "{}.npz"], 3, "does not exist"),
-        (["{}", "--weights", "{}"], 2, "--weights is for a model that is a function"),
+        (["{}", "--weights", "{}"], 2, "--weights is for a model that is package.module:function"),
     ],
 )
 def test_refusals(
