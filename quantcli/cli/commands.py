@@ -315,7 +315,7 @@ def evaluate(
 @_command(
     "[OPTIONS]",
     "bench net.onnx int8.onnx --batch-size 1 --batch-size 8",
-    'bench net.onnx int8.onnx --data test.npz --require "speedup >= 1.2"',
+    'bench net.onnx int8.onnx --require "latency_ms_p50 <= 20"',
 )
 def bench(
     ui: Ui,

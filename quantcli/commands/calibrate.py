@@ -83,8 +83,8 @@ def calibrate(
         raise UsageError(f"--batch-size {batch_size}: at least one is needed.")
     given, target = str(model), Path(output)
     source = open_model(given, None if weights is None else Path(weights))
-    check_name(target, ".safetensors", folder=False)
     check_target(target, Path(given), force=force)
+    check_name(target, ".safetensors", folder=False)
     if target.is_dir():
         raise UsageError(f"The output {target} is a folder.", "Name a file, such as stats.safetensors.")
     with locked(target), temporary_folder() as scratch:
