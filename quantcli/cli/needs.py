@@ -58,21 +58,13 @@ def _may_have_graph(values: _Values) -> bool:
     )
 
 
+_OF_DATA = ("says how data is read, and none was named", "Name it with --data, or leave the option out.")
+
 #: The first that is not met is told.
 _NEEDS = (
-    _Need(
-        ("samples", "tokenizer", "preprocess"),
-        _reads_data,
-        "says how data is read, and none was named",
-        "Name it with --data, or leave the option out.",
-    ),
-    _Need(
-        ("seq_len",),
-        # Where bench makes inputs up, it makes them as long.
-        lambda values: "runs" in values or _reads_data(values),
-        "says how data is read, and none was named",
-        "Name it with --data, or leave the option out.",
-    ),
+    _Need(("samples", "tokenizer", "preprocess"), _reads_data, *_OF_DATA),
+    # Where bench makes inputs up, it makes them as long.
+    _Need(("seq_len",), lambda values: "runs" in values or _reads_data(values), *_OF_DATA),
     _Need(
         ("weights",),
         _has_function,
