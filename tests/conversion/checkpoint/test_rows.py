@@ -34,5 +34,10 @@ def test_the_report_counts_the_tokens_of_each_expert(tmp_path: Path) -> None:
     assert any(warning.startswith("1 of 3 experts were given fewer tokens") for warning in report.warnings)
     said = dict(row for table in convert_tables(report) if table.title.startswith("Total") for row in table.rows)
     assert said["Experts"] == "3 were given 0 to 900 tokens, median 64; 1 fewer than they have inputs"
+    starved = results | {
+        name: LayerResult([], rounding=Rounding("gptq", tokens=63)) for name, count in tokens.items() if count == 64
+    }
+    fewer = conversion_report(checkpoint, tmp_path / "out", plan, layout, starved, None, dict(DETAILS))
+    assert fewer.details["experts"]["under_fed"] == 2
     plain = {name: LayerResult([], rounding=Rounding("mse")) for name in LAYERS}
     assert "experts" not in conversion_report(checkpoint, tmp_path, plan, layout, plain, None, dict(DETAILS)).details
