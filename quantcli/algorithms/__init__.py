@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -13,6 +14,12 @@ from quantcli.core.scheme import NumberFormat, Scheme
 #: by the weight alone, ``calibrated rounding`` by calibration data, ``transform`` moves difficulty between layers
 #: before that, and ``training`` learns after it.
 Kind = Literal["transform", "rounding", "calibrated rounding", "training"]
+
+
+#: Where an artifact is made again to the byte.
+EVERYWHERE, SAME_PROCESSOR = "everywhere", "on the same processor with as many threads"
+#: Ranges of activations, which are taken from data.
+RANGES = "ranges"
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,15 @@ def named(*kinds: Kind) -> list[str]:
 def needs_no_data(name: str | None) -> bool:
     """Whether an algorithm looks at weights alone; None, which stands for none, does."""
     return name is None or "rounding" in ALGORITHMS[name].kinds
+
+
+def where_reproducible(names: Iterable[str]) -> dict[str, str]:
+    """By algorithm (and `RANGES`): where it gives the same bytes again.
+
+    What looks at data adds up products, which processors and numbers of threads round differently.
+    """
+    own = [name for name in dict.fromkeys(names) if name == RANGES or name in ALGORITHMS]
+    return {name: EVERYWHERE if name != RANGES and needs_no_data(name) else SAME_PROCESSOR for name in own}
 
 
 def options_of(name: str) -> type[AlgorithmOptions]:

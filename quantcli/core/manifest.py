@@ -58,6 +58,7 @@ class Manifest(_Entries):
     - ``recipe``: what was asked for, defaults included.
     - ``source``: where the codes or values come from, if the input was quantized already.
     - ``calibration``, ``calibration_fingerprint``: counts of the data, and a sketch of it without the data.
+    - ``reproducible``: where each algorithm that took part, and ``ranges`` from data, give the same bytes again.
     - ``layers``: by name of the tensor.
     - ``verified``: what was checked of the artifact, and with which result.
     """
@@ -71,6 +72,7 @@ class Manifest(_Entries):
     source: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     calibration_fingerprint: Mapping[str, Any] | None = None
+    reproducible: dict[str, str] | None = None
     layers: dict[str, ManifestLayer] = {}
     verified: dict[str, Any] | None = None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantcli.core.ports import Arrays, Port, dtype_family
+from quantcli.core.ports import Arrays, Port, cache_ports, dtype_family
 from quantcli.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,6 +73,19 @@ def derived_inputs(ids: np.ndarray) -> Arrays:
     """Attention mask, token types and positions of unpadded token ids ``[batch, length]``."""
     positions = np.broadcast_to(np.arange(ids.shape[-1], dtype=ids.dtype), ids.shape)
     return dict(zip(_DERIVED, (np.ones_like(ids), np.zeros_like(ids), positions), strict=True))
+
+
+def following(ports: Sequence[Port]) -> set[str]:
+    """Names of inputs that a model demands and that follow from token ids of the same shape where data lacks them.
+
+    Not beside a cache: positions then begin behind what it holds.
+    """
+    ids = next((port for port in ports if port.name == "input_ids" and not cache_ports(ports)), None)
+    return {
+        port.name
+        for port in ports
+        if ids is not None and port.name in _DERIVED and not port.optional and port.shape == ids.shape
+    }
 
 
 def decoder_inputs(feeds: Mapping[str, np.ndarray], start: int) -> Arrays:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from quantcli.blocks.calls import Call
 from quantcli.blocks.skeleton import Skeleton
 from quantcli.checkpoint.roles import module_of
 from quantcli.core.dtypes import torch_dtype
+from quantcli.core.numerics import all_finite
 from quantcli.core.tensors import RoundedTensor
+from quantcli.errors import InputError
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.ptq.folds import is_transposed
 from quantcli.ptq.input_quantization import fix_input_scales
@@ -81,9 +83,11 @@ class BlockQuantizer:
             InputError: what it computes is not finite, or a layer with a static range of inputs saw no token.
         """
         layers = self.inside(path)
+        if targets is not None:
+            _require_finite(path, (targets[number] for number in range(len(calls))))
         observed = counted(calls, part_of(report, 0.0, _OBSERVED))
         runs = ((number, len(batches)) for number, batches in ranks.runs(len(calls)))
-        stats = observe(block, observed, layers, self._needs(layers), runs)
+        stats = observe(block, observed, layers, self._needs(layers), runs, path)
         release_freed()
         if self._transforms.steps:
             self._transforms.apply(block, layers, calls[0] if ranks.is_first() else None, stats)
@@ -144,3 +148,12 @@ def _is_called(module: nn.Module, layer: LayerPlan) -> bool:
         return is_transposed(module)
     # torch's attention reads the weight of such a layer without calling it.
     return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _require_finite(path: str, returned: Iterable[Tensor]) -> None:
+    """Raise InputError where a block returns what nothing can be learned from."""
+    if not all(map(all_finite, returned)):
+        raise InputError(
+            f"{path or 'The model'} returns values that are not finite: the model overflows on the calibration data.",
+            hint="Check the model with quantcli eval, or calibrate with other data.",
+        )

@@ -36,6 +36,7 @@ def observe(
     linears: Collection[str],
     needs: Collection[str],
     runs: Iterable[tuple[int, int | None]] = ((0, None),),
+    path: str = "",
 ) -> dict[str, LinearStats]:
     """Run a block and gather statistics of the inputs of some of its linear layers.
 
@@ -46,6 +47,7 @@ def observe(
         needs: fields of `LinearStats`; others are ignored.
         runs: number of each run of calls, and how many they are; None: all. What a run adds up to is added to the rest
             in the order of the runs: see `quantcli.system.ranks.runs`.
+        path: the block's name in the model, for messages.
 
     Returns:
         Statistics by layer. Layers that are always given the same tensor (query, key and value) share one object.
@@ -64,7 +66,7 @@ def observe(
             gathering.end_run()
             if not gathering.needs and gathering.every_layer_saw_a_token:
                 break  # all that was asked for is whether every layer sees a token
-    return gathering.results()
+    return gathering.results(path)
 
 
 def _gathered(block: nn.Module, call: Call, gathering: _Gathering) -> _Gathering:
@@ -207,8 +209,8 @@ class _Gathering:
         saw = {name for seen in (self.totals, self.sums) for name, sums in seen.items() if sums.tokens}
         return all(self.owners.get(name) in saw for name in self.linears)
 
-    def results(self) -> dict[str, LinearStats]:
-        """Statistics by layer, once every call is through.
+    def results(self, path: str) -> dict[str, LinearStats]:
+        """Statistics by layer of the block of this name, once every call is through.
 
         Raises:
             InputError: they are not finite, or a layer that shares its input with another saw less of it.
@@ -217,7 +219,8 @@ class _Gathering:
         for name, owner in self.owners.items():
             if tokens[name] != tokens[owner]:
                 raise _NotSharedError(owner, name).told()
-        results = {owner: sums.result(owner) for owner, sums in self.totals.items()}
+        inside = f"{path}." if path else ""
+        results = {owner: sums.result(f"{inside}{owner}") for owner, sums in self.totals.items()}
         return {name: results[self.owners[name]] if name in self.owners else LinearStats() for name in self.linears}
 
 

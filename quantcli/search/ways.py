@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from quantcli.algorithms import RANGES, where_reproducible
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.hugging_face import neighbours
 from quantcli.checkpoint.roles import LAYER_ROLES, classify, module_of
@@ -231,6 +232,7 @@ def _manifest_bytes(plan: Plan, *, calibrated: bool) -> int:
         else ManifestLayer(dtype=layer.dtype, reason=layer.reason)
         for layer in plan.layers
     }
+    algorithms = [step.name for step in plan.steps.all]
     manifest = Manifest(
         quantcli="0" * 16,
         input_sha256="0" * 64,
@@ -238,6 +240,7 @@ def _manifest_bytes(plan: Plan, *, calibrated: bool) -> int:
         scheme=plan.scheme,
         algorithm=plan.algorithm,
         recipe=plan.recipe.model_dump(mode="json"),
+        reproducible=where_reproducible([*algorithms, *(layer.algorithm or "" for layer in plan.layers), RANGES]),
         layers=layers,
     )
     text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)

@@ -51,6 +51,30 @@ def test_npz(tmp_path: Path, save: Callable[..., None]) -> None:
     assert load(tmp_path / "other.npz").sha256 == samples.sha256  # the same samples, from another file
 
 
+def test_what_follows_from_token_ids_is_made_where_arrays_lack_it(tmp_path: Path) -> None:
+    def ports(**shapes: tuple[Any, ...]) -> tuple[Port, ...]:
+        return tuple(Port(name, INT64, shape) for name, shape in shapes.items())
+
+    ids, tokens = RNG.integers(0, 9, (3, 5)), ("batch", "sequence")
+    np.save(tmp_path / "ids.npy", ids)
+    np.savez(tmp_path / "ids.npz", input_ids=ids)
+    wanted = ports(input_ids=tokens, attention_mask=tokens, token_type_ids=tokens, position_ids=tokens)
+    for name in ("ids.npy", "ids.npz"):
+        last = list(load(tmp_path / name, wanted))[-1].inputs
+        assert last["input_ids"].tolist() == [ids[-1].tolist()]
+        assert last["attention_mask"].tolist() == [[1] * 5] and last["token_type_ids"].tolist() == [[0] * 5]
+        assert last["position_ids"].tolist() == [[0, 1, 2, 3, 4]]
+    given = np.tril(np.ones((3, 5), np.int64))
+    np.savez(tmp_path / "masked.npz", input_ids=ids, attention_mask=given)
+    assert np.array_equal(arrays(load(tmp_path / "masked.npz", wanted), "attention_mask"), given)
+    for other in (
+        ports(input_ids=tokens, attention_mask=("batch", "total")),
+        (*ports(input_ids=tokens, position_ids=tokens), Port("past_key_values.0.key", FLOAT, ("batch", 2, "past", 4))),
+    ):
+        with pytest.raises(InputError, match="got nothing"):
+            load(tmp_path / "ids.npz", other)
+
+
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf])
 def test_samples_that_hold_no_finite_numbers_are_told(tmp_path: Path, spoilt: float) -> None:
     for number in range(3):

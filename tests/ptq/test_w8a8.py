@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,3 +117,17 @@ def test_fixed_ranges_need_data(models: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="int8-static needs calibration data"):
         convert(models / "llama", tmp_path / "out", scheme="int8-static")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_manifest_says_where_the_same_bytes_come_out(models: Path, tmp_path: Path) -> None:
+    data = token_file(tmp_path / "ids.npz")
+
+    def found(**options: Any) -> Any:
+        convert(models / "llama", tmp_path / "out", force=True, **options)
+        return json.loads((tmp_path / "out" / "quantcli.json").read_text()).get("reproducible")
+
+    here = "on the same processor with as many threads"
+    assert found(scheme="bf16") is None
+    assert found(scheme="int4", group_size=32) == {"mse": "everywhere"}
+    assert found(scheme="int8-static", data=data) == {"smoothquant": here, "rtn": "everywhere", "ranges": here}
+    assert found(scheme="int8", algorithm="gptq", data=data) == {"gptq": here}

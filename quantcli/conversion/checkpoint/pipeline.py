@@ -6,11 +6,12 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from quantcli.algorithms import RANGES, where_reproducible
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.hugging_face import neighbours
@@ -251,6 +252,14 @@ class Conversion:
         kept = {key: getattr(self._earlier, key) for key in ("calibration", "calibration_fingerprint")}
         return kept | (self.work.manifest() if self.work else {})
 
+    def _sources_of_codes(self) -> Iterator[str]:
+        """Names of what decided on codes, scales and ranges; codes that were kept as they are count, too."""
+        yield from (step.name for step in self.plan.steps.all)
+        for layer in self.plan.quantized:
+            yield self.results[layer.info.name].rounding.algorithm
+            if layer.scheme and layer.scheme.is_static:
+                yield RANGES
+
     def _manifest(self, verified: Mapping[str, Any]) -> Manifest:
         layers = {}
         for layer in self.plan.layers:
@@ -270,6 +279,7 @@ class Conversion:
             recipe=self.plan.recipe.model_dump(mode="json"),
             source=self.checkpoint.origin() if isinstance(self.checkpoint, DecodedCheckpoint) else None,
             **self._calibration(),
+            reproducible=where_reproducible(self._sources_of_codes()) or None,
             layers=layers,
             verified=dict(verified),
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantcli.algorithms import RANGES, where_reproducible
 from quantcli.conversion.onnx.comparison import Comparison
 from quantcli.conversion.onnx.rows import layer_entries, layer_rows, left_rows
 from quantcli.conversion.onnx.source import Source
@@ -43,9 +44,16 @@ class Result:
             recipe=self.plan.recipe.model_dump(mode="json"),
             source=self.source.origin or None,
             calibration_fingerprint=data_fingerprint or None,
+            reproducible=where_reproducible(self._sources_of_codes()) or None,
             layers=layer_entries(self.outcomes),
             verified=dict(self.verified),
         )
+
+    def _sources_of_codes(self) -> Iterator[str]:
+        """Names of what decided on codes, scales and ranges."""
+        yield from (outcome.plan.algorithm or "" for outcome in self.outcomes)
+        if self.plan.of_mode("static"):
+            yield RANGES
 
     def report(
         self, size: int, warnings: Sequence[str], details: dict[str, Any], manifest: Manifest | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quantcli.core.ports import Port
@@ -40,7 +41,11 @@ class ArraySource:
     warnings: list[str]
 
     def __init__(self, files: Sequence[Path], ports: Sequence[Port], given: Path) -> None:
-        self._ports, self._single = ports, given.is_dir()
+        from quantcli.models.inputs import following
+
+        self._following = following(ports)
+        self._ports = [replace(port, optional=port.optional or port.name in self._following) for port in ports]
+        self._single = given.is_dir()
         self.warnings = []
         self._starts = [0]
         self._files = list(files)
@@ -61,7 +66,7 @@ class ArraySource:
         self.fixed_batch = 1 if 1 in batches else batches.pop()
 
     def _open(self, path: Path) -> _Opened:
-        return _Opened(ArrayFile(path, self._ports), self._ports, single=self._single)
+        return _Opened(ArrayFile(path, self._ports), self._ports, self._following, single=self._single)
 
     def choose(self, wanted: int | None, seed: int) -> Sequence[int]:
         """Spread evenly over all files."""
@@ -86,10 +91,11 @@ class ArraySource:
 
 
 class _Opened:
-    """One file's arrays, known to fit."""
+    """One file's arrays, known to fit; ``following`` names inputs that are made of token ids where it lacks them."""
 
-    def __init__(self, file: ArrayFile, ports: Sequence[Port], *, single: bool) -> None:
+    def __init__(self, file: ArrayFile, ports: Sequence[Port], following: set[str], *, single: bool) -> None:
         self._file, self._ports, where = file, ports, str(file.path)
+        self._made = [port for port in ports if port.name in following and port.name not in file.arrays]
         self.forms = layouts(ports, file.arrays, where, single=single)
         if len({form == "single" for form in self.forms.values()}) > 1:
             raise mismatch(ports, file.arrays, where)
@@ -118,4 +124,9 @@ class _Opened:
             }
             inputs[port.name] = converted(entry[form](array), port, where)
         self._file.release()
+        if self._made:
+            from quantcli.models.inputs import derived_inputs
+
+            derived = derived_inputs(inputs["input_ids"])
+            inputs |= {port.name: converted(derived[port.name], port, where) for port in self._made}
         return Sample(inputs, None if self.labels is None else int(self.labels[index]), where)
