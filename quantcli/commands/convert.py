@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.hugging_face import neighbours
@@ -14,10 +15,10 @@ from quantcli.commands.convert_checks import require_effect, require_known
 from quantcli.commands.convert_decoder import Way, convert_decoder, way_to_onnx, why_without_cache
 from quantcli.commands.convert_pipeline import convert_pipeline, is_pipeline
 from quantcli.conversion.checkpoint.gguf_packing import Packing
-from quantcli.conversion.checkpoint.layout import plan_layout
+from quantcli.conversion.checkpoint.layout import Layout, plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, use_loops, worker_count
 from quantcli.conversion.checkpoint.repack import planned_conversion
-from quantcli.conversion.checkpoint.rows import conversion_report
+from quantcli.conversion.checkpoint.rows import conversion_report, reference_row
 from quantcli.conversion.staging import open_staging
 from quantcli.data.request import DataRequest
 from quantcli.errors import UsageError
@@ -279,7 +280,9 @@ def _convert_checkpoint(
         )
     started = time.monotonic()
     source, function = _weights_of(model, weights)
-    checkpoint, plan, carried = planned_conversion(open_checkpoint(source), recipe, data=request is not None)
+    stored = open_checkpoint(source)
+    reference = reference_row(stored)
+    checkpoint, plan, carried = planned_conversion(stored, recipe, data=request is not None)
     work: Work | None = carried
     if checkpoint.folder:
         checkpoint.warnings += neighbours(checkpoint.folder, checkpoint.files).warnings
@@ -307,29 +310,40 @@ def _convert_checkpoint(
         planned = packing.planned if packing else check.rehearse(plan, layout)
         if dry_run:
             told = packing.as_reported(layout) if packing else layout
-            return conversion_report(checkpoint, output, plan, told, {}, None, {"dry_run": True, "runtime": planned})
+            planned = {"dry_run": True, "runtime": planned}
+            return conversion_report(checkpoint, reference, output, plan, told, {}, planned)
         workers = worker_count(plan, checkpoint, threads, max_memory)
         use_loops(plan, checkpoint, workers, max_memory)
         conversion = Conversion(checkpoint, plan, layout, workers, work, progress, check)
-        with open_staging(output) as staging:
-            done = staging.begin(conversion.fingerprint(), force=force)
-            try:
-                written = sum(path.stat().st_size for path in staging.out.rglob("*.safetensors"))
-                require_space(output, layout.nbytes - written + (packing.nbytes if packing else 0))
-                details = conversion.run(staging, done)
-                if packing:
-                    layout = packing.run(staging, layout, details)
-                staging.publish(single_file=packing.name if packing else layout.single_file)
-            except OSError as error:
-                raise explain(error, output) from error
+        layout, details = _carried_out(conversion, output, packing, force=force)
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-    report = conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
+    reference.sha256 = conversion.sha256
+    report = conversion_report(checkpoint, reference, output, plan, layout, conversion.results, details)
     report.models[-1].manifest = details.pop("manifest")
     if histograms:
         from quantcli.conversion.checkpoint.histograms import weight_histograms
 
         report.details["histograms"] = weight_histograms(checkpoint, output, report.layers, histograms)
     return report
+
+
+def _carried_out(
+    conversion: Conversion, output: Path, packing: Packing | None, *, force: bool
+) -> tuple[Layout, dict[str, Any]]:
+    """Convert and publish; what was written is laid out as the first value says, the second is for the report."""
+    layout = conversion.layout
+    with open_staging(output) as staging:
+        done = staging.begin(conversion.fingerprint(), force=force)
+        try:
+            written = sum(path.stat().st_size for path in staging.out.rglob("*.safetensors"))
+            require_space(output, layout.nbytes - written + (packing.nbytes if packing else 0))
+            details = conversion.run(staging, done)
+            if packing:
+                layout = packing.run(staging, layout, details)
+            staging.publish(single_file=packing.name if packing else layout.single_file)
+        except OSError as error:
+            raise explain(error, output) from error
+    return layout, details
 
 
 def _as_loaded(plan: Plan, checkpoint: Checkpoint, loader: Loader, *, data: bool, carried: bool) -> Plan:

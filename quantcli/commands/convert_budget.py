@@ -11,10 +11,11 @@ import yaml
 
 from quantcli.conversion.staging import Staging, open_staging, refuse_to_overwrite
 from quantcli.errors import BudgetError, InputError, UsageError
+from quantcli.models.source import open_model
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.steps import named_steps, parse_steps
 from quantcli.reporting.pareto import require_pareto, write_pareto
-from quantcli.reporting.report import GateRow, ModelRow, Report
+from quantcli.reporting.report import GateRow, Report
 from quantcli.search.budget import Budget
 from quantcli.search.choices import Found
 from quantcli.system.files import check_target, whole_file, write_text
@@ -159,7 +160,7 @@ def _gates(budget: Budget, output: Path, size: int, losses: Losses) -> list[Gate
 
 def _unmet(model: str, output: Path, budget: Budget, error: BudgetError) -> Report:
     """The report of a budget that nothing keeps: a failed gate for each ceiling, and what was tried."""
-    rows = [ModelRow(model, "reference")]
+    rows = [open_model(model).row(0, {})]
     gates = [
         GateRow(f"{option.strip('-').replace('-', '_')}<={limit:g}", str(output), None, False)
         for option, limit in budget.ceilings.items()

@@ -21,7 +21,7 @@ from quantcli.checkpoint.quantized import QuantizedCheckpoint
 from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, use_loops, worker_count
 from quantcli.conversion.checkpoint.repack import planned_conversion
-from quantcli.conversion.checkpoint.rows import conversion_report
+from quantcli.conversion.checkpoint.rows import conversion_report, reference_row
 from quantcli.conversion.decoder.recipe import decoder_recipe
 from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
@@ -167,6 +167,7 @@ def convert_decoder(
     decoder, stored = read_decoder(model), open_checkpoint(model)
     if not dry_run:
         check_target(output, model, force=force)
+    reference = reference_row(stored)
     recipe = decoder_recipe(recipe, stored, decoder)
     checkpoint, plan, carried = planned_conversion(stored, recipe, data=request is not None)
     work: Work | None = carried
@@ -177,8 +178,8 @@ def convert_decoder(
         plan = work.plan
     layout = plan_layout(plan, checkpoint, output)
     if dry_run:
-        planned = _NotAsked().result(output)
-        return conversion_report(checkpoint, output, plan, layout, {}, None, {"dry_run": True, "runtime": planned})
+        planned = {"dry_run": True, "runtime": _NotAsked().result(output)}
+        return conversion_report(checkpoint, reference, output, plan, layout, {}, planned)
     workers = worker_count(plan, checkpoint, threads, max_memory)
     use_loops(plan, checkpoint, workers, max_memory)
     conversion = Conversion(checkpoint, plan, layout, workers, work, progress, _NotAsked())
@@ -193,7 +194,8 @@ def convert_decoder(
             raise explain(error, output) from error
     details["verified"] |= proof
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-    report = conversion_report(checkpoint, output, plan, layout, conversion.results, conversion.sha256, details)
+    reference.sha256 = conversion.sha256
+    report = conversion_report(checkpoint, reference, output, plan, layout, conversion.results, details)
     artifact = report.models[-1]
     file = output / place.file
     artifact.size_bytes = sum(each.stat().st_size for each in (file, file.with_name(place.data)))

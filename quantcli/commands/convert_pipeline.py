@@ -145,7 +145,7 @@ def _joined(folder: Path, output: Path, reports: dict[str, Report], copied: Mapp
     made = next(iter(reports.values())).models[1]
     kinds = " and ".join(dict.fromkeys(str(report.models[1].format) for report in reports.values()))
     rows = [
-        ModelRow(str(folder), "reference", size_bytes=before),
+        ModelRow(str(folder), "reference", "diffusers", size_bytes=before),
         ModelRow(str(output), "candidate", kinds, made.scheme, None, after, metrics, dict(made.details)),
     ]
     layers = []

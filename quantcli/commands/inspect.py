@@ -15,15 +15,16 @@ from quantcli.core.dtypes import NUMBER_OF_DTYPE
 from quantcli.errors import InputError
 from quantcli.formats.gguf import NAME as GGUF
 from quantcli.onnx.graph.model import is_onnx
-from quantcli.reporting.report import LayerRow, ModelRow, Report, planned_for
+from quantcli.reporting.report import LayerRow, ModelRow, Report, bytes_by, planned_for
 from quantcli.system.user_functions import is_function
 
 
 def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
-    """Describe a model without reading a weight.
+    """Describe a model without reading a weight; what is code is loaded.
 
     Args:
-        model: a folder, a safetensors file or index, a torch state dict, or an ONNX file.
+        model: a folder, a safetensors file or index, a torch state dict, an ONNX file, a ``.pt2`` or
+            ``package.module:function``.
         schemes: presets to plan for; the report then has one layer row per tensor and scheme.
 
     Raises:
@@ -35,10 +36,9 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
 
         return inspect_onnx(Path(model), schemes)
     if is_function(str(model)) or Path(model).suffix == ".pt2":
-        raise InputError(
-            f"inspect reads checkpoints and ONNX files, and {model} is a program.",
-            f"Look at what quantcli convert {model} -o OUT.onnx writes, or would write with --dry-run.",
-        )
+        from quantcli.commands.inspect_program import inspect_program
+
+        return inspect_program(str(model), schemes)
     checkpoint = open_checkpoint(Path(model))
     infos = checkpoint.infos()
     manifest = checkpoint.manifest
@@ -51,8 +51,8 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
         "tensors": len(infos),
         "files": len(checkpoint.files),
         "parameters": sum(info.numel for info in infos if info.is_float) if not quantized else None,
-        "dtypes": _bytes_by([(info.dtype, info.nbytes) for info in infos]),
-        "roles": _bytes_by([(roles[info.name], info.nbytes) for info in infos]) if not quantized else {},
+        "dtypes": bytes_by([(info.dtype, info.nbytes) for info in infos]),
+        "roles": bytes_by([(roles[info.name], info.nbytes) for info in infos]) if not quantized else {},
         "quantized_layers": manifest.layer_schemes(),
     }
     row = ModelRow(
@@ -80,14 +80,6 @@ def inspect(model: str | Path, schemes: Sequence[str] = ()) -> Report:
         source = decoded_checkpoint(checkpoint)
     report.details["schemes"] = [_plan(source, scheme, report) for scheme in schemes]
     return report
-
-
-def _bytes_by(pairs: Sequence[tuple[str, int]]) -> dict[str, dict[str, int]]:
-    counts, sizes = Counter[str](), Counter[str]()
-    for key, nbytes in pairs:
-        counts[key] += 1
-        sizes[key] += nbytes
-    return {key: {"tensors": counts[key], "bytes": sizes[key]} for key, _ in sizes.most_common()}
 
 
 def _plan(checkpoint: Checkpoint, scheme: str, report: Report) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from quantcli.errors import InputError
 from quantcli.onnx.graph.model import OnnxModel, open_onnx
 from quantcli.onnx.plan.plan import LayerOutcome, graph_quantization, tensor_info, weighted_nodes
 from quantcli.onnx.plan.resolve import resolve_graph
-from quantcli.reporting.report import LayerRow, ModelRow, Report, planned_for
+from quantcli.reporting.report import LayerRow, ModelRow, Report, bytes_by, planned_for
 
 
 def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
@@ -26,17 +26,13 @@ def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
     manifest = model.manifest
     infos = [tensor_info(v, model.path) for v in graph.initializers.values() if v.const_value is not None]
     roles = {weight.value.name: node.op_type for node, weight in weighted_nodes(model.ir)}
-    sizes, counts = Counter[str](), Counter[str]()
-    for info in infos:
-        sizes[info.dtype] += info.nbytes
-        counts[info.dtype] += 1
     quantized = graph_quantization(model.ir)
     details: dict[str, Any] = {
         "architecture": f"ONNX graph, operator set {model.opset}",
         "tensors": len(infos),
         "files": len(model.files),
         "parameters": None if quantized else sum(info.numel for info in infos if info.is_float),
-        "dtypes": {dtype: {"tensors": counts[dtype], "bytes": size} for dtype, size in sizes.most_common()},
+        "dtypes": bytes_by([(info.dtype, info.nbytes) for info in infos]),
         "roles": {},
         "quantized_layers": manifest.layer_schemes(),
         "operators": dict(Counter(node.op_type for node in graph.all_nodes()).most_common()),
@@ -63,8 +59,13 @@ def inspect_onnx(path: Path, schemes: Sequence[str] = ()) -> Report:
             for info in infos
         ]  # fmt: skip
         return report
-    report.details["schemes"] = [_plan(model, scheme, report) for scheme in schemes]
+    plan_schemes(model, schemes, report)
     return report
+
+
+def plan_schemes(model: OnnxModel, schemes: Sequence[str], report: Report) -> None:
+    """Add to a report what `convert` would do to a graph with each scheme. Raises UsageError for an unknown one."""
+    report.details["schemes"] = [_plan(model, scheme, report) for scheme in schemes]
 
 
 def _plan(model: OnnxModel, scheme: str, report: Report) -> dict[str, Any]:
@@ -75,12 +76,12 @@ def _plan(model: OnnxModel, scheme: str, report: Report) -> dict[str, Any]:
 
     graph = prepare(model)
     try:
-        plan = resolve_graph(validate({"scheme": scheme}, FLAGS), graph, model.path)
+        plan = resolve_graph(validate({"scheme": scheme}, FLAGS), graph, model.shown)
     except InputError as error:
         report.warnings.append(f"{scheme}: {error}")
         return {"scheme": scheme, "applies": False, "reason": str(error)}
     outcomes = [LayerOutcome(node, node.estimated_bytes) for node in plan.nodes]
-    report.layers += planned_for(scheme, layer_rows(outcomes) + left_rows(graph, plan, model.path))
+    report.layers += planned_for(scheme, layer_rows(outcomes) + left_rows(graph, plan, model.shown))
     report.warnings += [f"{scheme}: {warning}" for warning in plan.warnings]
     size = model.size_bytes - plan.saved_bytes
     left = Counter(node.node.op_type for node in plan.of_mode("float"))

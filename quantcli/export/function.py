@@ -33,8 +33,8 @@ def _own_example(spec: str, module: nn.Module) -> Any:
             return example() if callable(example) else example
     raise InputError(
         f"Nothing tells what inputs {spec} is to be traced with.",
-        "Give --data, or set the function's attribute example_inputs, for example "
-        "function.example_inputs = (torch.zeros(1, 3, 224, 224),).",
+        "Set the function's attribute example_inputs, such as function.example_inputs = "
+        "(torch.zeros(1, 3, 224, 224),), or give --data to a command that takes it.",
     )
 
 

@@ -99,7 +99,8 @@ class ModelSource:
         if self.manifest.format:
             return self.manifest.format
         if self.checkpoint:
-            return quantization_of(self.checkpoint.infos(), self.checkpoint.config) or "safetensors"
+            plain = "safetensors" if self.checkpoint.files[0].suffix == ".safetensors" else "torch"
+            return quantization_of(self.checkpoint.infos(), self.checkpoint.config) or plain
         return {"onnx": "onnx", "program": "torch.export"}.get(self.kind, "torch")
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,3 +147,12 @@ class Table:
         rule = "|" + "|".join(" ---: " if column in self.right else " --- " for column in self.columns) + "|"
         parts = [f"### {self.title}", "", line(self.columns), rule, *(line(row) for row in self.rows)]
         return "\n".join([*parts, "", self.note, ""] if self.note else [*parts, ""])
+
+
+def bytes_by(pairs: Sequence[tuple[str, int]]) -> dict[str, dict[str, int]]:
+    """How many tensors there are of each kind, and their bytes, the largest sum first; of pairs of kind and bytes."""
+    counts, sizes = Counter[str](), Counter[str]()
+    for key, nbytes in pairs:
+        counts[key] += 1
+        sizes[key] += nbytes
+    return {key: {"tensors": counts[key], "bytes": sizes[key]} for key, _ in sizes.most_common()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -158,6 +159,9 @@ def test_the_report_keeps_its_contract(models: Path, tmp_path: Path, capsys: pyt
     for row in (source, artifact):
         assert row.keys() >= {"path", "sha256", "role", "format", "scheme", "size_bytes", "metrics"}
     assert (source["path"], source["role"]) == (model, "reference")
+    assert (source["format"], source["scheme"]) == ("safetensors", "fp32")
+    for row, folder in ((source, models / "llama"), (artifact, out)):
+        assert row["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert (artifact["path"], artifact["role"]) == (str(out), "candidate")
     assert (artifact["format"], artifact["scheme"]) == ("compressed-tensors", "int4")
     assert source["size_bytes"] == (models / "llama" / "model.safetensors").stat().st_size
@@ -209,7 +213,7 @@ def test_the_manifest(models: Path, tmp_path: Path) -> None:
     report = convert(models / "llama", tmp_path / "out", scheme="int4", skip=["*.q_proj"])
     manifest = json.loads((tmp_path / "out" / "quantcli.json").read_text())
     assert manifest.keys() == {
-        "quantcli", "input_sha256", "format", "scheme", "algorithm", "recipe", "layers", "verified"
+        "quantcli", "input_sha256", "format", "scheme", "algorithm", "recipe", "reproducible", "layers", "verified"
     }  # fmt: skip
     digest = subprocess.run(["sha256sum", models / "llama" / "model.safetensors"], capture_output=True, check=True)
     assert manifest["input_sha256"] == digest.stdout.decode().split()[0] == report.models[0].sha256
@@ -220,6 +224,7 @@ def test_the_manifest(models: Path, tmp_path: Path) -> None:
     assert manifest["layers"]["model.layers.0.self_attn.q_proj.weight"]["reason"] == "skipped as asked"
     assert manifest["verified"]["codes"] == "equal"
     assert manifest["verified"]["tensors"] == len(report.layers)
+    assert manifest["reproducible"] == {"mse": "everywhere"}
 
 
 # The same work gives the same bytes.

@@ -27,7 +27,7 @@ def within(output: Path, limit: int, *, force: bool = False) -> Report:
         return Found(Recipe(scheme="int8"), {"chosen": {"size_bytes": 1100}})
 
     return convert_within(
-        "package.module:function", output, Budget(max_size=limit), search, convert_one, lambda _: {}, dry_run=False,
+        "torch.nn:Identity", output, Budget(max_size=limit), search, convert_one, lambda _: {}, dry_run=False,
         force=force,
     )  # fmt: skip
 

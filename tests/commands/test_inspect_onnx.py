@@ -15,7 +15,6 @@ from support.onnx_models import cnn, encoder, feeds
 
 from quantcli.cli.app import main
 from quantcli.commands.convert import convert
-from quantcli.commands.inspect import inspect
 from quantcli.commands.inspect_onnx import inspect_onnx
 from quantcli.errors import InputError, UsageError
 
@@ -107,8 +106,6 @@ def test_a_scheme_that_does_not_apply_says_why(tmp_path: Path) -> None:
 def test_an_unknown_scheme_and_a_missing_file(home: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="int9"):
         inspect_onnx(home / "cnn.onnx", ["int9"])
-    with pytest.raises(InputError, match=r"package\.module:function is a program"):
-        inspect("package.module:function")
     with pytest.raises(InputError, match="does not exist"):
         inspect_onnx(tmp_path / "none.onnx")
     (tmp_path / "m.onnx").write_bytes((home / "cnn.onnx").read_bytes()[:1000])

@@ -280,7 +280,7 @@ def test_exported_programs(code: str, tmp_path: Path, free: bool) -> None:
     ("function", "message"),
     [
         ("absent", "has no absent"),
-        ("silent", r"what inputs .*:silent is to be traced with\. Give --data, or set"),
+        ("silent", r"what inputs .*:silent is to be traced with\. Set the function"),
         ("wrong", r"example inputs of .*:wrong are picture; its module takes image"),
         ("decides", r"torch\.onnx cannot export .*:decides: "),
     ],

@@ -12,11 +12,13 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.roles import module_of
 from quantcli.conversion.checkpoint.layout import Layout, plan_layout
 from quantcli.conversion.checkpoint.proof import warning
+from quantcli.models.source import ModelSource, open_model
 from quantcli.planning.plan import LayerPlan, Plan
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.resolve import resolve
 from quantcli.planning.rules import full_label
 from quantcli.reporting.report import LayerRow, ModelRow, Report
+from quantcli.system import ranks
 
 if TYPE_CHECKING:
     from quantcli.conversion.checkpoint.writer import LayerResult
@@ -29,13 +31,19 @@ def plan_rows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, Layout, lis
     return plan, layout, [_layer_row(layer, layout, None) for layer in plan.layers]
 
 
+def reference_row(checkpoint: Checkpoint) -> ModelRow:
+    """Of a model as it is before it is converted: the artifact may take its place."""
+    known = ModelSource(str(checkpoint.path), "checkpoint", checkpoint=checkpoint)
+    return ModelRow(known.path, "reference", known.format, known.scheme, None, checkpoint.size_bytes)
+
+
 def conversion_report(
     checkpoint: Checkpoint,
+    reference: ModelRow,
     target: Path,
     plan: Plan,
     layout: Layout,
     results: Mapping[str, LayerResult],
-    sha256: str | None,
     details: dict[str, Any],
 ) -> Report:
     """The report of a conversion; without ``results`` of one that is only planned."""
@@ -46,9 +54,16 @@ def conversion_report(
         "size_ratio": layout.nbytes / before,
         "sqnr_db_min": min(measured, default=None),
     }
-    source = ModelRow(str(checkpoint.path), "reference", sha256=sha256, size_bytes=before)
+    sha256 = open_model(target).sha256() if results and ranks.is_first() else None
     artifact = ModelRow(
-        str(target), "candidate", plan.format, plan.scheme, None, layout.nbytes, metrics, {"algorithm": plan.algorithm}
+        str(target),
+        "candidate",
+        plan.format,
+        plan.scheme,
+        sha256,
+        layout.nbytes,
+        metrics,
+        {"algorithm": plan.algorithm},
     )
     notes = Counter(result.rounding.note for result in results.values() if result.rounding.note)
     odd = [f"{count} layer{'s' * (count > 1)}: {note}." for note, count in notes.most_common(3)]
@@ -63,7 +78,7 @@ def conversion_report(
             )
     unproven = warning(runtime)
     warnings += [unproven] if unproven else []
-    return Report("convert", [source, artifact], rows, [], warnings, details)
+    return Report("convert", [reference, artifact], rows, [], warnings, details)
 
 
 def _tokens_of_experts(plan: Plan, results: Mapping[str, LayerResult]) -> dict[str, Any] | None:

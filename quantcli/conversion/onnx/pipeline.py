@@ -290,7 +290,7 @@ def _finish(job: _Job, staging: Staging, material: Material, built: _Built, prot
     if built.history is not None:
         details["training"] = built.history.to_json()
     details |= _histograms(job, built.honest, built.outcomes, gathered)
-    return result.report(size, warnings, details, manifest)
+    return result.report(size, warnings, details, manifest, built.files[0])
 
 
 def _histograms(job: _Job, honest: Honest, outcomes: Sequence[LayerOutcome], gathered: Gathered) -> dict[str, Any]:

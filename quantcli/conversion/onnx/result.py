@@ -13,6 +13,7 @@ from quantcli.conversion.onnx.rows import layer_entries, layer_rows, left_rows
 from quantcli.conversion.onnx.source import Source
 from quantcli.core.manifest import Manifest
 from quantcli.errors import InputError
+from quantcli.onnx.graph.model import open_onnx
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
 from quantcli.reporting.report import ModelRow, Report
 from quantcli.system.text import format_bytes
@@ -56,9 +57,14 @@ class Result:
             yield RANGES
 
     def report(
-        self, size: int, warnings: Sequence[str], details: dict[str, Any], manifest: Manifest | None = None
+        self,
+        size: int,
+        warnings: Sequence[str],
+        details: dict[str, Any],
+        manifest: Manifest | None = None,
+        file: Path | None = None,
     ) -> Report:
-        """The report of a conversion whose artifact has this size."""
+        """The report of a conversion whose artifact has this size; ``file`` is where it lies now, if it is there."""
         original, plan = self.source.model, self.plan
         rows = layer_rows(self.outcomes) + left_rows(original.ir, plan, original.path)
         measured = [row.sqnr_db for row in rows if row.sqnr_db is not None]
@@ -67,11 +73,11 @@ class Result:
             metrics |= {"output_sqnr_db": self.compared.sqnr_db, "speed": self.compared.speed}
         path, sha256 = self.source.subject.path, original.sha256()
         models = [
-            ModelRow(path, "reference", "onnx", None, sha256, original.size_bytes),
-            ModelRow(
-                str(self.output), "candidate", "onnx", plan.scheme, None, size, metrics, {"algorithm": plan.algorithm}
-            ),
+            ModelRow(path, "reference", "onnx", self.source.subject.scheme, sha256, original.size_bytes),
+            ModelRow(str(self.output), "candidate", "onnx", plan.scheme, None, size, metrics),
         ]
+        models[-1].details["algorithm"] = plan.algorithm
+        models[-1].sha256 = open_onnx(file, mapped=True).sha256() if file else None
         models[-1].manifest = manifest.to_json() if manifest else None
         return Report("convert", models, rows, [], list(dict.fromkeys(warnings)), details)
 

@@ -16,7 +16,7 @@ def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
     facts = [
         ("Architecture", details["architecture"] or "unknown (no config.json)"),
         ("Format", " ".join(filter(None, (model.format, model.scheme)))),
-        ("Size", f"{format_bytes(model.size_bytes or 0)} in {counted_text(details['files'], 'file')}"),
+        ("Size", format_bytes(model.size_bytes or 0) + _in_files(details["files"])),
         ("Parameters", f"{details['parameters']:,}" if details["parameters"] else "quantized"),
         ("Tensors", str(details["tensors"])),
         ("Dtypes", ", ".join(f"{dtype} {format_bytes(entry['bytes'])}" for dtype, entry in details["dtypes"].items())),
@@ -53,6 +53,11 @@ def inspect_tables(report: Report, *, layers: bool) -> list[Table]:
             part = [row for row in report.layers if row.details.get("plan") == scheme]
             tables.append(_layer_table(part, "Tensors" if scheme is None else f"Tensors with {scheme}"))
     return tables
+
+
+def _in_files(count: int) -> str:
+    """Of a function there are none."""
+    return f" in {counted_text(count, 'file')}" if count else ""
 
 
 def _layer_table(layers: Sequence[LayerRow], title: str) -> Table:
