@@ -16,7 +16,7 @@ from quantcli.commands.convert_decoder import Way, convert_decoder, way_to_onnx,
 from quantcli.commands.convert_pipeline import convert_pipeline, is_pipeline
 from quantcli.conversion.checkpoint.gguf_packing import Packing
 from quantcli.conversion.checkpoint.layout import Layout, plan_layout
-from quantcli.conversion.checkpoint.pipeline import Conversion, Work, use_loops, worker_count
+from quantcli.conversion.checkpoint.pipeline import Conversion, Work, hashing, use_loops, worker_count
 from quantcli.conversion.checkpoint.repack import planned_conversion
 from quantcli.conversion.checkpoint.rows import conversion_report, reference_row
 from quantcli.conversion.staging import open_staging
@@ -289,6 +289,7 @@ def _convert_checkpoint(
     if recipe.format != "gguf":
         check_name(output, ".safetensors", folder=True)
     check_target(output, checkpoint.folder or source, force=force or dry_run)
+    sha256 = None if dry_run else hashing(stored)
     from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
 
     with at_most(threads), RuntimeCheck(plan, checkpoint, verify, max_memory) as check:
@@ -308,13 +309,13 @@ def _convert_checkpoint(
         layout = plan_layout(plan, checkpoint, output)
         packing = Packing(plan, checkpoint, output, verify, max_memory) if plan.format == "gguf" else None
         planned = packing.planned if packing else check.rehearse(plan, layout)
-        if dry_run:
+        if sha256 is None:
             told = packing.as_reported(layout) if packing else layout
             planned = {"dry_run": True, "runtime": planned}
             return conversion_report(checkpoint, reference, output, plan, told, {}, planned)
         workers = worker_count(plan, checkpoint, threads, max_memory)
         use_loops(plan, checkpoint, workers, max_memory)
-        conversion = Conversion(checkpoint, plan, layout, workers, work, progress, check)
+        conversion = Conversion(checkpoint, plan, layout, workers, work, progress, check, sha256)
         layout, details = _carried_out(conversion, output, packing, force=force)
     details |= {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
     reference.sha256 = conversion.sha256

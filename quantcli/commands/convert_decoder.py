@@ -19,7 +19,7 @@ from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.hugging_face import is_causal_config, neighbours
 from quantcli.checkpoint.quantized import QuantizedCheckpoint
 from quantcli.conversion.checkpoint.layout import plan_layout
-from quantcli.conversion.checkpoint.pipeline import Conversion, Work, use_loops, worker_count
+from quantcli.conversion.checkpoint.pipeline import Conversion, Work, hashing, use_loops, worker_count
 from quantcli.conversion.checkpoint.repack import planned_conversion
 from quantcli.conversion.checkpoint.rows import conversion_report, reference_row
 from quantcli.conversion.decoder.recipe import decoder_recipe
@@ -182,7 +182,7 @@ def convert_decoder(
         return conversion_report(checkpoint, reference, output, plan, layout, {}, planned)
     workers = worker_count(plan, checkpoint, threads, max_memory)
     use_loops(plan, checkpoint, workers, max_memory)
-    conversion = Conversion(checkpoint, plan, layout, workers, work, progress, _NotAsked())
+    conversion = Conversion(checkpoint, plan, layout, workers, work, progress, _NotAsked(), hashing(stored))
     with open_staging(output) as staging:
         try:
             require_space(output, 2 * layout.nbytes)

@@ -74,6 +74,11 @@ class Check(Protocol):
         """What is held of it, in the keys of `quantcli.conversion.checkpoint.proof.described`."""
 
 
+def hashing(checkpoint: Checkpoint) -> Background[str]:
+    """The hash of a model, begun as early as can be: while transformers is asked, a core is idle."""
+    return Background(checkpoint.sha256 if ranks.is_first() else str)
+
+
 class Conversion:
     """One run of `convert`: the state its steps share."""
 
@@ -86,8 +91,9 @@ class Conversion:
         work: Work | None,
         progress: Progress | None,
         check: Check,
+        sha256: Background[str],
     ) -> None:
-        self._check = check
+        self._check, self._hashing = check, sha256
         self.checkpoint, self.plan, self.layout = checkpoint, plan, layout
         self.workers, self.work, self.progress = workers, work, progress
         self.results: dict[str, LayerResult] = {}
@@ -121,14 +127,12 @@ class Conversion:
         output = self._open_output(staging, done)
         if ranks.is_first():
             self._write_companions(staging.out)
-        # The hash reads ahead of the workers, and hides the seconds that importing torch takes.
-        hashing = Background(self.checkpoint.sha256 if ranks.is_first() else str)
         if self.work:
             self._require_finite(output)
             self.work.run(output)
             output.results.update(ranks.broadcast(output.results))
         self._stream(output)
-        self.sha256 = hashing.result()
+        self.sha256 = self._hashing.result()
         self.checkpoint.require_unchanged()
         for destination in output.destinations.values():
             destination.file.close()

@@ -18,7 +18,6 @@ from quantcli.planning.recipe import Recipe
 from quantcli.planning.resolve import resolve
 from quantcli.planning.rules import full_label
 from quantcli.reporting.report import LayerRow, ModelRow, Report
-from quantcli.system import ranks
 
 if TYPE_CHECKING:
     from quantcli.conversion.checkpoint.writer import LayerResult
@@ -46,7 +45,7 @@ def conversion_report(
     results: Mapping[str, LayerResult],
     details: dict[str, Any],
 ) -> Report:
-    """The report of a conversion; without ``results`` of one that is only planned."""
+    """The report of a conversion; without ``results``, and a hash in ``reference``, of one that is only planned."""
     before = checkpoint.size_bytes
     rows = [_layer_row(layer, layout, results.get(layer.info.name)) for layer in plan.layers]
     measured = [row.sqnr_db for row in rows if row.sqnr_db is not None]
@@ -54,7 +53,7 @@ def conversion_report(
         "size_ratio": layout.nbytes / before,
         "sqnr_db_min": min(measured, default=None),
     }
-    sha256 = open_model(target).sha256() if results and ranks.is_first() else None
+    sha256 = open_model(target).sha256() if reference.sha256 else None
     artifact = ModelRow(
         str(target),
         "candidate",

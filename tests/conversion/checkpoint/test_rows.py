@@ -10,9 +10,10 @@ from support.plans import plan_of
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.conversion.checkpoint.layout import plan_layout
-from quantcli.conversion.checkpoint.rows import conversion_report
+from quantcli.conversion.checkpoint.rows import conversion_report, reference_row
 from quantcli.conversion.checkpoint.writer import LayerResult
 from quantcli.core.tensors import Rounding
+from quantcli.reporting.report import Report
 from quantcli.reporting.tables.convert import convert_tables
 
 LAYERS = {
@@ -28,7 +29,12 @@ def test_the_report_counts_the_tokens_of_each_expert(tmp_path: Path) -> None:
     tokens = {name: (0, 64, 900)[int(name.split(".")[5])] for name in LAYERS}
     results = {name: LayerResult([], rounding=Rounding("gptq", tokens=count)) for name, count in tokens.items()}
     layout = plan_layout(plan, checkpoint, tmp_path / "out")
-    report = conversion_report(checkpoint, tmp_path / "out", plan, layout, results, None, dict(DETAILS))
+
+    def report_of(results: dict[str, LayerResult]) -> Report:
+        reference = reference_row(checkpoint)
+        return conversion_report(checkpoint, reference, tmp_path / "out", plan, layout, results, dict(DETAILS))
+
+    report = report_of(results)
     assert report.details["experts"] == {"count": 3, "tokens": {"min": 0, "median": 64, "max": 900}, "under_fed": 1}
     assert {row.name: row.details["tokens"] for row in report.layers if "tokens" in row.details} == tokens
     assert any(warning.startswith("1 of 3 experts were given fewer tokens") for warning in report.warnings)
@@ -37,7 +43,7 @@ def test_the_report_counts_the_tokens_of_each_expert(tmp_path: Path) -> None:
     starved = results | {
         name: LayerResult([], rounding=Rounding("gptq", tokens=63)) for name, count in tokens.items() if count == 64
     }
-    fewer = conversion_report(checkpoint, tmp_path / "out", plan, layout, starved, None, dict(DETAILS))
+    fewer = report_of(starved)
     assert fewer.details["experts"]["under_fed"] == 2
     plain = {name: LayerResult([], rounding=Rounding("mse")) for name in LAYERS}
-    assert "experts" not in conversion_report(checkpoint, tmp_path, plan, layout, plain, None, dict(DETAILS)).details
+    assert "experts" not in report_of(plain).details
