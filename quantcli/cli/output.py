@@ -70,6 +70,7 @@ def reported(command: Callable[..., Outcome], *, shared: bool) -> Callable[..., 
         with ranks.joined() if shared else nullcontext():
             outcome = command(ui, **given)
             ranks.finish()
+            outcome.report.warnings += ranks.unshared()
         asked = _command_line(context)
         next_step = outcome.next_step if outcome.report.passed else _nearest(context, outcome.report)
         ui.show(outcome.report, outcome.tables)

@@ -148,7 +148,7 @@ def convert(
     becomes_onnx = way is not Way.PLAIN or goes_to_onnx(model, place, wishes.format)
     require_effect(place, onnx=becomes_onnx, verify=verify, calibration=calibration)
     if way is Way.BUILT:
-        ranks.require_single("A conversion to a decoder in ONNX")
+        ranks.go_on_alone("A conversion to a decoder in ONNX")
         with at_most(threads):
             return convert_decoder(
                 Path(model),
@@ -201,7 +201,7 @@ def convert(
         verify=verify, histograms=histograms, progress=progress,
     )  # fmt: skip
     if budget is not None and budget != Budget():
-        ranks.require_single("The search for a budget")
+        ranks.go_on_alone("The search for a budget")
         return _within(budget, str(model), place, wishes, request, weights, one, dry_run=dry_run, force=force)
     return one(place, wishes, request, dry_run=dry_run, force=force)
 

@@ -51,7 +51,7 @@ def convert_graph(
         return by_recipe(
             output, recipe, request, statistics, dry_run=dry_run, force=force, guard=StaticGuard(), cache=cache
         )
-    ranks.require_single("The search for a budget")
+    ranks.go_on_alone("The search for a budget")
     if recipe.runtime[0] == "transformers.js":
         raise UsageError(
             "A budget mixes schemes, and transformers.js has names for files of one.", "Name one with --scheme."

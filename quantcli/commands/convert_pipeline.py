@@ -108,7 +108,7 @@ def convert_pipeline(
     Raises:
         UsageError, InputError: what `convert` raises for one of the models, before any is converted where it can.
     """
-    ranks.require_single("The conversion of a pipeline")
+    ranks.go_on_alone("The conversion of a pipeline")
     names, copied = components(folder)
     if output.suffix == ".safetensors":
         raise UsageError(f"{folder} is a pipeline, so the output is a folder; {output} names a file.")

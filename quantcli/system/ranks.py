@@ -130,6 +130,9 @@ def _is_dead(host: str, process: int) -> bool:
 
 
 _team: ContextVar[_Team | None] = ContextVar("_team", default=None)
+#: Whether the other ranks have ended, and what was not shared with them.
+_alone: ContextVar[bool] = ContextVar("_alone", default=False)
+_unshared: ContextVar[str | None] = ContextVar("_unshared", default=None)
 
 
 def started() -> tuple[int, int]:
@@ -142,8 +145,8 @@ def started() -> tuple[int, int]:
 
 
 def on_this_machine() -> int:
-    """Ranks that share this machine's cores."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if started()[1] > 1 else 1
+    """Ranks that share this machine's cores: one, once the others have ended."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if started()[1] > 1 and not _alone.get() else 1
 
 
 def rank() -> int:
@@ -282,12 +285,20 @@ def finish() -> None:
         raise Dismissed
     team.close()
     _team.set(None)
+    _alone.set(True)
 
 
-def require_single(what: str) -> None:
-    """Raise UsageError for what one process does alone. ``what`` starts a sentence."""
+def go_on_alone(what: str) -> None:
+    """End all ranks but the first, which does alone what cannot be shared. ``what`` starts a sentence."""
     if world() > 1:
-        raise UsageError(f"{what} is not shared among the processes of torchrun.", "Run the same command without it.")
+        finish()
+        _unshared.set(f"{what} is not shared among the processes of torchrun: the first one did it, with all cores.")
+
+
+def unshared() -> list[str]:
+    """What is to be told of work that the first rank did alone."""
+    told = _unshared.get()
+    return [told] if told else []
 
 
 def silence() -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import quantcli
 from quantcli.algorithms.base import LinearStats
 from quantcli.blocks.calls import Call
-from quantcli.errors import InputError, QuantcliError, UsageError
+from quantcli.errors import InputError, QuantcliError
+from quantcli.planning.recipe import Recipe
 from quantcli.ptq.observe import observe
 from quantcli.search.budget import Budget
 from quantcli.system import ranks
@@ -50,6 +51,13 @@ def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here"}.items():
         monkeypatch.setenv(name, value)
     assert (ranks.started(), ranks.on_this_machine()) == ((1, 4), 2)
+
+    def cores_before_and_after(_: int) -> tuple[int, int]:
+        before = ranks.on_this_machine()
+        ranks.go_on_alone("It")
+        return before, ranks.on_this_machine()
+
+    assert as_ranks(2, cores_before_and_after) == [(2, 1), None]
 
 
 @pytest.mark.parametrize("world", [1, *WORLDS, 20])
@@ -201,14 +209,38 @@ def test_a_defect_on_one_rank_is_told_with_its_trace() -> None:
     assert "in run" in caught.value.__notes__[0]
 
 
-def test_what_is_not_shared_is_refused_before_work(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+UNSHARED: dict[str, Callable[[Path, Path], object]] = {
+    "learns": lambda files, out: quantcli.convert(
+        files / "llama", out, data=files / "tokens.npz", samples=4, recipe=LEARNING
+    ),
+    "budget": lambda files, out: quantcli.convert(files / "llama-untyped", out, budget=Budget(max_size=1 << 20)),
+    "container": lambda files, out: quantcli.convert(files / "int4", out, format="gptq"),
+}
+LEARNING = Recipe(scheme="int4", group_size=16, steps=[{"autoround": {"iterations": 2}}, "tune"])
+
+
+@pytest.mark.parametrize("work", UNSHARED.values(), ids=UNSHARED)
+def test_what_is_not_shared_the_first_rank_does_alone(
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_runtime_check: None,
+    work: Callable[[Path, Path], object],
 ) -> None:
     monkeypatch.setattr(ranks, "_LOOK_EVERY", 60)
-    budget = Budget(max_size=1 << 20)
-    with pytest.raises(UsageError, match=r"search for a budget is not shared among the processes of torchrun"):
-        as_ranks(2, lambda _: quantcli.convert(files / "llama-untyped", tmp_path / "out", budget=budget))
-    assert not list(tmp_path.iterdir())
+    if not (files / "int4").exists():
+        quantcli.convert(files / "llama", files / "int4", scheme="int4", group_size=32)
+    work(files, tmp_path / "one")
+
+    def shared(_: int) -> list[str]:
+        work(files, tmp_path / "several")
+        return ranks.unshared()
+
+    told, *others = as_ranks(3, shared)
+    assert len(told) == 1 and "not shared among the processes of torchrun: the first one did it" in told[0]
+    assert others == [None, None]
+    assert contents(tmp_path / "one") == contents(tmp_path / "several")
+    assert ranks.unshared() == []
 
 
 #: A command line as one of several processes; what stands before it may change what they do.

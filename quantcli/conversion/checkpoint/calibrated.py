@@ -88,7 +88,7 @@ def prepare_calibration(
     """
     check_device(device)
     if "original" in plan.steps.needs or plan.steps.final:
-        ranks.require_single(f"{plan.steps}, which learns from what the original model returns,")
+        ranks.go_on_alone(f"{plan.steps}, which learns from what the original model returns,")
     model = _open_model(checkpoint, function)
     data = load_batches(model, request, trains=_learns(plan, "qat"))
     linear = linear_layers(model.skeleton, plan)

@@ -54,7 +54,7 @@ def planned_conversion(stored: Checkpoint, recipe: Recipe, *, data: bool) -> tup
         checkpoint = decoded if dequantizes(recipe) or (decoded and decoded.is_read_only) else None
     if checkpoint is not None:
         return checkpoint, for_target(resolve(recipe, checkpoint.infos(), checkpoint.config, data=data)), None
-    ranks.require_single("A change of container")
+    ranks.go_on_alone("A change of container")
     work = prepare_repacking(stored, recipe, data=data)
     return work.checkpoint, for_target(work.plan), work
 
