@@ -77,12 +77,27 @@ plain.save_pretrained(output)
 _SCRIPTS = {"llm-compressor": _LLM_COMPRESSOR, "auto-round": _AUTO_ROUND}
 
 
+#: Runs a program and writes its peak memory: a child is counted as at least as large as what started it.
+_LAUNCHER = """
+import os, sys
+place, *command = sys.argv[1:]
+child = os.fork()
+if not child:
+    os.execvp(command[0], command)
+_, status, usage = os.wait4(child, 0)
+with open(place, "w") as file:
+    file.write(str(usage.ru_maxrss * 1024))
+sys.exit(os.waitstatus_to_exitcode(status) and 1)
+"""
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What a program took: seconds by the clock, and seconds of all cores together."""
+    """What a program took: seconds by the clock, seconds of all cores together, and memory at the peak."""
 
     wall_seconds: float
     cpu_seconds: float
+    peak_bytes: int = 0
 
     def __str__(self) -> str:
         return f"{self.wall_seconds:.0f} s, {self.cpu_seconds:.0f} CPU-s"
@@ -97,19 +112,19 @@ def measured(command: Sequence[object], log: Path, *, threads: int) -> Cost:
         "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    start = time.monotonic()
+    start, peak = time.monotonic(), log.with_suffix(".peak")
     with log.open("wb") as stream:
+        launched = [sys.executable, "-I", "-S", "-c", _LAUNCHER, peak, *map(str, command)]
         child = subprocess.Popen(
-            [*map(str, command)], stdout=stream, stderr=subprocess.STDOUT, env=os.environ | counts | offline,
-            cwd=log.parent,
-        )  # fmt: skip
+            launched, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | counts | offline, cwd=log.parent
+        )
         # Popen's own wait would throw away what the system counted.
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         raise RuntimeError(f"{command[0]} ended with status {child.returncode}; the end of {log}:\n{tail}")
-    return Cost(time.monotonic() - start, usage.ru_utime + usage.ru_stime)
+    return Cost(time.monotonic() - start, usage.ru_utime + usage.ru_stime, int(peak.read_text()))
 
 
 def environment(name: str, cache: Path) -> Path:
