@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
+from quantcli.benchmarking.generation import NEW_TOKENS, wants_generation
 from quantcli.core.ports import Arrays, Port, cache_ports
 from quantcli.data.for_models import input_ports, source_for
 from quantcli.data.made_up import DEFAULT_LENGTH, made_up_feeds
@@ -68,7 +70,7 @@ def load_feeds(
         raise UsageError(f"--batch-size {wrong[0]}: {sources[0].path} takes {fixed} at a time.")
     graph = None if sizes or fixed else _graph_of_free_batch(sources, ports)
     if request is None:
-        make_up = partial(made_up_feeds, ports, seq_len=seq_len, seed=seed)
+        make_up = partial(made_up_feeds, ports, seq_len=seq_len or _usual_length(sources), seed=seed)
         own = 1 if graph is None else least_batch_size(graph.runner(shared=True).run, make_up)
         chosen = dict.fromkeys(sizes or (fixed or own or 1,))
         feeds = Feeds({size: [make_up(size)] for size in chosen}, "made up")
@@ -78,7 +80,7 @@ def load_feeds(
             "shapes and values are others."
         )
         return feeds
-    length = request.seq_len or (DEFAULT_LENGTH if text and not _fixed_length(ports) else None)
+    length = request.seq_len or (_usual_length(sources) if text and not _fixed_length(ports) else None)
 
     def chosen_samples(count: int) -> Samples:
         sized = replace(request, samples=count, seq_len=length, windows=True)
@@ -92,6 +94,16 @@ def load_feeds(
     chosen = dict.fromkeys(sizes or (fixed or own,))
     samples = chosen_samples(max(chosen) * _BATCHES)
     return Feeds({size: _batches(samples, size) for size in chosen}, request.data, list(samples.warnings))
+
+
+def _usual_length(sources: Sequence[ModelSource]) -> int:
+    """Tokens of a sequence where nobody says it: fewer than usual where a model takes fewer, or is to generate more."""
+    from quantcli.models.hugging_face import longest_sequence
+
+    room = NEW_TOKENS if wants_generation(sources) else 0
+    folders = [source.folder for source in sources if source.checkpoint or Path(source.path).is_dir()]
+    described = {folder for folder in folders if folder and (folder / "config.json").is_file()}
+    return max(1, min([DEFAULT_LENGTH, *(longest_sequence(folder) - room for folder in described)]))
 
 
 def _graph_of_free_batch(sources: Sequence[ModelSource], ports: Sequence[Port]) -> ModelSource | None:

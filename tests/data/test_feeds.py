@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support.tokenizers import save_tokenizer
 
 import quantcli
 from quantcli.benchmarking.feeds import load_feeds
+from quantcli.benchmarking.generation import NEW_TOKENS
 from quantcli.core.ports import Port
 from quantcli.data.request import DataRequest
 from quantcli.data.samples import batches, load_samples
@@ -225,3 +228,18 @@ def test_text_is_fed_to_inputs_of_strings(tmp_path: Path) -> None:
     report = quantcli.convert(model, tmp_path / "o.onnx", scheme="int8-static", data=data)
     assert report.details["outputs"]["equal"] == 1.0
     assert quantcli.evaluate(model, [tmp_path / "o.onnx"], data=data).models[1].metrics["sqnr_db"] > 20
+
+
+def test_sequences_are_no_longer_than_a_model_takes(models: Path, tmp_path: Path) -> None:
+    """The tiny models know 64 positions; a decoder generates behind its prompt."""
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 1000, encoding="utf-8")
+    save_tokenizer(shutil.copytree(models / "bert", tmp_path / "bert"))
+    bert = [open_model(tmp_path / "bert")]
+    for request in (None, DataRequest(str(text))):
+        assert load_feeds(bert, request, None).shapes["input_ids"] == [1, 64]
+    assert load_feeds(bert, None, None, seq_len=9).shapes["input_ids"] == [1, 9]
+    save_tokenizer(shutil.copytree(models / "llama", tmp_path / "llama"))
+    quantcli.convert(tmp_path / "llama", tmp_path / "decoder", scheme="int8", format="onnx")
+    decoder = open_model(tmp_path / "decoder")
+    assert load_feeds([decoder], None, None).shapes["input_ids"] == [1, 64 - NEW_TOKENS]
