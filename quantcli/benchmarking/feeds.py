@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantcli.benchmarking.generation import NEW_TOKENS, wants_generation
 from quantcli.core.ports import Arrays, Port, cache_ports
@@ -19,6 +20,9 @@ from quantcli.data.sources.base import Sample, batch_sizes, hash_samples
 from quantcli.errors import InputError, UsageError
 from quantcli.models.batch_size import SIZES, least_batch_size
 from quantcli.models.source import ModelSource
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: Different batches that runs take turns with; more would only fill memory.
 _BATCHES = 4
@@ -70,8 +74,11 @@ def load_feeds(
         raise UsageError(f"--batch-size {wrong[0]}: {sources[0].path} takes {fixed} at a time.")
     graph = None if sizes or fixed else _graph_of_free_batch(sources, ports)
     if request is None:
-        make_up = partial(made_up_feeds, ports, seq_len=seq_len or _usual_length(sources), seed=seed)
-        own = 1 if graph is None else least_batch_size(graph.runner(shared=True).run, make_up)
+        free = _graph_of_free_batch(sources, ports) if _has_free_length(ports) and seq_len is None else graph
+        run = None if free is None else free.runner(shared=True).run
+        tokens = seq_len or _length_that_runs(run, ports, _usual_length(sources), seed)
+        make_up = partial(made_up_feeds, ports, seq_len=tokens, seed=seed)
+        own = 1 if graph is None or run is None else least_batch_size(run, make_up)
         chosen = dict.fromkeys(sizes or (fixed or own or 1,))
         feeds = Feeds({size: [make_up(size)] for size in chosen}, "made up")
         shapes = ", ".join(f"{name} {shape}" for name, shape in feeds.shapes.items())
@@ -104,6 +111,25 @@ def _usual_length(sources: Sequence[ModelSource]) -> int:
     folders = [source.folder for source in sources if source.checkpoint or Path(source.path).is_dir()]
     described = {folder for folder in folders if folder and (folder / "config.json").is_file()}
     return max(1, min([DEFAULT_LENGTH, *(longest_sequence(folder) - room for folder in described)]))
+
+
+def _has_free_length(ports: Sequence[Port]) -> bool:
+    return "input_ids" in {port.name for port in ports} and not _fixed_length(ports)
+
+
+def _length_that_runs(
+    run: Callable[[Mapping[str, np.ndarray]], object] | None, ports: Sequence[Port], usual: int, seed: int
+) -> int:
+    """As many tokens as usual, or fewer where a graph has a table of fewer places: nothing tells of that."""
+    if run is None or not _has_free_length(ports):
+        return usual
+    lengths = [length for length in (usual, 64, 32, 16, 8, 4, 2, 1) if length <= usual]
+    tried = (
+        length
+        for length in lengths
+        if least_batch_size(run, partial(made_up_feeds, ports, seq_len=length, seed=seed), most=2)
+    )
+    return next(tried, usual)
 
 
 def _graph_of_free_batch(sources: Sequence[ModelSource], ports: Sequence[Port]) -> ModelSource | None:

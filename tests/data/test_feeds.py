@@ -243,3 +243,27 @@ def test_sequences_are_no_longer_than_a_model_takes(models: Path, tmp_path: Path
     quantcli.convert(tmp_path / "llama", tmp_path / "decoder", scheme="int8", format="onnx")
     decoder = open_model(tmp_path / "decoder")
     assert load_feeds([decoder], None, None).shapes["input_ids"] == [1, 64 - NEW_TOKENS]
+
+
+def test_a_graph_with_few_places_is_given_as_few_tokens(tmp_path: Path) -> None:
+    """A table of 20 positions, of which a text takes as many as it has tokens: no file says that it has 20."""
+    nodes = [
+        helper.make_node("Shape", ["input_ids"], ["length"], start=1),
+        helper.make_node("Slice", ["positions", "zero", "length", "zero"], ["own"]),
+        helper.make_node("Gather", ["words", "input_ids"], ["embedded"]),
+        helper.make_node("Add", ["embedded", "own"], ["y"]),
+    ]
+    values = np.random.default_rng(0).standard_normal((70, 8)).astype(np.float32)
+    constants = {"words": values[:50], "positions": values[50:], "zero": np.zeros(1, np.int64)}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "sequence", 8])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "m.onnx")
+    model = open_model(tmp_path / "m.onnx")
+    assert load_feeds([model], None, None).shapes == {"input_ids": [1, 16]}
+    assert load_feeds([model], None, [3]).shapes == {"input_ids": [3, 16]}
+    assert load_feeds([model], None, None, seq_len=19).shapes == {"input_ids": [1, 19]}
