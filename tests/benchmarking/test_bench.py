@@ -66,7 +66,9 @@ def test_sleeping_models_are_as_slow_as_they_sleep(place: Path, no_child: None) 
     slow, fast = report.models
     assert 20 <= slow.metrics["latency_ms_p50"] <= slow.metrics["latency_ms_p90"] <= slow.metrics["latency_ms_p99"]
     assert 5 <= fast.metrics["latency_ms_p50"] < 20
-    assert 1.5 < fast.metrics["speedup_low"] <= fast.metrics["speedup"] <= fast.metrics["speedup_high"] < 4.2
+    # Sleeps are four to one; on a busy machine either may last longer.
+    assert 1.5 < fast.metrics["speedup_low"] <= fast.metrics["speedup"] <= fast.metrics["speedup_high"]
+    assert fast.metrics["speedup"] < 6
     assert fast.details["batches"][0]["verdict"] == "faster"
     assert slow.metrics["throughput_per_s"] < 50
     assert "speedup" not in slow.metrics
