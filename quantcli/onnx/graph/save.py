@@ -137,14 +137,17 @@ def add_metadata(path: Path, key: str, value: str) -> None:
 
 
 def checksums(model: ir.Model) -> dict[str, int]:
-    """CRC-32 of every constant's dtype, shape and bytes, by name; tensors are read one by one."""
-    sums = {}
+    """CRC-32 of every constant's dtype, shape and bytes, by name; tensors are read one by one.
+
+    Constants of different bodies that have one name are summed up together.
+    """
+    sums: dict[str, int] = {}
     for graph in model.graphs():
         for name, value in graph.initializers.items():
             tensor = value.const_value
             if tensor is not None:
                 head = f"{tensor.dtype.name} {tuple(tensor.shape.numpy())}"
-                sums[name] = zlib.crc32(_content(tensor), zlib.crc32(head.encode()))
+                sums[name] = zlib.crc32(_content(tensor), zlib.crc32(head.encode(), sums.get(name, 0)))
     return sums
 
 

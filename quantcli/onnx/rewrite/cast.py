@@ -42,17 +42,17 @@ _CHUNK = 1 << 22
 class CastWeight:
     """A weight that was cast; or one that stayed as it was, and ``stays`` says why."""
 
-    name: str
+    value: ir.Value
     nbytes: int
     rounding: Rounding | None = None
     stays: str | None = None
     decoded: Callable[[], np.ndarray] | None = None
 
 
-def cast_weights(model: ir.Model, dtype: str, names: Collection[str] | None = None) -> list[CastWeight]:
+def cast_weights(model: ir.Model, dtype: str, chosen: Collection[ir.Value] | None = None) -> list[CastWeight]:
     """Store a model's wider weights as ``dtype``, fp16 or bf16, in place; casting is put off until they are saved.
 
-    Small tensors stay as they are and are not listed; weights of other ``names`` neither.
+    Small tensors stay as they are and are not listed; where some are ``chosen``, all others neither.
 
     Raises:
         InputError: there is nothing to cast, because the model is in half precision already or holds no weights;
@@ -67,7 +67,7 @@ def cast_weights(model: ir.Model, dtype: str, names: Collection[str] | None = No
         value
         for graph in model.graphs()
         for value in list(graph.initializers.values())
-        if _is_weight(value) and (names is None or value.name in names)
+        if _is_weight(value) and (chosen is None or value in chosen)
     ]
     if not weights:
         raise InputError(_nothing_to_cast(model, dtype))
@@ -101,10 +101,10 @@ def _cast(value: ir.Value, dtype: str) -> CastWeight:
     if overflows:
         largest = float(np.finfo(np.float16).max) if dtype == "fp16" else 3.39e38
         note = f"stays {wide}: {overflows} values lie beyond {largest:.6g}, the largest {dtype} number"
-        return CastWeight(name, tensor.nbytes, stays=note)
+        return CastWeight(value, tensor.nbytes, stays=note)
     if noise > signal * _MOST_NOISE:
         note = f"stays {wide}: its values are too small for {dtype}, which rounds most of them to zero"
-        return CastWeight(name, tensor.nbytes, stays=note)
+        return CastWeight(value, tensor.nbytes, stays=note)
     stored = ir.Value(
         name=free_name(graph, f"{name}_{dtype}"),
         shape=ir.Shape(tensor.shape.numpy()),
@@ -123,7 +123,7 @@ def _cast(value: ir.Value, dtype: str) -> CastWeight:
     else:
         graph.append(cast)
     rounding = Rounding("cast", signal=signal, noise=noise)
-    return CastWeight(name, tensor.size * 2, rounding, decoded=lambda: _half(tensor, half).numpy())
+    return CastWeight(value, tensor.size * 2, rounding, decoded=lambda: _half(tensor, half).numpy())
 
 
 def _half(tensor: ir.TensorProtocol, half: ir.DataType) -> ir.TensorProtocol:
@@ -161,14 +161,14 @@ def _supports(layer: NodePlan, scheme: Scheme) -> str | None:
 
 def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
     """Casts the weights of all the layers at once, in the order of the file."""
-    written: dict[str, CastWeight] = {}
+    written: dict[ir.Value, CastWeight] = {}
     for dtype in ("fp16", "bf16"):
-        names = {layer.name for layer in layers if layer.scheme and layer.scheme.weights.dtype == dtype}
-        if names:
-            written |= {w.name: w for w in cast_weights(model, dtype, names)}
+        chosen = {layer.weight for layer in layers if layer.scheme and layer.scheme.weights.dtype == dtype}
+        if chosen:
+            written |= {each.value: each for each in cast_weights(model, dtype, chosen)}
 
     def rewrite(layer: NodePlan) -> LayerOutcome:
-        weight = written[layer.name]
+        weight = written[layer.weight]
         plan = layer.left(weight.stays) if weight.stays else layer
         return LayerOutcome(plan, weight.nbytes, weight.rounding, weight.decoded)
 
