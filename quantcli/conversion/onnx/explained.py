@@ -45,8 +45,9 @@ _FAR_DB = 12.0
 #: Operators at which a small error becomes a large one: what follows them cannot be judged by its size.
 _JUMPS = frozenset(
     ("TopK", "ArgMax", "ArgMin", "Hardmax", "NonZero", "Unique", "Multinomial", "Bernoulli", "NonMaxSuppression",
-     "Round", "Floor", "Ceil", "Sign", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal",
-     "Compress", "Mod", "RoiAlign", "MaxRoiPool", "GridSample")
+     "Round", "Floor", "Ceil", "Sign", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "Compress", "Mod",
+     "RoiAlign", "MaxRoiPool", "MaxUnpool", "GridSample", "Binarizer", "TreeEnsemble", "TreeEnsembleClassifier",
+     "TreeEnsembleRegressor")
 )  # fmt: skip
 
 #: Of these, the ones that make the shapes of what follows depend on values.

@@ -17,6 +17,7 @@ from quantcli.core.dtypes import DTYPE_OF_NUMBER
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import Rounding
 from quantcli.errors import InputError
+from quantcli.onnx.graph.casts import stored_bytes
 from quantcli.onnx.graph.values import constant, free_name
 from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.forms import Form
@@ -154,7 +155,8 @@ def _supports(layer: NodePlan, scheme: Scheme) -> str | None:
     dtype = layer.info.dtype
     if dtype == DTYPE_OF_NUMBER[scheme.weights.dtype]:
         return f"already {scheme.weights.dtype}"
-    if dtype not in ("F32", "F64"):
+    stored = stored_bytes(layer.weight)
+    if dtype not in ("F32", "F64") or (stored is not None and stored < layer.info.nbytes):
         return "already in half precision"
     return "its weight is an output of the model" if layer.weight.is_graph_output() else None
 

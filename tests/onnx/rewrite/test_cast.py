@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from support.graphs import model as graph
+from support.graphs import node
 from support.nbits_graphs import constant, free, matmul, model_of, normal, run, tied
 
+from quantcli import convert
 from quantcli.errors import InputError
 from quantcli.onnx.rewrite.cast import cast_weights
 
@@ -88,6 +94,16 @@ def test_doubles_stay_doubles() -> None:
     (got,) = run(model, x=x)
     assert got.dtype == np.float64
     np.testing.assert_allclose(got, x @ weight.astype(np.float16).astype(np.float64), rtol=1e-12)
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "bf16"])
+def test_what_the_file_holds_in_halves_is_left(tmp_path: Path, scheme: str) -> None:
+    nodes = [node("Cast", ["w"], ["wide"], to=onnx.TensorProto.FLOAT), node("MatMul", ["x", "wide"], ["y"])]
+    onnx.save(
+        graph(nodes, {"x": ["n", 64]}, {"y": None}, {"w": normal(64, 64).astype(np.float16)}), tmp_path / "m.onnx"
+    )
+    with pytest.raises(InputError, match=r"applies to nothing in .*: already in half precision"):
+        convert(tmp_path / "m.onnx", tmp_path / "out.onnx", scheme=scheme)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
