@@ -158,7 +158,7 @@ def _supports(layer: NodePlan, scheme: Scheme) -> str | None:
     stored = stored_bytes(layer.weight)
     if dtype not in ("F32", "F64") or (stored is not None and stored < layer.info.nbytes):
         return "already in half precision"
-    return "its weight is an output of the model" if layer.weight.is_graph_output() else None
+    return None
 
 
 def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
