@@ -56,10 +56,11 @@ class ArrayFile:
                     entry.filename.removesuffix(".npy"): self._member(archive, entry) for entry in archive.infolist()
                 }
         except _DAMAGED as error:
-            reason = " ".join(str(error).split()).rstrip(".")
+            reason, hint = " ".join(str(error).split()).rstrip("."), None
             if any(word in reason for word in ("pickle", "Object arrays", "Python objects")):
                 reason = "it holds Python objects, which are never loaded"
-            raise InputError(f"{self.path} is not a readable numpy file: {reason}.") from error
+                hint = "Strings are saved as an array of the type str: numpy.array([...], dtype=str)."
+            raise InputError(f"{self.path} is not a readable numpy file: {reason}.", hint) from error
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error.strerror or error}.") from error
         names = [name for name in arrays if name != LABELS]

@@ -1,4 +1,4 @@
-"""Types of numbers that numpy lacks: as arrays of ml_dtypes, and as they lie in onnxruntime's memory.
+"""Types that numpy, or its files, lack: as arrays of ml_dtypes, and as they lie in onnxruntime's memory.
 
 ml_dtypes has a byte for a number of four or two bits; onnxruntime packs them, the first one into the lowest bits.
 """
@@ -23,7 +23,9 @@ def is_narrow(dtype: np.dtype[Any]) -> bool:
 
 
 def in_numpy(values: np.ndarray) -> np.ndarray:
-    """The same numbers in a type that numpy's files know."""
+    """The same numbers, or strings, in a type that numpy's files know."""
+    if values.dtype == object:
+        return values.astype(str)
     if not is_narrow(values.dtype):
         return values
     return values.astype(np.float32 if dtype_family(values.dtype) == "float" else np.int8)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from support.graphs import model, node
 from support.tiny_onnx import classifier, weights
 
 from quantcli.benchmarking.probe import load_and_run, probe
@@ -37,11 +39,23 @@ def test_loading_and_peak_are_the_models_own(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_this_process_holds_is_not_counted(tmp_path: Path) -> None:
-    model = classifier(tmp_path / "model.onnx", *weights())
+    small = classifier(tmp_path / "model.onnx", *weights())
     held = np.ones(100_000_000)
-    found = probe(str(model), "onnx", FEEDS, threads=1)
+    found = probe(str(small), "onnx", FEEDS, threads=1)
     assert found.peak_rss_bytes < held.nbytes < peak_rss_bytes()
     assert found.load_ms > 0 and found.baseline_rss_bytes <= found.peak_rss_bytes
+
+
+def test_strings_are_fed(tmp_path: Path) -> None:
+    nodes = [
+        node("LabelEncoder", ["t"], ["k"], domain="ai.onnx.ml", keys_strings=["a", "b"], values_int64s=[1, 2]),
+        node("Gather", ["e", "k"], ["y"]),
+    ]
+    proto = model(nodes, {}, {"y": None}, {"e": np.zeros((3, 8), np.float32)}, domains={"ai.onnx.ml": 3})
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("t", onnx.TensorProto.STRING, ["n"]))
+    onnx.save(proto, tmp_path / "m.onnx")
+    found = probe(str(tmp_path / "m.onnx"), "onnx", {"t": np.array(["a", "b"], dtype=object)}, threads=1)
+    assert found.load_ms > 0
 
 
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:

@@ -67,8 +67,9 @@ LEAST = {
 INTEGER_INPUTS = ("int8-dynamic", "int8-static", "calibrated")
 #: Floats of a byte that numpy does not have.
 _EIGHT_BITS = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
-#: Seconds for one command, and for one form of a graph through all of them.
-COMMAND, CASE = 60, 300
+#: Seconds of processor time for one command, and of any time for one form of a graph through all of them: on a busy
+#: machine a command may wait long.
+COMMAND, CASE = 60, 1800
 #: How a message says that a graph, which does run, does not; or that what it was just fed does not fit it.
 _UNTRUE = re.compile(
     r"invalid|not (a )?valid|corrupt|damaged|malformed|not parse|could not run|cannot run|cannot be (loaded|written)"
@@ -262,12 +263,12 @@ def _command(arguments: Sequence[str]) -> Ended:
 
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as said, _streams(said.fileno()):
-        signal.signal(signal.SIGALRM, _too_long)
-        signal.alarm(COMMAND)
+        signal.signal(signal.SIGVTALRM, _too_long)
+        signal.setitimer(signal.ITIMER_VIRTUAL, COMMAND)
         try:
             status = main(list(arguments))
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         sys.stderr.flush()
         sys.stdout.flush()
         said.seek(0)

@@ -286,8 +286,6 @@ def _plain(values: np.ndarray) -> np.ndarray:
 
     if values.dtype.kind == "c":
         return np.stack([values.real, values.imag], -1)
-    if values.dtype == object:
-        return values.astype(str)
     return in_numpy(values)
 
 

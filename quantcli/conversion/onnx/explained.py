@@ -8,15 +8,17 @@ rewritten nodes nor the runtime's integer kernels. An artifact far below it comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.conversion.onnx.comparison import REPORT_IT, Comparison, OutputComparison
 from quantcli.errors import InputError
+from quantcli.onnx.graph.flow import Flow
 from quantcli.onnx.graph.model import open_onnx
 from quantcli.onnx.graph.save import save_graph
-from quantcli.onnx.graph.values import array
+from quantcli.onnx.graph.values import constant
 from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.placement import place
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
@@ -34,18 +36,22 @@ _EXACT_DB = 70.0
 #: Layers add up: outputs this far below the worst weight are still no reason to look closer.
 _FIRST_LOOK_DB = 15.0
 
+#: Outputs of which so little is left are looked at whatever the weights keep, and told of.
+_POOR_DB = 10.0
+
 #: An artifact this far below its decoded form computes something else.
 _FAR_DB = 12.0
 
 #: Operators at which a small error becomes a large one: what follows them cannot be judged by its size.
 _JUMPS = frozenset(
     ("TopK", "ArgMax", "ArgMin", "Hardmax", "NonZero", "Unique", "Multinomial", "Bernoulli", "NonMaxSuppression",
-     "Round", "Floor", "Ceil", "Sign", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "If", "Loop",
-     "Compress", "Mod", "RoiAlign", "MaxRoiPool", "GridSample")
+     "Round", "Floor", "Ceil", "Sign", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "Compress", "Mod",
+     "RoiAlign", "MaxRoiPool", "MaxUnpool", "GridSample", "Binarizer", "TreeEnsemble", "TreeEnsembleClassifier",
+     "TreeEnsembleRegressor")
 )  # fmt: skip
 
 #: Of these, the ones that make the shapes of what follows depend on values.
-_SHAPING = frozenset(("NonZero", "Unique", "NonMaxSuppression", "If", "Loop", "Compress"))
+_SHAPING = frozenset(("NonZero", "Unique", "NonMaxSuppression", "Compress"))
 
 
 class Honest:
@@ -62,7 +68,8 @@ class Honest:
         # Rewriting changes the nodes of the plan; a clone has its own in the same order. Names would not do: two
         # branches may use the same ones.
         self._places = {id(node): place for place, node in enumerate(graph.graph.all_nodes())}
-        self._names = {layer.name for layer in plan.nodes if layer.form}
+        self._weights = {id(value): place for place, value in enumerate(_weights(graph))}
+        self._quantized = [layer.weight for layer in plan.nodes if layer.form]
         self.outcomes: list[LayerOutcome] = []
 
     def require(
@@ -80,9 +87,8 @@ class Honest:
             InputError: an output lost far more than that of the decoded form.
         """
         self.outcomes = [outcome for outcome in outcomes if outcome.plan.form]
-        doubtful = {
-            name: db for name, db in found.outputs.items() if db is not None and db < self._expected_db - _FIRST_LOOK_DB
-        }
+        least = max(self._expected_db - _FIRST_LOOK_DB, _POOR_DB)
+        doubtful = {name: db for name, db in found.outputs.items() if db is not None and db < least}
         if not doubtful:
             return []
         if self._jumps(_JUMPS):
@@ -103,14 +109,12 @@ class Honest:
             wrong = [name for name in wrong if name in _far_below(exact.outputs, decoded)]
         if wrong:
             name = wrong[0]
-            kept, honest = doubtful[name], decoded.outputs.get(name)
-            figure = "all of it" if honest is None else f"{honest:.1f} dB"
             raise InputError(
-                f"The artifact's output {name} is wrong: it keeps {kept:.1f} dB of the model's, where the error of its "
-                f"weights would leave {figure}.",
+                f"The artifact's output {name} is wrong: it keeps {doubtful[name]:.1f} dB of the model's, where the "
+                f"error of its weights would leave {_decibels(decoded.outputs.get(name))}.",
                 REPORT_IT,
             )
-        return []
+        return _explained(doubtful, decoded)
 
     @property
     def shapes_depend_on_values(self) -> bool:
@@ -125,26 +129,18 @@ class Honest:
         return min([*figures, _EXACT_DB])
 
     def _jumps(self, operators: frozenset[str]) -> bool:
-        """Whether one of some operators follows a layer that was quantized."""
-        weights = (value for graph in self.graph.graphs() for value in graph.initializers.values())
-        waiting = [value for value in weights if value.name in self._names]
-        seen = set(waiting)
-        while waiting:
-            for use in waiting.pop().uses():
-                if use.node.op_type in operators or (operators is _JUMPS and _counts(use.node)):
-                    return True
-                new = [output for output in use.node.outputs if output not in seen]
-                seen.update(new)
-                waiting += new
-        return False
+        """Whether one of some operators follows a layer that was quantized, or how often or which body runs does."""
+        weights = list(_weights(self.graph))
+        quantized = (weights[self._weights[id(value)]] for value in self._quantized)
+        counting = operators is _JUMPS
+        return Flow(self.graph).meets(quantized, lambda node: node.op_type in operators or (counting and _counts(node)))
 
     def decoded(self) -> ir.Model:
         """The graph before it was rewritten, with the values that codes stand for; known once `require` was asked."""
         model = self.graph.clone()
-        weights = {name: value for graph in model.graphs() for name, value in graph.initializers.items()}
+        weights = list(_weights(model))
         for outcome in self.outcomes:
-            if outcome.plan.name in weights:
-                _replace(weights[outcome.plan.name], outcome)
+            _replace(weights[self._weights[id(outcome.plan.weight)]], outcome)
         nodes = list(model.graph.all_nodes())
         static, dynamic = (
             [nodes[self._places[id(outcome.plan.node)]] for outcome in self.outcomes if outcome.plan.form == form]
@@ -158,6 +154,11 @@ class Honest:
         return model
 
 
+def _weights(model: ir.Model) -> Iterator[ir.Value]:
+    """Constants of a graph and of its bodies; two bodies may call theirs by the same name."""
+    return (value for graph in model.graphs() for value in graph.initializers.values())
+
+
 def _counts(node: ir.Node) -> bool:
     """Whether a node makes integers of its input."""
     target = node.outputs[0].dtype if node.op_type == "Cast" else None
@@ -166,19 +167,30 @@ def _counts(node: ir.Node) -> bool:
 
 def _replace(value: ir.Value, outcome: LayerOutcome) -> None:
     """Give a weight the values that its codes stand for; where these are not told, an error of the same size."""
+    import onnx_ir as ir
+
+    tensor, rounding = constant(value), outcome.rounding
+    assert tensor is not None
+    if outcome.decoded is None and not (rounding is not None and rounding.signal and rounding.noise):
+        return
+    # Made when it is written, one after the other: all of them may not fit into memory.
+    value.const_value = ir.LazyTensor(
+        partial(_decoded, tensor, outcome), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name
+    )
+
+
+def _decoded(original: ir.TensorProtocol, outcome: LayerOutcome) -> ir.TensorProtocol:
     import numpy as np
     import onnx_ir as ir
 
-    original, rounding = array(value), outcome.rounding
-    assert original is not None
+    values, rounding = original.numpy(), outcome.rounding
     if outcome.decoded is not None:
-        values = outcome.decoded()
-    elif rounding is not None and rounding.signal and rounding.noise:
-        spread = np.sqrt(rounding.noise / rounding.signal * np.square(original.astype(np.float64)).mean())
-        values = original + spread * np.random.default_rng(0).standard_normal(original.shape)
+        decoded = outcome.decoded()
     else:
-        return
-    value.const_value = ir.tensor(values.astype(original.dtype).reshape(original.shape), name=value.name)
+        assert rounding is not None
+        spread = np.sqrt(rounding.noise / rounding.signal * np.square(values.astype(np.float64)).mean())
+        decoded = values + spread * np.random.default_rng(0).standard_normal(values.shape)
+    return ir.tensor(decoded.astype(values.dtype).reshape(values.shape), name=original.name)
 
 
 def _round_input(node: ir.Node) -> None:
@@ -211,6 +223,22 @@ def _unjudged(doubtful: Mapping[str, float], reason: str) -> str:
         f"The output {worst} keeps {doubtful[worst]:.1f} dB of the model's, and whether that is the error of its "
         f"weights was not judged: {reason}"
     )
+
+
+def _explained(doubtful: Mapping[str, float], decoded: Comparison) -> list[str]:
+    """A word where little is left of an output, and rightly so."""
+    worst = min(doubtful, key=lambda name: doubtful[name])
+    if doubtful[worst] >= _POOR_DB:
+        return []
+    return [
+        f"The output {worst} keeps {doubtful[worst]:.1f} dB of the model's. The error of its weights explains that: "
+        f"rounded in the same way and run in floats, they leave {_decibels(decoded.outputs.get(worst))}. Whether it is "
+        "enough, quantcli eval with real data tells; more bits, or layers left out with --skip, lose less."
+    ]
+
+
+def _decibels(db: float | None) -> str:
+    return "all of it" if db is None else f"{db:.1f} dB"
 
 
 def _saved(model: ir.Model, path: Path) -> Path:

@@ -32,6 +32,7 @@ from quantcli.data.fingerprint import fingerprint
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.models.kernels import prove
+from quantcli.onnx.graph.casts import bytes_of_constants
 from quantcli.onnx.graph.model import OnnxModel, constants, is_onnx, onnx_file
 from quantcli.onnx.graph.save import add_metadata, read_back, save_graph
 from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
@@ -224,7 +225,7 @@ def _build(
     folder, seed = staging.root / "hessians", job.data.seed if job.data else 0
     gathered = gather(material, graph, plan, calibrating, seed, folder, job.progress)
     ranks.finish()
-    weights_before = sum(tensor.nbytes for tensor in constants(graph))
+    weights_before = bytes_of_constants(graph)
     unquantized = graph.clone() if job.trains else None
     honest = Honest(graph, gathered.plan, gathered.evidence)
     with torch_threads():

@@ -85,8 +85,10 @@ class Result:
 def require_smaller(size: int, before: int, weights_before: int) -> None:
     """Raise InputError where an artifact of ``size`` bytes is no smaller than its model."""
     if size >= before:
+        # What the file computes of less, or holds packed, is no part of it.
+        part = f": of that, {format_bytes(weights_before)} are weights" if weights_before <= before else ""
         raise InputError(
-            f"The artifact would have {format_bytes(size)}, and the model has {format_bytes(before)}: of that, "
-            f"{format_bytes(weights_before)} are weights. Nothing was written.",
+            f"The artifact would have {format_bytes(size)}, and the model has {format_bytes(before)}{part}. Nothing "
+            "was written.",
             "It is too small a model for this scheme; --allow-larger keeps it, for the sake of its speed.",
         )

@@ -60,6 +60,11 @@ def stored_bytes(value: ir.Value) -> int | None:
     return None if tensor is None else int(tensor.nbytes)
 
 
+def bytes_of_constants(model: ir.Model) -> int:
+    """What all constants take in the model's file, those of bodies included."""
+    return sum(stored_bytes(value) or 0 for graph in model.graphs() for value in graph.initializers.values())
+
+
 def restore_casts(model: ir.Model) -> None:
     """Store what is still as it was seen as it was stored, with its Cast."""
     import onnx_ir as ir

@@ -30,6 +30,9 @@ _CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model
 #: Bytes hashed at a time.
 _HASH_CHUNK = 1 << 22
 
+#: Where an input or output keeps its type, a serialized message, where it holds a map, for which onnx-ir has none.
+_TYPE_OF_MAP = "quantcli.type_of_map"
+
 
 def is_onnx(path: Path) -> bool:
     """Whether a path names an ONNX file, or a folder that holds one and no weights beside it.
@@ -183,21 +186,49 @@ def load_graph(path: Path, *, mapped: bool = False) -> ir.Model:
     its large weights are tensors of an external file, which is the file itself.
     """
     import onnx
-    import onnx_ir as ir
     from onnx_ir import external_data
 
     proto = read_lean(path, LARGE_BYTES) if mapped else onnx.load(path, load_external_data=False)
-    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
-        if _holds_map(value.type):
-            value.ClearField("type")
     write_out_sparse(proto, path.parent)
-    model = ir.from_proto(proto)
+    model = from_message(proto)
     external_data.set_base_dir(model.graph, path.parent)
     if not _is_sorted(model.graph):
         # The standard wants nodes behind what they read. onnxruntime sorts them, and its own converter to float16
         # writes some in another order.
         model.graph.sort()
     return model
+
+
+def from_message(proto: onnx.ModelProto) -> ir.Model:
+    """A graph of a message, whose types of maps are put aside: onnx-ir has none. Changes the message."""
+    import onnx_ir as ir
+
+    maps = {}
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        if _holds_map(value.type):
+            maps[value.name] = value.type.SerializeToString()
+            value.ClearField("type")
+    model = ir.from_proto(proto)
+    for port in (*model.graph.inputs, *model.graph.outputs):
+        if port.name in maps:
+            port.meta[_TYPE_OF_MAP] = maps[port.name]
+    return model
+
+
+def write_types(model: ir.Model, proto: onnx.ModelProto) -> None:
+    """Give inputs and outputs in a message the types that `from_message` left out: onnx asks for them."""
+    ports = (*model.graph.inputs, *model.graph.outputs)
+    for port, message in zip(ports, (*proto.graph.input, *proto.graph.output), strict=True):
+        if _TYPE_OF_MAP in port.meta:
+            message.type.ParseFromString(port.meta[_TYPE_OF_MAP])
+
+
+def keep_types(source: ir.Model, target: ir.Model) -> None:
+    """Hand what `write_types` writes on to the same graph that was read anew."""
+    for before, after in ((source.graph.inputs, target.graph.inputs), (source.graph.outputs, target.graph.outputs)):
+        for port, new in zip(before, after, strict=True):
+            if _TYPE_OF_MAP in port.meta:
+                new.meta[_TYPE_OF_MAP] = port.meta[_TYPE_OF_MAP]
 
 
 def _is_sorted(graph: ir.Graph) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from quantcli.errors import InputError
 from quantcli.onnx.graph.external import SMALL_BYTES, elsewhere
+from quantcli.onnx.graph.model import from_message, keep_types
 from quantcli.onnx.graph.values import array, input_of, integer, is_standard, rank
 from quantcli.system.text import first_line
 
@@ -64,7 +65,7 @@ def upgrade(model: ir.Model, opset: int) -> ir.Model:
     working.ir_version = max(working.ir_version or 0, needed_ir_version(old))
     weights = _set_aside(working)
     try:
-        converted = ir.from_proto(version_converter.convert_version(ir.to_proto(working), opset))
+        converted = from_message(version_converter.convert_version(ir.to_proto(working), opset))
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"The model's operator set {old} cannot be upgraded to {opset}: {_why(error)}.",
@@ -73,6 +74,7 @@ def upgrade(model: ir.Model, opset: int) -> ir.Model:
     for name, tensor in weights.items():
         converted.graph.initializers[name].const_value = tensor
         converted.graph.initializers[name].meta.update(working.graph.initializers[name].meta)
+    keep_types(working, converted)
     converted.opset_imports.pop(_NEWER, None)
     for node in converted.graph.all_nodes():
         if node.domain == _NEWER:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import VerificationError
 from quantcli.onnx.graph.external import LARGE_BYTES, elsewhere, external_files, take_in
-from quantcli.onnx.graph.model import constants, open_onnx
+from quantcli.onnx.graph.model import constants, open_onnx, write_types
 from quantcli.onnx.graph.opset import needed_ir_version, spell_for_runtime
 from quantcli.onnx.graph.wire import write_model
 
@@ -56,6 +56,7 @@ def _apart(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtoco
         weights[name] = tensor
         value.const_value = _unfilled(tensor)
     proto = ir.to_proto(lean)
+    write_types(lean, proto)
     for each in proto.graph.initializer:
         if each.name in weights:
             each.ClearField("external_data")
@@ -137,14 +138,17 @@ def add_metadata(path: Path, key: str, value: str) -> None:
 
 
 def checksums(model: ir.Model) -> dict[str, int]:
-    """CRC-32 of every constant's dtype, shape and bytes, by name; tensors are read one by one."""
-    sums = {}
+    """CRC-32 of every constant's dtype, shape and bytes, by name; tensors are read one by one.
+
+    Constants of different bodies that have one name are summed up together.
+    """
+    sums: dict[str, int] = {}
     for graph in model.graphs():
         for name, value in graph.initializers.items():
             tensor = value.const_value
             if tensor is not None:
                 head = f"{tensor.dtype.name} {tuple(tensor.shape.numpy())}"
-                sums[name] = zlib.crc32(_content(tensor), zlib.crc32(head.encode()))
+                sums[name] = zlib.crc32(_content(tensor), zlib.crc32(head.encode(), sums.get(name, 0)))
     return sums
 
 

@@ -40,10 +40,20 @@ _NO_TENSORS = ("Optional", "SequenceConstruct", "SequenceEmpty", "SequenceErase"
 
 
 def lift_constants(model: ir.Model) -> None:
-    """Make every Constant an initializer."""
+    """Make every Constant an initializer; those that a function called twice was inlined with are one."""
     from onnx_ir.passes import common
 
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for graph in model.graphs():
+        first: dict[int, ir.Value] = {}
+        for name, value in list(graph.initializers.items()):
+            if value.const_value is None or value.is_graph_output() or value.is_graph_input():
+                continue
+            # Each holds the other's own tensor: nothing is read.
+            known = first.setdefault(id(value.const_value), value)
+            if known is not value:
+                value.replace_all_uses_with(known)
+                del graph.initializers[name]
 
 
 def remove_unused(model: ir.Model) -> None:

@@ -48,8 +48,6 @@ def supports(node: ir.Node, scheme: Scheme) -> str | None:
         return operand
     if reason := refusal(node, operand, scheme):
         return reason
-    if operand.value.is_graph_output():
-        return "its weight is an output of the model"
     for other in readers(operand.value):
         theirs = operand_of(other)
         if other is not node and (isinstance(theirs, str) or refusal(other, theirs, scheme)):

@@ -88,6 +88,9 @@ class _Planner:
         scheme, label = self.scheme, self.name
         if not info.numel:
             return plan.left("it holds no values")
+        if value.is_graph_output():
+            # Its codes would be one more constant beside it.
+            return plan.left("its weight is an output of the model")
         note = None
         if rule and rule.scheme:
             scheme = build_scheme(rule.scheme)
@@ -111,8 +114,8 @@ class _Planner:
     def _rest(self, plan: NodePlan) -> NodePlan:
         """Cast what is left, where the user says so."""
         rest = self.recipe.rest
-        small = plan.info.numel < _SMALLEST_WEIGHT
-        if plan.form or small or rest not in ("fp16", "bf16") or plan.info.dtype not in ("F32", "F64"):
+        stays = plan.info.numel < _SMALLEST_WEIGHT or plan.weight.is_graph_output()
+        if plan.form or stays or rest not in ("fp16", "bf16") or plan.info.dtype not in ("F32", "F64"):
             return plan
         return replace(plan, form="cast", scheme=PRESETS[rest], label=rest, reason=None, note=f"cast: {plan.reason}")
 

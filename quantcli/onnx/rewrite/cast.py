@@ -17,6 +17,7 @@ from quantcli.core.dtypes import DTYPE_OF_NUMBER
 from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import Rounding
 from quantcli.errors import InputError
+from quantcli.onnx.graph.casts import stored_bytes
 from quantcli.onnx.graph.values import constant, free_name
 from quantcli.onnx.plan.evidence import Evidence
 from quantcli.onnx.plan.forms import Form
@@ -42,17 +43,17 @@ _CHUNK = 1 << 22
 class CastWeight:
     """A weight that was cast; or one that stayed as it was, and ``stays`` says why."""
 
-    name: str
+    value: ir.Value
     nbytes: int
     rounding: Rounding | None = None
     stays: str | None = None
     decoded: Callable[[], np.ndarray] | None = None
 
 
-def cast_weights(model: ir.Model, dtype: str, names: Collection[str] | None = None) -> list[CastWeight]:
+def cast_weights(model: ir.Model, dtype: str, chosen: Collection[ir.Value] | None = None) -> list[CastWeight]:
     """Store a model's wider weights as ``dtype``, fp16 or bf16, in place; casting is put off until they are saved.
 
-    Small tensors stay as they are and are not listed; weights of other ``names`` neither.
+    Small tensors stay as they are and are not listed; where some are ``chosen``, all others neither.
 
     Raises:
         InputError: there is nothing to cast, because the model is in half precision already or holds no weights;
@@ -67,7 +68,7 @@ def cast_weights(model: ir.Model, dtype: str, names: Collection[str] | None = No
         value
         for graph in model.graphs()
         for value in list(graph.initializers.values())
-        if _is_weight(value) and (names is None or value.name in names)
+        if _is_weight(value) and (chosen is None or value in chosen)
     ]
     if not weights:
         raise InputError(_nothing_to_cast(model, dtype))
@@ -101,10 +102,10 @@ def _cast(value: ir.Value, dtype: str) -> CastWeight:
     if overflows:
         largest = float(np.finfo(np.float16).max) if dtype == "fp16" else 3.39e38
         note = f"stays {wide}: {overflows} values lie beyond {largest:.6g}, the largest {dtype} number"
-        return CastWeight(name, tensor.nbytes, stays=note)
+        return CastWeight(value, tensor.nbytes, stays=note)
     if noise > signal * _MOST_NOISE:
         note = f"stays {wide}: its values are too small for {dtype}, which rounds most of them to zero"
-        return CastWeight(name, tensor.nbytes, stays=note)
+        return CastWeight(value, tensor.nbytes, stays=note)
     stored = ir.Value(
         name=free_name(graph, f"{name}_{dtype}"),
         shape=ir.Shape(tensor.shape.numpy()),
@@ -123,7 +124,7 @@ def _cast(value: ir.Value, dtype: str) -> CastWeight:
     else:
         graph.append(cast)
     rounding = Rounding("cast", signal=signal, noise=noise)
-    return CastWeight(name, tensor.size * 2, rounding, decoded=lambda: _half(tensor, half).numpy())
+    return CastWeight(value, tensor.size * 2, rounding, decoded=lambda: _half(tensor, half).numpy())
 
 
 def _half(tensor: ir.TensorProtocol, half: ir.DataType) -> ir.TensorProtocol:
@@ -154,21 +155,22 @@ def _supports(layer: NodePlan, scheme: Scheme) -> str | None:
     dtype = layer.info.dtype
     if dtype == DTYPE_OF_NUMBER[scheme.weights.dtype]:
         return f"already {scheme.weights.dtype}"
-    if dtype not in ("F32", "F64"):
+    stored = stored_bytes(layer.weight)
+    if dtype not in ("F32", "F64") or (stored is not None and stored < layer.info.nbytes):
         return "already in half precision"
-    return "its weight is an output of the model" if layer.weight.is_graph_output() else None
+    return None
 
 
 def _rewriter(model: ir.Model, layers: Sequence[NodePlan], evidence: Evidence) -> Callable[[NodePlan], LayerOutcome]:
     """Casts the weights of all the layers at once, in the order of the file."""
-    written: dict[str, CastWeight] = {}
+    written: dict[ir.Value, CastWeight] = {}
     for dtype in ("fp16", "bf16"):
-        names = {layer.name for layer in layers if layer.scheme and layer.scheme.weights.dtype == dtype}
-        if names:
-            written |= {w.name: w for w in cast_weights(model, dtype, names)}
+        chosen = {layer.weight for layer in layers if layer.scheme and layer.scheme.weights.dtype == dtype}
+        if chosen:
+            written |= {each.value: each for each in cast_weights(model, dtype, chosen)}
 
     def rewrite(layer: NodePlan) -> LayerOutcome:
-        weight = written[layer.name]
+        weight = written[layer.weight]
         plan = layer.left(weight.stays) if weight.stays else layer
         return LayerOutcome(plan, weight.nbytes, weight.rounding, weight.decoded)
 

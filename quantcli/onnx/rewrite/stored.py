@@ -52,7 +52,7 @@ def _supports(layer: NodePlan, scheme: Scheme) -> str | None:
     for use in layer.weight.uses():
         if layer.weight not in [each.value for each in carried(use.node)]:
             return f"its weight also serves {use.node.name or use.node.op_type}, which needs it as it is"
-    return "its weight is an output of the model" if layer.weight.is_graph_output() else None
+    return None
 
 
 def _substitute(layer: NodePlan, scheme: Scheme) -> tuple[Scheme, str] | None:

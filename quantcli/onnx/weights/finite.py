@@ -18,19 +18,22 @@ _CHUNK = 1 << 22
 
 
 def require_finite(plan: GraphPlan) -> None:
-    """Raise InputError where a weight that is quantized, or the bias of such a layer, holds NaN or infinity."""
+    """Raise InputError where a weight that is quantized holds NaN or infinity, or the bias of such a layer does.
+
+    A bias of -inf masks a class out, and stays one where only the weight becomes codes: with fixed ranges, biases do.
+    """
     seen = set()
     for layer in plan.nodes:
         if not layer.form:
             continue
         bias = None if layer.node.op_type == "Gather" else input_of(layer.node, 2)
-        for value in (layer.weight, bias):
-            if value is not None and value not in seen:
-                seen.add(value)
-                _require_finite(value)
+        for value, masks in ((layer.weight, False), (bias, layer.form != "static")):
+            if value is not None and (value, masks) not in seen:
+                seen.add((value, masks))
+                _require_finite(value, layer.name, masks)
 
 
-def _require_finite(value: ir.Value) -> None:
+def _require_finite(value: ir.Value, layer: str, masks: bool) -> None:
     tensor = constant(value)
     if tensor is None or not tensor.dtype.is_floating_point():
         return
@@ -38,12 +41,13 @@ def _require_finite(value: ir.Value) -> None:
     assert values is not None
     flat = np.ascontiguousarray(values).reshape(-1)
     for start in range(0, flat.size, _CHUNK):
-        finite = np.isfinite(flat[start : start + _CHUNK])
-        if not finite.all():
-            index = start + int(np.argmin(finite))
+        part = flat[start : start + _CHUNK]
+        wanted = ~np.isnan(part) if masks else np.isfinite(part)
+        if not wanted.all():
+            index = start + int(np.argmin(wanted))
             place = [int(part) for part in np.unravel_index(index, values.shape)]
             raise InputError(
                 f"{value.name} holds NaN or infinite values, which cannot be quantized: {float(flat[index])} at {place}"
                 " is the first.",
-                "Repair the model, or leave the layer out with --skip.",
+                f"Repair the model, or leave the layer out with --skip {layer}.",
             )

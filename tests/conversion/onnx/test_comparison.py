@@ -386,6 +386,35 @@ def test_weights_that_are_not_finite(tmp_path: Path, scheme: str, value: float, 
     )
 
 
+def masked(path: Path, operator: str, value: float) -> Path:
+    """Logits of which some classes are masked out by a constant."""
+    mask = np.zeros(96, np.float32)
+    mask[::3] = value
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Add", ["h", "m"], ["y"])]
+    if operator == "Gemm":
+        nodes = [helper.make_node("Gemm", ["x", "w", "m"], ["y"])]
+    return save(path, nodes, {"w": weight(64, 96), "m": mask}, {"x": (TensorProto.FLOAT, ["n", 64])})
+
+
+@pytest.mark.parametrize(
+    ("operator", "scheme"),
+    [("Gemm", "int4"), ("Gemm", "int8-dynamic"), ("Gemm", "fp16"), ("MatMul", "int8"), ("MatMul", "int8-static")],
+)
+def test_classes_that_are_masked_out(tmp_path: Path, operator: str, scheme: str) -> None:
+    np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((8, 64)).astype(np.float32))
+    model = masked(tmp_path / "m.onnx", operator, -np.inf)
+    data = {"data": tmp_path / "d.npz"} if scheme == "int8-static" else {}
+    report = convert(model, tmp_path / "out.onnx", scheme=scheme, **data)  # type: ignore[arg-type]
+    assert report.details["outputs"]["sqnr_db"] > 15
+
+
+@pytest.mark.parametrize(("scheme", "value"), [("int8-static", -np.inf), ("int8", np.nan)])
+def test_a_bias_that_no_code_stands_for(tmp_path: Path, scheme: str, value: float) -> None:
+    np.savez(tmp_path / "d.npz", x=RANDOM.standard_normal((8, 64)).astype(np.float32))
+    model = masked(tmp_path / "m.onnx", "Gemm", value)
+    refused(model, rf"m holds NaN or infinite values.* {value} at \[0\]", scheme=scheme, data=tmp_path / "d.npz")
+
+
 def test_far_below_needs_more_than_a_few_decibels() -> None:
     decoded = comparison.Comparison(1, 30.0, outputs={"a": 30.0, "b": 30.0, "c": None})
     assert explained._far_below({"a": 25.0, "b": 10.0, "c": 5.0}, decoded) == ["b", "c"]

@@ -47,6 +47,15 @@ GRAPHS: dict[str, Graph] = {
         {"s": np.array([0, 5, 23]), "w": normal(23, 128)},
         {"x": ["n", "d"]},
     ),
+    "a part beside what is kept": (
+        [
+            node("Reshape", ["x", "s"], ["h"]),
+            node("Transpose", ["h"], ["t"], perm=[0, 2, 3, 1]),
+            node("MatMul", ["t", "w"], ["y"]),
+        ],
+        {"s": np.array([0, 0, 5, 23]), "w": normal(7, 512)},
+        {"x": ["n", "t", "d"]},
+    ),
     "two of them": (
         [
             *(node("Flatten", [name], [f"{name}.f"]) for name in ("x", "z")),

@@ -37,6 +37,19 @@ def test_functions_are_inlined() -> None:
     same_function(proto, X, after)
 
 
+def test_a_constant_of_a_function_called_twice_is_one() -> None:
+    body = [
+        node("Constant", [], ["w"], value=numpy_helper.from_array(normal(4, 4, 3, 3, seed=1))),
+        node("Conv", ["a", "w"], ["d"], pads=[1, 1, 1, 1]),
+    ]
+    function = helper.make_function("local", "Block", ["a"], ["d"], body, [helper.make_opsetid("", 17)])
+    nodes = [node("Block", ["x"], ["h"], domain="local"), node("Block", ["h"], ["y"], domain="local")]
+    proto = model(nodes, IMAGE, {"y": None}, functions=[function], domains={"local": 1})
+    after = prepared(proto)
+    assert operators(after) == {"Conv": 2} and len(after.graph.initializers) == 1
+    same_function(proto, X, after)
+
+
 def test_initializers_that_are_inputs_are_constants() -> None:
     """As every model before IR version 4 had them."""
     nodes = [node("Conv", ["x", "w"], ["h"]), node("BatchNormalization", ["h", "g", "g", "g", "g"], ["y"])]

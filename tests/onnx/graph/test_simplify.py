@@ -13,7 +13,9 @@ from support.graphs import model, node, normal, opened, operators, prepared, run
 
 from quantcli.onnx.graph import prepare as steps
 from quantcli.onnx.graph.model import constants, open_onnx
+from quantcli.onnx.graph.opset import upgrade
 from quantcli.onnx.graph.prepare import STEPS, prepare
+from quantcli.onnx.graph.save import save_graph
 
 X = {"x": normal(3, 8)}
 
@@ -223,17 +225,22 @@ def test_a_step_that_fails_is_left_out(step: str, monkeypatch: pytest.MonkeyPatc
         kept(proto, feeds)
 
 
-def test_a_map_is_an_output(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("opset", "newer"), [(17, 17), (11, 13)])
+def test_a_map_is_an_output(tmp_path: Path, opset: int, newer: int) -> None:
     """As classifiers of scikit-learn return probabilities."""
     nodes = [PRODUCT, node("ZipMap", ["h"], ["y"], domain="ai.onnx.ml", classlabels_int64s=list(range(8)))]
-    proto = model([*nodes, node("MatMul", ["h", "w"], ["z"])], {"x": ["n", 8]}, {"z": None}, WEIGHT)
+    proto = model([*nodes, node("MatMul", ["h", "w"], ["z"])], {"x": ["n", 8]}, {"z": None}, WEIGHT, opset=opset)
     proto.opset_import.add(domain="ai.onnx.ml", version=3)
     values = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
     proto.graph.output.append(helper.make_value_info("y", helper.make_sequence_type_proto(values)))
     onnx.save(proto, tmp_path / "m.onnx")
-    after = prepare(open_onnx(tmp_path / "m.onnx"))
+    after = upgrade(prepare(open_onnx(tmp_path / "m.onnx")), newer)
     shapes = {value.name: value.shape for each in after.graph for value in each.outputs}
     assert shapes["z"] is not None, "the rest is inferred all the same"
+    save_graph(after, tmp_path / "after.onnx")
+    saved = onnx.load(tmp_path / "after.onnx")
+    onnx.checker.check_model(saved)
+    assert saved.graph.output[1] == proto.graph.output[1] and saved.opset_import[0].version == newer
     expected, got = run(proto, X), run(after, X)
     assert list(got) == ["z", "y"]
     assert [list(row) for row in got["y"]] == [list(row) for row in expected["y"]]

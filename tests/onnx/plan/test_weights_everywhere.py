@@ -233,6 +233,20 @@ def test_what_stays_is_named_with_the_true_reason(tmp_path: Path) -> None:
     assert reasons["b"] == "bias, norm or constant: tiny, and sensitive"
 
 
+@pytest.mark.parametrize(("scheme", "rest"), [*((scheme, None) for scheme in LEAST), ("int8", "fp16")])
+def test_a_weight_that_is_an_output_stays(tmp_path: Path, scheme: str, rest: str | None) -> None:
+    held = {"w": normal(64, 64, scale=0.1), "v": normal(64, 96, scale=0.1)}
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("MatMul", ["h", "v"], ["y"])]
+    onnx.save(model(nodes, X, {"y": None, "w": [64, 64]}, held), tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=normal(8, 5, 64))
+    data = {"data": tmp_path / "d.npz"} if scheme == "int8-static" else {}
+    recipe = {"scheme": scheme, "rest": rest} if rest else {"scheme": scheme}
+    report = convert(tmp_path / "m.onnx", tmp_path / "o.onnx", **recipe, **data)  # type: ignore[arg-type]
+    assert {row.name: row.reason for row in report.layers if row.name in held} == {
+        "w": "its weight is an output of the model", "v": None,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("scheme", LEAST)
 def test_weights_in_double_precision(tmp_path: Path, scheme: str) -> None:
     """A double graph stays one: no kernel of integers or of few bits takes doubles, but a Cast makes them."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from support.graphs import model as graph
+from support.graphs import node
 from support.nbits_graphs import constant, free, matmul, model_of, normal, run, tied
 
+from quantcli import convert
 from quantcli.errors import InputError
 from quantcli.onnx.rewrite.cast import cast_weights
 
@@ -30,7 +36,7 @@ def mlp() -> ir.Model:
 def test_large_tensors_are_stored_at_half_size_and_mean_their_rounded_values(dtype: str) -> None:
     model, x = mlp(), normal(3, 64, seed=4)
     originals = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
-    outcomes = {outcome.name: outcome for outcome in cast_weights(model, dtype)}
+    outcomes = {outcome.value.name: outcome for outcome in cast_weights(model, dtype)}
     assert outcomes.keys() == {"w1", "b1", "w2"}
     assert model.graph.initializers.keys() == {"b2", *(f"{name}_{dtype}" for name in outcomes)}
     rounded = {name: value.astype(np.float64) for name, value in originals.items()}
@@ -74,6 +80,32 @@ def test_values_under_the_smallest_half_keep_their_tensor_in_float32() -> None:
     assert outcome.stays is None
 
 
+def test_doubles_stay_doubles() -> None:
+    weight, x = normal(64, 32).astype(np.float64), normal(3, 64, seed=1).astype(np.float64)
+    wide, value = (
+        ir.Value(name="x", shape=ir.Shape(["n", 64]), type=ir.TensorType(ir.DataType.DOUBLE)),
+        constant("w", weight),
+    )
+    product = ir.node("MatMul", [wide, value])
+    product.outputs[0].name, product.outputs[0].type = "y", ir.TensorType(ir.DataType.DOUBLE)
+    model = model_of([wide], [product], [value], product.outputs)
+    (outcome,) = cast_weights(model, "fp16")
+    assert outcome.nbytes == weight.size * 2
+    (got,) = run(model, x=x)
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, x @ weight.astype(np.float16).astype(np.float64), rtol=1e-12)
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "bf16"])
+def test_what_the_file_holds_in_halves_is_left(tmp_path: Path, scheme: str) -> None:
+    nodes = [node("Cast", ["w"], ["wide"], to=onnx.TensorProto.FLOAT), node("MatMul", ["x", "wide"], ["y"])]
+    onnx.save(
+        graph(nodes, {"x": ["n", 64]}, {"y": None}, {"w": normal(64, 64).astype(np.float16)}), tmp_path / "m.onnx"
+    )
+    with pytest.raises(InputError, match=r"applies to nothing in .*: already in half precision"):
+        convert(tmp_path / "m.onnx", tmp_path / "out.onnx", scheme=scheme)
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = cast_weights(matmul(normal(64, 64)), "fp16")
     monkeypatch.setattr("quantcli.onnx.rewrite.cast._CHUNK", 100)
@@ -85,7 +117,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_shared_weight_is_cast_once_and_subgraphs_keep_their_own() -> None:
     model = tied()
     before = run(model, ids=np.arange(40))[0]
-    assert [outcome.name for outcome in cast_weights(model, "fp16")] == ["table"]
+    assert [outcome.value.name for outcome in cast_weights(model, "fp16")] == ["table"]
     assert [node.op_type for node in model.graph].count("Cast") == 1
     np.testing.assert_allclose(run(model, ids=np.arange(40))[0], before, rtol=1e-2, atol=0.05)
 
@@ -108,7 +140,7 @@ def test_a_shared_weight_is_cast_once_and_subgraphs_keep_their_own() -> None:
 
 def test_only_what_is_asked_for() -> None:
     model = mlp()
-    assert [each.name for each in cast_weights(model, "bf16", {"w2"})] == ["w2"]
+    assert [each.value.name for each in cast_weights(model, "bf16", {model.graph.initializers["w2"]})] == ["w2"]
     assert {"w1", "b1", "w2_bf16", "b2"} == model.graph.initializers.keys()
 
 
