@@ -52,6 +52,7 @@ class Loader:
     - ``name``: the class, for messages.
     - ``modules``: modules of the file that it calls otherwise. ``absent``: linear modules that no tensor fills.
     - ``leave``: reasons, by tensor, why it would not run codes. ``unknown``: tensors that it does not load at all.
+    - ``takes_codes``: whether it loads this class with codes of the format at all.
     - ``unpacked``: weights whose codes it takes only under the weight's own name; ``fits_nf4`` says whether it would
       run some of them as nf4.
     - ``weights_only``: weights that it runs only with inputs as they are.
@@ -63,6 +64,7 @@ class Loader:
     modules: Mapping[str, str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     leave: Mapping[str, str] = field(default_factory=dict)
+    takes_codes: bool = True
     unpacked: frozenset[str] = frozenset()
     fits_nf4: bool = True
     weights_only: frozenset[str] = frozenset()

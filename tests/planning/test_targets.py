@@ -233,15 +233,6 @@ def test_without_a_target_nothing_is_refused_but_transformers_is_warned_of(case:
         assert said.startswith(f"--target transformers: {more[0].removeprefix('In transformers: ')}")
 
 
-def test_a_tied_head_is_not_quantized_for_any_runtime() -> None:
-    config = {"tie_word_embeddings": True}
-    for target in ("transformers", "vllm", "sglang"):
-        asked = planned(decoder(), target, config, **rule("lm_head", scheme="int8"))
-        assert "lm_head, which is the embedding's matrix as well" in (refused(asked) or "")
-        assert refused(planned(decoder(), target, config)) is None
-        assert refused(planned(decoder(), target, config, **rule("lm_head", skip=True))) is None
-
-
 def test_many_layers_are_counted() -> None:
     found = refused(planned(decoder(9), "vllm", skip=["*.k_proj"]))
     assert found and "model.layers.3.self_attn and 5 more: q_proj" in found

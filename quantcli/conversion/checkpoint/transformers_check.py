@@ -116,6 +116,7 @@ class RuntimeCheck:
             answer["modules"],
             tuple(answer["absent"]),
             answer["leave"],
+            answer["takes_codes"],
             frozenset(answer["unpacked"]),
             answer["fits_nf4"],
             frozenset(answer["weights_only"]),
