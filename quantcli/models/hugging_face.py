@@ -329,9 +329,17 @@ def config_inputs(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def decoder_start(model: nn.Module) -> int | None:
-    """The token that an encoder-decoder's decoder starts from; None for a model of another kind."""
+    """The token that an encoder-decoder's decoder starts from; None for a model of another kind.
+
+    A decoder that reads several ids at once, those of a sound's codes, is none that a text can be given to: its class
+    makes the first ones itself.
+    """
     config = getattr(model, "config", None)
-    return _start_of(config) if getattr(config, "is_encoder_decoder", False) else None
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    decoders = [getattr(config, name, None) for name in ("decoder_config", "decoder")]
+    side_by_side = [getattr(each, name, None) for each in decoders for name in ("num_channels", "num_codebooks")]
+    return None if any(isinstance(count, int) and count > 1 for count in side_by_side) else _start_of(config)
 
 
 def _start_of(config: Any) -> int:

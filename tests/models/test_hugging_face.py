@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.quantized import open_quantized
 from quantcli.commands.convert import convert
-from quantcli.models.hugging_face import disable_caches, load_model
+from quantcli.models.hugging_face import decoder_start, disable_caches, load_model
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -81,3 +83,14 @@ def test_layers_that_an_artifact_lacks_are_not_run_from_empty_codes(tmp_path: Pa
     with torch.no_grad():
         expected, found = (model(**picture)[0] for model in models)
     assert torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), dim=0) > 0.99
+
+
+def test_a_decoder_of_several_ids_at_once_starts_by_itself() -> None:
+    config = transformers.DiaConfig(
+        encoder_config={"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2},
+        decoder_config={"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2},
+    )
+    of: Any = lambda config: decoder_start(SimpleNamespace(config=config))  # type: ignore[arg-type]  # noqa: E731
+    assert of(config) is None
+    assert of(transformers.T5Config(decoder_start_token_id=3)) == 3
+    assert of(transformers.LlamaConfig()) is None
