@@ -279,15 +279,17 @@ def _convert_checkpoint(
         )
     started = time.monotonic()
     source, function = _weights_of(model, weights)
-    checkpoint, plan, carried = planned_conversion(open_checkpoint(source), recipe, data=request is not None)
-    work: Work | None = carried
+    from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck, with_single_experts
+
+    work: Work | None
+    checkpoint, plan, work = planned_conversion(
+        with_single_experts(open_checkpoint(source), recipe), recipe, data=request is not None
+    )
     if checkpoint.folder:
         checkpoint.warnings += neighbours(checkpoint.folder, checkpoint.files).warnings
     if recipe.format != "gguf":
         check_name(output, ".safetensors", folder=True)
     check_target(output, checkpoint.folder or source, force=force or dry_run)
-    from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
-
     with at_most(threads), RuntimeCheck(plan, checkpoint, verify, max_memory) as check:
         held = None if work else check.as_held(Rules(recipe))
         if held:

@@ -459,5 +459,8 @@ def test_fused_experts_are_stored_as_the_library_stacks_them(tmp_path: Path) -> 
     assert surveyed(folder, "nf4")[1]["single"] == {}
     planned = convert(folder, tmp_path / "out", scheme="int4", group_size=64, dry_run=True)
     assert {layer.scheme for layer in planned.layers if ".experts." in layer.name} == {"int4 group 64"}
+    # vLLM and SGLang load experts by the names that they were published with, too.
+    served = convert(folder, tmp_path / "out", scheme="int4", group_size=64, target="vllm", dry_run=True)
+    assert [(row.name, row.scheme) for row in served.layers] == [(row.name, row.scheme) for row in planned.layers]
     left = convert(folder, tmp_path / "out", scheme="int4", group_size=64, skip=["*experts*"], dry_run=True)
     assert {layer.reason.split(";")[0] for layer in left.layers if ".experts." in layer.name} == {"skipped as asked"}
