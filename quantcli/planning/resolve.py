@@ -197,7 +197,12 @@ class _Resolver:
 
     def _other_schemes(self) -> str | None:
         """What to try where no layer can have codes of this scheme; None where nothing is known to be better."""
-        if "conv1d" in self.roles.values() and self.format_name != "bitsandbytes":
+        weights = Counter[str]()
+        for info in self.infos:
+            weights[self.roles[info.name]] += info.numel
+        if 2 * weights["conv"] > sum(weights[role] for role in LAYER_ROLES):
+            return "Convolutions are quantized in a graph: -o NAME.onnx, with --scheme int8-static and --data, or int8."
+        if "conv1d" in weights and self.format_name != "bitsandbytes":
             return f"Use --scheme nf4, {_NF4_FROM_DATA}; in eight bits, -o NAME.onnx."
         if self.indivisible:
             return "--scheme int8 has one scale for a row, whatever its length."

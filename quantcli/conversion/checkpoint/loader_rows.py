@@ -68,7 +68,7 @@ def rules_against_codes(model: Any, coded: Sequence[str]) -> list[str]:
     from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
     quantizer: Any = CompressedTensorsHfQuantizer
-    asked = SimpleNamespace(
+    asked: Any = SimpleNamespace(
         pre_quantized=True,
         serialized_names=quantizer.serialized_names,
         get_load_operations=lambda: quantizer.get_load_operations(asked),

@@ -17,6 +17,7 @@ from quantcli.conversion.checkpoint.loader_rows import rearranged, rules_against
 from quantcli.conversion.checkpoint.made_up_inputs import candidates
 from quantcli.conversion.checkpoint.watched import watched_dtypes, watched_weights, watched_writes
 from quantcli.models.hugging_face import output_head
+from quantcli.models.library_errors import is_of_its_own_code
 from quantcli.models.stored_parameters import use_layers_for_experts
 from quantcli.system.text import first_line
 
@@ -31,7 +32,7 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
         model = build(request["folder"], request["dtype"])
         use_layers_for_experts(model, request["format"])
     except Exception as error:
-        return {"error": first_line(error)}
+        return {"error": "it has code of its own" if is_of_its_own_code(error) else first_line(error)}
     return _Survey(model, request).answer()
 
 
