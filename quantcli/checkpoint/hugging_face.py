@@ -80,18 +80,28 @@ _COPY_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What lies beside a model's weights: what travels with them, and weights of other kinds that do not."""
+    """What lies beside a model's weights: what travels with them, and weights of other kinds that do not.
+
+    ``part_of``: the sentence-transformers model around it, which does not travel either.
+    """
 
     copied: tuple[Path, ...]
     left: tuple[str, ...]
+    part_of: Path | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is left behind, by name."""
-        if not self.left:
-            return ()
-        more = f" and {len(self.left) - 4} more" if len(self.left) > 4 else ""
-        return (f"Left behind, as other weights of the same model: {', '.join(self.left[:4])}{more}.",)
+        """What is left behind, by name, and what the folder is but a part of."""
+        said = []
+        if self.left:
+            more = f" and {len(self.left) - 4} more" if len(self.left) > 4 else ""
+            said.append(f"Left behind, as other weights of the same model: {', '.join(self.left[:4])}{more}.")
+        if self.part_of:
+            said.append(
+                f"This is one part of the sentence-transformers model in {self.part_of}: to use it, put it in its "
+                "place in a copy of that folder."
+            )
+        return tuple(said)
 
 
 def neighbours(folder: Path, weights: Collection[Path]) -> Neighbours:
@@ -125,7 +135,30 @@ def neighbours(folder: Path, weights: Collection[Path]) -> Neighbours:
             left.append(f"{top}/")
         else:
             copied += members
-    return Neighbours(tuple(sorted(path.relative_to(folder) for path in copied)), tuple(left))
+    around = sentence_model(folder)
+    part_of = around if around != folder else None
+    return Neighbours(tuple(sorted(path.relative_to(folder) for path in copied)), tuple(left), part_of)
+
+
+def sentence_model(folder: Path) -> Path | None:
+    """The sentence-transformers model that a folder is, or is listed in as a part; None where it is neither."""
+    if _listed_modules(folder):
+        return folder
+    around = folder.parent if folder.name else folder.absolute().parent
+    try:
+        listed = _listed_modules(around)
+    except InputError:
+        # What lies around a model need not belong to it.
+        return None
+    return around if any(module.get("path") == folder.absolute().name for module in listed) else None
+
+
+def pooling_file(folder: Path) -> Path | None:
+    """What says how the token vectors of a folder's model are pooled, as sentence-transformers has it."""
+    around = sentence_model(folder) or folder
+    listed = (module for module in _listed_modules(around) if str(module.get("type")).endswith("Pooling"))
+    places = [around / str(module.get("path")) for module in listed] or [around / "1_Pooling"]
+    return next((place / "config.json" for place in places if (place / "config.json").is_file()), None)
 
 
 def _listed_modules(folder: Path) -> list[Mapping[str, Any]]:

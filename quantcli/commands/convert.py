@@ -282,7 +282,10 @@ def _convert_checkpoint(
     source, function = _weights_of(model, weights)
     stored = open_checkpoint(source)
     reference = reference_row(stored)
-    checkpoint, plan, carried = planned_conversion(stored, recipe, data=request is not None)
+    from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck, with_single_experts
+
+    held_apart = with_single_experts(stored, recipe)
+    checkpoint, plan, carried = planned_conversion(held_apart, recipe, data=request is not None)
     work: Work | None = carried
     if checkpoint.folder:
         checkpoint.warnings += neighbours(checkpoint.folder, checkpoint.files).warnings
@@ -290,8 +293,6 @@ def _convert_checkpoint(
         check_name(output, ".safetensors", folder=True)
     check_target(output, checkpoint.folder or source, force=force or dry_run)
     sha256 = None if dry_run else hashing(stored)
-    from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
-
     with at_most(threads), RuntimeCheck(plan, checkpoint, verify, max_memory) as check:
         held = None if work else check.as_held(Rules(recipe))
         if held:

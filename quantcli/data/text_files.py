@@ -106,7 +106,9 @@ def token_windows(tokenizer: Any, texts: list[str], length: int, samples: int, s
     if available == 0:
         raise InputError(
             f"{source} has {len(ids)} tokens, less than one sequence of {length}.",
-            hint="Give more text, or a smaller --seq-len.",
+            hint="Give more text, or a smaller --seq-len."
+            if ids or not any(text.strip() for text in texts)
+            else "Its tokenizer makes none of this text: name the model's own with --tokenizer FOLDER.",
         )
     windows = torch.tensor(ids[: available * length]).reshape(available, length)
     return windows[spread(available, samples)]

@@ -20,6 +20,7 @@ from quantcli.export.cache_shape import CacheShape, read_cache_shape
 from quantcli.export.source import Example, ExportSource, wave
 from quantcli.models import hugging_face
 from quantcli.models.runner import TorchRunner, open_runner
+from quantcli.models.stored_parameters import vocabulary_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -108,8 +109,7 @@ def _whole_length(folder: Path) -> int:
 
 def _example(model: nn.Module, shape: CacheShape, names: list[str], batch: int, length: int, past: int) -> Example:
     """Any tokens and any cache, as only torch and its own export are compared; a second text is shorter, if any."""
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    ids = (torch.arange(batch * length).reshape(batch, length) * 37 + 5) % embeddings.num_embeddings
+    ids = (torch.arange(batch * length).reshape(batch, length) * 37 + 5) % vocabulary_of(model)
     mask = torch.ones(batch, past + length, dtype=torch.int64)
     mask[1:, : past // 2] = 0
     sizes = (size for pair in zip(shape.keys, shape.values, strict=True) for size in pair)

@@ -19,7 +19,8 @@ from quantcli.checkpoint.decoded import decoded_checkpoint
 from quantcli.checkpoint.hugging_face import is_causal_config
 from quantcli.checkpoint.quantized import FLOATS, section_of
 from quantcli.errors import InputError, MissingExtraError
-from quantcli.models.stored_parameters import computed_tables
+from quantcli.models.library_errors import not_made
+from quantcli.models.stored_parameters import computed_tables, with_layers_for_experts
 from quantcli.system.text import first_line
 
 #: Parameters that a checkpoint may lack without its outputs being random.
@@ -112,7 +113,6 @@ def _loaders(path: Path, config: Mapping[str, Any], *, causal: bool, headed: boo
 
 def _loaded(loader: Any, path: Path, plain: Checkpoint | None) -> tuple[nn.Module, list[str]]:
     """A folder's model by a class, and the weights it lacks. Raises InputError where transformers cannot load it."""
-    transformers = transformers_library()
     try:
         with quiet():
             options = {"dtype": torch.float32, "output_loading_info": True}
@@ -121,8 +121,7 @@ def _loaded(loader: Any, path: Path, plain: Checkpoint | None) -> tuple[nn.Modul
             else:
                 model, info = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
-        reason = first_line(error)
-        raise InputError(f"transformers {transformers.__version__} cannot load {path}: {reason}") from error
+        raise not_made(path, "load", error) from error
     missing = [name for name in info["missing_keys"] if not any(part in name for part in HARMLESS_WHEN_MISSING)]
     return model, sorted(set(missing) - computed_tables(model, missing).keys())
 
@@ -148,11 +147,13 @@ def _with_weights(loader: Any, plain: Checkpoint, options: dict[str, Any]) -> tu
     """A model with the decoded weights of a checkpoint, and what transformers says of their names."""
     transformers = transformers_library()
     config = transformers.AutoConfig.from_pretrained(plain.folder, local_files_only=True, trust_remote_code=False)
-    vars(config).pop("quantization_config", None)
+    method = (vars(config).pop("quantization_config", None) or {}).get("quant_method")
     if not issubclass(loader, transformers.PreTrainedModel):
         # Only a class of its own takes weights that lie in no folder.
         with torch.device("meta"):
             loader = type(loader.from_config(config, trust_remote_code=False))
+    if method:
+        loader = with_layers_for_experts(loader, method)
     state = {info.name: plain.read_rows(info, 0, info.rows) for info in plain.infos()}
     found: tuple[nn.Module, dict[str, Any]] = loader.from_pretrained(None, config=config, state_dict=state, **options)
     return found
@@ -203,8 +204,7 @@ def build_model(path: Path) -> nn.Module:
         disable_caches(model.config)
         return model  # type: ignore[no-any-return]
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-        reason = first_line(error)
-        raise InputError(f"transformers {transformers.__version__} cannot build {path}: {reason}") from error
+        raise not_made(path, "build", error) from error
 
 
 def disable_caches(config: Any) -> None:
@@ -329,9 +329,17 @@ def config_inputs(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def decoder_start(model: nn.Module) -> int | None:
-    """The token that an encoder-decoder's decoder starts from; None for a model of another kind."""
+    """The token that an encoder-decoder's decoder starts from; None for a model of another kind.
+
+    A decoder that reads several ids at once, those of a sound's codes, is none that a text can be given to: its class
+    makes the first ones itself.
+    """
     config = getattr(model, "config", None)
-    return _start_of(config) if getattr(config, "is_encoder_decoder", False) else None
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    decoders = [getattr(config, name, None) for name in ("decoder_config", "decoder")]
+    side_by_side = [getattr(each, name, None) for each in decoders for name in ("num_channels", "num_codebooks")]
+    return None if any(isinstance(count, int) and count > 1 for count in side_by_side) else _start_of(config)
 
 
 def _start_of(config: Any) -> int:
@@ -353,7 +361,7 @@ def load_config(path: Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
-        raise InputError(f"transformers {transformers.__version__} cannot read {path}: {first_line(error)}") from error
+        raise not_made(path, "read", error) from error
 
 
 #: What configurations call the number of positions that a model knows.

@@ -187,3 +187,21 @@ def use_layers_for_experts(model: nn.Module, method: str | None = None) -> None:
             with torch.device("meta"):
                 layers = patch["module_name"](model.config.get_text_config())  # type: ignore[operator,union-attr]
             model.set_submodule(name, layers.eval())
+
+
+def vocabulary_of(module: Any) -> int:
+    """How many ids a model's table of words has, whatever its class, or else its configuration says that there are."""
+    try:
+        return len(module.get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError, TypeError):
+        return int(module.config.get_text_config().vocab_size)
+
+
+def with_layers_for_experts(kind: type, method: str) -> type:
+    """A model's class whose experts are layers, where transformers makes them so for a ``method`` of quantization."""
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        use_layers_for_experts(self, method)
+
+    return type(kind.__name__, (kind,), {"__init__": make})

@@ -34,6 +34,11 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
     several = len(set(schemes.values())) > 1
     distinct = set() if several else set(not_matched(quantized, left, [*schemes, *left]))
     schemes |= {name: scheme for name, scheme in quantized.items() if name not in schemes and name not in distinct}
+    for name, scheme in _looked_up_experts(plan).items():
+        if scheme is None:
+            left.append(name)
+        else:
+            schemes[name] = scheme
     section = formats.quantized_format(plan.format).config(schemes, left, plan.dtype)
     experts = [layer for layer in plan.layers if layer.role == "expert"]
     if experts and not any(layer.has_codes for layer in experts) and plan.recipe.runtime[0] in (None, "transformers"):
@@ -42,6 +47,23 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
     return section
 
 
+def _looked_up_experts(plan: Plan) -> dict[str, Scheme | None]:
+    """Schemes of experts by the names that serving runtimes look them up by, whatever the checkpoint calls them.
+
+    SGLang 0.5.23 asks of each mixture what holds for the first expert's ``gate_proj``, ``up_proj`` and ``down_proj``,
+    and so did vLLM for long; of those that are called otherwise (Mixtral's ``w1``) it would take what most layers have.
+    """
+    if plan.format != "compressed-tensors" or plan.recipe.runtime[0] not in ("vllm", "sglang"):
+        return {}
+    found: dict[str, Scheme | None] = {}
+    for layer in plan.layers:
+        expert, _, leaf = module_of(layer.info.name).rpartition(".")
+        if layer.role == "expert" and leaf not in _EXPERT_PARTS:
+            found |= {f"{expert}.{part}": layer.scheme if layer.has_codes else None for part in _EXPERT_PARTS}
+    return found
+
+
+_EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 _LINEAR_ROLES = ("linear", "conv1d", "head", "tied head", "draft", "router", "expert")
 
 
@@ -52,6 +74,7 @@ class Loader:
     - ``name``: the class, for messages.
     - ``modules``: modules of the file that it calls otherwise. ``absent``: linear modules that no tensor fills.
     - ``leave``: reasons, by tensor, why it would not run codes. ``unknown``: tensors that it does not load at all.
+    - ``takes_codes``: whether it loads this class with codes of the format at all.
     - ``unpacked``: weights whose codes it takes only under the weight's own name; ``fits_nf4`` says whether it would
       run some of them as nf4.
     - ``weights_only``: weights that it runs only with inputs as they are.
@@ -63,6 +86,7 @@ class Loader:
     modules: Mapping[str, str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     leave: Mapping[str, str] = field(default_factory=dict)
+    takes_codes: bool = True
     unpacked: frozenset[str] = frozenset()
     fits_nf4: bool = True
     weights_only: frozenset[str] = frozenset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import gcd
@@ -19,7 +19,7 @@ from quantcli.errors import InputError, UsageError
 from quantcli.formats.base import Storage
 from quantcli.planning.plan import LayerPlan, Loader, Plan
 from quantcli.planning.recipe import Recipe, Rule, SchemeSpec, build_scheme
-from quantcli.planning.rules import SKIPPED, Rules, label_of, no_groups, require_support, scheme_asked_for
+from quantcli.planning.rules import SKIPPED, Fate, Rules, label_of, no_groups, require_support, scheme_asked_for
 from quantcli.planning.steps import chain
 from quantcli.system.text import listed, suggestion
 
@@ -35,6 +35,8 @@ _LEFT_BECAUSE = {
     "router": "router: decides which expert runs",
 }
 
+#: Why a tensor is not cast that has the dtype it would be cast to.
+ALREADY = "already so"
 #: What is said of nf4 where integers of four bits are refused.
 _NF4_FROM_DATA = "whose codes are chosen without data, or from data with --algorithm gptq or awq"
 
@@ -151,12 +153,14 @@ class _Resolver:
     def plan(self) -> Plan:
         """Decide every tensor, then check that the whole makes sense."""
         self.rules.require_matches((info.name for info in self.infos), self._nearest_module)
-        layers = tuple(self._decide(info) for info in self.infos)
+        rules = [self.rules.first(info.name) for info in self.infos]
+        layers = tuple(self._decide(info, rule) for info, rule in zip(self.infos, rules, strict=True))
         for size, names in self.bad_groups.items():
             raise UsageError(
                 f"The group size {size} does not divide the columns of {len(names)} layers: {listed(names)}.",
                 hint="Leave --group-size out to take the largest that fits each layer, or --skip these layers.",
             )
+        unobeyed = self.rules.require_obeyed(zip(rules, self._fates(layers), strict=True))
         if not any(layer.scheme for layer in layers):
             reasons = Counter(layer.reason for layer in layers if layer.role in LAYER_ROLES)
             why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
@@ -187,16 +191,23 @@ class _Resolver:
             self.recipe,
             self.steps,
             scale_dtype,
-            self._warnings(layers),
+            (*unobeyed, *self._warnings(layers)),
             self.loader,
         )
 
     def _other_schemes(self) -> str | None:
         """What to try where no layer can have codes of this scheme; None where nothing is known to be better."""
-        if "conv1d" in self.roles.values() and self.format_name != "bitsandbytes":
+        weights = Counter[str]()
+        for info in self.infos:
+            weights[self.roles[info.name]] += info.numel
+        if 2 * weights["conv"] > sum(weights[role] for role in LAYER_ROLES):
+            return "Convolutions are quantized in a graph: -o NAME.onnx, with --scheme int8-static and --data, or int8."
+        if "conv1d" in weights and self.format_name != "bitsandbytes":
             return f"Use --scheme nf4, {_NF4_FROM_DATA}; in eight bits, -o NAME.onnx."
         if self.indivisible:
             return "--scheme int8 has one scale for a row, whatever its length."
+        if not self.loader.takes_codes:
+            return f"Use --scheme nf4, {_NF4_FROM_DATA}; or --target vllm if that is meant."
         if self.loader.unpacked and self.scheme.weights.dtype != "int8":
             nf4 = f"--scheme nf4, {_NF4_FROM_DATA}; or " if self.loader.fits_nf4 else ""
             return f"Use {nf4}--scheme int8, which is stored in codes that it reads."
@@ -209,27 +220,28 @@ class _Resolver:
         hint = suggestion(glob, dict.fromkeys(module_of(info.name) for info in self.infos))
         return hint if hint.startswith("Did") else "See: quantcli inspect MODEL --layers"
 
-    def _decide(self, info: TensorInfo) -> LayerPlan:
+    def _fates(self, layers: Iterable[LayerPlan]) -> Iterator[Fate]:
+        """What a rule that holds for a tensor does to it; what is stored once shares the fate of its twin."""
+        by_name = {layer.info.name: layer for layer in layers}
+        for layer in by_name.values():
+            told = by_name.get(layer.info.shares or "", layer) if layer.dropped else layer
+            reason = None if told.scheme or told.reason == ALREADY else told.reason
+            yield Fate((layer.info.name,), reason, layer.role in LAYER_ROLES)
+
+    def _decide(self, info: TensorInfo, rule: Rule | None) -> LayerPlan:
         role = self.roles[info.name]
-        rule = self.rules.first(info.name)
         if role == "tied head" and info.shares:
             return LayerPlan(info, role, info.dtype, reason=f"tied to {info.shares}: stored once", dropped=True)
         if rule and rule.skip:
             return self._leave(info, role, SKIPPED)
         if info.name in self.leave:
-            if rule and rule.scheme and {info.name, module_of(info.name)} & set(rule.globs):
-                raise UsageError(
-                    f"A rule gives {module_of(info.name)} a scheme by its name, and it has to stay as it is: "
-                    f"{self.leave[info.name]}.",
-                    "Remove the rule.",
-                )
             return self._leave(info, role, self.leave[info.name])
         scheme, label = self.scheme, self.name
         if rule and rule.scheme:
             scheme = self._scheme(rule.scheme)
             label = label_of(rule.scheme, scheme)
         if scheme.weights.is_cast:
-            return self._cast(info, role, scheme, label)
+            return self._cast(info, role, scheme, label, rule)
         if role not in LAYER_ROLES:
             return self._leave(info, role, _LEFT_BECAUSE[role])
         asked = rule is not None and rule.scheme is not None
@@ -240,16 +252,16 @@ class _Resolver:
             return self._leave(info, role, reason)
         return self._quantize(info, role, scheme, label, rule)
 
-    def _cast(self, info: TensorInfo, role: str, scheme: Scheme, label: str) -> LayerPlan:
+    def _cast(self, info: TensorInfo, role: str, scheme: Scheme, label: str, rule: Rule | None) -> LayerPlan:
         if self.recipe.group_size and scheme == self.scheme:
             raise UsageError(f"--group-size does not apply to {self.name}, which has no scales.")
         target = DTYPE_OF_NUMBER[scheme.weights.dtype]
         if not info.is_float or not info.numel or info.dtype == target:
-            why = "already so" if info.dtype == target else _LEFT_BECAUSE["empty" if not info.numel else "buffer"]
+            why = ALREADY if info.dtype == target else _LEFT_BECAUSE["empty" if not info.numel else "buffer"]
             return LayerPlan(info, role, info.dtype, reason=why)
         if self._is_wide_vector(info):
             return LayerPlan(info, role, "F32", reason=f"{self.format_name} holds vectors in fp32")
-        if self._is_kept_fp32(info):
+        if self._is_kept_fp32(info) and not (rule and rule.scheme):
             return LayerPlan(info, role, info.dtype, reason="fp32 among 16-bit tensors: kept as its author chose")
         return LayerPlan(info, role, target, scheme, label, algorithm=None)
 

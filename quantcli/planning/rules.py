@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
 
 from quantcli import algorithms
@@ -11,10 +13,28 @@ from quantcli.checkpoint.roles import module_of
 from quantcli.core.scheme import PRESETS, NumberFormat, Scheme
 from quantcli.errors import UsageError
 from quantcli.planning.recipe import Recipe, Rule, SchemeSpec
+from quantcli.system.text import listed
 
 _WILDCARD = re.compile(r"[*?\[]")
 #: Why a layer is left that the user named.
 SKIPPED = "skipped as asked"
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of a tensor or layer, by the names that a glob can mean it by; ``reason``: why it stays as it is.
+
+    ``is_layer``: it is the weight of a layer, and no norm or bias beside one.
+    """
+
+    names: tuple[str, ...]
+    reason: str | None
+    is_layer: bool = True
+
+    @property
+    def module(self) -> str:
+        """What people call it."""
+        return module_of(self.names[0]) or self.names[0]
 
 
 class Rules:
@@ -38,9 +58,54 @@ class Rules:
             if glob not in literal and not any(means(glob, name) for name in names):
                 raise UsageError(f"{glob!r} matches no layer.", hint(glob))
 
+    def require_obeyed(self, fates: Iterable[tuple[Rule | None, Fate]]) -> list[str]:
+        """Warnings of rules that hold for layers which stay as they are, or for none.
+
+        ``fates``: of every tensor or layer, with the rule that holds for it.
+
+        Raises:
+            UsageError: a rule that is no skip names one of them without a wildcard, or changes nothing at all.
+        """
+        held: dict[int, list[Fate]] = {}
+        for rule, fate in fates:
+            held.setdefault(id(rule), []).append(fate)
+        warnings = []
+        for rule in (rule for rule in self._rules if not rule.skip):
+            met = held.get(id(rule), [])
+            _require_named(rule, met)
+            left = [fate for fate in met if fate.reason and fate.is_layer]
+            what = listed([repr(glob) for glob in rule.globs])
+            if not met:
+                warnings.append(f"The rule for {what} holds for no layer: rules and skips before it mean them all.")
+            elif left:
+                names, reasons = listed([fate.module for fate in left]), Counter(fate.reason for fate in left)
+                why = "; ".join(str(reason) for reason, _ in reasons.most_common(3))
+                warnings.append(f"The rule for {what} means {names} as well, which stays as it is: {why}.")
+        return warnings
+
     def group_size(self, rule: Rule | None) -> int | None:
         """The group size that is asked for where this rule holds, or None."""
         return (rule.group_size if rule else None) or self._size
+
+
+def _require_named(rule: Rule, met: Sequence[Fate]) -> None:
+    """Raise UsageError for the first name in a rule, or for all that it means, where nothing of that changes."""
+    by_name: dict[str, list[Fate]] = {}
+    for fate in met:
+        for name in fate.names:
+            for each in {name, module_of(name)}:
+                by_name.setdefault(each, []).append(fate)
+    for glob, fates in [*((glob, by_name.get(glob, [])) for glob in rule.globs), (None, met)]:
+        if fates and all(fate.reason for fate in fates):
+            worst = next((fate for fate in fates if fate.is_layer), fates[0])
+            name = glob or worst.module
+            raise UsageError(
+                f"A rule names {name}, which has to stay as it is: {worst.reason}."
+                if glob
+                else f"The rule for {listed([repr(each) for each in rule.globs])} changes nothing: {name} has to stay "
+                f"as it is: {worst.reason}.",
+                "Remove the rule, or choose a scheme or a --format that takes this layer.",
+            )
 
 
 class Matcher:

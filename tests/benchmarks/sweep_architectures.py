@@ -1,7 +1,7 @@
 """Every architecture of the installed transformers through every scheme: does what ends with exit status 0 run?
 
 Run: .venv/bin/python tests/benchmarks/sweep_architectures.py [--only GLOB] [--schemes ...] [--jobs N] [--limit N]
-     [--json FILE] [--quick]
+     [--seed N] [--json FILE [--resume]] [--quick]
 
 A tiny random model of each (tests/support/tiny_architectures.py) is converted in a process of its own, with a limit
 of time. What comes of it:
@@ -326,7 +326,9 @@ def main() -> int:
     else:
         names = sweeping.chosen(tiny_architectures.architectures(), wanted.only, wanted.limit, wanted.seed)
         schemes = tuple(wanted.schemes.split(","))
-        found = sweeping.sweep(names, lambda case: run(case, schemes), wanted.jobs, wanted.json)
+        known = sweeping.read(wanted.json) if wanted.resume and wanted.json else None
+        seed = wanted.seed or 0
+        found = sweeping.sweep(names, lambda case: run(case, schemes), wanted.jobs, wanted.json, known, seed)
     sweeping.print_matrix(found)
     if wanted.json:
         sweeping.write(wanted.json, found)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantcli import convert
-from quantcli.checkpoint.hugging_face import neighbours
+from quantcli.checkpoint.hugging_face import neighbours, pooling_file, sentence_model
 
 
 def folder_with(place: Path, *names: str, **sizes: int) -> Path:
@@ -45,6 +45,24 @@ def test_other_copies_of_the_weights_are_left_and_named(tmp_path: Path) -> None:
 def test_small_weights_in_a_subfolder_travel_and_hidden_ones_do_not(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, "head/model.safetensors", ".git/config", head_model_safetensors=100)
     assert found(folder) == (["head/model.safetensors"], [])
+
+
+def test_a_part_of_a_sentence_transformers_model_knows_what_is_around_it(tmp_path: Path) -> None:
+    part = folder_with(tmp_path / "0_Transformer", "config.json")
+    (tmp_path / "3_Pool").mkdir()
+    (tmp_path / "3_Pool" / "config.json").write_text("{}")
+    assert (pooling_file(part), sentence_model(part)) == (None, None)
+    (tmp_path / "modules.json").write_text("no JSON")
+    assert sentence_model(part) is None and neighbours(part, [part / "model.safetensors"]).part_of is None
+    kinds = {
+        "0_Transformer": "sentence_transformers.models.Transformer",
+        "3_Pool": "sentence_transformers.models.Pooling",
+    }
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": path, "type": kind} for path, kind in kinds.items()]))
+    assert pooling_file(part) == pooling_file(tmp_path) == tmp_path / "3_Pool" / "config.json"
+    (warning,) = neighbours(part, [part / "model.safetensors"]).warnings
+    assert warning.startswith(f"This is one part of the sentence-transformers model in {tmp_path}:")
+    assert sentence_model(folder_with(tmp_path / "other")) is None
 
 
 def test_modules_of_sentence_transformers_travel_whole(models: Path, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,9 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.quantized import open_quantized
 from quantcli.commands.convert import convert
-from quantcli.models.hugging_face import disable_caches, load_model
+from quantcli.errors import InputError
+from quantcli.models.hugging_face import build_model, decoder_start, disable_caches, load_model
+from quantcli.models.stored_parameters import vocabulary_of, with_layers_for_experts
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -81,3 +86,42 @@ def test_layers_that_an_artifact_lacks_are_not_run_from_empty_codes(tmp_path: Pa
     with torch.no_grad():
         expected, found = (model(**picture)[0] for model in models)
     assert torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), dim=0) > 0.99
+
+
+def test_a_decoder_of_several_ids_at_once_starts_by_itself() -> None:
+    config = transformers.DiaConfig(
+        encoder_config={"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2},
+        decoder_config={"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2},
+    )
+    of: Any = lambda config: decoder_start(SimpleNamespace(config=config))  # type: ignore[arg-type]  # noqa: E731
+    assert of(config) is None
+    assert of(transformers.T5Config(decoder_start_token_id=3)) == 3
+    assert of(transformers.LlamaConfig()) is None
+
+
+def test_experts_are_layers_where_the_library_makes_them_so_for_a_quantized_model() -> None:
+    """Their decoded weights are read one by one, as the artifact names them."""
+    config = transformers.Llama4TextConfig(
+        **SIZES, head_dim=16, num_key_value_heads=2, intermediate_size=64, intermediate_size_mlp=64, num_local_experts=2
+    )
+    for method, single in (("bitsandbytes", True), ("gptq", False)):
+        with torch.device("meta"):
+            model = with_layers_for_experts(transformers.Llama4ForCausalLM, method)(config)
+        names = [name for name, _ in model.named_parameters() if ".experts." in name]
+        assert any(name.endswith("experts.1.gate_proj.weight") for name in names) == single and names
+
+
+def test_a_model_with_code_of_its_own_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    config = {"model_type": "own", "architectures": ["OwnModel"], "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise RuntimeError('was run')")
+    for open_it in (lambda: load_model(tmp_path, causal=False), lambda: build_model(tmp_path)):
+        with pytest.raises(InputError, match="has code of its own") as refused:
+            open_it()
+        assert "package.module:function" in str(refused.value)
+
+
+def test_ids_are_counted_in_any_class_of_table() -> None:
+    config = transformers.IBertConfig(**SIZES, intermediate_size=64)
+    assert vocabulary_of(transformers.IBertModel(config)) == 64
+    assert vocabulary_of(SimpleNamespace(config=config)) == 64

@@ -65,11 +65,14 @@ def test_a_tied_head_that_is_not_stored_is_named_for_the_runtime(models: Path) -
     assert "lm_head" in left_linear_modules(plan_of(models / "tied"))
 
 
-def test_a_tied_head_that_is_stored_stays_even_when_a_rule_asks() -> None:
+def test_a_tied_head_that_is_stored_stays_and_a_rule_for_it_is_refused() -> None:
     tensors = infos(LINEAR | {"embed_tokens.weight": (96, 128), "lm_head.weight": (96, 128)})
-    plan = plan_of(tensors, {"tie_word_embeddings": True}, rules=[{"match": "lm_head", "scheme": "int8"}])
+    plan = plan_of(tensors, {"tie_word_embeddings": True})
     assert layer(plan, "lm_head.weight").reason == "output head, tied to the embedding"
     assert not layer(plan, "lm_head.weight").dropped
+    for match in ("lm_head", "lm_*"):
+        with pytest.raises(UsageError, match="has to stay as it is: output head, tied to the embedding"):
+            plan_of(tensors, {"tie_word_embeddings": True}, rules=[{"match": match, "scheme": "int8"}])
 
 
 def test_a_head_of_its_own_is_quantized_when_a_rule_asks(models: Path) -> None:
@@ -440,11 +443,52 @@ def test_fixed_ranges_of_activations_are_symmetric_in_a_checkpoint_and_need_data
 
 
 def test_a_layer_that_has_to_stay_is_refused_where_a_rule_names_it() -> None:
-    tensors, name = infos({"encoder.weight": (64, 64), "score.weight": (64, 64)}), "score.weight"
+    tensors, name = infos({"encoder.weight": (64, 64), "score.weight": (64, 64), "score.bias": (64,)}), "score.weight"
     loader = Loader("Net", leave={name: "Net keeps it in float32"})
-    for match in ("score", name):
+    for match in ("score", name, "sc*", ["encoder", "score"]):
         recipe = Recipe(scheme="int8", rules=[Rule(match=match, scheme="int4")])
-        with pytest.raises(UsageError, match="score a scheme by its name, and it has to stay as it is: Net keeps it"):
+        with pytest.raises(UsageError, match=r"score.* has to stay as it is: Net keeps it"):
             resolve(recipe, tensors, None, loader=loader)
-    found = resolve(Recipe(scheme="int8", rules=[Rule(match="sc*", scheme="int4")]), tensors, None, loader=loader)
+    found = resolve(Recipe(scheme="int8", rules=[Rule(match="*", scheme="int4")]), tensors, None, loader=loader)
     assert layer(found, name).reason == "Net keeps it in float32"
+    assert found.warnings[0] == "The rule for '*' means score as well, which stays as it is: Net keeps it in float32."
+    # What a rule says of a layer's weight, it need not say of its bias.
+    assert not resolve(Recipe(scheme="int8", rules=[Rule(match="score", scheme="int8")]), tensors, None).warnings
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme", "said"),
+    [
+        ("bitsandbytes", "nf4", "kernel for processors takes rows in multiples of 32, not 3"),
+        ("gptq", "int8", "gptq packs 4 values into a word, and 3 x 64 does not divide"),
+        ("awq", "int4", "awq packs 8 outputs into a word, and 3 does not divide"),
+        ("compressed-tensors", "int8", None),
+        ("gguf", "int8", None),
+    ],
+)
+def test_a_rule_for_a_layer_that_a_format_has_no_room_for_is_refused(form: str, scheme: str, said: str | None) -> None:
+    tensors = infos({"encoder.weight": (64, 64), "score.weight": (3, 64), "conv.weight": (8, 4, 3, 3)})
+    recipe = Recipe(scheme=scheme, format=form, rules=[Rule(match="score", scheme=scheme)])
+    if said is None:
+        assert layer(resolve(recipe, tensors, None), "score.weight").scheme
+    else:
+        with pytest.raises(UsageError, match=f"A rule names score, which has to stay as it is: .*{said}"):
+            resolve(recipe, tensors, None)
+    if form != "gguf":
+        recipe = Recipe(scheme=scheme, format=form, rules=[Rule(match="conv", scheme=scheme)])
+        with pytest.raises(UsageError, match=r"A rule names conv, which has to stay as it is: .*(linear|convolutions)"):
+            resolve(recipe, tensors, None)
+
+
+def test_a_rule_that_others_leave_nothing_to_is_told() -> None:
+    tensors = infos({"a.weight": (64, 64), "b.weight": (64, 64)})
+    plan = plan_of(tensors, skip=["b"], rules=[{"match": "b", "scheme": "int4"}])
+    assert plan.warnings[0].startswith("The rule for 'b' holds for no layer")
+
+
+def test_a_rule_casts_what_its_author_kept_in_32_bits() -> None:
+    tensors = [*infos({"a.weight": (64, 64)}, "BF16"), *infos({"norm.weight": (64,), "b.weight": (4, 4)}, "F32")]
+    plan = plan_of(tensors, scheme="fp16", rules=[{"match": "norm", "scheme": "bf16"}])
+    assert {entry.info.name: entry.dtype for entry in plan.layers} == {
+        "a.weight": "F16", "norm.weight": "BF16", "b.weight": "F32",
+    }  # fmt: skip

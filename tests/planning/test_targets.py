@@ -233,15 +233,6 @@ def test_without_a_target_nothing_is_refused_but_transformers_is_warned_of(case:
         assert said.startswith(f"--target transformers: {more[0].removeprefix('In transformers: ')}")
 
 
-def test_a_tied_head_is_not_quantized_for_any_runtime() -> None:
-    config = {"tie_word_embeddings": True}
-    for target in ("transformers", "vllm", "sglang"):
-        asked = planned(decoder(), target, config, **rule("lm_head", scheme="int8"))
-        assert "lm_head, which is the embedding's matrix as well" in (refused(asked) or "")
-        assert refused(planned(decoder(), target, config)) is None
-        assert refused(planned(decoder(), target, config, **rule("lm_head", skip=True))) is None
-
-
 def test_many_layers_are_counted() -> None:
     found = refused(planned(decoder(9), "vllm", skip=["*.k_proj"]))
     assert found and "model.layers.3.self_attn and 5 more: q_proj" in found
@@ -281,6 +272,33 @@ def meant(plan: Plan, name: str) -> Any:
         return {"bits": bits, "group_size": size or -1, "sym": True}
     kind = {"type": "int", "strategy": "group" if size else "channel", "symmetric": True, "dynamic": False}
     return {"num_bits": bits} | kind | ({"group_size": size} if size else {})
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "sglang"])
+def test_experts_are_declared_under_the_names_that_are_looked_up(runtime: str) -> None:
+    """As SGLang 0.5.23's ``get_moe_scheme`` does: the first expert's layers by fixed names, whatever the file's."""
+    parent = "model.layers.0.block_sparse_moe.experts"
+    experts = {f"{parent}.{n}.{leaf}.weight": (128, 128) for n in range(12) for leaf in ("w1", "w2", "w3")}
+    shapes = decoder(1) | {"model.layers.0.block_sparse_moe.gate.weight": (12, 128)} | experts
+    names = [f"{parent}.0.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
+
+    def declared_for(target: str, **recipe: Any) -> list[Any]:
+        section = quantization_config(planned(shapes, target, **recipe))
+        assert section
+        left = [any(re.match(pattern[3:], name) for pattern in section["ignore"]) for name in names]
+        groups = [
+            [g["weights"]["num_bits"] for g in section["config_groups"].values() if any(
+                re.match(target[3:], name) for target in g["targets"] if target != "Linear"
+            )]
+            for name in names
+        ]  # fmt: skip
+        return [left, groups]
+
+    assert declared_for(runtime, scheme="int8", skip=["*.experts.*"])[0] == [True] * 3
+    assert declared_for(runtime, scheme="int8")[0] == [False] * 3
+    few = rule("*_proj", scheme="int8") | {"scheme": "int4"}
+    assert declared_for(runtime, **few)[1] in ([[4]] * 3, [[]] * 3)
+    assert declared_for("transformers", scheme="int8", skip=["*.experts.*"])[0] == [False] * 3
 
 
 def recipes() -> Iterator[dict[str, Any]]:

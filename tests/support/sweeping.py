@@ -231,7 +231,7 @@ def options(description: str | None, schemes: Sequence[str]) -> argparse.Argumen
     parser.add_argument("--schemes", default=",".join(schemes), help="columns, by commas")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cases at a time")
     parser.add_argument("--limit", type=int, metavar="N", help="that many cases, spread over all of them")
-    parser.add_argument("--seed", type=int, metavar="N", help="those of --limit are drawn at random, by this seed")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the order, and of those that --limit draws")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every verdict with its reason")
     parser.add_argument("--resume", action="store_true", help="keep the verdicts that --json FILE holds already")
     parser.add_argument("--quick", action="store_true", help="a few cases of different kinds")
@@ -254,14 +254,15 @@ def sweep(
     jobs: int,
     file: Path | None = None,
     known: Mapping[str, dict[str, Outcome]] | None = None,
+    seed: int = 0,
 ) -> dict[str, dict[str, Outcome]]:
     """Run every case in a fork, ``jobs`` at a time, and print each as it ends.
 
-    In a random order, the same each time, so that a sweep that is cut short has seen some of everything. Cases that
+    In a random order, the same for each seed, so that a sweep that is cut short has seen some of everything. Cases that
     are ``known`` are not run again.
     """
     found, running = {name: row for name, row in (known or {}).items() if name in set(names)}, {}
-    waiting = [name for name in random.Random(0).sample(names, len(names)) if name not in found]
+    waiting = [name for name in random.Random(seed).sample(names, len(names)) if name not in found]
     with tempfile.TemporaryDirectory(prefix="sweep-") as place:
         while waiting or running:
             while waiting and len(running) < jobs:

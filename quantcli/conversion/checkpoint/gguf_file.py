@@ -43,7 +43,9 @@ def with_wide_ends(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
         return recipe
     roles = classify(checkpoint.infos(), checkpoint.config)
     rules = Rules(recipe)
-    ends = [name for name, role in roles.items() if role in ("embedding", "head") and rules.first(name) is None]
+    whole = {info.name for info in checkpoint.infos() if info.columns % form.BLOCK == 0}
+    free = (name for name, role in roles.items() if role in ("embedding", "head") and rules.first(name) is None)
+    ends = [name for name in free if name in whole]
     added = [Rule(match=ends, scheme=_WIDE, group_size=form.BLOCK)] if ends else []
     return recipe.model_copy(update={"rules": [*recipe.rules, *added]})
 

@@ -1,4 +1,4 @@
-"""Which rows of a checkpoint's tensors transformers joins into one as it loads them, or splits into several.
+"""Which rows of a checkpoint's tensors transformers joins into one or splits as it loads them, and what that forbids.
 
 Runs in a process apart. The library's own operations are carried out, on numbers of rows in place of values, so that
 whatever only moves whole rows is found, by whatever operation.
@@ -10,6 +10,7 @@ import copy
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -49,6 +50,38 @@ def rearranged(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, dic
             starts = [0, *accumulate(shape[0] for shape in sources.values())]
             if all(loaded(name) == (name, None) for name in made):
                 found |= {name: {"sources": list(sources), "runs": _runs(rows, starts)} for name, rows in made.items()}
+    return found
+
+
+def rules_against_codes(model: Any, coded: Sequence[str]) -> list[str]:
+    """What the library would split as it loads, and for that does not load this class with codes of compressed-tensors.
+
+    Its quantizer gives every rule the names of codes and scales, and fails where one name would become several; whether
+    the model has a layer that the rule means does not matter.
+
+    Args:
+        model: the library's model, on the meta device.
+        coded: the library's names of the weights that become codes.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    quantizer: Any = CompressedTensorsHfQuantizer
+    asked: Any = SimpleNamespace(
+        pre_quantized=True,
+        serialized_names=quantizer.serialized_names,
+        get_load_operations=lambda: quantizer.get_load_operations(asked),
+        get_weight_conversions=list,
+    )
+    loaded = SimpleNamespace(named_parameters=lambda: [(f"{name}_scale", None) for name in coded])
+    found = []
+    for rule in get_model_conversion_mapping(model):
+        if isinstance(rule, WeightConverter):
+            try:
+                quantizer.update_weight_conversions(asked, [rule], loaded)
+            except ValueError:
+                found += rule.source_patterns
     return found
 
 

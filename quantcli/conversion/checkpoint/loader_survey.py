@@ -13,10 +13,11 @@ from typing import Any
 
 from quantcli.conversion.checkpoint.loader_dtypes import is_kept_wide, mixes_dtypes, scales_kept_wide
 from quantcli.conversion.checkpoint.loader_experts import held_one_by_one, stacked_as_loaded
-from quantcli.conversion.checkpoint.loader_rows import rearranged
+from quantcli.conversion.checkpoint.loader_rows import rearranged, rules_against_codes
 from quantcli.conversion.checkpoint.made_up_inputs import candidates
 from quantcli.conversion.checkpoint.watched import watched_dtypes, watched_weights, watched_writes
 from quantcli.models.hugging_face import output_head
+from quantcli.models.library_errors import is_of_its_own_code
 from quantcli.models.stored_parameters import use_layers_for_experts
 from quantcli.system.text import first_line
 
@@ -31,7 +32,7 @@ def survey(request: dict[str, Any]) -> dict[str, Any]:
         model = build(request["folder"], request["dtype"])
         use_layers_for_experts(model, request["format"])
     except Exception as error:
-        return {"error": first_line(error)}
+        return {"error": "it has code of its own" if is_of_its_own_code(error) else first_line(error)}
     return _Survey(model, request).answer()
 
 
@@ -73,7 +74,9 @@ class _Survey:
         from torch import nn
 
         self._leave_what_is_not_one_layer()
+        takes_codes = True
         if self.request["format"] == "compressed-tensors":
+            takes_codes = self._leave_what_rules_forbid()
             self._read_by_initialization()
         elif self.request["format"] == "bitsandbytes":
             self._kept_wide()
@@ -91,7 +94,8 @@ class _Survey:
             "unknown": self.unknown,
             "unpacked": self.unpacked,
             # bitsandbytes replaces no subclass of linear layers.
-            "fits_nf4": any(type(self._linear(name)) is nn.Linear for name in self.unpacked),
+            "takes_codes": takes_codes,
+            "fits_nf4": not takes_codes or any(type(self._linear(name)) is nn.Linear for name in self.unpacked),
             "weights_only": self.weights_only,
             "wide": self._wide(),
             "runs_narrow": self._runs_narrow(),
@@ -176,22 +180,28 @@ class _Survey:
                 self.leave[name] = f"{self.name} ties it to {other}, which would have no values"
             elif name in self.renamed_alone and self.request["format"] == "compressed-tensors":
                 self.leave[name] = f"{self.name} of transformers renames it, and would not rename its codes and scales"
-            elif self._is_head(name) and how["role"] != "head" and not self._is_wanted(how):
+            elif self._is_head(name) and how["role"] != "head" and not how["asked"]:
                 self.leave[name] = f"output head of {self.name}: runtimes and accuracy want it unquantized"
             elif self._linear(name) is None:
                 module = self.modules.get(self.loaded[name].rpartition(".")[0])
                 kind = type(module).__name__
                 self.leave[name] = f"{kind} of transformers, which {self.request['format']} does not replace"
 
-    def _is_wanted(self, how: dict[str, Any]) -> bool:
-        """Whether a rule of the user's gives a head a scheme, and the library runs it so."""
-        return bool(how["asked"]) and self.request["format"] != "bitsandbytes"
+    def _leave_what_rules_forbid(self) -> bool:
+        """Whether the class is loaded with codes at all; where not, every layer is left."""
+        splits = rules_against_codes(self.model, [self.loaded[name] for name in self._targets()])
+        for name in self.coded if splits else ():
+            self.leave[name] = (
+                f"transformers does not load {self.name} with codes of compressed-tensors, since it would split "
+                f"{', '.join(splits[:2])} of such models"
+            )
+        return not splits
 
     def _is_head(self, tensor: str) -> bool:
         """Whether a tensor is of what the class calls its output head, or of a layer that gives scores or labels.
 
-        The latter lies outside the base model, has a row for each label, or one for each end of an answer. The library
-        does not replace heads with bitsandbytes, and codes of so few rows save nothing.
+        The latter lies outside the base model, has a row for each label, or one for each end of an answer; codes of so
+        few rows save nothing.
         """
         path = self.loaded[tensor].rpartition(".")[0]
         layer, base = self.modules[path], self.model.base_model

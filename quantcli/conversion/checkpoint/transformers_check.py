@@ -17,6 +17,7 @@ from typing import Any
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.hugging_face import is_diffusers
+from quantcli.checkpoint.quantized import is_quantized
 from quantcli.checkpoint.rearranged import RearrangedCheckpoint
 from quantcli.checkpoint.split_experts import SplitExperts
 from quantcli.conversion.checkpoint.layout import Layout
@@ -25,7 +26,10 @@ from quantcli.conversion.checkpoint.proof import Scope, Skipped, choose_scope, d
 from quantcli.core.dtypes import TORCH_NAMES
 from quantcli.errors import InputError, NotProvenError
 from quantcli.planning.plan import Loader, Plan
-from quantcli.planning.rules import Rules
+from quantcli.planning.recipe import Recipe
+from quantcli.planning.resolve import resolve
+from quantcli.planning.rules import SKIPPED, Rules
+from quantcli.planning.targets.serving import CHECKED as SERVING
 from quantcli.planning.targets.transformers import mixtures
 from quantcli.system import ranks
 from quantcli.system.child import ChildFailedError, Service
@@ -75,14 +79,15 @@ class RuntimeCheck:
         if self._service:
             self._service.stop()
 
-    def as_held(self, rules: Rules) -> Checkpoint | None:
+    def as_held(self, rules: Rules, *, experts_alone: bool = False) -> Checkpoint | None:
         """The checkpoint as the library holds it, where that is otherwise; None where it is as stored.
 
         Its experts are one by one where it fuses them and the library takes codes only so, and what the library joins
-        or splits by rows is joined or split, unless ``rules`` name it.
+        or splits by rows is joined or split, unless ``rules`` name it or ``experts_alone`` are meant.
         """
         answer = self._result("its names were asked for")
-        if made := _free(answer.get("rearranged", {}), self._checkpoint, rules):
+        rearranged = {} if experts_alone else answer.get("rearranged", {})
+        if made := _free(rearranged, self._checkpoint, rules):
             self._checkpoint = RearrangedCheckpoint(self._checkpoint, made)
             name, how = next(iter(made.items()))
             self._checkpoint.warnings += (
@@ -116,6 +121,7 @@ class RuntimeCheck:
             answer["modules"],
             tuple(answer["absent"]),
             answer["leave"],
+            answer["takes_codes"],
             frozenset(answer["unpacked"]),
             answer["fits_nf4"],
             frozenset(answer["weights_only"]),
@@ -245,6 +251,22 @@ class RuntimeCheck:
             "format": plan.format,
             "dtype": TORCH_NAMES[plan.dtype],
         }
+
+
+def with_single_experts(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The checkpoint, for vLLM and SGLang with experts one by one that the file holds fused, where that is known.
+
+    Both load codes of experts by the names that these had when a model was published expert by expert, which are those
+    that transformers stacks as it loads. Where it knows none the experts stay fused, which the targets' rules refuse.
+    """
+    if recipe.runtime[0] not in SERVING or recipe.scheme is None or is_quantized(checkpoint):
+        return checkpoint
+    plan = resolve(recipe.model_copy(update={"target": None}), checkpoint.infos(), checkpoint.config, data=None)
+    left = [layer for layer in plan.layers if layer.role == "experts" and layer.reason != SKIPPED]
+    if not left or plan.format != "compressed-tensors" or not any(layer.has_codes for layer in plan.layers):
+        return checkpoint
+    with RuntimeCheck(plan, checkpoint, "codes") as check:
+        return check.as_held(Rules(recipe), experts_alone=True) or checkpoint
 
 
 def _service() -> Service:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.hugging_face import load_json
+from quantcli.checkpoint.hugging_face import load_json, pooling_file
 from quantcli.core.ports import Arrays
 from quantcli.data.sources.base import Labels
 from quantcli.errors import InputError
@@ -86,9 +86,9 @@ class Embedding:
 
 
 def _pooling_of(path: Path) -> str:
-    """How a sentence-transformers folder pools token vectors: ``mean``, ``cls`` or ``last``; by default mean."""
-    pooling = path / "1_Pooling" / "config.json"
-    if not pooling.is_file():
+    """How sentence-transformers pool a folder's token vectors: ``mean``, ``cls`` or ``last``; by default mean."""
+    pooling = pooling_file(path)
+    if pooling is None:
         return "mean"
     config = load_json(pooling)
     modes = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}

@@ -24,8 +24,8 @@ from quantcli.onnx.plan.plan import (
     undecided,
     weighted_nodes,
 )
-from quantcli.planning.recipe import Recipe, build_scheme
-from quantcli.planning.rules import SKIPPED, Rules, label_of, no_groups, require_support, scheme_asked_for
+from quantcli.planning.recipe import Recipe, Rule, build_scheme
+from quantcli.planning.rules import SKIPPED, Fate, Rules, label_of, no_groups, require_support, scheme_asked_for
 from quantcli.planning.steps import Step, named_steps, parse_steps
 from quantcli.system.text import suggestion
 
@@ -75,14 +75,19 @@ class _Planner:
         known = [weight.value.name or "" for _, weight in pairs][:20]
         names = [name for node, weight in pairs for name in _names(node, weight.value)]
         self.rules.require_matches(names, lambda glob: suggestion(glob, known))
-        decided = [self._decide(undecided(self.model, node, weight, self.file)) for node, weight in pairs]
+        rules = [self.rules.first(*_names(node, weight.value)) for node, weight in pairs]
+        decided = [
+            self._decide(undecided(self.model, node, weight, self.file), rule)
+            for (node, weight), rule in zip(pairs, rules, strict=True)
+        ]
+        fates = [Fate(_names(plan.node, plan.weight), None if plan.form else plan.reason) for plan in decided]
+        warnings = self.rules.require_obeyed(zip(rules, fates, strict=True))
         nodes = tuple(self._rest(plan) for plan in self._in_pairs(decided))
-        warnings = counted(node.note for node in nodes)
+        warnings += counted(node.note for node in nodes)
         return GraphPlan(nodes, self.name, self.recipe, tuple(warnings), self.damping)
 
-    def _decide(self, plan: NodePlan) -> NodePlan:
+    def _decide(self, plan: NodePlan, rule: Rule | None) -> NodePlan:
         node, value, info = plan.node, plan.weight, plan.info
-        rule = self.rules.first(*_names(node, value))
         if rule and rule.skip:
             return plan.left(SKIPPED)
         scheme, label = self.scheme, self.name

@@ -11,7 +11,6 @@ from quantcli import formats
 from quantcli.checkpoint.roles import module_of
 from quantcli.core.scheme import Scheme
 from quantcli.planning.plan import LayerPlan, Plan, quantization_config
-from quantcli.planning.rules import Matcher
 from quantcli.planning.targets.fused import scheme_of
 from quantcli.system.text import listed
 
@@ -136,20 +135,6 @@ def no_checkpoint(plan: Plan, target: Target) -> Refusal | None:
     if plan.format == "onnx":
         return None
     return Refusal(f"{target.name} loads ONNX, not {plan.format}", "Use --format onnx.")
-
-
-def heads_of_embeddings(plan: Plan, target: Target) -> Refusal | None:
-    """A rule for a head that is the embedding."""
-    for rule in plan.recipe.rules if quantization_config(plan) else ():
-        is_meant = Matcher(rule.globs)
-        meant = [layer for layer in plan.layers if is_meant(layer.info.name)]
-        if rule.scheme and not rule.skip and meant and all(layer.role == "tied head" for layer in meant):
-            return Refusal(
-                f"a rule quantizes {listed([module_of(layer.info.name) for layer in meant])}, which is the embedding's "
-                f"matrix as well, and {target.name} looks words up in it",
-                "Remove the rule.",
-            )
-    return None
 
 
 def experts_taken_for_quantized(names: list[str], plan: Plan, target: Target) -> Refusal | None:

@@ -20,7 +20,6 @@ from quantcli.planning.targets.base import (
     declared_alone,
     experts_left,
     experts_taken_for_quantized,
-    heads_of_embeddings,
     inputs_of_experts,
     modules,
     single_experts,
@@ -164,13 +163,19 @@ def every_left_layer_is_seen(plan: Plan, target: Target) -> Refusal | None:
 
 
 def undeclared_heads(plan: Plan, target: Target) -> Refusal | None:
-    """A head that no name in the configuration means."""
+    """A head that no name in the configuration means, or that the runtime has in 16 bits alone."""
     section = quantization_config(plan)
+    heads = [layer for layer in plan.layers if layer.role == "head" and scheme_of(layer)]
+    if plan.format == "bitsandbytes" and heads:
+        return Refusal(
+            f"{module_of(heads[0].info.name)}: an output head, and {target.name} has none of bitsandbytes",
+            "Leave the head unquantized.",
+        )
     if section is None or plan.format != "compressed-tensors":
         return None
-    for layer in plan.layers:
+    for layer in heads:
         scheme = scheme_of(layer)
-        if layer.role == "head" and scheme and declared(section) == declared_alone(plan, scheme):
+        if scheme and declared(section) == declared_alone(plan, scheme):
             return Refusal(
                 f"{module_of(layer.info.name)}: an output head with the scheme that most layers have, and "
                 f"{target.name} takes a head for quantized only where its scheme is declared by name",
@@ -199,6 +204,5 @@ RULES = (
     one_scheme,
     seen_as_declared,
     every_left_layer_is_seen,
-    heads_of_embeddings,
     undeclared_heads,
 )

@@ -11,7 +11,6 @@ from quantcli.planning.targets.base import (
     asymmetric,
     experts_left,
     experts_taken_for_quantized,
-    heads_of_embeddings,
     inputs_of_experts,
     single_experts,
 )
@@ -136,5 +135,4 @@ RULES = (
     zero_points,
     one_scheme_of_experts,
     one_scheme_for_gptq,
-    heads_of_embeddings,
 )

@@ -105,8 +105,31 @@ def test_a_rule_that_names_what_gives_labels_is_obeyed_or_refused(tmp_path: Path
         assert {row.name: row.scheme for row in report.layers}["classifier.weight"] == spelled
     report = convert(folder, tmp_path / "out", scheme="int8", dry_run=True)
     assert {row.name: row.scheme for row in report.layers}["classifier.weight"] is None
-    with pytest.raises(UsageError, match="A rule gives classifier a scheme by its name, and it has to stay"):
-        convert(folder, tmp_path / "out", recipe=Recipe(scheme="nf4", rules=[Rule(match="classifier", scheme="nf4")]))
+    named = Recipe(scheme="nf4", rules=[Rule(match="classifier", scheme="nf4")])
+    convert(folder, tmp_path / "out", recipe=named)
+    loaded = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "out")
+    assert type(loaded.classifier).__name__ == "Linear4bit"
+    config = transformers.RobertaConfig(**WIDE, num_labels=3)
+    folder = saved(transformers.RobertaForTokenClassification(config), tmp_path / "few")
+    with pytest.raises(UsageError, match=r"A rule names classifier, which has to stay as it is: .* not 3"):
+        convert(folder, tmp_path / "out", recipe=named)
+
+
+def test_a_class_that_is_not_loaded_with_codes_is_refused_before_work_with_a_way_out(tmp_path: Path) -> None:
+    """The library's quantizer fails at a rule that splits a tensor, also where the model has no such tensor."""
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=16, patch_size=8
+    )
+    folder = saved(transformers.Dinov2WithRegistersForImageClassification(config), tmp_path / "dino")
+    with pytest.raises(InputError, match=r"would split mlp\.weights_in\.weight") as refused:
+        convert(folder, tmp_path / "out", scheme="int8", dry_run=True)
+    assert "Use --scheme nf4" in str(refused.value)
+    convert(folder, tmp_path / "out", scheme="nf4")
+
+    # Where the layer is there, its codes have names that the rule takes.
+    config.use_swiglu_ffn = True
+    folder = saved(transformers.Dinov2WithRegistersForImageClassification(config), tmp_path / "swiglu")
+    convert(folder, tmp_path / "swiglu-int8", scheme="int8")
 
 
 def test_layers_that_are_read_by_the_initialization_are_found(tmp_path: Path) -> None:
@@ -436,5 +459,8 @@ def test_fused_experts_are_stored_as_the_library_stacks_them(tmp_path: Path) -> 
     assert surveyed(folder, "nf4")[1]["single"] == {}
     planned = convert(folder, tmp_path / "out", scheme="int4", group_size=64, dry_run=True)
     assert {layer.scheme for layer in planned.layers if ".experts." in layer.name} == {"int4 group 64"}
+    # vLLM and SGLang load experts by the names that they were published with, too.
+    served = convert(folder, tmp_path / "out", scheme="int4", group_size=64, target="vllm", dry_run=True)
+    assert [(row.name, row.scheme) for row in served.layers] == [(row.name, row.scheme) for row in planned.layers]
     left = convert(folder, tmp_path / "out", scheme="int4", group_size=64, skip=["*experts*"], dry_run=True)
     assert {layer.reason.split(";")[0] for layer in left.layers if ".experts." in layer.name} == {"skipped as asked"}
