@@ -225,7 +225,11 @@ def _open_folder(folder: Path) -> Checkpoint:
             f"Name one of them, such as {folder / 'transformer'} or {folder / 'unet'}; convert takes the whole, too.",
         )
     if (folder / "config.json").is_file():
-        raise InputError(f"{folder} has a config.json but no weights (model.safetensors or pytorch_model.bin).")
+        graphs = sorted([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
+        raise InputError(
+            f"{folder} has a config.json but no weights (model.safetensors or pytorch_model.bin).",
+            f"Of the ONNX graphs in it, name one: {', '.join(map(str, graphs[:4]))}." if graphs else None,
+        )
     inner = sorted(config.parent for config in folder.glob("*/config.json") if _holds_weights(config.parent))
     raise InputError(
         f"{folder} is not a model: it holds no safetensors or pytorch_model.bin file.",

@@ -22,12 +22,19 @@ from quantcli.conversion.checkpoint.layout import plan_layout
 from quantcli.conversion.checkpoint.pipeline import Conversion, Work, hashing, use_loops, worker_count
 from quantcli.conversion.checkpoint.repack import planned_conversion
 from quantcli.conversion.checkpoint.rows import conversion_report, reference_row
-from quantcli.conversion.decoder.recipe import decoder_recipe
+from quantcli.conversion.decoder.recipe import decoder_recipe, fills_head
 from quantcli.conversion.staging import Staging, open_staging
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
-from quantcli.export.decoder.architecture import WITHOUT_DECODER, Decoder, read_decoder, refused, why_no_decoder
+from quantcli.export.decoder.architecture import (
+    WITHOUT_DECODER,
+    Decoder,
+    read_decoder,
+    refused,
+    why_no_decoder,
+    why_not_built,
+)
 from quantcli.formats import quantized_format
 from quantcli.onnx.graph.model import is_onnx
 from quantcli.planning.recipe import Recipe, build_scheme
@@ -93,12 +100,13 @@ def way_to_onnx(
         if asked:
             read_decoder(path)
         return Way.PLAIN
-    if why_no_decoder(path) is None:
+    if (unusual := why_not_built(path)) is None:
         return Way.BUILT
     if (lacking := _no_export(path, recipe)) is None:
         return Way.EXPORTED
     if asked:
-        raise refused(lacking.reason, lacking.hint)
+        # Of an architecture that is built, the setting in the way is the nearer reason.
+        raise refused(lacking.reason if why_no_decoder(path) else unusual, lacking.hint)
     return Way.PLAIN
 
 
@@ -188,7 +196,7 @@ def convert_decoder(
             require_space(output, 2 * layout.nbytes)
             details = _quantize(conversion, staging, force=force)
             place = onnx_layout(plan.recipe, ((each.scheme, each.info.numel) for each in plan.layers))
-            proof = _pack(decoder, model, staging, place)
+            proof = _pack(decoder, model, staging, place, fill_head=fills_head(recipe))
             manifest = _publish(details.pop("manifest"), proof, decoder, checkpoint, staging, place)
         except OSError as error:
             raise explain(error, output) from error
@@ -222,7 +230,7 @@ def _quantize(conversion: Conversion, staging: Staging, *, force: bool) -> dict[
     return conversion.run(staging, done)
 
 
-def _pack(decoder: Decoder, model: Path, staging: Staging, place: OnnxLayout) -> dict[str, Any]:
+def _pack(decoder: Decoder, model: Path, staging: Staging, place: OnnxLayout, *, fill_head: bool) -> dict[str, Any]:
     """Build the graph from the working copy, and prove it; what was proven, in the manifest's keys."""
     from quantcli.conversion.decoder.proof import prove_decoder
     from quantcli.export.decoder.graph import build_decoder
@@ -234,7 +242,8 @@ def _pack(decoder: Decoder, model: Path, staging: Staging, place: OnnxLayout) ->
     artifact = staging.out / place.file
     artifact.parent.mkdir(exist_ok=True)
     tensors = build_decoder(
-        decoder, DecoderWeights(codes, quantized), model, artifact, data=place.data, accuracy_level=ACCURACY_LEVEL
+        decoder, DecoderWeights(codes, quantized), model, artifact, data=place.data, accuracy_level=ACCURACY_LEVEL,
+        fill_head=fill_head,
     )  # fmt: skip
     values: Checkpoint = DecodedCheckpoint(quantized) if quantized else codes
     return {"tensors": tensors, "codes": "equal"} | prove_decoder(artifact, decoder, values)

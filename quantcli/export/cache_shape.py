@@ -70,6 +70,8 @@ def _look(folder: Path) -> CacheShape | str:
     config = hugging_face.load_config(folder)
     vars(config).pop("quantization_config", None)
     name = config.model_type
+    if getattr(config, "use_bidirectional_attention", None):
+        return f"{name} attends to what follows as well, by use_bidirectional_attention"
     if rotary := _changing_rotary(config):
         return f"the rotary embedding of {name} is {rotary}, whose frequencies change with the length of a text"
     try:
@@ -93,6 +95,8 @@ def _kind_reason(name: str, model: nn.Module, config: Any) -> str | None:
     """Why a model has no plain cache, by what its class and its layers are."""
     if name in _FIXED_LENGTH:
         return f"torch exports {name} with a cache for one length of a text alone"
+    if name == "falcon" and config.alibi:
+        return "falcon with alibi multiplies in bfloat16, which onnxruntime has no kernel for"
     library = hugging_face.transformers_library()
     layers = library.DynamicCache(config=config.get_text_config(decoder=True)).layers
     # A window is what masks make of it; keys and values of all tokens are kept.

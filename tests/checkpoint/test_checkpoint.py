@@ -401,3 +401,12 @@ def test_a_folder_around_a_transformer_with_an_export_beside_is_no_onnx_model(tm
     assert not is_onnx(tmp_path)
     (tmp_path / "0_Transformer" / "model.safetensors").unlink()
     assert is_onnx(tmp_path)
+
+
+def test_a_folder_of_several_graphs_asks_for_one(tmp_path: Path) -> None:
+    """As transformers.js keeps several dtypes, or onnxruntime-genai a graph of another name."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "onnx").mkdir()
+    for name in ("model_q4", "model_int8"):
+        (tmp_path / "onnx" / f"{name}.onnx").touch()
+    assert "name one: " in refusal(tmp_path) and str(tmp_path / "onnx" / "model_int8.onnx") in refusal(tmp_path)

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 import torch
 from support.gguf_files import COLUMNS, SETTINGS, write_gguf
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import decoded_checkpoint
+from quantcli.checkpoint.gguf import settings
+from quantcli.checkpoint.gguf.architectures import architecture_of
 from quantcli.checkpoint.gguf.checkpoint import open_gguf
 from quantcli.checkpoint.gguf.header import TYPE_NUMBERS, read_gguf_header
 from quantcli.checkpoint.gguf.tokenizer import tokenizer_files
@@ -193,3 +197,27 @@ def test_a_tensor_of_another_kind_of_model_is_named(tmp_path: Path) -> None:
 
 def test_types_have_numbers() -> None:
     assert all(gguf.GGMLQuantizationType(number).name == name for name, number in TYPE_NUMBERS.items())
+
+
+@pytest.mark.parametrize(
+    ("length", "high", "factor"), [(8192, 4.0, 8.0), (8192, 4.0, 32.0), (4096, 8.0, 2.0), (32, 4.0, 8.0)]
+)
+def test_how_llama_3_scales_frequencies_is_told_from_what_divides_them(length: int, high: float, factor: float) -> None:
+    """Beside what transformers makes of the settings that were told; a file holds the numbers in float32."""
+    config = LlamaConfig(
+        hidden_size=256, num_attention_heads=4, max_position_embeddings=8 * length,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, "low_freq_factor": 1.0,
+            "high_freq_factor": high, "original_max_position_embeddings": length,
+        },
+    )  # fmt: skip
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 500000.0 ** -(torch.arange(0, 64, 2) / 64)
+    given = config.to_dict()
+    llama = architecture_of(given, "a test")
+    given["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
+    config.rope_parameters = settings.rope_of_factors(llama, given, (plain / expected).tolist())
+    assert config.rope_parameters["original_max_position_embeddings"] == length
+    told, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    torch.testing.assert_close(told, expected, rtol=1e-4, atol=0)
+    assert settings.rope_of_factors(llama, given, [1.0, 8.0, 2.0, 1.0]) is None

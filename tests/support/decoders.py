@@ -164,9 +164,10 @@ def torch_with_codes(folder: Path, artifact: Path) -> Any:
             continue
         bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
         matrix = torch.from_numpy(decoded_matrix(codes.reshape(len(codes), -1), scales, points, bits))
-        for name, rows, into in _modules(node.name, model.config):
-            if f"{name}.weight" in state:
-                state[f"{name}.weight"][into].copy_(matrix[rows])
+        for name, rows, into in _modules(node.name.removesuffix(".filled"), model.config):
+            if (weight := state.get(f"{name}.weight")) is not None:
+                # The last block of a row may be filled up.
+                weight[into].copy_(matrix[rows, : weight.shape[1]])
     return model.eval()
 
 

@@ -117,15 +117,9 @@ class GgufCheckpoint(Checkpoint):
 
     def _scaled_rope(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """How Llama 3.1 scales frequencies, told from what divides them. Raises InputError for anything else."""
-        import torch
-
         factors = self._values(self._factors, 0, self._factors.shape[0]).reshape(-1)
-        rope = {
-            **config["rope_parameters"], "rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        }  # fmt: skip
-        made = settings.rope_factors(self._architecture, {**config, "rope_parameters": rope})
-        if made is None or len(made) != len(factors) or not torch.allclose(torch.tensor(made), factors, rtol=1e-4):
+        rope = settings.rope_of_factors(self._architecture, config, factors.tolist())
+        if rope is None:
             raise InputError(f"{self._gguf_path} scales rotary embeddings in a way that is not Llama 3.1's.")
         return rope
 

@@ -6,7 +6,8 @@ name, since it would run as another model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from quantcli.checkpoint.gguf.architectures import GEMMAS, Architecture, heads_of
@@ -14,6 +15,8 @@ from quantcli.errors import InputError
 
 #: Gemma 3's base of frequencies in layers that attend to a window: no key, llama.cpp knows it.
 _LOCAL_BASE = 10000.0
+#: How far numbers may be from each other that are the same.
+_ROUNDED = 1e-4
 
 
 def settings_of(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, int | float | str]:
@@ -34,6 +37,12 @@ def settings_of(architecture: Architecture, config: Mapping[str, Any]) -> dict[s
         value = settings.get(name)
         if value is not None:
             found[key] = float(value) if fraction else int(value)
+    factors, told = rope_factors(architecture, config), {**config, "rope_parameters": _rope(architecture, config)}
+    if factors and rope_of_factors(architecture, told, factors) is None:
+        raise InputError(
+            "config.json scales rotary embeddings as llama3 in a way that what divides the frequencies, all that GGUF "
+            "holds of it, does not tell again."
+        )
     return found | _scaling(architecture, config)
 
 
@@ -55,6 +64,44 @@ def rope_factors(architecture: Architecture, config: Mapping[str, Any]) -> list[
         smooth = 1 / ((1 - share) / rope["factor"] + share) if high <= wavelength <= low else 1.0
         factors.append(float(rope["factor"]) if wavelength > low else smooth)
     return factors
+
+
+def rope_of_factors(
+    architecture: Architecture, config: Mapping[str, Any], factors: Sequence[float]
+) -> dict[str, Any] | None:
+    """The inverse of `rope_factors`: how Llama 3.1 scales frequencies, told from what divides them alone.
+
+    None where it is not told: frequencies are divided in another way, or too few are scaled in part.
+    """
+    from math import isclose, pi
+
+    theta, whole = _rope(architecture, config)["rope_theta"], max(factors)
+    rope = {
+        **config["rope_parameters"], "rope_type": "llama3", "factor": whole, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    # Of a frequency in between, the share that stays grows with it along a line. Files hold rounded numbers.
+    between = [
+        (theta ** (-place / len(factors)) / (2 * pi), (1 / factor - 1 / whole) / (1 - 1 / whole))
+        for place, factor in enumerate(factors)
+        if 1 + _ROUNDED < factor < whole * (1 - _ROUNDED)
+    ]
+    if len(between) > 1 and theta != 1:
+        (first, above), (last, below) = between[0], between[-1]
+        slope = (above - below) / (first - last)
+        distance = 1 / (slope * first - above) if slope * first != above else 0.0
+        rope |= {
+            "high_freq_factor": round(1 + distance, 3),
+            "original_max_position_embeddings": round(slope * distance),
+        }
+    elif between:
+        frequency, share = between[0]
+        rope["original_max_position_embeddings"] = round((1 + 3 * share) / frequency)
+    if rope["high_freq_factor"] <= 1 or rope["original_max_position_embeddings"] < 1:
+        return None
+    made = rope_factors(architecture, {**config, "rope_parameters": rope}) or []
+    alike = len(made) == len(factors) and all(map(partial(isclose, rel_tol=_ROUNDED), made, factors))
+    return rope if alike else None
 
 
 def _rope(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +171,8 @@ def _require(architecture: Architecture, config: Mapping[str, Any]) -> None:
 def _require_equal(name: str, value: Any, expected: Any) -> None:
     if value != expected:
         raise InputError(
-            f"config.json has {name} {value}, and llama.cpp computes with {expected}: it would run as another model."
+            f"config.json has {name} {value}, and llama.cpp computes with {expected}: it would run as another model.",
+            "--format compressed-tensors keeps it for transformers.",
         )
 
 

@@ -168,7 +168,10 @@ class _Planner:
         if reasons:
             name, reason = next(iter(reasons.items()))
             more = f" The same holds for {len(reasons) - 1} more." if len(reasons) > 1 else ""
-            raise UsageError(f"{name} cannot go to {self.form.NAME} with equal codes: {reason}.{more}")
+            raise UsageError(
+                f"{name} cannot go to {self.form.NAME} with equal codes: {reason}.{more}",
+                "Start from the original weights, or turn the codes into values first (--scheme bf16).",
+            )
 
     def _scheme(self, weight: QuantizedWeight) -> str | None:
         return self.form.supports(weight.scheme)

@@ -10,6 +10,7 @@ from quantcli.conversion.decoder.recipe import HEAD_SCHEME
 from quantcli.conversion.onnx.explained import Honest
 from quantcli.conversion.onnx.source import Source
 from quantcli.export.cache_shape import read_cache_shape
+from quantcli.export.decoder.architecture import why_not_built
 from quantcli.export.decoder.genai import Dimensions, genai_config
 from quantcli.models.decoder import GENAI_CONFIG, LOGITS
 from quantcli.models.hugging_face import load_config, longest_sequence
@@ -77,6 +78,6 @@ def write_decoder_config(folder: Path, out: Path, layout: OnnxLayout) -> list[st
         )  # fmt: skip
         write_json(out / GENAI_CONFIG, genai_config(dimensions, folder, layout.file))
     return [
-        f"No decoder of fused operators is built of {config.model_type}: it was exported by torch, with a cache, in "
-        "standard operators, which are slower."
+        f"It was exported by torch, with a cache, in standard operators, which are slower than fused ones: "
+        f"{why_not_built(folder)}."
     ]

@@ -103,6 +103,18 @@ def why_no_decoder(folder: Path) -> str | None:
     return None
 
 
+def why_not_built(folder: Path) -> str | None:
+    """Why no graph of fused operators can be built of a folder, by its architecture or a setting; None where one can.
+
+    Raises:
+        InputError: transformers cannot read its config.json.
+        MissingExtraError: transformers is not installed.
+    """
+    from quantcli.models.hugging_face import load_config
+
+    return why_no_decoder(folder) or next(iter(_unsupported(load_config(folder))), None)
+
+
 def read_decoder(folder: Path) -> Decoder:
     """A folder's decoder.
 

@@ -30,8 +30,8 @@ _OPSET, _IR_VERSION = 21, 10
 
 #: A head of more bytes is made of so many products. Kernels of MatMulNBits keep a copy of their weights in an order of
 #: their own, and the runtime holds weight and copy of one node at a time: of a whole head, which may be a third of a
-#: small model, that would be the peak.
-LARGE_HEAD_BYTES, HEAD_PARTS = 4 << 20, 4
+#: small model, that would be the peak. Each product costs time as well: four took 3% of a step more than two.
+LARGE_HEAD_BYTES, HEAD_PARTS = 4 << 20, 2
 
 
 def build_decoder(
@@ -42,6 +42,7 @@ def build_decoder(
     *,
     data: str,
     accuracy_level: int,
+    fill_head: bool = True,
     progress: Progress | None = None,
 ) -> int:
     """Write a decoder's graph, and its weights in a file beside it; each weight is read and written once.
@@ -53,6 +54,7 @@ def build_decoder(
         target: the file to write.
         data: the name of the file of weights.
         accuracy_level: what MatMulNBits may round its inputs to: 0 for nothing, 4 for int8.
+        fill_head: whether a head with one scale for a row may be filled up to blocks that its kernel is faster with.
         progress: called with blocks done and blocks in all.
 
     Returns:
@@ -66,7 +68,7 @@ def build_decoder(
 
     nodes = Nodes(target.with_name(data), accuracy_level)
     try:
-        graph = _Builder(decoder, weights, nodes, folder).graph(progress)
+        graph = _Builder(decoder, weights, nodes, folder, fill_head=fill_head).graph(progress)
     finally:
         nodes.data.close()
     ir.save(ir.Model(graph, ir_version=_IR_VERSION, producer_name="quantcli"), target)
@@ -76,8 +78,10 @@ def build_decoder(
 class _Builder:
     """Holds what the parts of a graph share."""
 
-    def __init__(self, decoder: Decoder, weights: DecoderWeights, nodes: Nodes, folder: Path) -> None:
-        self.decoder, self.weights, self.nodes, self.folder = decoder, weights, nodes, folder
+    def __init__(
+        self, decoder: Decoder, weights: DecoderWeights, nodes: Nodes, folder: Path, *, fill_head: bool
+    ) -> None:
+        self.decoder, self.weights, self.nodes, self.folder, self.fill_head = decoder, weights, nodes, folder, fill_head
         self.architecture = decoder.architecture
         self.tables: dict[str | None, tuple[ir.Value, ir.Value]] = {}
 
@@ -134,7 +138,7 @@ class _Builder:
     def _embedded(self, ids: ir.Value) -> tuple[ir.Value, Table]:
         """Embeddings of tokens, and their table."""
         nodes, name = self.nodes, "model.embed_tokens"
-        table = nodes.table(name, self.weights.matrix(f"{name}.weight"))
+        table = nodes.table(name, self.weights.matrix(f"{name}.weight", fill=self.fill_head and self.decoder.tied))
         found = nodes.lookup(name, table, ids)
         if self.decoder.embedding_scale != 1.0:
             factor = nodes.constant(f"{name}.scale", np.array(self.decoder.embedding_scale, np.float32))
@@ -269,7 +273,7 @@ class _Builder:
     def _logits(self, value: ir.Value, table: Table) -> ir.Value:
         decoder, nodes = self.decoder, self.nodes
         if not decoder.tied:
-            table = nodes.table("lm_head", self.weights.matrix("lm_head.weight"))
+            table = nodes.table("lm_head", self.weights.matrix("lm_head.weight", fill=self.fill_head))
         large = table.nbytes > LARGE_HEAD_BYTES and table.blocks is not None
         logits = nodes.product_with("lm_head", table, value, HEAD_PARTS if large else 1)
         if not decoder.tied:

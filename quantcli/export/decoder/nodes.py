@@ -111,10 +111,17 @@ class Nodes:
         first, *scales = (self._initializer(tensor) for tensor in table.tensors)
         if table.blocks is None:
             return self._widened(self.add("Gather", [first, ids], name), table.tensors[0].dtype.numpy(), name)
-        return self.add(
-            "GatherBlockQuantized", [first, ids, *scales], name, _CONTRIB, bits=table.blocks.bits,
-            block_size=table.blocks.block, gather_axis=0, quantize_axis=1,
+        _, columns = table.blocks.shape
+        filled = table.blocks.stored != columns
+        found = self.add(
+            "GatherBlockQuantized", [first, ids, *scales], f"{name}.filled" if filled else name, _CONTRIB,
+            bits=table.blocks.bits, block_size=table.blocks.block, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
+        if not filled:
+            return found
+        ends = (("start", 0), ("stop", columns), ("axis", 2))
+        bounds = [self.constant(f"{name}.{end}", np.array([at], np.int64)) for end, at in ends]
+        return self.add("Slice", [found, *bounds], name)
 
     def product_with(self, name: str, table: Table, value: ir.Value, parts: int = 1) -> ir.Value:
         """A value times a table, whose bytes may serve a lookup as well; by so many nodes, each with some of its rows.
@@ -135,7 +142,7 @@ class Nodes:
         whole, columns = table.blocks.shape
         bits, block, (start, stop) = table.blocks.bits, table.blocks.block, rows
         codes, *scales = table.tensors
-        by_block = (stop - start, columns // block, block * bits // 8)
+        by_block = (stop - start, -(-columns // block), block * bits // 8)
         constants = [self.data.rows(f"{name}.codes", codes, start, by_block)]
         if stop - start == whole:
             constants += scales

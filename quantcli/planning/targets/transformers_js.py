@@ -44,15 +44,16 @@ HEADS: dict[str, tuple[str, ...]] = {
         "resnet", "segformer", "swin", "vit", "vit_msn",
     ),
 }  # fmt: skip
-#: Model types of language models that it has classes for, besides those that decoders are built of.
+#: Model types of language models that it has classes for.
 LANGUAGE_MODELS = (
     "afmoe", "apertus", "arcee", "bloom", "codegen", "cohere", "cohere2", "deepseek_v3", "deepseek_v4", "ernie4_5",
-    "exaone", "falcon", "falcon_h1", "gemma", "gemma3n", "gemma4", "glm", "glm_moe_dsa", "gpt2", "gpt_bigcode",
-    "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoehybrid", "helium", "hrm_text", "hunyuan_v1_dense",
-    "jais", "lfm2", "lfm2_moe", "lfm3", "llama4_text", "ministral", "ministral3", "mistral4", "mobilellm",
-    "modernbert-decoder", "mpt", "nanochat", "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid", "openelm", "opt",
-    "phi", "qwen2_moe", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_moe", "qwen3_next", "smollm3", "solar_open",
-    "stablelm", "starcoder2", "vaultgemma", "youtu", "zaya",
+    "exaone", "falcon", "falcon_h1", "gemma", "gemma2", "gemma3_text", "gemma3n", "gemma4", "glm", "glm_moe_dsa",
+    "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoehybrid", "helium",
+    "hrm_text", "hunyuan_v1_dense", "jais", "lfm2", "lfm2_moe", "lfm3", "llama", "llama4_text", "ministral",
+    "ministral3", "mistral", "mistral4", "mobilellm", "modernbert-decoder", "mpt", "nanochat", "nemotron_h", "olmo",
+    "olmo2", "olmo3", "olmo_hybrid", "openelm", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5",
+    "qwen3_5_moe", "qwen3_5_text", "qwen3_moe", "qwen3_next", "smollm3", "solar_open", "stablelm", "starcoder2",
+    "vaultgemma", "youtu", "zaya",
 )  # fmt: skip
 #: What its tokenizers and processors are made by.
 _READERS = ("tokenizer.json", "preprocessor_config.json")

@@ -20,6 +20,7 @@ from quantcli.benchmarking.probe import Probe, load_and_run
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import decoded_checkpoint
 from quantcli.errors import InputError, UsageError
+from quantcli.export.decoder.graph import HEAD_PARTS
 from quantcli.export.decoder.rotary import rotary_tables
 from quantcli.models.runner import OnnxRunner
 from quantcli.planning.recipe import Recipe
@@ -139,11 +140,27 @@ def test_a_large_head_is_several_products_of_the_same_codes(
     quantcli.convert(folder, tmp_path / "out", scheme="int8", target="onnxruntime-genai")
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
     (joined,) = (node for node in graph.node if "logits" in node.output)
-    assert joined.op_type == "Concat" and len(joined.input) == 4
+    assert joined.op_type == "Concat" and len(joined.input) == HEAD_PARTS > 1
     assert (tmp_path / "out" / "model.onnx.data").stat().st_size == (whole / "model.onnx.data").stat().st_size
     ids = np.array([PROMPT], np.int64)
     ours, theirs = (OnnxRunner(each).run({"input_ids": ids})["logits"] for each in (tmp_path / "out", whole))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_a_head_are_filled_up_to_whole_blocks(tmp_path: Path, tied: bool) -> None:
+    """240 columns are two blocks of 128 less 16: no longer ones than of 16 divide them."""
+    folder = tiny_decoder("llama", tmp_path / "model", hidden_size=240, tie_word_embeddings=tied, head_dim=16)
+    quantcli.convert(folder, tmp_path / "out", scheme="int4", group_size=16, target="onnxruntime-genai")
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    (head,) = (node for node in graph.node if "logits" in node.output)
+    told = {attribute.name: attribute.i for attribute in head.attribute}
+    assert (told["K"], told["block_size"], told["bits"]) == (240, 128, 8)
+    (codes,) = (each for each in graph.initializer if each.name == head.input[1])
+    assert tuple(codes.dims) == (96, 2, 128)
+    said = greedy_in_genai(without_rounding(tmp_path / "out", tmp_path / "exact"), PROMPT, COUNT)
+    assert said == greedy_in_torch(torch_with_codes(folder, tmp_path / "out"), PROMPT, COUNT, banned=[2])
+    assert len(np.unique(said)) > 1
 
 
 def test_memory_is_measured_while_a_decoder_generates(
@@ -214,8 +231,6 @@ def test_a_scheme_that_a_decoder_has_no_operator_for_is_refused_by_name(made: An
     ("settings", "reason"),
     [
         ({"rope_type": "dynamic", "factor": 2.0}, "dynamic, which turns positions by other angles at every length"),
-        ({"rope_type": "proportional"}, "proportional, and known are"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "turns 8 elements of each head"),
     ],
 )  # fmt: skip
 def test_a_rotary_embedding_that_no_table_holds_is_refused_before_any_work(

@@ -22,10 +22,12 @@ from support.decoders import (
 
 import quantcli
 from quantcli.benchmarking.generation import NEW_TOKENS, generating
+from quantcli.commands.convert_decoder import Way, way_to_onnx
 from quantcli.errors import InputError
 from quantcli.export.cache_shape import read_cache_shape, why_no_cache
 from quantcli.models.decoder import GrowingDecoder
 from quantcli.models.runner import OnnxRunner
+from quantcli.planning.recipe import Recipe
 
 PROMPT, COUNT = [5, 17, 60, 33, 9, 71, 44], 16
 
@@ -43,6 +45,8 @@ PROMPT, COUNT = [5, 17, 60, 33, 9, 71, 44], 16
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "of stablelm is dynamic",
         ),
+        ("falcon", {"alibi": True, "new_decoder_architecture": False}, "falcon with alibi multiplies in bfloat16"),
+        ("gemma3_text", {"use_bidirectional_attention": True, "head_dim": 16}, "attends to what follows as well"),
     ],
 )
 def test_what_has_no_cache_of_keys_and_values_is_refused_by_name(
@@ -58,6 +62,26 @@ def test_a_cache_is_told_without_weights(tmp_path: Path) -> None:
     folder = configured_decoder("cohere2", tmp_path / "model", layer_types=["sliding_attention", "full_attention"])
     assert why_no_cache(folder) is None
     assert read_cache_shape(folder).uniform == (2, 16)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"head_dim": 24},
+    ],
+    ids=["activation", "turned", "head"],
+)
+@pytest.mark.parametrize("target", [None, "onnxruntime-genai", "transformers.js"])
+def test_a_setting_without_a_fused_operator_is_left_to_torch(
+    tmp_path: Path, target: str | None, settings: dict[str, Any]
+) -> None:
+    folder = configured_decoder("llama", tmp_path / "model", **settings)
+    recipe = Recipe(scheme="int8", format="onnx" if target is None else None, target=target)
+    assert way_to_onnx(folder, tmp_path / "out", recipe, None, None) is Way.EXPORTED
+    usual = configured_decoder("llama", tmp_path / "usual")
+    assert way_to_onnx(usual, tmp_path / "out", recipe, None, None) is Way.BUILT
 
 
 def torch_with_codes(folder: Path, artifact: Path) -> Any:
