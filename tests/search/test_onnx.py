@@ -21,9 +21,10 @@ from quantcli.search import onnx_trials
 from quantcli.search.budget import Budget
 from quantcli.search.choices import total
 from quantcli.search.clock import Clock
-from quantcli.search.onnx import GraphSearches, OnnxSearch
+from quantcli.search.onnx import OnnxSearch
 from quantcli.search.onnx_measured import Measurements
 from quantcli.search.onnx_runs import GraphRuns
+from quantcli.search.onnx_searches import GraphSearches
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.search.onnx_trials import Stopwatch
 from quantcli.search.sensitivity_file import SensitivityStore
