@@ -13,8 +13,8 @@ from quantcli.planning.recipe import Recipe
 from quantcli.planning.steps import training_step
 from quantcli.reporting.report import Report
 from quantcli.search.budget import Budget
-from quantcli.search.onnx import GraphSearches
 from quantcli.search.onnx_guard import StaticGuard
+from quantcli.search.onnx_searches import GraphSearches
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.system import ranks
 from quantcli.system.files import temporary_folder

@@ -63,6 +63,11 @@ class Budget:
         """Whether outputs have to be measured."""
         return self.max_drop is not None or self.max_kl is not None
 
+    def scaled(self, factor: float) -> Budget:
+        """The same with limits on outputs so many times as wide."""
+        drop, kl = (None if each is None else factor * each for each in (self.max_drop, self.max_kl))
+        return replace(self, max_drop=drop, max_kl=kl)
+
     def require_used(self) -> None:
         """Raise UsageError for an option that does nothing without a limit that is not set."""
         stray = {

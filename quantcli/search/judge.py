@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
 
+from quantcli.core.ports import Arrays
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.evaluation.inputs import Inputs, load_inputs, named_task
 from quantcli.evaluation.run import single_sample
-from quantcli.evaluation.tasks.base import Metrics
+from quantcli.evaluation.tasks.base import Metrics, Scorer
 from quantcli.models.runner import Runner
 from quantcli.models.source import ModelSource
 from quantcli.search.bounds import Drop, drop_of
@@ -31,14 +32,14 @@ _JUDGED_BY = ("top1", "perplexity", "wer", "argmax_agreement", "cosine")
 
 @dataclass(frozen=True)
 class Judged:
-    """A candidate's metrics beside the reference's, over the samples that were run and on each.
+    """A candidate's metrics beside the reference's, on each of the samples that were run.
 
-    ``unseen``: samples that were not run, since the candidate was given up.
+    ``perplexity``: the reference's over all of them, where it has one. ``unseen``: samples that were not run, since the
+    candidate was given up.
     """
 
-    reference: Metrics
-    candidate: Metrics
     singles: Sequence[tuple[Metrics, Metrics]]
+    perplexity: float | None = None
     unseen: int = 0
 
     def drops(self, *, at_best: bool = False) -> dict[str, Drop]:
@@ -47,7 +48,7 @@ class Judged:
         ``at_best``: what it would have lost if nothing were lost on the samples that were not run.
         """
         found, rest = {}, [0.0] * (self.unseen if at_best else 0)
-        for name in self.candidate:
+        for name in dict.fromkeys(name for _, after in self.singles for name in after):
             if name == "perplexity":
                 found[name] = self._perplexity_drop(rest)
                 continue
@@ -61,7 +62,7 @@ class Judged:
         """The bound is of the logarithm, which is a mean over samples as perplexity is not."""
         pairs = [(before["perplexity"], after["perplexity"]) for before, after in self.singles]
         logs = drop_of([log(after) - log(before) for before, after in pairs if before and after] + rest)
-        base = self.reference["perplexity"] or 0.0
+        base = self.perplexity or 0.0
         mean, bound = (base * (exp(min(value, 700.0)) - 1) for value in (logs.mean, logs.bound))
         return Drop(mean, bound, logs.samples, base * logs.deviation)
 
@@ -96,33 +97,56 @@ def judge(
     candidate: Runner,
     inputs: Inputs,
     is_hopeless: Callable[[Judged], bool] = lambda _: False,
+    before: Sequence[Metrics] = (),
 ) -> Judged:
     """Run both models on all samples, or on the first ones until a candidate is seen to be hopeless.
+
+    Args:
+        source: the reference, as tasks know it.
+        reference: what runs it.
+        candidate: what runs the other one.
+        inputs: samples, and their task.
+        is_hopeless: whether to give up, by what was seen so far.
+        before: what the reference is known to have on each sample, where the task compares no outputs with its own; it
+            is not run then.
 
     Raises:
         InputError: one does not run.
     """
     scorer = inputs.task.scorer
-    whole = scorer(source, source), scorer(source, source)
+    whole = scorer(source, source) if "perplexity" in (inputs.task.METRICS or ()) else None
     singles: list[tuple[Metrics, Metrics]] = []
     looked = 0
+
+    def so_far() -> Judged:
+        return Judged(singles, whole.metrics()["perplexity"] if whole else None, len(inputs) - len(singles))
+
     for feeds, labels in inputs.batches():
         if len(singles) - looked >= _LOOKED_AFTER:
             looked = len(singles)
-            so_far = Judged(whole[0].metrics(), whole[1].metrics(), singles, len(inputs) - looked)
-            if is_hopeless(so_far):
-                return so_far
-        expected, got = reference.run(feeds), candidate.run(feeds)
+            if is_hopeless(so_far()):
+                return so_far()
+        expected = None if before else reference.run(feeds)
+        got = candidate.run(feeds)
         for position, label in enumerate(labels):
-            sample, ours, theirs = (single_sample(each, position, len(labels)) for each in (feeds, expected, got))
-            alone = scorer(source, source), scorer(source, source)
-            for before, after in (whole, alone):
-                before.add(sample, label, ours, None)
-                after.add(sample, label, theirs, ours)
-            singles.append((alone[0].metrics(), alone[1].metrics()))
+            sample, theirs = (single_sample(each, position, len(labels)) for each in (feeds, got))
+            ours = None if expected is None else single_sample(expected, position, len(labels))
+            if whole and ours is not None:
+                whole.add(sample, label, ours, None)
+            after = _metrics(scorer(source, source), sample, label, theirs, ours)
+            known = before[len(singles)] if ours is None else _metrics(scorer(source, source), sample, label, ours)
+            singles.append((known, after))
     if not singles:
         raise InputError(f"{inputs.samples.source} has no samples.")
-    return Judged(whole[0].metrics(), whole[1].metrics(), singles)
+    return so_far()
+
+
+def _metrics(
+    scorer: Scorer, sample: Arrays, label: object, outputs: Arrays, reference: Arrays | None = None
+) -> Metrics:
+    """What one sample gives."""
+    scorer.add(sample, label, outputs, reference)
+    return scorer.metrics()
 
 
 def alone(source: ModelSource, model: Runner, inputs: Inputs) -> Metrics:

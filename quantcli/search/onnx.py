@@ -7,12 +7,9 @@ Of mixes that are as small but for a few hundredths, the one with the least work
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from quantcli.errors import InputError
@@ -21,9 +18,8 @@ from quantcli.search.budget import Budget
 from quantcli.search.choices import Found, Mix, chosen_recipe, labels, ways_to_store
 from quantcli.search.clock import Clock, Pace
 from quantcli.search.judge import KL, metric_of
-from quantcli.search.limits import limits_of
 from quantcli.search.onnx_measured import Measurements
-from quantcli.search.onnx_mixes import LEVELS, Limits, Mixes
+from quantcli.search.onnx_mixes import AS_SMALL, LEVELS, Limits, Mixes
 from quantcli.search.onnx_sensitivity import layer_costs
 from quantcli.search.onnx_smallest import SmallestSearch
 from quantcli.search.onnx_subject import GraphSubject
@@ -41,6 +37,8 @@ _FEW_LAYERS = 12
 _ATTEMPTS = 6
 #: A mix that is slower than a single scheme has to have no more than this share of its bytes.
 _WORTH_TIME = 0.9
+#: A mix that is as small as a single scheme but for a little has to have no more than this share of its work.
+_WORTH_WORK = 0.95
 #: No mix is so many times as fast as the fastest single scheme: what kernels take differs by less.
 _NEVER_AS_FAST = 4
 #: Points of the frontier.
@@ -183,10 +181,16 @@ class OnnxSearch:
         return None
 
     def _smaller(self, uniform: Recipe) -> Recipe:
-        """The smallest mix that is smaller than a single scheme and no slower, or much smaller; or that scheme."""
-        size = self.measured.size(uniform)
-        as_fast: Limits = {"milliseconds": self.ways.work_of(_label(uniform))}
-        return self._smallest_kept(size - 1, as_fast) or self._smallest_kept(int(_WORTH_TIME * size), {}) or uniform
+        """The smallest mix that is worth more than a single scheme; or that scheme."""
+        size, work = self.measured.size(uniform), self.ways.work_of(_label(uniform))
+        # Each of these is worth more than the next: smaller and as fast; much smaller; as small, and faster.
+        wanted: list[tuple[float, Limits]] = [
+            (size - 1, {"milliseconds": work}),
+            (_WORTH_TIME * size, {}),
+            (AS_SMALL * size, {"milliseconds": _WORTH_WORK * work}),
+        ]
+        found = (self._smallest_kept(int(most), limits) for most, limits in wanted)
+        return next((recipe for recipe in found if recipe is not None), uniform)
 
     def _smallest_kept(self, most: int | None, limits: Limits) -> Recipe | None:
         """The smallest mix within limits that keeps those on outputs, of ``most`` bytes."""
@@ -302,7 +306,7 @@ class OnnxSearch:
         if mix is not None:
             told = {"layers": labels(self.mixes.groups, mix), "estimate": self.mixes.cost(mix)}
         else:
-            told = {"layers": {_label(recipe): len(self.ways.layers)}, "estimate": self.measured.noise(recipe)}
+            told = {"layers": self.ways.labels_of(_label(recipe)), "estimate": self.measured.noise(recipe)}
         return self.measured.row(recipe) | told
 
     def _candidates(self, chosen: Recipe | None = None) -> list[dict[str, Any]]:
@@ -346,53 +350,3 @@ class OnnxSearch:
 def _label(uniform: Recipe) -> str:
     """What people call a recipe of one scheme for all layers."""
     return f"{uniform.scheme} group {uniform.group_size}" if uniform.group_size else str(uniform.scheme)
-
-
-@dataclass
-class GraphSearches:
-    """Searches on one graph, which learn from each other, and the judge of what is published."""
-
-    subject: GraphSubject
-    tick: Callable[[float], None] = lambda _: None
-    _clock: Clock | None = None
-    _measured: Measurements | None = None
-    _budget: Budget = field(default_factory=Budget)
-
-    def search(self, budget: Budget) -> Found:
-        """Find the mix of schemes that keeps a budget.
-
-        Raises:
-            BudgetError: nothing found keeps it; the message names the nearest that can be kept.
-            UsageError: the data gives no such metric, or the model is quantized already.
-            InputError: the model or the data is missing or unsuitable.
-        """
-        self._budget = budget
-        # A search that has to be repeated has what the one before left of the time.
-        self._clock = self._clock or Clock(budget.search_seconds)
-        self._measured = self._measured or Measurements(self.subject, self._store(budget))
-        return OnnxSearch(self.subject, budget, self._measured.store, self._measured, self.tick, self._clock).run()
-
-    def losses(self, artifact: Path) -> Mapping[str, tuple[float, float]]:
-        """What an artifact loses, or takes, by the option that limits it: mean and bound."""
-        budget, verdicts = self._budget, self.subject.verdicts
-        found: dict[str, tuple[float, float]] = {}
-        if budget.judges_outputs and verdicts is not None:
-            limits = limits_of(budget, verdicts.of(artifact).drops())
-            found = {option: (drop.mean, drop.bound) for option, _, drop in limits}
-        if budget.max_latency_p50 is not None:
-            found["--max-latency-p50"] = (self.subject.stopwatch.p50_ms(artifact),) * 2
-        return found
-
-    def _store(self, budget: Budget) -> SensitivityStore:
-        evidence, data = self.subject.evidence, self.subject.material.samples(self.subject.request)
-        seen = [each.sha256 for each in (data, evidence and evidence.searched.samples) if each]
-        identity = {
-            "model": self.subject.material.source.model.sha256() or "",
-            "data": _digest([*seen, evidence.held_out.samples.sha256 if evidence else ""]),
-            "schemes": _digest([list(budget.allow), self.subject.recipe.model_dump_json(exclude_unset=True)]),
-        }
-        return SensitivityStore(budget.sensitivity, identity)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -22,6 +22,7 @@ class LevelSearch:
     _low: int = 0
     _high: int = LEVELS - 1
     _outcomes: set[bool] = field(default_factory=set)
+    _known: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._first = LEVELS // 2 if self.expected_noise is None else level_of(self.expected_noise)
@@ -30,13 +31,20 @@ class LevelSearch:
 
     @property
     def next(self) -> int | None:
-        """The level to try; None once the one is found, or there is none.
+        """The level to try, one of which nothing is known; None once the one is found, or there is none.
 
         The one that is expected comes first. While only one side is known the next is further away each time; between
         two sides it is in the middle.
         """
-        if self._low > self._high:
-            return None
+        level = self._aim() if self._low <= self._high else None
+        return None if level in self._known else level
+
+    @property
+    def lowest(self) -> int:
+        """The level of most noise that could be the one."""
+        return self._low
+
+    def _aim(self) -> int:
         if self._last is None and self._low <= self._first <= self._high:
             return self._first
         if len(self._outcomes) != 1:
@@ -48,6 +56,7 @@ class LevelSearch:
     def know(self, level: int, *, is_kept: bool) -> None:
         """Take into account what came of a level at another time."""
         self._outcomes.add(is_kept)
+        self._known.add(level)
         if is_kept:
             self._high = min(self._high, level - 1)
         else:

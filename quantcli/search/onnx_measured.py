@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
+from inspect import getsourcefile
+from pathlib import Path
 from typing import Any
 
 from quantcli.planning.recipe import Recipe
@@ -12,11 +15,14 @@ from quantcli.search.judge import Judged
 from quantcli.search.limits import Limited, flat, limits_of, metric_name, restored
 from quantcli.search.onnx_sensitivity import NOT_FINITE
 from quantcli.search.onnx_subject import GraphSubject
-from quantcli.search.onnx_trials import key_of
+from quantcli.search.onnx_trials import Verdicts, key_of, sha256_of
 from quantcli.search.sensitivity_file import SensitivityStore
+from quantcli.system.user_functions import is_function, load_function
 
 #: A smaller mix is looked for while the limit is used up to no more than this share.
 _USED_UP = 0.85
+#: What is known not to keep limits so many times as wide is told apart from what could keep those of a later budget.
+_LATER = 2.0
 #: The entry that names levels of noise that were tried.
 _LEVELS = "levels"
 
@@ -30,6 +36,7 @@ class Measurements:
         self._latency: dict[str, float] = {}
         self._glanced: dict[str, float] = {}
         self._size = f"size of the {'file' if subject.output.suffix == '.onnx' else 'folder'}"
+        self._judge_name = _name_of_judge(subject.metric)
 
     def size(self, recipe: Recipe) -> int:
         """Bytes of the artifact as it would be published. Raises InputError where it cannot be converted."""
@@ -52,13 +59,15 @@ class Measurements:
     def keeps(self, budget: Budget, recipe: Recipe) -> bool:
         """Whether a recipe keeps the limits on outputs that a budget sets.
 
-        One that would not even if it lost nothing on the samples to come is not run on them.
+        One that would not keep limits twice as wide, even if it lost nothing on the samples to come, is not run on
+        them: so that budgets to come find out about it.
 
         Raises:
             UsageError: the data gives no such metric.
         """
         if self.verdict(budget, recipe) is None:
-            self._judge(recipe, lambda judged: not _is_kept(budget, judged.drops(at_best=True)))
+            wider = budget.scaled(_LATER)
+            self._judge(recipe, lambda judged: not _is_kept(wider, judged.drops(at_best=True)))
         self.size(recipe)
         return bool(self.verdict(budget, recipe))
 
@@ -69,22 +78,68 @@ class Measurements:
             return None
         return not at_best and _is_kept(budget, seen)
 
+    def losses(self, artifact: Path) -> dict[str, Drop]:
+        """What an artifact loses of every metric, on all samples that were held out; one of the same bytes once.
+
+        Raises:
+            InputError: it does not run.
+        """
+        key = f"{self._judge_name} {sha256_of(artifact)}"
+        if key not in self.store.found.verdicts:
+            self._run(key, artifact)
+        return restored(self.store.found.verdicts[key])
+
     def _judge(self, recipe: Recipe, is_hopeless: Callable[[Judged], bool] = lambda _: False) -> None:
-        """Run a recipe's artifact on samples that were held out, and note what it loses."""
-        assert self.subject.verdicts is not None
-        judged = self.subject.verdicts.of(self.subject.trials.of(recipe).path, is_hopeless)
-        self._known(recipe).update(flat(judged.drops()))
-        at_best = flat(judged.drops(at_best=True)) if judged.unseen else {}
-        self.store.found.measured[_at_best_key(recipe)] = at_best
+        """Note what a recipe's artifact loses; it is run where none of its bytes was."""
+        artifact = self.subject.trials.of(recipe).path
+        key, at_best = f"{self._judge_name} {sha256_of(artifact)}", dict[str, float | None]()
+        drops = self.store.found.verdicts.get(key)
+        if drops is None:
+            judged = self._run(key, artifact, is_hopeless)
+            drops, at_best = flat(judged.drops()), flat(judged.drops(at_best=True)) if judged.unseen else {}
+        self.store.found.measured[self._judged_key(recipe)] = drops
+        self.store.found.measured[self._at_best_key(recipe)] = at_best
         self.store.save()
+
+    def _run(self, key: str, artifact: Path, is_hopeless: Callable[[Judged], bool] = lambda _: False) -> Judged:
+        """Run an artifact on samples that were held out, and keep what it loses if it was run on all."""
+        verdicts = self._verdicts()
+        judged = verdicts.of(artifact, is_hopeless)
+        if not judged.unseen:
+            self.store.found.verdicts[key] = flat(judged.drops())
+        self._keep_reference(verdicts)
+        self.store.save()
+        return judged
+
+    def _verdicts(self) -> Verdicts:
+        """The judge, with what is known of the model itself."""
+        verdicts = self.subject.verdicts
+        assert verdicts is not None
+        known = self.store.found.references.get(self._judge_name, {})
+        if known and not verdicts.before and not verdicts.takes_outputs:
+            columns = [known[name] for name in known]
+            verdicts.before = [dict(zip(known, row, strict=True)) for row in zip(*columns, strict=True)]
+        return verdicts
+
+    def _keep_reference(self, verdicts: Verdicts) -> None:
+        if verdicts.before:
+            names = dict.fromkeys(name for metrics in verdicts.before for name in metrics)
+            columns = {name: [metrics.get(name) for metrics in verdicts.before] for name in names}
+            self.store.found.references[self._judge_name] = columns
 
     def _seen(self, recipe: Recipe) -> dict[str, Drop]:
         """What every metric lost on the samples that were run, as far as any were."""
-        return restored(self._known(recipe))
+        return restored(self.store.found.measured.get(self._judged_key(recipe), {}))
 
     def _at_best(self, recipe: Recipe) -> dict[str, Drop]:
         """What every metric loses at best, of a recipe that was given up; nothing of others."""
-        return restored(self.store.found.measured.get(_at_best_key(recipe), {}))
+        return restored(self.store.found.measured.get(self._at_best_key(recipe), {}))
+
+    def _judged_key(self, recipe: Recipe) -> str:
+        return f"{self._judge_name} {key_of(recipe)}"
+
+    def _at_best_key(self, recipe: Recipe) -> str:
+        return f"at best {self._judged_key(recipe)}"
 
     def noise(self, recipe: Recipe) -> float:
         """How far the outputs move on the samples of the search."""
@@ -125,13 +180,13 @@ class Measurements:
         """Whether a recipe that was judged has a limit on outputs used up, but for a small rest."""
         return any(drop.share_of(limit) >= _USED_UP for _, limit, drop in self.limits(budget, recipe))
 
-    def levels(self) -> list[int]:
-        """Levels of noise that were tried for any budget."""
-        return sorted(map(int, self.store.found.measured.get(_LEVELS, {})))
+    def levels(self, limits: str) -> list[int]:
+        """Levels of noise that were tried within limits on bytes and work, for any budget."""
+        return sorted(map(int, self.store.found.measured.get(f"{_LEVELS} {limits}", {})))
 
-    def note_level(self, level: int) -> None:
+    def note_level(self, limits: str, level: int) -> None:
         """Keep that a level was tried."""
-        self.store.found.measured.setdefault(_LEVELS, {})[str(level)] = None
+        self.store.found.measured.setdefault(f"{_LEVELS} {limits}", {})[str(level)] = None
         self.store.save()
 
     def best_case(self, budget: Budget) -> list[Limited]:
@@ -142,9 +197,11 @@ class Measurements:
         """
         if self.subject.verdicts is None or budget.max_drop is None:
             return []
-        known = self.store.found.measured.setdefault("the model itself", {})
+        known = self.store.found.measured.setdefault(f"{self._judge_name} the model itself", {})
         if not known:
-            judged = self.subject.verdicts.of_itself()
+            verdicts = self._verdicts()
+            judged = verdicts.of_itself()
+            self._keep_reference(verdicts)
             drops = judged.drops()
             known |= flat({name: drop for name, drop in drops.items() if _counts_answers(judged, name)})
             known |= {f"{name} known": 1.0 for name in drops}
@@ -158,7 +215,7 @@ class Measurements:
         """What is known of a recipe, for the report."""
         known, key = self._known(recipe), key_of(recipe)
         row: dict[str, Any] = {"size_bytes": self.size(recipe), "searched": known.get("noise")}
-        if drops := restored(known):
+        if drops := self._seen(recipe):
             if self._at_best(recipe):
                 row["given_up_after"] = max(drop.samples for drop in drops.values())
             row["held_out"] = {name: drop.mean for name, drop in drops.items()}
@@ -180,8 +237,13 @@ def _is_kept(budget: Budget, drops: Mapping[str, Drop]) -> bool:
     return all(drop.bound <= limit for _, limit, drop in limits_of(budget, drops))
 
 
-def _at_best_key(recipe: Recipe) -> str:
-    return f"at best {key_of(recipe)}"
+def _name_of_judge(metric: str | None) -> str:
+    """Tells verdicts by a function of the user's own from others, and from those that it gave before it was changed."""
+    if metric is None or not is_function(metric):
+        return "judged"
+    source = Path(getsourcefile(load_function(metric)) or "")
+    code = source.read_bytes() if source.is_file() else b""
+    return f"judged by {metric} {hashlib.sha256(code).hexdigest()[:16]}"
 
 
 def _counts_answers(judged: Judged, metric: str) -> bool:

@@ -23,7 +23,7 @@ LEVELS = 141
 #: Steps between points of a frontier.
 _SHOWN_EVERY = 4
 #: A mix may be so much larger than the smallest one where that saves work.
-_AS_SMALL = 1.02
+AS_SMALL = 1.02
 
 
 def noise_at(level: int) -> float:
@@ -52,8 +52,12 @@ class Mixes:
         """The noise of a mix, estimated."""
         return total(self.groups, mix, "cost")
 
+    def nbytes(self, mix: Mix) -> float:
+        """Bytes of the artifact, estimated."""
+        return total(self.groups, mix, "nbytes") + self.ways.rest
+
     def work(self, mix: Mix) -> float:
-        """What a run takes, in multiplications of the float model."""
+        """What a run takes, in multiplications of a float convolution."""
         return total(self.groups, mix, "milliseconds")
 
     @cached_property
@@ -67,7 +71,7 @@ class Mixes:
         smallest = best_mix(self.groups, "nbytes", limits, without=self.nothing)
         if smallest is None:
             return None
-        size = _AS_SMALL * (total(self.groups, smallest, "nbytes") + self.ways.rest) - self.ways.rest
+        size = AS_SMALL * self.nbytes(smallest) - self.ways.rest
         within = {**limits, "nbytes": min(size, limits.get("nbytes", inf))}
         return best_mix(self.groups, "milliseconds", within, without=self.nothing) or smallest
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, log
 
@@ -12,7 +13,10 @@ from quantcli.search.choices import Mix
 from quantcli.search.clock import Pace
 from quantcli.search.onnx_levels import LevelSearch
 from quantcli.search.onnx_measured import Measurements
-from quantcli.search.onnx_mixes import Limits, Mixes, noise_at
+from quantcli.search.onnx_mixes import AS_SMALL, Limits, Mixes, noise_at
+
+#: Mixes that may come out larger than was estimated.
+_ATTEMPTS = 6
 
 
 @dataclass
@@ -21,7 +25,8 @@ class SmallestSearch:
 
     From where what was judged lets expect the limit, levels of noise are tried at growing distances until one is kept
     and one is not, then by halves: what is tried first is of the size that matters, should the time end there. What
-    uses a limit up but for a small rest is small enough. Levels that another budget tried are not tried again.
+    uses a limit up but for a small rest is small enough, as is what is larger by a little than all that is left to try.
+    Levels that another budget tried are not tried again.
 
     Attributes:
         budget: the limits.
@@ -43,35 +48,56 @@ class SmallestSearch:
 
     def __post_init__(self) -> None:
         self._room = inf if self.most is None else float(self.most - self.mixes.ways.rest)
+        self._mixes: dict[tuple[int, float], Mix | None] = {}
+        # Levels stand for mixes, which other limits make others.
+        self._named = json.dumps([self.most, self.limits], sort_keys=True)
 
     def find(self, judged: Sequence[Recipe]) -> Recipe | None:
         """The smallest that was found, or None. ``judged`` are recipes of one scheme, which tell what to expect."""
         outcomes = self._outcomes()
-        kept = [recipe for _, recipe, is_kept in outcomes if is_kept]
+        kept = {level: recipe for level, recipe, is_kept in outcomes if is_kept}
         levels = LevelSearch(self._expected_noise(judged, outcomes))
         for known, _, is_kept in outcomes:
             levels.know(known, is_kept=is_kept)
-        if any(map(self._is_used_up, kept)):
-            levels.settle()
-        while (level := levels.next) is not None and self.pace.has_time():
+        too_large = 0
+        while (level := levels.next) is not None and not self._is_enough(kept, levels) and self.pace.has_time():
             with self.pace.trial():
                 recipe = self._at(level)
-                if recipe is None:
+                if recipe is None or too_large > _ATTEMPTS:
                     break
                 if not self._fits(recipe):
+                    too_large += 1
                     continue
                 is_kept = self.measured.keeps(self.budget, recipe)
-            self.measured.note_level(level)
+            self.measured.note_level(self._named, level)
             levels.tell(level, is_kept=is_kept)
             if is_kept:
-                kept.append(recipe)
-                if self._is_used_up(recipe):
-                    levels.settle()
-        return min(kept, key=self.measured.size, default=None)
+                kept[level] = recipe
+        return min(kept.values(), key=self.measured.size, default=None)
+
+    def _is_enough(self, kept: Mapping[int, Recipe], levels: LevelSearch) -> bool:
+        """Whether the limit is used up but for a small rest, or what could be found yet would be hardly smaller."""
+        if not kept:
+            return False
+        if any(map(self._is_used_up, kept.values())):
+            return True
+        smallest = min(kept, key=lambda level: self.measured.size(kept[level]))
+        return AS_SMALL * self._nbytes(levels.lowest) >= self._nbytes(smallest)
+
+    def _nbytes(self, level: int) -> float:
+        """Bytes of the artifact for a level, by estimate."""
+        mix = self._mix_at(level)
+        return 0.0 if mix is None else self.mixes.nbytes(mix)
+
+    def _mix_at(self, level: int) -> Mix | None:
+        key = level, self._room
+        if key not in self._mixes:
+            limits = self.limits if self.most is None else {**self.limits, "nbytes": self._room}
+            self._mixes[key] = self.mixes.at(level, limits)
+        return self._mixes[key]
 
     def _at(self, level: int) -> Recipe | None:
-        limits = self.limits if self.most is None else {**self.limits, "nbytes": self._room}
-        mix = self.mixes.at(level, limits)
+        mix = self._mix_at(level)
         return None if mix is None else self.recipe_of(mix)
 
     def _fits(self, recipe: Recipe) -> bool:
@@ -88,7 +114,7 @@ class SmallestSearch:
     def _outcomes(self) -> list[tuple[int, Recipe, bool]]:
         """What is known of levels that earlier searches tried: the recipe, and whether it keeps the limits."""
         found = []
-        for level in self.measured.levels():
+        for level in self.measured.levels(self._named):
             recipe = self._at(level)
             is_kept = None if recipe is None else self.measured.verdict(self.budget, recipe)
             if recipe is not None and is_kept is not None and self._fits(recipe):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,8 @@ from quantcli.conversion.onnx.pipeline import convert_onnx
 from quantcli.core.ports import Arrays, Port
 from quantcli.data.request import DataRequest
 from quantcli.evaluation.inputs import Inputs
-from quantcli.models.runner import OnnxRunner
+from quantcli.evaluation.tasks.base import Metrics
+from quantcli.models.runner import OnnxRunner, Runner
 from quantcli.models.source import ModelSource
 from quantcli.onnx.graph.model import onnx_file
 from quantcli.planning.recipe import Recipe
@@ -77,13 +78,18 @@ def key_of(recipe: Recipe) -> str:
     return hashlib.sha256(recipe.model_dump_json(exclude_unset=True).encode()).hexdigest()[:16]
 
 
-def _sha256(folder: Path) -> str:
-    """Tells the files of a folder from others, by their names and bytes."""
+def sha256_of(artifact: Path) -> str:
+    """Tells an artifact from others by the bytes of its files, whatever its own name is.
+
+    Args:
+        artifact: its file or folder, in a folder that holds nothing else.
+    """
     whole = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for file in sorted(path for path in artifact.parent.rglob("*") if path.is_file()):
         with file.open("rb", buffering=0) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        whole.update(f"{file.relative_to(folder).as_posix()}\0{digest}\n".encode())
+        name = file.relative_to(artifact.parent).as_posix().removeprefix(artifact.name)
+        whole.update(f"{name}\0{digest}\n".encode())
     return whole.hexdigest()
 
 
@@ -118,38 +124,56 @@ class Pass:
 
 
 class Verdicts:
-    """Judges artifacts beside the model, on samples that were held out; those of the same bytes once."""
+    """Judges artifacts beside the model, on samples that were held out.
+
+    ``before``: what the model itself has on each of them, once that is known; see `judge`.
+    """
 
     def __init__(self, source: ModelSource, model: Path, held_out: Inputs) -> None:
         self.source, self.model, self.held_out = source, model, held_out
+        self.before: Sequence[Metrics] = ()
         self._known: Remembered | None = None
-        self._judged: dict[str, Judged] = {}
+
+    @property
+    def takes_outputs(self) -> bool:
+        """Whether outputs are compared with the model's, so that it has to be run for each verdict."""
+        return bool(self.held_out.task.CANDIDATE_METRICS)
 
     def of(self, path: Path, is_hopeless: Callable[[Judged], bool] = lambda _: False) -> Judged:
         """What an artifact loses, on all samples or until that is hopeless.
 
-        Args:
-            path: its file or folder, in a folder that holds nothing else.
-            is_hopeless: whether it is to be given up, by what was seen so far.
-
         Raises:
             InputError: it does not run.
         """
-        sha256 = _sha256(path.parent)
-        if sha256 in self._judged:
-            return self._judged[sha256]
-        found = judge(self.source, self._reference(), OnnxRunner(onnx_file(path)), self.held_out, is_hopeless)
-        if not found.unseen:
-            self._judged[sha256] = found
-        return found
+        runner = OnnxRunner(onnx_file(path))
+        return self._learned(judge(self.source, self._reference(), runner, self.held_out, is_hopeless, self.before))
 
     def of_itself(self) -> Judged:
         """What the model would lose if it were a candidate: nothing, but with the bounds that the samples allow."""
-        return judge(self.source, self._reference(), self._reference(), self.held_out)
+        if self.before:
+            return Judged([(each, each) for each in self.before])
+        return self._learned(judge(self.source, self._reference(), self._reference(), self.held_out))
 
-    def _reference(self) -> Pass:
+    def _learned(self, found: Judged) -> Judged:
+        if not found.unseen and not self.takes_outputs:
+            self.before, self._known = [before for before, _ in found.singles], None
+        return found
+
+    def _reference(self) -> Runner:
+        if self.before:
+            return _NotRun()
         self._known = self._known or Remembered(OnnxRunner(self.model))
         return self._known.again()
+
+
+class _NotRun:
+    """In place of a model that need not be run."""
+
+    inputs: tuple[Port, ...] = ()
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """Never called."""
+        raise AssertionError("what the model has is known")
 
 
 class Stopwatch:

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import glob
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from quantcli.errors import BudgetError, InputError
-from quantcli.onnx.graph.operands import channel_axis
-from quantcli.onnx.graph.values import constant, is_standard
-from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome, NodePlan
+from quantcli.onnx.plan.plan import LayerOutcome
 from quantcli.planning.recipe import Recipe
 from quantcli.planning.rules import Rules
 from quantcli.search.budget import FLOAT
 from quantcli.search.choices import Choice, Group, Mix, Rule, chosen, chosen_recipe, rules_of, ways_to_store
 from quantcli.search.onnx_runs import GraphRuns, noise_of
+from quantcli.search.onnx_work import works
 from quantcli.search.sensitivity_file import LayerFigures, WayFigures
-
-#: The time that a form takes by that of the float kernel, about: what decides between mixes that are alike in all
-#: else must be the same on every machine. Measured on AVX-512 with onnxruntime 1.32, see the facts in
-#: `quantcli.onnx.rewrite`.
-_WORK = {"static": 0.5, "dynamic": 0.5, "recurrent": 0.6, "nbits": 0.9, "expanded": 1.05, "cast": 1.05}
-
-#: A convolution whose weight is restored at every run.
-_WORK_OF_RESTORED = 1.5
 
 
 def uniform_recipe(recipe: Recipe, rule: Rule) -> Recipe:
@@ -52,12 +42,22 @@ class Ways:
 
     @property
     def work(self) -> float:
-        """Multiplications of one run."""
+        """What one run of the model as it is takes, in multiplications of a float convolution."""
         return sum(layer.work for layer in self.layers.values())
 
     def work_of(self, label: str) -> float:
-        """Multiplications of one run, in those of the float model, where all layers that can be are stored alike."""
-        return sum(layer.work * _factor(layer, label) for layer in self.layers.values())
+        """What one run takes where all layers that can be are stored alike, as `work` counts it."""
+        stored = ((layer, layer.ways.get(self._own(layer, label))) for layer in self.layers.values())
+        return sum(layer.work * (way.factor if way else 1.0) for layer, way in stored)
+
+    def labels_of(self, label: str) -> dict[str, int]:
+        """How many layers are stored how where all that can be are stored alike, the most frequent first."""
+        return dict(Counter(self._own(layer, label) for layer in self.layers.values()).most_common())
+
+    @staticmethod
+    def _own(layer: LayerFigures, label: str) -> str:
+        """The label by which a layer knows a way to store it: its own one where others come to the same."""
+        return next((own for own, way in layer.ways.items() if label == own or label in way.alike), FLOAT)
 
     def groups(self, costs: Mapping[str, Mapping[str, float]]) -> list[Group]:
         """What the solver chooses of; ``costs`` are by layer and label."""
@@ -85,44 +85,6 @@ class Ways:
         return chosen_recipe(self.recipe, dict(main), rules)
 
 
-def _factor(layer: LayerFigures, label: str) -> float:
-    """The time of a layer that is stored as a label says, by that of its float kernel."""
-    known = (way.factor for own, way in layer.ways.items() if label == own or label in way.alike)
-    return next(known, 1.0)
-
-
-def _works(plan: GraphPlan, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Multiplications of one run, by the names of weights."""
-    found: dict[str, float] = defaultdict(float)
-    for node in plan.nodes:
-        found[node.name] += _multiplications(node, sizes)
-    return found
-
-
-def _multiplications(plan: NodePlan, sizes: Mapping[str, int]) -> float:
-    """Of a node in one run; those of operators without products count for nothing."""
-    if is_standard(plan.node, "Gather"):
-        return 0.0
-    outputs = sizes.get(plan.node.outputs[0].name or "", 0) / 4
-    tensor = constant(plan.weight)
-    if tensor is None or not is_standard(plan.node, "Conv", "ConvTranspose", "Gemm", "MatMul"):
-        return float(plan.info.numel)
-    shape = tensor.shape.numpy()
-    if is_standard(plan.node, "ConvTranspose"):
-        return outputs * prod(shape[2:]) * shape[0]
-    if is_standard(plan.node, "MatMul") and plan.weight is plan.node.inputs[0]:
-        return outputs * shape[-1]
-    axis = channel_axis(plan.node) if plan.weight is plan.node.inputs[1] else len(shape) - 1
-    return outputs * plan.info.numel / max(1, shape[axis])
-
-
-def _work_factor(plan: NodePlan) -> float:
-    """The time of a layer by that of its float kernel, about."""
-    if plan.form == "nbits" and is_standard(plan.node, "Conv", "ConvTranspose"):
-        return _WORK_OF_RESTORED
-    return _WORK.get(plan.form or "", 1.0)
-
-
 def open_ways(runs: GraphRuns, recipe: Recipe, allow: Sequence[str], sizes: Mapping[str, int]) -> Ways:
     """See what each layer of a graph can become, by carrying out each way for all of them.
 
@@ -144,7 +106,7 @@ def open_ways(runs: GraphRuns, recipe: Recipe, allow: Sequence[str], sizes: Mapp
         try:
             wish = uniform_recipe(Recipe(), rule)
             # Rewriting takes the weights away, without whose shapes nothing is known of the work.
-            works = _works(runs.planned(wish), sizes)
+            work = works(runs.planned(wish), sizes)
             outcomes, file = runs.carried_out(wish)
         except InputError:
             # The scheme applies to nothing here.
@@ -153,14 +115,14 @@ def open_ways(runs: GraphRuns, recipe: Recipe, allow: Sequence[str], sizes: Mapp
         overhead = _overhead(outcomes, file.stat().st_size - floats)
         for name, same in _by_weight(free).items():
             plans, first = [each.plan for each in same], same[0]
-            layer = layers.setdefault(name, LayerFigures(nbytes=first.plan.info.nbytes, work=works[name], ways={}))
+            layer = layers.setdefault(name, LayerFigures(nbytes=first.plan.info.nbytes, work=work[name][0], ways={}))
             form = tuple((plan.form, plan.scheme) for plan in plans)
             if form in seen[name]:
                 seen[name][form].alike.append(label)
             elif first.plan.form:
                 layer.ways[label] = seen[name][form] = WayFigures(
                     nbytes=first.bytes_after + overhead,
-                    factor=_work_factor(first.plan),
+                    factor=work[name][1] / work[name][0] if work[name][0] else 1.0,
                     error=noise_of([first.sqnr_db]),
                 )
     layers = {name: layer for name, layer in layers.items() if layer.ways}

@@ -15,7 +15,7 @@ from quantcli.system.text import first_line
 from quantcli.version import __version__
 
 #: The key that tells such a file from other JSON, with the number of this form of it.
-_KIND, _VERSION = "quantcli_sensitivity", 1
+_KIND, _VERSION = "quantcli_sensitivity", 2
 _MOST_BYTES = 256 << 20
 
 
@@ -34,7 +34,7 @@ class WayFigures(BaseModel):
 
 
 class LayerFigures(BaseModel):
-    """A layer of a graph: bytes, multiplications in one run, and ways to store it by their labels."""
+    """A layer of a graph: bytes, what it takes in one run (see `quantcli.search.onnx_work`), and its ways by label."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -51,6 +51,8 @@ class Sensitivity(BaseModel):
     - ``costs``: of each layer, by the label of each way to store it.
     - ``factors``: by kind of layer, measured cost over estimated.
     - ``measured``: figures of whole models, by what was stored how.
+    - ``verdicts``: what artifacts lose on samples that were held out, by who judges and their hash.
+    - ``references``: what the model itself has on each of these samples, by who judges and the metric.
     - ``graph``: layers of a graph, in its order, and ``rest`` the bytes of what is beside them.
     """
 
@@ -62,6 +64,8 @@ class Sensitivity(BaseModel):
     costs: dict[str, dict[str, float]] = {}
     factors: dict[str, float] = {}
     measured: dict[str, dict[str, float | None]] = {}
+    verdicts: dict[str, dict[str, float | None]] = {}
+    references: dict[str, dict[str, list[float | None]]] = {}
     graph: dict[str, LayerFigures] = {}
     rest: int = 0
 

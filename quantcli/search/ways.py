@@ -45,6 +45,8 @@ _VERIFIED_BYTES, _NOTE_BYTES = 1200, 40
 _SKETCH_BYTES = 512 * 8 * 4 // 3 + 1000
 #: Roles of layers that are chosen for; routers and tied heads stay.
 _CHOSEN = tuple(role for role in LAYER_ROLES if role not in ("router", "tied head", "draft"))
+#: Which scheme is the others' is known in the end, so that heads stay as they are where that matters.
+_WITH_PLAIN_HEADS = ("vllm", "sglang")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,13 @@ class Ways:
         recipe = chosen_recipe(self.recipe, {"scheme": scheme}, rules)
         return resolve(recipe, self.infos, self.checkpoint.config, data=None, loader=self.loader)
 
+    @property
+    def _chosen_roles(self) -> tuple[str, ...]:
+        """Roles of layers that are chosen for. Serving runtimes take a head only in a scheme that no others have."""
+        if self.recipe.runtime[0] in _WITH_PLAIN_HEADS:
+            return tuple(role for role in _CHOSEN if role != "head")
+        return _CHOSEN
+
     @cached_property
     def groups(self) -> list[tuple[str, ...]]:
         """Names of tensors that are chosen for, those together that a runtime stores alike."""
@@ -114,7 +123,8 @@ class Ways:
             name: layer
             for way in self._ways
             for name, layer in way.layers.items()
-            if layer.role in _CHOSEN and ((rule := rules.first(name)) is None or not (rule.scheme or rule.skip))
+            if layer.role in self._chosen_roles
+            and ((rule := rules.first(name)) is None or not (rule.scheme or rule.skip))
         }
         together: dict[str, str] = {}
         if self.recipe.runtime[0] not in (None, "transformers"):

@@ -11,7 +11,7 @@ from quantcli.search.onnx_mixes import LEVELS, level_of
 
 def tried(search: LevelSearch, first_kept: int) -> list[int]:
     found = []
-    while (level := search.next) is not None:
+    while (level := search.next) is not None and len(found) <= LEVELS:
         found.append(level)
         search.tell(level, is_kept=level >= first_kept)
     return found
@@ -32,6 +32,16 @@ def test_a_limit_near_to_what_was_expected_takes_few_trials_of_levels_near_by() 
         levels = tried(LevelSearch(1.6e-3), first)
         assert len(levels) <= 5
         assert max(abs(level - first) for level in levels) <= 8
+
+
+def test_no_level_is_tried_twice_even_where_answers_contradict_each_other() -> None:
+    for noise in (None, 1.6e-3):
+        for first in (False, True):
+            search, levels = LevelSearch(noise), []
+            while (level := search.next) is not None and len(levels) <= LEVELS:
+                levels.append(level)
+                search.tell(level, is_kept=(len(levels) % 3 == 0) != first)
+            assert len(levels) == len(set(levels)) <= LEVELS
 
 
 def test_a_clock_tells_whether_something_ends_in_time() -> None:
