@@ -217,7 +217,7 @@ def _offsets(scale: Tensor, zero_point: Tensor | None) -> ndarray:
 
 
 def power(values: Tensor) -> float:
-    """The sum of squares, in float64: in float32 processors add up in orders of their own, and manifests would differ."""
+    """The sum of squares, in float64: in float32 it differs between processors, and manifests would with it."""
     return float(values.square().sum(dtype=torch.float64))
 
 
