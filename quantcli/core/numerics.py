@@ -191,13 +191,8 @@ def error_powers(groups: Tensor, tensor: QuantizedTensor) -> tuple[float, float]
         else:
             signal, noise = loops.integer_powers(*arguments, _offsets(tensor.scale, tensor.zero_point))
         return signal, noise
-    if tensor.zero_point is None and tensor.number_format.dtype != "nf4":
-        # As `dequantize`, but in one pass over the weight, and in place.
-        difference = codes.float()
-        torch.addcmul(groups, difference, tensor.scale.unsqueeze(-1), value=-1, out=difference)
-    else:
-        difference = dequantize(codes, tensor.scale, tensor.zero_point, tensor.number_format).sub_(groups)
-    return _power(groups), _power(difference)
+    difference = dequantize(codes, tensor.scale, tensor.zero_point, tensor.number_format).sub_(groups)
+    return power(groups), power(difference)
 
 
 def _loops_for(groups: Tensor, scale: Tensor | None = None) -> ModuleType | None:
@@ -221,9 +216,9 @@ def _offsets(scale: Tensor, zero_point: Tensor | None) -> ndarray:
     return _flat(torch.zeros(scale.shape, dtype=torch.int8) if zero_point is None else zero_point)
 
 
-def _power(values: Tensor) -> float:
-    flat = values.reshape(-1)
-    return torch.dot(flat, flat).item()
+def power(values: Tensor) -> float:
+    """The sum of squares, in float64: in float32 it differs between processors, and manifests would with it."""
+    return float(values.square().sum(dtype=torch.float64))
 
 
 def decibels(signal: float, noise: float) -> float | None:

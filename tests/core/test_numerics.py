@@ -267,6 +267,13 @@ def test_error_powers_equal_a_float64_sum(number_format: NumberFormat) -> None:
     assert noise == pytest.approx(math.fsum(value**2 for value in errors), rel=1e-5)
 
 
+def test_powers_do_not_show_in_which_order_they_were_added() -> None:
+    """Processors add up in orders of their own, and manifests tell of the sums."""
+    values = normal(512, 512)
+    orders = (values, values.flip(0), values.T.contiguous(), values[torch.randperm(512)])
+    assert len({f"{numerics.decibels(numerics.power(order), 1.0):.10f}" for order in orders}) == 1
+
+
 def test_decibels() -> None:
     assert numerics.decibels(1000.0, 1.0) == pytest.approx(30)
     assert numerics.decibels(1.0, 0.0) is None

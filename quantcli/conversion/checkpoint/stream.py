@@ -255,6 +255,6 @@ def _cast_powers(rows: Tensor, stored: Tensor) -> tuple[float, float]:
     for before, after in pairs:
         reference = before.to(wide)
         difference = after.to(wide, copy=True).sub_(reference)
-        signal += torch.dot(reference, reference).item()
-        noise += torch.dot(difference, difference).item()
+        signal += numerics.power(reference)
+        noise += numerics.power(difference)
     return signal, noise
