@@ -35,7 +35,7 @@ from quantcli.models.kernels import prove
 from quantcli.onnx.graph.casts import bytes_of_constants
 from quantcli.onnx.graph.model import OnnxModel, constants, is_onnx, onnx_file
 from quantcli.onnx.graph.save import add_metadata, read_back, save_graph
-from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome
+from quantcli.onnx.plan.plan import GraphPlan, LayerOutcome, require_work
 from quantcli.onnx.rewrite.four_bit_storage import store_in_four_bits
 from quantcli.onnx.rewrite.short_names import own_names, shorten_names
 from quantcli.onnx.rewrite.transform import transform
@@ -231,6 +231,8 @@ def _build(
     with torch_threads():
         scratch = None if job.trains else staging.root / "codes"
         outcomes = transform(graph, gathered.plan, replace(gathered.evidence, journal=journal), scratch)
+    # Halves may have been none that hold a weight's values.
+    require_work(gathered.plan.carried_out(outcomes), Path(source.subject.path))
     history = None
     if unquantized is not None and samples is not None:
         outcomes, history = _train(job, staging, source.model, unquantized, graph, samples, outcomes)

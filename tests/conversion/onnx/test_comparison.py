@@ -386,6 +386,18 @@ def test_weights_that_are_not_finite(tmp_path: Path, scheme: str, value: float, 
     )
 
 
+@pytest.mark.parametrize(("factor", "says"), [(1e6, "values lie beyond 65504"), (1e-30, "values are too small")])
+def test_weights_that_halves_cannot_hold(tmp_path: Path, factor: float, says: str) -> None:
+    values = {"w": weight(64, 96) * np.float32(factor)}
+    model = save(
+        tmp_path / "m.onnx",
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        values,
+        {"x": (TensorProto.FLOAT, [2, 64])},
+    )
+    refused(model, rf"fp16 applies to nothing in .*m\.onnx: stays fp32: .*{says}", scheme="fp16", allow_larger=True)
+
+
 def masked(path: Path, operator: str, value: float) -> Path:
     """Logits of which some classes are masked out by a constant."""
     mask = np.zeros(96, np.float32)

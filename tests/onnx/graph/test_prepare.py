@@ -50,6 +50,15 @@ def test_a_constant_of_a_function_called_twice_is_one() -> None:
     same_function(proto, X, after)
 
 
+def test_two_products_of_one_weight_that_is_turned() -> None:
+    nodes = [node("Einsum", ["x", "w"], [name], equation="btd,hd->bth") for name in ("y", "z")]
+    proto = model([*nodes, node("Relu", ["w"], ["r"])], {"x": [2, 3, 8]}, {"y": None, "z": None, "r": None},
+                  {"w": normal(5, 8)})  # fmt: skip
+    after = prepared(proto)
+    assert operators(after) == {"MatMul": 2}
+    same_function(proto, {"x": normal(2, 3, 8)}, after)
+
+
 def test_initializers_that_are_inputs_are_constants() -> None:
     """As every model before IR version 4 had them."""
     nodes = [node("Conv", ["x", "w"], ["h"]), node("BatchNormalization", ["h", "g", "g", "g", "g"], ["y"])]

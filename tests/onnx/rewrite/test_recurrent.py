@@ -12,6 +12,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from support.graphs import model, node, normal
 from support.static_graphs import Converted
 
+from quantcli import convert
 from quantcli.errors import InputError
 from quantcli.models.session import Session
 
@@ -46,6 +47,21 @@ def test_an_lstm_runs_on_integers(tmp_path: Path, scheme: str, extra: int, direc
     assert found.kernels == {"DynamicQuantizeLSTM": 1} and found.proof.integer == {"DynamicQuantizeLSTM": 1}
     assert all(found.sqnr_db(name) > 33 for name in ("y", "h", "c"))
     assert {each.label for each in found.plan.nodes} == {"int8-dynamic"}
+
+
+@pytest.mark.parametrize(("tail", "shape"), [(1, (1,)), (30, (1, 4 * HIDDEN))])
+def test_one_scale_for_a_direction_where_that_is_as_precise(
+    tmp_path: Path, tail: float, shape: tuple[int, ...]
+) -> None:
+    uniform = np.random.default_rng(0).uniform(-0.1, 0.1, (1, 4 * HIDDEN, HIDDEN)).astype(np.float32)
+    uniform[0, 7] *= tail
+    proto = recurrent("LSTM")
+    proto.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(uniform, "r"))
+    onnx.save(proto, tmp_path / "m.onnx")
+    convert(tmp_path / "m.onnx", tmp_path / "out.onnx", scheme="int8-dynamic")
+    held = {each.name: tuple(each.dims) for each in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    assert held["r_scale"] == held["r_zero_point"] == shape
+    assert held["w_scale"] == (1, 4 * HIDDEN)
 
 
 def test_activations_of_its_own(tmp_path: Path) -> None:
