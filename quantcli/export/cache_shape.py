@@ -41,7 +41,7 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class NoCache:
-    """Why a model cannot be exported with a key-value cache, and whether torch exports it for scoring at least."""
+    """Why a model cannot be exported with a key-value cache, and whether an export for scoring may be had at least."""
 
     reason: str
     exports: bool = True
@@ -113,7 +113,7 @@ def _kind_reason(name: str, model: nn.Module, config: Any) -> NoCache | None:
     others = sorted({type(layer).__name__ for layer in layers} - {*plain})
     if getattr(model, "_is_stateful", False) or others:
         kind = f" ({listed(others)})" if others else ""
-        return NoCache(f"{name} remembers a state of its own kind{kind}, and not keys and values alone")
+        return NoCache(f"{name} remembers a state of its own kind{kind}, and not keys and values alone", exports=False)
     if any(type(module).__name__.endswith("Experts") for module in model.modules()):
         reason = f"{name} is a mixture of experts, whose weights no operator of an export keeps as codes"
         return NoCache(reason, exports=False)
