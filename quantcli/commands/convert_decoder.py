@@ -28,6 +28,7 @@ from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.data.request import DataRequest
 from quantcli.errors import InputError, UsageError
 from quantcli.export.decoder.architecture import (
+    AS_CHECKPOINT,
     WITHOUT_DECODER,
     Decoder,
     read_decoder,
@@ -114,8 +115,8 @@ def _no_export(folder: Path, recipe: Recipe) -> Refusal | None:
     """Why a model cannot be exported with a key-value cache, or its target would not run that; None where it can."""
     from quantcli.export.cache_shape import read_cache_shape, why_no_cache
 
-    if reason := why_no_cache(folder):
-        return Refusal(reason, WITHOUT_DECODER)
+    if lacking := why_no_cache(folder):
+        return Refusal(lacking.reason, WITHOUT_DECODER if lacking.exports else AS_CHECKPOINT)
     uniform = read_cache_shape(folder).uniform is not None
     return exported_decoder_refusal(recipe, str((config_of(folder) or {}).get("model_type")), uniform=uniform)
 

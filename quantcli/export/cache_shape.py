@@ -39,7 +39,15 @@ class CacheShape:
         return sizes.pop() if len(sizes) == 1 else None
 
 
-def why_no_cache(folder: Path) -> str | None:
+@dataclass(frozen=True)
+class NoCache:
+    """Why a model cannot be exported with a key-value cache, and whether an export for scoring may be had at least."""
+
+    reason: str
+    exports: bool = True
+
+
+def why_no_cache(folder: Path) -> NoCache | None:
     """Why a folder's model cannot be exported with a key-value cache; None where it can.
 
     Raises:
@@ -47,7 +55,7 @@ def why_no_cache(folder: Path) -> str | None:
         MissingExtraError: transformers is not installed.
     """
     found = _look(folder)
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, NoCache) else None
 
 
 def read_cache_shape(folder: Path) -> CacheShape:
@@ -58,22 +66,23 @@ def read_cache_shape(folder: Path) -> CacheShape:
         MissingExtraError: transformers is not installed.
     """
     found = _look(folder)
-    if isinstance(found, str):
-        raise InputError(f"{folder} cannot be exported with a key-value cache: {found}.")
+    if isinstance(found, NoCache):
+        raise InputError(f"{folder} cannot be exported with a key-value cache: {found.reason}.")
     return found
 
 
-def _look(folder: Path) -> CacheShape | str:
+def _look(folder: Path) -> CacheShape | NoCache:
     plain = read_config(folder / "config.json")
     if not is_causal_config(plain):
-        return f"{folder} is no causal language model"
+        return NoCache(f"{folder} is no causal language model")
     config = hugging_face.load_config(folder)
     vars(config).pop("quantization_config", None)
     name = config.model_type
     if getattr(config, "use_bidirectional_attention", None):
-        return f"{name} attends to what follows as well, by use_bidirectional_attention"
+        return NoCache(f"{name} attends to what follows as well, by use_bidirectional_attention")
     if rotary := _changing_rotary(config):
-        return f"the rotary embedding of {name} is {rotary}, whose frequencies change with the length of a text"
+        reason = f"the rotary embedding of {name} is {rotary}, whose frequencies change with the length of a text"
+        return NoCache(reason, exports=False)
     try:
         with torch.device("meta"), hugging_face.quiet():
             loader = hugging_face.transformers_library().AutoModelForCausalLM
@@ -91,12 +100,12 @@ def _changing_rotary(config: Any) -> str | None:
     return next((kind for kind in kinds if kind in ("dynamic", "longrope")), None)
 
 
-def _kind_reason(name: str, model: nn.Module, config: Any) -> str | None:
+def _kind_reason(name: str, model: nn.Module, config: Any) -> NoCache | None:
     """Why a model has no plain cache, by what its class and its layers are."""
     if name in _FIXED_LENGTH:
-        return f"torch exports {name} with a cache for one length of a text alone"
+        return NoCache(f"torch exports {name} with a cache for one length of a text alone")
     if name == "falcon" and config.alibi:
-        return "falcon with alibi multiplies in bfloat16, which onnxruntime has no kernel for"
+        return NoCache("falcon with alibi multiplies in bfloat16, which onnxruntime has no kernel for", exports=False)
     library = hugging_face.transformers_library()
     layers = library.DynamicCache(config=config.get_text_config(decoder=True)).layers
     # A window is what masks make of it; keys and values of all tokens are kept.
@@ -104,24 +113,25 @@ def _kind_reason(name: str, model: nn.Module, config: Any) -> str | None:
     others = sorted({type(layer).__name__ for layer in layers} - {*plain})
     if getattr(model, "_is_stateful", False) or others:
         kind = f" ({listed(others)})" if others else ""
-        return f"{name} remembers a state of its own kind{kind}, and not keys and values alone"
+        return NoCache(f"{name} remembers a state of its own kind{kind}, and not keys and values alone", exports=False)
     if any(type(module).__name__.endswith("Experts") for module in model.modules()):
-        return f"{name} is a mixture of experts, whose weights no operator of an export keeps as codes"
+        reason = f"{name} is a mixture of experts, whose weights no operator of an export keeps as codes"
+        return NoCache(reason, exports=False)
     return None
 
 
-def _shape(name: str, model: nn.Module) -> CacheShape | str:
+def _shape(name: str, model: nn.Module) -> CacheShape | NoCache:
     cache = hugging_face.transformers_library().DynamicCache()
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     try:
         with torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
-        return f"{name} does not run with a cache of keys and values: {first_line(error).rstrip('.')}"
+        return NoCache(f"{name} does not run with a cache of keys and values: {first_line(error).rstrip('.')}")
     filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     shapes = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in filled]
     if not shapes or any(len(each) != 4 or each[2] != _TOKENS for pair in shapes for each in pair):
-        return f"{name} does not keep keys and values of each token"
+        return NoCache(f"{name} does not keep keys and values of each token")
     return CacheShape(
         tuple((keys[1], keys[3]) for keys, _ in shapes), tuple((values[1], values[3]) for _, values in shapes)
     )

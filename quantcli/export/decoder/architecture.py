@@ -157,11 +157,12 @@ def read_decoder(folder: Path) -> Decoder:
     )
 
 
-#: What is left to models without a decoder.
+#: What is left to models without a decoder; and to those that torch does not export at all.
 WITHOUT_DECODER = (
     "Without a cache, for scoring alone, -o FILE.onnx --format onnx exports it; as a checkpoint, --format "
     "compressed-tensors keeps it for transformers."
 )
+AS_CHECKPOINT = "As a checkpoint, --format compressed-tensors keeps it for transformers."
 
 
 def refused(reason: str, hint: str = WITHOUT_DECODER) -> InputError:

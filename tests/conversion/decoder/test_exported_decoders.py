@@ -53,9 +53,12 @@ def test_what_has_no_cache_of_keys_and_values_is_refused_by_name(
     tmp_path: Path, model_type: str, settings: dict[str, Any], reason: str
 ) -> None:
     folder = configured_decoder(model_type, tmp_path / "model", **settings)
-    assert reason in (why_no_cache(folder) or "")
-    with pytest.raises(InputError, match=reason):
+    lacking = why_no_cache(folder)
+    assert lacking is not None and reason in lacking.reason
+    with pytest.raises(InputError, match=reason) as caught:
         quantcli.convert(folder, tmp_path / "out", scheme="int4", target="onnxruntime-genai", dry_run=True)
+    assert ("-o FILE.onnx" in str(caught.value)) == lacking.exports
+    assert lacking.exports == (model_type in ("mpt", "gemma3_text"))
 
 
 def test_a_cache_is_told_without_weights(tmp_path: Path) -> None:
