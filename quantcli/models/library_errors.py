@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 from quantcli.errors import InputError
@@ -15,8 +16,6 @@ def is_of_its_own_code(error: BaseException) -> bool:
 
 def not_made(path: Path, doing: str, error: BaseException) -> InputError:
     """What a user is told of a failure of transformers; ``doing``: what it could not do with the folder: ``load``."""
-    import transformers
-
     if is_of_its_own_code(error):
         return InputError(
             f"{path} has code of its own (auto_map in its config.json), which quantcli does not run, and transformers "
@@ -24,4 +23,4 @@ def not_made(path: Path, doing: str, error: BaseException) -> InputError:
             "Write a function that returns the module, and give it as package.module:function, with --weights for its "
             "weights. convert without data needs no code.",
         )
-    return InputError(f"transformers {transformers.__version__} cannot {doing} {path}: {first_line(error)}")
+    return InputError(f"transformers {version('transformers')} cannot {doing} {path}: {first_line(error)}")

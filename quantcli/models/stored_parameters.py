@@ -204,4 +204,5 @@ def with_layers_for_experts(kind: type, method: str) -> type:
         kind.__init__(self, *args, **kwargs)  # type: ignore[misc]
         use_layers_for_experts(self, method)
 
-    return type(kind.__name__, (kind,), {"__init__": make})
+    # The library's rules for a class hold for those of its own modules.
+    return type(kind.__name__, (kind,), {"__init__": make, "__module__": kind.__module__})

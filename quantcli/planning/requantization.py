@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.errors import UsageError
+from quantcli.checkpoint.roles import quantization_of
+from quantcli.core.tensors import TensorInfo
+from quantcli.errors import InputError, UsageError
 from quantcli.planning.recipe import Recipe
-from quantcli.planning.resolve import refuse_quantized
 
 #: What a recipe may say of a container change, beside the format.
 _KEPT_WISHES = {"format", "target", "max_shard_size"}
@@ -26,4 +30,15 @@ def refuse_wishes(checkpoint: Checkpoint, recipe: Recipe, *, data: bool) -> None
         raise UsageError(
             f"The model is quantized already, and {what} would quantize it anew.",
             "A change of --format carries its codes over as they are; for anything else start from the original.",
+        )
+
+
+def refuse_quantized(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> None:
+    """Raise InputError where weights are quantized already: quantizing twice only adds error."""
+    found = quantization_of(infos, config)
+    if found:
+        raise InputError(
+            f"The model is already quantized ({found}).",
+            "Convert the original weights instead. As it is, --format alone changes its container, and --scheme bf16 "
+            "turns its codes into values.",
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from quantcli import algorithms, formats
 from quantcli.algorithms import default_rounding
-from quantcli.checkpoint.roles import LAYER_ROLES, classify, module_of, quantization_of
+from quantcli.checkpoint.roles import LAYER_ROLES, classify, module_of
 from quantcli.core.dtypes import DTYPE_OF_NUMBER
 from quantcli.core.scheme import FALLBACK_GROUP_SIZES, Scheme
 from quantcli.core.tensors import TensorInfo
@@ -19,6 +19,7 @@ from quantcli.errors import InputError, UsageError
 from quantcli.formats.base import Storage
 from quantcli.planning.plan import LayerPlan, Loader, Plan
 from quantcli.planning.recipe import Recipe, Rule, SchemeSpec, build_scheme
+from quantcli.planning.requantization import refuse_quantized
 from quantcli.planning.rules import SKIPPED, Fate, Rules, label_of, no_groups, require_support, scheme_asked_for
 from quantcli.planning.steps import chain
 from quantcli.system.text import listed, suggestion
@@ -64,17 +65,6 @@ def resolve(
     return _Resolver(recipe, scheme_asked_for(recipe), infos, config, data, leave or {}, loader or Loader()).plan()
 
 
-def refuse_quantized(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> None:
-    """Raise InputError where weights are quantized already: quantizing twice only adds error."""
-    found = quantization_of(infos, config)
-    if found:
-        raise InputError(
-            f"The model is already quantized ({found}).",
-            "Convert the original weights instead. As it is, --format alone changes its container, and --scheme bf16 "
-            "turns its codes into values.",
-        )
-
-
 class _Resolver:
     """Holds what the decisions share; `plan` makes them."""
 
@@ -88,7 +78,7 @@ class _Resolver:
         leave: Mapping[str, str],
         loader: Loader,
     ) -> None:
-        self.recipe, self.infos, self.data, self.loader = recipe, infos, data, loader
+        self.recipe, self.infos, self.config, self.data, self.loader = recipe, infos, config, data, loader
         self.leave = {**loader.leave, **leave}
         self.roles = classify(infos, config)
         self.rules = Rules(recipe)
@@ -230,7 +220,7 @@ class _Resolver:
 
     def _decide(self, info: TensorInfo, rule: Rule | None) -> LayerPlan:
         role = self.roles[info.name]
-        if role == "tied head" and info.shares:
+        if role == "tied head" and info.shares and self._is_tied_as_loaded(info):
             return LayerPlan(info, role, info.dtype, reason=f"tied to {info.shares}: stored once", dropped=True)
         if rule and rule.skip:
             return self._leave(info, role, SKIPPED)
@@ -251,6 +241,16 @@ class _Resolver:
         if reason:
             return self._leave(info, role, reason)
         return self._quantize(info, role, scheme, label, rule)
+
+    def _is_tied_as_loaded(self, info: TensorInfo) -> bool:
+        """Whether what loads the result ties a head that a file holds in the memory of the embedding.
+
+        A file of torch says so of any two tensors of one memory; a configuration, or its class, need not.
+        """
+        if self.loader.name:
+            return info.name not in self.loader.untied
+        told = (self.config or {}).get("tie_word_embeddings")
+        return told is not False and (told is True or self.recipe.runtime[0] in (None, "transformers"))
 
     def _cast(self, info: TensorInfo, role: str, scheme: Scheme, label: str, rule: Rule | None) -> LayerPlan:
         if self.recipe.group_size and scheme == self.scheme:

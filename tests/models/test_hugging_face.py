@@ -107,6 +107,7 @@ def test_experts_are_layers_where_the_library_makes_them_so_for_a_quantized_mode
     for method, single in (("bitsandbytes", True), ("gptq", False)):
         with torch.device("meta"):
             model = with_layers_for_experts(transformers.Llama4ForCausalLM, method)(config)
+        assert type(model).__module__ == transformers.Llama4ForCausalLM.__module__, "by which its renamings are found"
         names = [name for name, _ in model.named_parameters() if ".experts." in name]
         assert any(name.endswith("experts.1.gate_proj.weight") for name in names) == single and names
 

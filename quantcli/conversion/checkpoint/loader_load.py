@@ -101,7 +101,9 @@ def _with_blocks(loader: Any, config: Any, keep: Blocks) -> type:
 
     left_out = [rf"(^|\.){re.escape(path)}\.(?!({'|'.join(map(re.escape, kept))})\.)" for path, kept in keep.items()]
     ignored = [*(loader._keys_to_ignore_on_load_unexpected or []), *left_out]
-    return type(loader.__name__, (loader,), {"__init__": make, "_keys_to_ignore_on_load_unexpected": ignored})
+    # The library's rules for a class hold for those of its own modules.
+    own = {"__init__": make, "__module__": loader.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
+    return type(loader.__name__, (loader,), own)
 
 
 def _name(entry: Any) -> str:

@@ -18,15 +18,16 @@ from quantcli.conversion.checkpoint.made_up_inputs import candidates
 from quantcli.conversion.checkpoint.watched import watched_dtypes, watched_weights, watched_writes
 from quantcli.models.hugging_face import output_head
 from quantcli.models.library_errors import is_of_its_own_code
-from quantcli.models.stored_parameters import use_layers_for_experts
+from quantcli.models.stored_parameters import parameter_names, use_layers_for_experts
 from quantcli.system.text import first_line
 
 
 def survey(request: dict[str, Any]) -> dict[str, Any]:
     """What `quantcli.planning.plan.Loader` holds, or an ``error`` where transformers has no such model.
 
-    ``request``: ``folder`` of the original, ``tensors`` by name (``shape``), ``coded`` by name (``role``, ``packed``,
-    ``inputs``, and whether a rule ``asked`` for it), ``format``, and the ``dtype`` of the result by torch's name.
+    ``request``: ``folder`` of the original, ``tensors`` by name (``shape``), heads that are ``twins`` of an embedding,
+    ``coded`` by name (``role``, ``packed``, ``inputs``, and whether a rule ``asked`` for it), ``format``, and the
+    ``dtype`` of the result by torch's name.
     """
     try:
         model = build(request["folder"], request["dtype"])
@@ -92,6 +93,7 @@ class _Survey:
             "absent": self._absent(),
             "leave": self.leave,
             "unknown": self.unknown,
+            "untied": self._untied(),
             "unpacked": self.unpacked,
             # bitsandbytes replaces no subclass of linear layers.
             "takes_codes": takes_codes,
@@ -151,6 +153,12 @@ class _Survey:
                 if scale != f"{renamed}_scale":
                     self.renamed_alone.add(name)
         return loaded, joined, unknown
+
+    def _untied(self) -> list[str]:
+        """Heads in the memory of an embedding, in a file of torch, that the class does not tie."""
+        names = parameter_names(self.model, self.request.get("twins", ()))
+        known = self.model.state_dict().keys() - self.model.all_tied_weights_keys.keys()
+        return [name for name, loaded in names.items() if loaded in known]
 
     def _linear(self, tensor: str) -> Any:
         """The loaded layer whose weight a tensor is, if it is a linear one."""

@@ -128,6 +128,7 @@ class RuntimeCheck:
             frozenset(answer["wide"]),
             answer["runs_narrow"],
             frozenset(answer["unknown"]),
+            frozenset(answer["untied"]),
         )
 
     def rehearse(self, plan: Plan, layout: Layout) -> dict[str, Any]:
@@ -247,6 +248,7 @@ class RuntimeCheck:
         return {
             "folder": str(self._checkpoint.folder),
             "tensors": {layer.info.name: layer.info.shape for layer in plan.layers if not layer.dropped},
+            "twins": [layer.info.name for layer in plan.layers if layer.role == "tied head" and layer.info.shares],
             "coded": coded,
             "format": plan.format,
             "dtype": TORCH_NAMES[plan.dtype],

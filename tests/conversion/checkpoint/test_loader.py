@@ -464,3 +464,23 @@ def test_fused_experts_are_stored_as_the_library_stacks_them(tmp_path: Path) -> 
     assert [(row.name, row.scheme) for row in served.layers] == [(row.name, row.scheme) for row in planned.layers]
     left = convert(folder, tmp_path / "out", scheme="int4", group_size=64, skip=["*experts*"], dry_run=True)
     assert {layer.reason.split(";")[0] for layer in left.layers if ".experts." in layer.name} == {"skipped as asked"}
+
+
+@pytest.mark.parametrize("told", [True, False, None])
+def test_a_head_in_the_memory_of_the_embedding_is_stored_where_the_class_does_not_tie_it(
+    tmp_path: Path, told: bool | None
+) -> None:
+    """In a file of torch two tensors may share memory by chance; Llama's class ties only where its config says so."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**WIDE, tie_word_embeddings=bool(told)))
+    config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    if told is None:
+        del config["tie_word_embeddings"]
+    values = model.state_dict()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    torch.save(values | {"lm_head.weight": values["model.embed_tokens.weight"]}, tmp_path / "m" / "pytorch_model.bin")
+    convert(tmp_path / "m", tmp_path / "out", scheme="int8")
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) == (not told)
+    served = convert(tmp_path / "m", tmp_path / "served", scheme="int8", target="vllm", dry_run=True)
+    reason = next(layer.reason for layer in served.layers if layer.name == "lm_head.weight")
+    assert ("stored once" in str(reason)) == bool(told)
