@@ -74,7 +74,9 @@ def test_a_fragile_layer_stays_as_it_is(net, tmp_path: Path) -> None:
     report = quantcli.convert(model, tmp_path / "out.onnx", data=data, budget=budget)
     # It is found by estimates already; measured mixes would show it, too, of a graph with so few layers.
     costs = {name: each["int8-static"] for name, each in json.loads(file.read_text())["costs"].items()}
-    assert costs.pop("conv3.weight") > 10 * max(costs.values())
+    *others, making, reading = sorted(costs, key=lambda name: costs[name])
+    assert (making, reading) == ("conv2.weight", "conv3.weight")
+    assert costs[making] > 1000 * costs[others[-1]]
     schemes = {row.name: row.scheme for row in report.layers if row.name.startswith("conv") and "weight" in row.name}
     # What reads the outliers is ruined, whatever becomes of the layer that makes them.
     assert schemes["conv3.weight"] is None
