@@ -37,8 +37,11 @@ _FEW_LAYERS = 12
 _ATTEMPTS = 6
 #: A mix that is slower than a single scheme has to have no more than this share of its bytes.
 _WORTH_TIME = 0.9
-#: A mix that is as small as a single scheme but for a little has to have no more than this share of its work.
+#: A mix that is a little larger than another one has to have no more than this share of its work.
 _WORTH_WORK = 0.95
+#: Where less work is looked for, by the noise of what is accepted: what adds up otherwise than was estimated is tried
+#: once more with less.
+_LESS_NOISE = (1.0, 0.8)
 #: No mix is so many times as fast as the fastest single scheme: what kernels take differs by less.
 _NEVER_AS_FAST = 4
 #: Points of the frontier.
@@ -153,6 +156,8 @@ class OnnxSearch:
         """
         uniform = self._smallest_uniform()
         accepted = self._smallest_kept(self.budget.max_size, {}) if uniform is None else self._smaller(uniform)
+        if accepted is not None and self._fits(accepted):
+            accepted = self._faster(accepted)
         if accepted is None:
             safest = self._safest()
             if not self._keeps_outputs(safest):
@@ -181,16 +186,34 @@ class OnnxSearch:
         return None
 
     def _smaller(self, uniform: Recipe) -> Recipe:
-        """The smallest mix that is worth more than a single scheme; or that scheme."""
-        size, work = self.measured.size(uniform), self.ways.work_of(_label(uniform))
-        # Each of these is worth more than the next: smaller and as fast; much smaller; as small, and faster.
-        wanted: list[tuple[float, Limits]] = [
-            (size - 1, {"milliseconds": work}),
-            (_WORTH_TIME * size, {}),
-            (AS_SMALL * size, {"milliseconds": _WORTH_WORK * work}),
-        ]
-        found = (self._smallest_kept(int(most), limits) for most, limits in wanted)
-        return next((recipe for recipe in found if recipe is not None), uniform)
+        """The smallest mix that is smaller than a single scheme and no slower, or much smaller; or that scheme."""
+        size = self.measured.size(uniform)
+        as_fast: Limits = {"milliseconds": self.ways.work_of(_label(uniform))}
+        return self._smallest_kept(size - 1, as_fast) or self._smallest_kept(int(_WORTH_TIME * size), {}) or uniform
+
+    def _faster(self, accepted: Recipe) -> Recipe:
+        """A mix that is as small but for a little, with clearly less work and no more noise; or what was accepted.
+
+        One that an earlier search tried comes before one that was not.
+        """
+        mix, most = self._mix_of.get(key_of(accepted)), int(AS_SMALL * self.measured.size(accepted))
+        most = min(most, self.budget.max_size or most)
+        work = self.ways.work_of(_label(accepted)) if mix is None else self.mixes.work(mix)
+        noise = self.measured.noise(accepted) if mix is None else self.mixes.cost(mix)
+        wanted = [*self.measured.fast(), *((most - self.ways.rest, share * noise) for share in _LESS_NOISE)]
+        for room, allowed in wanted:
+            mix = self.mixes.least_work({"nbytes": room, "cost": allowed})
+            if mix is None or self.mixes.work(mix) > _WORTH_WORK * work:
+                continue
+            recipe = self._recipe(mix)
+            if self.measured.verdict(self.budget, recipe) is None:
+                if (room, allowed) in self.measured.fast() or not self.pace.has_time():
+                    continue
+                self.measured.note_fast(room, allowed)
+            with self.pace.trial():
+                if self.measured.size(recipe) <= most and self._keeps_outputs(recipe):
+                    return recipe
+        return accepted
 
     def _smallest_kept(self, most: int | None, limits: Limits) -> Recipe | None:
         """The smallest mix within limits that keeps those on outputs, of ``most`` bytes."""
@@ -277,7 +300,8 @@ class OnnxSearch:
         mix = self._mix_of.get(key_of(recipe))
         work = self.ways.work if mix is None else min(self.ways.work, self.mixes.work(mix))
         # Where not even the mix with the least work is fast enough, none is.
-        reachable = latency(self._recipe(self.mixes.least_work())) <= most
+        fastest_mix = self.mixes.least_work({})
+        reachable = fastest_mix is not None and latency(self._recipe(fastest_mix)) <= most
         for _ in range(_ATTEMPTS if reachable else 0):
             work *= 0.97 * most / max(most, latency(fastest))
             found = self._within_work(work)

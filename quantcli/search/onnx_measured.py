@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from inspect import getsourcefile
 from pathlib import Path
@@ -25,6 +26,8 @@ _USED_UP = 0.85
 _LATER = 2.0
 #: The entry that names levels of noise that were tried.
 _LEVELS = "levels"
+#: And the one that names where the least work was looked for.
+_FAST = "fast"
 
 
 class Measurements:
@@ -187,6 +190,15 @@ class Measurements:
     def note_level(self, limits: str, level: int) -> None:
         """Keep that a level was tried."""
         self.store.found.measured.setdefault(f"{_LEVELS} {limits}", {})[str(level)] = None
+        self.store.save()
+
+    def fast(self) -> list[tuple[float, float]]:
+        """Bytes and noise within which the least work was looked for, for any budget."""
+        return [tuple(json.loads(entry)) for entry in self.store.found.measured.get(_FAST, {})]
+
+    def note_fast(self, nbytes: float, noise: float) -> None:
+        """Keep that the least work within so many bytes and so much noise was looked for."""
+        self.store.found.measured.setdefault(_FAST, {})[json.dumps([nbytes, noise])] = None
         self.store.save()
 
     def best_case(self, budget: Budget) -> list[Limited]:

@@ -77,16 +77,13 @@ class Mixes:
 
     def least_bytes(self) -> Mix:
         """The smallest mix of all."""
-        return self._least("nbytes")
-
-    def least_work(self) -> Mix:
-        """The mix whose runs take least."""
-        return self._least("milliseconds")
-
-    def _least(self, column: Column) -> Mix:
-        mix = best_mix(self.groups, column, {}, without=self.nothing)
+        mix = best_mix(self.groups, "nbytes", {}, without=self.nothing)
         assert mix is not None
         return mix
+
+    def least_work(self, limits: Limits) -> Mix | None:
+        """The mix within limits whose runs take least."""
+        return best_mix(self.groups, "milliseconds", limits, without=self.nothing)
 
     def at(self, level: int, limits: Limits) -> Mix | None:
         """The smallest mix within limits and one level of noise, from 0 to `LEVELS` - 1, the least noise last.

@@ -13,7 +13,7 @@ from quantcli.search.choices import Mix
 from quantcli.search.clock import Pace
 from quantcli.search.onnx_levels import LevelSearch
 from quantcli.search.onnx_measured import Measurements
-from quantcli.search.onnx_mixes import AS_SMALL, Limits, Mixes, noise_at
+from quantcli.search.onnx_mixes import AS_SMALL, Limits, Mixes, level_of, noise_at
 
 #: Mixes that may come out larger than was estimated.
 _ATTEMPTS = 6
@@ -25,7 +25,7 @@ class SmallestSearch:
 
     From where what was judged lets expect the limit, levels of noise are tried at growing distances until one is kept
     and one is not, then by halves: what is tried first is of the size that matters, should the time end there. What
-    uses a limit up but for a small rest is small enough, as is what is larger by a little than all that is left to try.
+    uses a limit up but for a small rest is small enough, as is what is larger by a little than what is to be expected.
     Levels that another budget tried are not tried again.
 
     Attributes:
@@ -47,6 +47,7 @@ class SmallestSearch:
     limits: Limits
 
     def __post_init__(self) -> None:
+        self._expected: float | None = None
         self._room = inf if self.most is None else float(self.most - self.mixes.ways.rest)
         self._mixes: dict[tuple[int, float], Mix | None] = {}
         # Levels stand for mixes, which other limits make others.
@@ -55,8 +56,9 @@ class SmallestSearch:
     def find(self, judged: Sequence[Recipe]) -> Recipe | None:
         """The smallest that was found, or None. ``judged`` are recipes of one scheme, which tell what to expect."""
         outcomes = self._outcomes()
+        self._expected = self._expected_noise(judged, outcomes)
         kept = {level: recipe for level, recipe, is_kept in outcomes if is_kept}
-        levels = LevelSearch(self._expected_noise(judged, outcomes))
+        levels = LevelSearch(self._expected)
         for known, _, is_kept in outcomes:
             levels.know(known, is_kept=is_kept)
         too_large = 0
@@ -71,18 +73,21 @@ class SmallestSearch:
                 is_kept = self.measured.keeps(self.budget, recipe)
             self.measured.note_level(self._named, level)
             levels.tell(level, is_kept=is_kept)
+            outcomes.append((level, recipe, is_kept))
+            self._expected = self._expected_noise(judged, outcomes)
             if is_kept:
                 kept[level] = recipe
         return min(kept.values(), key=self.measured.size, default=None)
 
     def _is_enough(self, kept: Mapping[int, Recipe], levels: LevelSearch) -> bool:
-        """Whether the limit is used up but for a small rest, or what could be found yet would be hardly smaller."""
+        """Whether the limit is used up but for a small rest, or what can be expected yet is hardly smaller."""
         if not kept:
             return False
         if any(map(self._is_used_up, kept.values())):
             return True
         smallest = min(kept, key=lambda level: self.measured.size(kept[level]))
-        return AS_SMALL * self._nbytes(levels.lowest) >= self._nbytes(smallest)
+        reachable = max(levels.lowest, level_of(self._expected)) if self._expected else levels.lowest
+        return AS_SMALL * self._nbytes(reachable) >= self._nbytes(smallest)
 
     def _nbytes(self, level: int) -> float:
         """Bytes of the artifact for a level, by estimate."""

@@ -74,8 +74,10 @@ def within(model: Path, output: Path, data: Path | None, budget: Budget, **more:
 
 
 def test_a_ceiling_on_bytes_holds_and_the_fragile_layer_is_protected(model: Path, data: Path, tmp_path: Path) -> None:
-    output, limit = tmp_path / "out", 62_000
-    report = within(model, output, data, Budget(max_size=limit))
+    output, limit, file = tmp_path / "out", 62_000, tmp_path / "kept.json"
+    report = within(model, output, data, Budget(max_size=limit, sensitivity=file))
+    costs = {name: max(each.values()) for name, each in json.loads(file.read_text())["costs"].items()}
+    assert max(costs, key=lambda name: costs[name]) == f"{FRAGILE}.weight"
     assert report.passed
     assert total_bytes(output) <= limit
     budget = report.details["budget"]
@@ -210,6 +212,15 @@ def test_too_few_samples_are_an_answer(model: Path, data: Path, tmp_path: Path) 
     assert not report.passed
     assert "samples are too few" in report.warnings[0] or "cannot be met" in report.warnings[0]
     assert report.details["budget"]["nearest"]
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
+def test_a_mix_is_one_that_its_target_takes(model: Path, tmp_path: Path, target: str) -> None:
+    """They take a head only in a scheme that no other layer has, and store fused layers alike."""
+    report = within(model, tmp_path / "out", None, Budget(max_size=66_000), target=target)
+    schemes = {row.name: row.scheme for row in report.layers}
+    assert report.passed and schemes["lm_head.weight"] is None
+    assert len({schemes[f"model.layers.0.self_attn.{each}_proj.weight"] for each in "qkv"}) == 1
 
 
 def test_without_data_errors_of_weights_decide_and_that_is_said(model: Path, tmp_path: Path) -> None:
