@@ -64,7 +64,7 @@ class Rules:
         ``fates``: of every tensor or layer, with the rule that holds for it.
 
         Raises:
-            UsageError: a rule that is no skip names one of them without a wildcard, or changes nothing at all.
+            UsageError: a rule that is no skip, and no list, names one of them, or changes nothing at all.
         """
         held: dict[int, list[Fate]] = {}
         for rule, fate in fates:
@@ -72,7 +72,9 @@ class Rules:
         warnings = []
         for rule in (rule for rule in self._rules if not rule.skip):
             met = held.get(id(rule), [])
-            _require_named(rule, met)
+            # A search lists layers by name, and some of them may stay in what it tries.
+            if isinstance(rule.match, str):
+                _require_named(rule, met)
             left = [fate for fate in met if fate.reason and fate.is_layer]
             what = listed([repr(glob) for glob in rule.globs])
             if not met:

@@ -91,7 +91,7 @@ class Ways:
         rule, layers, nbytes = dict(stored), dict[str, LayerPlan](), dict[str, int]()
         size = rule.get("group_size", 1)
         fitting = [
-            {"match": _pattern(info.name), **rule}
+            {"match": [_pattern(info.name)], **rule}
             for info in self.infos
             if (role := self._roles[info.name]) in _CHOSEN
             and not (info.rows if role == "conv1d" else info.columns) % size
