@@ -82,7 +82,8 @@ def test_layers_that_an_artifact_lacks_are_not_run_from_empty_codes(tmp_path: Pa
     convert(tmp_path / "model", tmp_path / "int8", scheme="int8", verify="codes")
     picture = {"pixel_values": torch.randn(1, 3, 16, 16)}
     models = [load_model(tmp_path / name, causal=False) for name in ("model", "int8")]
-    assert type(models[0]) is type(models[1])
+    # One with codes may have a class derived from the library's.
+    assert len({(type(model).__module__, type(model).__name__) for model in models}) == 1
     with torch.no_grad():
         expected, found = (model(**picture)[0] for model in models)
     assert torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), dim=0) > 0.99

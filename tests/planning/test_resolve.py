@@ -445,13 +445,16 @@ def test_fixed_ranges_of_activations_are_symmetric_in_a_checkpoint_and_need_data
 def test_a_layer_that_has_to_stay_is_refused_where_a_rule_names_it() -> None:
     tensors, name = infos({"encoder.weight": (64, 64), "score.weight": (64, 64), "score.bias": (64,)}), "score.weight"
     loader = Loader("Net", leave={name: "Net keeps it in float32"})
-    for match in ("score", name, "sc*", ["encoder", "score"]):
+    for match in ("score", name, "sc*"):
         recipe = Recipe(scheme="int8", rules=[Rule(match=match, scheme="int4")])
         with pytest.raises(UsageError, match=r"score.* has to stay as it is: Net keeps it"):
             resolve(recipe, tensors, None, loader=loader)
     found = resolve(Recipe(scheme="int8", rules=[Rule(match="*", scheme="int4")]), tensors, None, loader=loader)
     assert layer(found, name).reason == "Net keeps it in float32"
     assert found.warnings[0] == "The rule for '*' means score as well, which stays as it is: Net keeps it in float32."
+    # A search lists layers, and what stays of them is told.
+    listed = Recipe(scheme="int8", rules=[Rule(match=["encoder", "score"], scheme="int4")])
+    assert "means score as well, which stays" in resolve(listed, tensors, None, loader=loader).warnings[0]
     # What a rule says of a layer's weight, it need not say of its bias.
     assert not resolve(Recipe(scheme="int8", rules=[Rule(match="score", scheme="int8")]), tensors, None).warnings
 

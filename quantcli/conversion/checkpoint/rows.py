@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +54,7 @@ def conversion_report(
         "size_ratio": layout.nbytes / before,
         "sqnr_db_min": min(measured, default=None),
     }
-    sha256 = open_model(target).sha256() if reference.sha256 else None
+    sha256 = _sha256(target) if reference.sha256 else None
     artifact = ModelRow(
         str(target),
         "candidate",
@@ -78,6 +79,14 @@ def conversion_report(
     unproven = warning(runtime)
     warnings += [unproven] if unproven else []
     return Report("convert", [reference, artifact], rows, [], warnings, details)
+
+
+def _sha256(artifact: Path) -> str | None:
+    """Hash of an artifact that was written, as that of any MODEL; a single file is not kept open for it."""
+    if artifact.suffix != ".gguf":
+        return open_model(artifact).sha256()
+    with artifact.open("rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _tokens_of_experts(plan: Plan, results: Mapping[str, LayerResult]) -> dict[str, Any] | None:

@@ -33,7 +33,7 @@ import os, signal
 def survey(request):
     nothing = {
         "modules": {}, "absent": [], "leave": {}, "unpacked": [], "fits_nf4": True, "weights_only": [], "wide": [],
-        "unknown": [],
+        "unknown": [], "takes_codes": True, "untied": [],
     }  # fmt: skip
     nothing["runs_narrow"] = True
     parts = {name: name.split(".", 3)[2:] for name in request["tensors"] if name.startswith("model.layers.")}

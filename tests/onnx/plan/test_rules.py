@@ -21,8 +21,8 @@ def planned(**rule: Any) -> GraphPlan:
     return resolve_graph(recipe, prepared(proto), Path("model.onnx"))
 
 
-@pytest.mark.parametrize("match", ["head", "score", "h*", ["up", "score"]])
-def test_a_rule_for_a_layer_that_stays_is_refused(match: str | list[str]) -> None:
+@pytest.mark.parametrize("match", ["head", "score", "h*"])
+def test_a_rule_for_a_layer_that_stays_is_refused(match: str) -> None:
     assert {plan.name: plan.mode for plan in planned().nodes} == {"body": "dynamic", "head": "float"}
     with pytest.raises(UsageError, match=r"(head|score).* has to stay as it is: too small to save anything"):
         planned(match=match, scheme="int8")
