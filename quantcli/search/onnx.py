@@ -7,7 +7,7 @@ Of mixes that are as small but for a few hundredths, the one with the least work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,16 +15,17 @@ from typing import Any
 from quantcli.errors import InputError
 from quantcli.planning.recipe import Recipe
 from quantcli.search.budget import Budget
-from quantcli.search.choices import Found, Mix, chosen_recipe, labels, ways_to_store
+from quantcli.search.choices import Found, Mix, labels, ways_to_store
 from quantcli.search.clock import Clock, Pace
 from quantcli.search.judge import KL, metric_of
+from quantcli.search.onnx_known import read_off
 from quantcli.search.onnx_measured import Measurements
-from quantcli.search.onnx_mixes import AS_SMALL, LEVELS, Limits, Mixes
+from quantcli.search.onnx_mixes import AS_SMALL, LEVELS, WORTH_TIME, Limits, Mixes
 from quantcli.search.onnx_sensitivity import layer_costs
 from quantcli.search.onnx_smallest import SmallestSearch
 from quantcli.search.onnx_subject import GraphSubject
 from quantcli.search.onnx_trials import key_of
-from quantcli.search.onnx_ways import Ways, uniform_recipe
+from quantcli.search.onnx_ways import Ways, label_of, uniform_recipes
 from quantcli.search.sensitivity_file import SensitivityStore
 from quantcli.search.solver import Column
 from quantcli.search.unmet import loses_too_much, too_few_samples, too_large, too_slow
@@ -35,13 +36,13 @@ _MEASURED = 8
 _FEW_LAYERS = 12
 #: Attempts to fit a ceiling that an estimate of bytes or time just missed.
 _ATTEMPTS = 6
-#: A mix that is slower than a single scheme has to have no more than this share of its bytes.
-_WORTH_TIME = 0.9
 #: A mix that is a little larger than another one has to have no more than this share of its work.
 _WORTH_WORK = 0.95
 #: Where less work is looked for, by the noise of what is accepted: what adds up otherwise than was estimated is tried
 #: once more with less.
 _LESS_NOISE = (1.0, 0.8)
+#: Where what is learned is kept, limits so many times as wide are looked at, too: budgets to come are likely near.
+_AROUND = (0.5, 0.7, 1.4, 2.0)
 #: No mix is so many times as fast as the fastest single scheme: what kernels take differs by less.
 _NEVER_AS_FAST = 4
 #: Points of the frontier.
@@ -127,19 +128,10 @@ class OnnxSearch:
 
     # One scheme for all layers.
 
-    def _uniforms(self) -> Iterator[Recipe]:
-        """One scheme for all layers, as if it had been asked for by itself."""
-        for rule in ways_to_store(self.subject.recipe, self.budget.allow).values():
-            if "scheme" in dict(rule):
-                # With a rule, `int8-static` is what was judged: by itself it would protect itself when converted again.
-                is_static = dict(rule)["scheme"] == "int8-static"
-                own = self.subject.recipe
-                yield uniform_recipe(own, rule) if is_static else chosen_recipe(own, dict(rule))
-
     def _converted_uniforms(self) -> list[Recipe]:
         """Those that can be converted, the smallest first."""
         found: list[tuple[int, int, Recipe]] = []
-        for recipe in self._uniforms():
+        for recipe in uniform_recipes(self.subject.recipe, self.budget.allow):
             try:
                 found.append((self.measured.size(recipe), len(found), recipe))
             except InputError:
@@ -152,12 +144,15 @@ class OnnxSearch:
     def _for_outputs(self) -> Recipe:
         """The smallest mix that keeps the limits on outputs, as sure as the samples allow.
 
-        Single schemes are judged first: of mixes, only those that are smaller than the best of them matter.
+        What earlier searches know is taken where it is about as small as what could be found.
         """
-        uniform = self._smallest_uniform()
-        accepted = self._smallest_kept(self.budget.max_size, {}) if uniform is None else self._smaller(uniform)
-        if accepted is not None and self._fits(accepted):
-            accepted = self._faster(accepted)
+        accepted = self._read_off(self.budget)
+        if accepted is None:
+            accepted = self._smallest(self.budget)
+            if accepted is not None and self._fits(accepted):
+                accepted = self._faster(accepted)
+            if self.store.path is not None:
+                self._look_around()
         if accepted is None:
             safest = self._safest()
             if not self._keeps_outputs(safest):
@@ -167,29 +162,53 @@ class OnnxSearch:
             raise too_large(self.budget, self.measured.size(accepted), self._candidates())
         return self._fast_enough(accepted)
 
+    def _read_off(self, budget: Budget) -> Recipe | None:
+        """What is known to keep a budget's limits on outputs and bytes, and small enough; see `read_off`."""
+        if not self.measured.mixes():
+            return None
+        uniforms = [(recipe, self.ways.work_of(label_of(recipe))) for recipe in self._converted_uniforms()]
+        return read_off(budget, self.mixes, self.measured, uniforms, self._recipe)
+
+    def _look_around(self) -> None:
+        """Judge what budgets near this one would choose, as far as there is time."""
+        for factor in _AROUND:
+            near = self.budget.scaled(factor)
+            if self.pace.has_time() and self._read_off(near) is None:
+                self._smallest(near)
+
+    def _smallest(self, budget: Budget) -> Recipe | None:
+        """The smallest that is found to keep the limits on outputs, if any.
+
+        Single schemes are judged first: of mixes, only those that are smaller than the best of them matter.
+        """
+        uniform = self._smallest_uniform(budget)
+        return self._smallest_kept(budget, budget.max_size, {}) if uniform is None else self._smaller(budget, uniform)
+
     def _safest(self) -> Recipe:
         """The mix that loses least, by estimate."""
         mix = self.mixes.at(LEVELS - 1, {})
         assert mix is not None
         return self._recipe(mix)
 
-    def _smallest_uniform(self) -> Recipe | None:
+    def _smallest_uniform(self, budget: Budget) -> Recipe | None:
         """The smallest artifact of one scheme for all layers that keeps the limits on outputs."""
         for recipe in self._converted_uniforms():
             if not self.pace.has_time():
                 break
-            self._judged_uniforms.append(recipe)
+            if recipe not in self._judged_uniforms:
+                self._judged_uniforms.append(recipe)
             with self.pace.trial():
-                is_kept = self._keeps_outputs(recipe)
+                is_kept = self.measured.keeps(budget, recipe)
             if is_kept:
                 return recipe
         return None
 
-    def _smaller(self, uniform: Recipe) -> Recipe:
+    def _smaller(self, budget: Budget, uniform: Recipe) -> Recipe:
         """The smallest mix that is smaller than a single scheme and no slower, or much smaller; or that scheme."""
         size = self.measured.size(uniform)
-        as_fast: Limits = {"milliseconds": self.ways.work_of(_label(uniform))}
-        return self._smallest_kept(size - 1, as_fast) or self._smallest_kept(int(_WORTH_TIME * size), {}) or uniform
+        as_fast: Limits = {"milliseconds": self.ways.work_of(label_of(uniform))}
+        found = self._smallest_kept(budget, size - 1, as_fast)
+        return found or self._smallest_kept(budget, int(WORTH_TIME * size), {}) or uniform
 
     def _faster(self, accepted: Recipe) -> Recipe:
         """A mix that is as small but for a little, with clearly less work and no more noise; or what was accepted.
@@ -198,7 +217,7 @@ class OnnxSearch:
         """
         mix, most = self._mix_of.get(key_of(accepted)), int(AS_SMALL * self.measured.size(accepted))
         most = min(most, self.budget.max_size or most)
-        work = self.ways.work_of(_label(accepted)) if mix is None else self.mixes.work(mix)
+        work = self.ways.work_of(label_of(accepted)) if mix is None else self.mixes.work(mix)
         noise = self.measured.noise(accepted) if mix is None else self.mixes.cost(mix)
         wanted = [*self.measured.fast(), *((most - self.ways.rest, share * noise) for share in _LESS_NOISE)]
         for room, allowed in wanted:
@@ -211,13 +230,16 @@ class OnnxSearch:
                     continue
                 self.measured.note_fast(room, allowed)
             with self.pace.trial():
-                if self.measured.size(recipe) <= most and self._keeps_outputs(recipe):
-                    return recipe
+                if self.measured.size(recipe) <= most:
+                    is_kept = self._keeps_outputs(recipe)
+                    self.measured.note_mix(mix)
+                    if is_kept:
+                        return recipe
         return accepted
 
-    def _smallest_kept(self, most: int | None, limits: Limits) -> Recipe | None:
+    def _smallest_kept(self, budget: Budget, most: int | None, limits: Limits) -> Recipe | None:
         """The smallest mix within limits that keeps those on outputs, of ``most`` bytes."""
-        search = SmallestSearch(self.budget, self.mixes, self.measured, self.pace, self._recipe, most, limits)
+        search = SmallestSearch(budget, self.mixes, self.measured, self.pace, self._recipe, most, limits)
         return search.find(self._judged_uniforms)
 
     # A limit on bytes or time: the one that loses least.
@@ -319,7 +341,7 @@ class OnnxSearch:
         """The recipe that is looked for among those of so much work, or None."""
         limits: Limits = {"milliseconds": work}
         if self.budget.judges_outputs:
-            return self._smallest_kept(self.budget.max_size, limits)
+            return self._smallest_kept(self.budget, self.budget.max_size, limits)
         found = self._least_noise({**limits, **self._room()})
         return found if found is not None and self._fits(found) else None
 
@@ -330,7 +352,7 @@ class OnnxSearch:
         if mix is not None:
             told = {"layers": labels(self.mixes.groups, mix), "estimate": self.mixes.cost(mix)}
         else:
-            told = {"layers": self.ways.labels_of(_label(recipe)), "estimate": self.measured.noise(recipe)}
+            told = {"layers": self.ways.labels_of(label_of(recipe)), "estimate": self.measured.noise(recipe)}
         return self.measured.row(recipe) | told
 
     def _candidates(self, chosen: Recipe | None = None) -> list[dict[str, Any]]:
@@ -369,8 +391,3 @@ class OnnxSearch:
         if self.subject.evidence is not None:
             return ()
         return ("There is no --data, so layers were chosen by how far made-up inputs move the outputs.",)
-
-
-def _label(uniform: Recipe) -> str:
-    """What people call a recipe of one scheme for all layers."""
-    return f"{uniform.scheme} group {uniform.group_size}" if uniform.group_size else str(uniform.scheme)

@@ -12,6 +12,7 @@ from typing import Any
 from quantcli.planning.recipe import Recipe
 from quantcli.search.bounds import Drop
 from quantcli.search.budget import Budget
+from quantcli.search.choices import Mix
 from quantcli.search.judge import Judged
 from quantcli.search.limits import Limited, flat, limits_of, metric_name, restored
 from quantcli.search.onnx_sensitivity import NOT_FINITE
@@ -28,6 +29,8 @@ _LATER = 2.0
 _LEVELS = "levels"
 #: And the one that names where the least work was looked for.
 _FAST = "fast"
+#: And the one that names mixes that were judged, by the number of the choice of each layer.
+_MIXES = "mixes"
 
 
 class Measurements:
@@ -199,6 +202,15 @@ class Measurements:
     def note_fast(self, nbytes: float, noise: float) -> None:
         """Keep that the least work within so many bytes and so much noise was looked for."""
         self.store.found.measured.setdefault(_FAST, {})[json.dumps([nbytes, noise])] = None
+        self.store.save()
+
+    def mixes(self) -> list[Mix]:
+        """Mixes that were judged, for any budget."""
+        return [tuple(json.loads(entry)) for entry in self.store.found.measured.get(_MIXES, {})]
+
+    def note_mix(self, mix: Mix) -> None:
+        """Keep that a mix was judged."""
+        self.store.found.measured.setdefault(_MIXES, {})[json.dumps(mix)] = None
         self.store.save()
 
     def best_case(self, budget: Budget) -> list[Limited]:

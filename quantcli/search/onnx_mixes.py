@@ -24,6 +24,8 @@ LEVELS = 141
 _SHOWN_EVERY = 4
 #: A mix may be so much larger than the smallest one where that saves work.
 AS_SMALL = 1.02
+#: A mix that is slower than a single scheme has to have no more than this share of its bytes.
+WORTH_TIME = 0.9
 
 
 def noise_at(level: int) -> float:

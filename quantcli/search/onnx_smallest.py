@@ -72,6 +72,8 @@ class SmallestSearch:
                     continue
                 is_kept = self.measured.keeps(self.budget, recipe)
             self.measured.note_level(self._named, level)
+            if (mix := self._mix_at(level)) is not None:
+                self.measured.note_mix(mix)
             levels.tell(level, is_kept=is_kept)
             outcomes.append((level, recipe, is_kept))
             self._expected = self._expected_noise(judged, outcomes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantcli.errors import BudgetError, InputError
@@ -22,6 +22,20 @@ def uniform_recipe(recipe: Recipe, rule: Rule) -> Recipe:
     """A recipe with one way to store for all layers that its own rules do not mean."""
     scheme = {"scheme": wish} if (wish := dict(rule).get("scheme")) else {}
     return chosen_recipe(recipe, scheme, [{"match": "*", **dict(rule)}])
+
+
+def uniform_recipes(recipe: Recipe, allow: Sequence[str]) -> Iterator[Recipe]:
+    """Recipes of one scheme for all layers, as if each had been asked for by itself."""
+    for rule in ways_to_store(recipe, allow).values():
+        if "scheme" in dict(rule):
+            # With a rule, `int8-static` is what was judged: by itself it would protect itself when converted again.
+            is_static = dict(rule)["scheme"] == "int8-static"
+            yield uniform_recipe(recipe, rule) if is_static else chosen_recipe(recipe, dict(rule))
+
+
+def label_of(uniform: Recipe) -> str:
+    """What people call a recipe of one scheme for all layers."""
+    return f"{uniform.scheme} group {uniform.group_size}" if uniform.group_size else str(uniform.scheme)
 
 
 @dataclass(frozen=True)
