@@ -146,12 +146,16 @@ class OnnxSearch:
 
         What earlier searches know is taken where it is about as small as what could be found.
         """
+        is_first = not self.measured.mixes()
         accepted = self._read_off(self.budget)
         if accepted is None:
             accepted = self._smallest(self.budget)
-            if accepted is not None and self._fits(accepted):
+            if not self.measured.runs:
+                # All of it was known, and nothing smaller is to be expected.
+                accepted = self._read_off(self.budget, is_settled=True) or accepted
+            elif accepted is not None and self._fits(accepted):
                 accepted = self._faster(accepted)
-            if self.store.path is not None:
+            if is_first and self.store.path is not None:
                 self._look_around()
         if accepted is None:
             safest = self._safest()
@@ -162,12 +166,12 @@ class OnnxSearch:
             raise too_large(self.budget, self.measured.size(accepted), self._candidates())
         return self._fast_enough(accepted)
 
-    def _read_off(self, budget: Budget) -> Recipe | None:
+    def _read_off(self, budget: Budget, *, is_settled: bool = False) -> Recipe | None:
         """What is known to keep a budget's limits on outputs and bytes, and small enough; see `read_off`."""
         if not self.measured.mixes():
             return None
         uniforms = [(recipe, self.ways.work_of(label_of(recipe))) for recipe in self._converted_uniforms()]
-        return read_off(budget, self.mixes, self.measured, uniforms, self._recipe)
+        return read_off(budget, self.mixes, self.measured, uniforms, self._recipe, is_settled=is_settled)
 
     def _look_around(self) -> None:
         """Judge what budgets near this one would choose, as far as there is time."""

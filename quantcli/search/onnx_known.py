@@ -31,6 +31,8 @@ def read_off(
     measured: Measurements,
     uniforms: Sequence[tuple[Recipe, float]],
     recipe_of: Callable[[Mix], Recipe],
+    *,
+    is_settled: bool = False,
 ) -> Recipe | None:
     """The recipe that keeps a budget's limits on outputs and bytes, as far as it is known without a run.
 
@@ -40,6 +42,7 @@ def read_off(
         measured: what is known.
         uniforms: recipes of one scheme for all layers and their work, the smallest first.
         recipe_of: notes a mix, and makes its recipe.
+        is_settled: nothing smaller than what is known is to be expected.
 
     Returns:
         The recipe, or None: a single scheme that may matter was not judged, nothing is known to keep the limits, or
@@ -64,7 +67,8 @@ def read_off(
     if smallest is None:
         return None
     lost = [each.nbytes for each in tried if not each.is_kept and each.nbytes < smallest.nbytes]
-    if smallest.nbytes > _SMALL_ENOUGH * max(lost, default=mixes.nbytes(mixes.least_bytes())):
+    floor = max(lost, default=mixes.nbytes(mixes.least_bytes()))
+    if not is_settled and smallest.nbytes > _SMALL_ENOUGH * floor:
         return None
     alike = [each for each in fitting if each.nbytes <= AS_SMALL * smallest.nbytes]
     return min(alike, key=lambda each: (each.work, each.nbytes)).recipe

@@ -34,11 +34,12 @@ _MIXES = "mixes"
 
 
 class Measurements:
-    """Measures what is asked for, once."""
+    """Measures what is asked for, once. ``runs`` are artifacts that had to be run on what was held out."""
 
     def __init__(self, subject: GraphSubject, store: SensitivityStore) -> None:
         self.subject, self.store = subject, store
         self.tried: dict[str, Recipe] = {}
+        self.runs = 0
         self._latency: dict[str, float] = {}
         self._glanced: dict[str, float] = {}
         self._size = f"size of the {'file' if subject.output.suffix == '.onnx' else 'folder'}"
@@ -110,6 +111,7 @@ class Measurements:
     def _run(self, key: str, artifact: Path, is_hopeless: Callable[[Judged], bool] = lambda _: False) -> Judged:
         """Run an artifact on samples that were held out, and keep what it loses if it was run on all."""
         verdicts = self._verdicts()
+        self.runs += 1
         judged = verdicts.of(artifact, is_hopeless)
         if not judged.unseen:
             self.store.found.verdicts[key] = flat(judged.drops())

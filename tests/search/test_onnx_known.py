@@ -43,10 +43,10 @@ class Known:
         return self.single[1] if recipe == SINGLE else self.judged[self.size(recipe)]
 
 
-def read(known: Known, most: int | None = None, work: float = 2000.0) -> int | None:
+def read(known: Known, most: int | None = None, work: float = 2000.0, *, is_settled: bool = False) -> int | None:
     """Bytes of what is read off."""
     budget = Budget(max_drop=0.01, max_size=most)
-    found = read_off(budget, MIXES, cast(Measurements, known), [(SINGLE, work)], recipe_of)
+    found = read_off(budget, MIXES, cast(Measurements, known), [(SINGLE, work)], recipe_of, is_settled=is_settled)
     return None if found is None else known.size(found)
 
 
@@ -57,6 +57,7 @@ def test_the_smallest_that_is_known_to_keep_the_limit_is_taken() -> None:
 def test_where_much_may_be_gained_it_is_looked_for() -> None:
     assert read(Known({1000: True, 800: True, 760: False})) is None
     assert read(Known({1000: True, 800: True})) is None
+    assert read(Known({1000: True, 800: True}), is_settled=True) == 800
 
 
 def test_the_smallest_mix_of_all_needs_none_below_it() -> None:
