@@ -82,6 +82,8 @@ class CheckpointSearch:
         uniform = self._best_uniform()
         if uniform is None or uniform == best or self.trials.evidence is None or self.trials.clock.is_over():
             return best
+        if self.trials.is_surpassed(uniform, best):
+            return best
         return uniform if self.trials.is_better(uniform, best) else best
 
     def _best_uniform(self) -> Mix | None:

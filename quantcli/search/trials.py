@@ -194,7 +194,26 @@ class CheckpointTrials:
             excess = [ours - theirs for ours, theirs in pairs]
             if _is_sure(excess):
                 break
+        if drop_of([-each for each in excess]).bound < 0:
+            self._note_surpassed(mix, other)
         return sum(excess) < 0
+
+    def _note_surpassed(self, mix: Mix, other: Mix) -> None:
+        """Keep that another mix was measured to lose less than this one, with confidence."""
+        known = self.store.found.measured.setdefault(self._surpassed_key(mix), {})
+        known["estimate"] = max(known.get("estimate") or 0.0, total(self.groups, other, "cost"))
+        self.store.save()
+
+    def is_surpassed(self, mix: Mix, other: Mix) -> bool:
+        """Whether another mix should lose less than this one by estimate, as one that was measured does.
+
+        True where the other's estimate is no more than that of a mix that was seen, with confidence, to lose less.
+        """
+        estimate = self.store.found.measured.get(self._surpassed_key(mix), {}).get("estimate")
+        return estimate is not None and total(self.groups, other, "cost") <= estimate
+
+    def _surpassed_key(self, mix: Mix) -> str:
+        return f"surpassed {self._held_out_key(mix)}"
 
     def _loss(self, mix: Mix) -> float:
         drops = self.drops(mix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -267,6 +268,30 @@ def test_a_uniform_scheme_wins_where_it_loses_less(
     assert (mix in tried.uniforms()) == wins
     # Where each sample says the same, three are enough.
     assert max(asked) <= 3
+
+
+def test_what_lost_less_than_a_uniform_scheme_speaks_for_mixes_that_should_lose_even_less(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = Budget(max_size=62_000, sensitivity=tmp_path / "kept.json")
+    asked: list[Mix] = []
+
+    def alone(self: CheckpointTrials, mix: Mix, _: object, count: int) -> list[float]:
+        asked.append(mix)
+        return [0.5 * (mix in self.uniforms()) + 0.01 * number for number in range(count)]
+
+    monkeypatch.setattr(CheckpointTrials, "measured_count", lambda _: 1)
+    monkeypatch.setattr(CheckpointTrials, "_alone", alone)
+    runs = []
+    for size in (64_000, 66_000, 62_000):
+        tried = trials(model, data, replace(budget, max_size=size), group_size=32)
+        assert tried.evidence is not None
+        monkeypatch.setattr(tried.evidence.held_out.task, "METRICS", ("perplexity",))
+        asked.clear()
+        assert CheckpointSearch(tried, replace(tried.budget, max_size=size))._for_size() not in tried.uniforms()
+        runs.append(len(set(asked)))
+    # More bytes and less loss by estimate need no run; fewer bytes and more loss do.
+    assert runs == [2, 0, 2]
 
 
 def test_the_frontier_goes_from_the_smallest_to_the_best(model: Path, data: Path, tmp_path: Path) -> None:
