@@ -36,6 +36,7 @@ from quantcli.search.choices import (
     rules_of,
     ways_to_store,
 )
+from quantcli.system.text import listed
 
 #: Files that the conversion writes itself.
 _WRITTEN = (MANIFEST, "config.json")
@@ -81,10 +82,21 @@ class Ways:
         self._ways = [self._way(rule) for rule in ways_to_store(self.recipe, schemes).values()]
         if not self._ways:
             raise UsageError("--allow names no scheme with fewer bits than 16.", "Add int8 or int4.")
+        self._require_one_where_fused()
 
     def planned(self, recipe: Recipe) -> Plan:
         """The plan of a recipe, data being there where it is needed. Raises UsageError where a target refuses it."""
         return for_target(resolve(recipe, self.infos, self.checkpoint.config, data=None, loader=self.loader))
+
+    def _require_one_where_fused(self) -> None:
+        """SGLang looks for exceptions from the model's scheme under a name that the files do not have."""
+        ways = {self.label(way, name) for way in self._ways for name in way.layers}
+        if self.recipe.runtime[0] == "sglang" and len(ways) > 1 and self._together:
+            raise UsageError(
+                f"SGLang makes one matrix of layers such as {next(iter(self._together))} and its neighbours, and takes "
+                f"one scheme for all of these, so that a search may not choose from {listed(sorted(ways))}.",
+                "Name one and what stays as it is, such as: --allow int4,bf16 --group-size 64",
+            )
 
     def _way(self, stored: Rule) -> Way:
         # A head is quantized only where a rule asks for it; a size that does not fit a layer is none for it.
@@ -116,25 +128,34 @@ class Ways:
         return _CHOSEN
 
     @cached_property
-    def groups(self) -> list[tuple[str, ...]]:
-        """Names of tensors that are chosen for, those together that a runtime stores alike."""
+    def _free(self) -> dict[str, LayerPlan]:
+        """What is chosen for, by name: a rule of the user's own decides nothing of it."""
         rules = Rules(self.recipe)
-        free = {
+        return {
             name: layer
             for way in self._ways
             for name, layer in way.layers.items()
             if layer.role in self._chosen_roles
             and ((rule := rules.first(name)) is None or not (rule.scheme or rule.skip))
         }
-        together: dict[str, str] = {}
+
+    @cached_property
+    def _together(self) -> dict[str, str]:
+        """Layers that the runtime makes one of, each with that one's name."""
+        found: dict[str, str] = {}
         if self.recipe.runtime[0] not in (None, "transformers"):
-            for fused in fused_layers(free.values()):
-                together |= {part.info.name: f"{fused.parent}.{fused.name}" for part in fused.parts}
+            for fused in fused_layers(self._free.values()):
+                found |= {part.info.name: f"{fused.parent}.{fused.name}" for part in fused.parts}
+        return found
+
+    @cached_property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Names of tensors that are chosen for, those together that a runtime stores alike."""
         found: dict[str, list[str]] = {}
         for info in self.infos:
-            if info.name in free:
+            if info.name in self._free:
                 # Every runtime unpacks the experts of a model alike.
-                key = "experts" if "experts" in info.name else together.get(info.name, info.name)
+                key = "experts" if "experts" in info.name else self._together.get(info.name, info.name)
                 found.setdefault(key, []).append(info.name)
         return [tuple(names) for names in found.values()]
 

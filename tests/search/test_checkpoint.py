@@ -223,6 +223,18 @@ def test_a_mix_is_one_that_its_target_takes(model: Path, tmp_path: Path) -> None
     assert len({schemes[f"model.layers.0.self_attn.{each}_proj.weight"] for each in "qkv"}) == 1
 
 
+def test_one_scheme_is_chosen_of_for_sglang(model: Path, data: Path, tmp_path: Path) -> None:
+    """SGLang looks for exceptions of fused layers under a name that the files do not have."""
+    with pytest.raises(UsageError, match=r"one scheme for all of these.*int4 group 128, int4 group 32"):
+        assert trials(model, data, Budget(max_size=66_000), target="sglang").ways
+    budget = Budget(max_size=75_000, allow=("int4", "bf16"))
+    report = within(model, tmp_path / "out", None, budget, target="sglang", group_size=32)
+    schemes = {row.name: row.scheme for row in report.layers}
+    assert report.passed and len(set(filter(None, schemes.values()))) == 1
+    assert None in {schemes[f"model.layers.0.mlp.{each}_proj.weight"] for each in ("gate", "up", "down")}
+    assert len({schemes[f"model.layers.0.self_attn.{each}_proj.weight"] for each in "qkv"}) == 1
+
+
 def test_without_data_errors_of_weights_decide_and_that_is_said(model: Path, tmp_path: Path) -> None:
     report = within(model, tmp_path / "out", None, Budget(max_size=62_000))
     assert total_bytes(tmp_path / "out") <= 62_000
