@@ -142,8 +142,8 @@ def convert(
             data, samples=samples, seq_len=seq_len, seed=seed, tokenizer=tokenizer, preprocess=preprocess
         )
     )
-    if place.suffix.lower() == ".gguf" and wishes.format is None:
-        wishes = wishes.with_flags(format="gguf")
+    if wishes.format is None:
+        wishes = wishes.with_flags(format=implied_format(model, place))
     way = way_to_onnx(model, place, wishes, budget, calibration)
     becomes_onnx = way is not Way.PLAIN or goes_to_onnx(model, place, wishes.format)
     require_effect(place, onnx=becomes_onnx, verify=verify, calibration=calibration)
@@ -355,6 +355,13 @@ def _as_loaded(plan: Plan, checkpoint: Checkpoint, loader: Loader, *, data: bool
     if carried:
         return replace(plan, loader=replace(loader, leave={}, unpacked=frozenset(), weights_only=frozenset()))
     return for_target(resolve(plan.recipe, checkpoint.infos(), checkpoint.config, data=data, loader=loader))
+
+
+def implied_format(model: str | Path, output: Path) -> str | None:
+    """The format that an output's name stands for, where a model could become several."""
+    if output.suffix.lower() == ".onnx" and not goes_to_onnx(model, output, None):
+        return "onnx"
+    return "gguf" if output.suffix.lower() == ".gguf" else None
 
 
 def goes_to_onnx(model: str | Path, output: Path, format: str | None) -> bool:

@@ -105,10 +105,18 @@ def _loaders(path: Path, config: Mapping[str, Any], *, causal: bool, headed: boo
     # T5EncoderModel is bare, and AutoModel makes a decoder of it.
     by_name = _reads_more_than_text(config) if causal else _is_bare(config)
     # Some types have no model without a head, or are not listed among those that continue text.
-    if headed or by_name or type(load_config(path)) not in loader._model_mapping:
+    if headed or by_name or type(config := load_config(path)) not in loader._model_mapping:
+        return [named]
+    if not causal and _is_given_parts(loader._model_mapping[type(config)]):
         return [named]
     # One without a head would be scored by what are no logits.
     return [loader] if causal else [loader, named]
+
+
+def _is_given_parts(bare: Any) -> bool:
+    """Whether classes with a head hand a model without one what its inputs go through first (SpeechT5, Perceiver)."""
+    parameters = [] if isinstance(bare, tuple) else list(inspect.signature(bare.__init__).parameters.values())
+    return any(each.default is None for each in parameters)
 
 
 def _loaded(loader: Any, path: Path, plain: Checkpoint | None) -> tuple[nn.Module, list[str]]:
@@ -326,6 +334,15 @@ def config_inputs(config: Mapping[str, Any]) -> tuple[str, ...]:
         return ("input_ids", "attention_mask", "token_type_ids")
     main = getattr(cls, "main_input_name", "input_ids")
     return tuple(dict.fromkeys((main, *inspect.signature(cls.forward).parameters)))
+
+
+def tensor_inputs(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the tensors that the forward of a config.json's class may be given."""
+    cls = named_class(config)
+    taken = inspect.signature(cls.forward).parameters.values() if cls else ()
+    return tuple(
+        each.name for each in taken if "Tensor" in str(each.annotation) and "tuple" not in str(each.annotation)
+    )
 
 
 def decoder_start(model: nn.Module) -> int | None:

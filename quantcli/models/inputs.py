@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,20 @@ if TYPE_CHECKING:
 
 #: Token inputs that follow from the token ids where data does not bring them.
 _DERIVED = ("attention_mask", "token_type_ids", "position_ids")
-#: What a Hugging Face model may be given beside its main input, where its class takes it: by name, whether integers.
+#: What a Hugging Face model may be given beside its main input, where its class takes it: by name, whether integers;
+#: None: of either kind.
 _BESIDE = {
-    "decoder_input_ids": True, "decoder_attention_mask": True, "attention_mask": True, "bbox": True,
+    "decoder_input_ids": True, "decoder_attention_mask": True, "attention_mask": True, "bbox": None,
     "mm_token_type_ids": True, "image_grid_thw": True, "image_grid_hw": True, "image_sizes": True,
     "image_position_ids": True, "batch_num_images": True, "num_local_patches": True, "spatial_shapes": True,
     "aspect_ratio_ids": True, "aspect_ratio_mask": True, "cross_attention_mask": True,
     "pixel_mask": True, "pixel_attention_mask": True, "input_features_mask": True, "padding_mask": True,
     "pixel_values": False, "input_features": False, "input_values": False,
 }  # fmt: skip
+#: Tensors that a class of transformers takes in place of others, or while it is trained or generates.
+_NEVER_GIVEN = re.compile(
+    r"\w*(labels|embeds|_outputs|past_key_values|cache_\w+|position_ids|token_type_ids|logits_to_keep)"
+)
 _DECODER_IDS = "decoder_input_ids"
 #: Inputs of a text that have a row for each text, and an entry for each of its tokens.
 TOKEN_INPUTS = frozenset(("input_ids", *_DERIVED, _DECODER_IDS, "decoder_attention_mask"))
@@ -118,10 +124,11 @@ def hugging_face_ports(path: Path, *, text: bool = False) -> tuple[Port, ...]:
     With ``text`` that is token ids, with a mask and, where it has such, token types, whatever else the model sees.
     """
     from quantcli.checkpoint.config_file import read_config
-    from quantcli.models.hugging_face import config_inputs, is_causal, named_class
+    from quantcli.models.hugging_face import config_inputs, is_causal, named_class, tensor_inputs
 
     config = read_config(path / "config.json")
     main, *taken = config_inputs(config)
+    tensors = tensor_inputs(config)
     if named_class(config) is None and not text and (path / "preprocessor_config.json").is_file():
         main = "pixel_values"
     ids = ("batch", "sequence")
@@ -136,12 +143,20 @@ def hugging_face_ports(path: Path, *, text: bool = False) -> tuple[Port, ...]:
     elif main == "pixel_values":
         ports = [Port(main, np.dtype(np.float32), ("batch", "channels", "height", "width"))]
     else:
-        ports = [Port(main, np.dtype(np.float32), None)]
+        # Of a class that reads sound under either name `inputs` means whichever it is (SpeechEncoderDecoder).
+        ports = [] if main == "inputs" and "input_values" in taken else [_tensor(main, optional=False)]
     known = {port.name for port in ports}
     for name, integers in _BESIDE.items():
         if name in taken and name not in known:
-            ports.append(Port(name, np.dtype(np.int64 if integers else np.float32), None, True))
-    return tuple(ports)
+            kind = np.dtype(np.int64 if integers else np.float32)
+            ports.append(_tensor(name) if integers is None else Port(name, kind, None, True))
+            known.add(name)
+    return (*ports, *(_tensor(name) for name in tensors if name not in known and not _NEVER_GIVEN.fullmatch(name)))
+
+
+def _tensor(name: str, *, optional: bool = True) -> Port:
+    """An input of which only the name is known."""
+    return Port(name, np.dtype(np.float32), None, optional, floats=np.dtype(np.float32))
 
 
 def signature_ports(module: nn.Module, name: str, floats: np.dtype[Any] | None = None) -> tuple[Port, ...]:

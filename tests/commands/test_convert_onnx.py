@@ -16,7 +16,7 @@ from support.onnx_models import cnn, encoder, feeds, halved
 
 from quantcli.cli.app import main
 from quantcli.commands.calibrate import calibrate
-from quantcli.commands.convert import convert
+from quantcli.commands.convert import convert, implied_format
 from quantcli.conversion.onnx.comparison import OutputComparison
 from quantcli.data.sources.base import Sample
 from quantcli.errors import InputError
@@ -667,3 +667,20 @@ def test_the_reference_runs_once_for_any_number_of_candidates(home: Path, tmp_pa
     )
     expected = 10 * np.log10(np.square(ours).sum() / np.square(ours - theirs).sum())
     assert other.sqnr_db == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "implied"),
+    [
+        ("folder", "out.onnx", "onnx"),
+        ("folder", "OUT.ONNX", "onnx"),
+        ("model.safetensors", "out.gguf", "gguf"),
+        ("folder", "out", None),
+        # What is ONNX already, or becomes it always, needs no word.
+        ("model.onnx", "out.onnx", None),
+        ("program.pt2", "out.onnx", None),
+        ("package.module:function", "out.onnx", None),
+    ],
+)
+def test_the_name_of_an_output_stands_for_its_format(model: str, output: str, implied: str | None) -> None:
+    assert implied_format(model, Path(output)) == implied

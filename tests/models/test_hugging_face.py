@@ -46,6 +46,18 @@ def test_nf4_is_evaluated_as_its_codes_say(tmp_path: Path) -> None:
         assert torch.equal(parameter, values.read_rows(infos[name], 0, infos[name].rows).float())
 
 
+def test_a_bare_class_that_others_give_parts_to_is_not_run_without_them(tmp_path: Path) -> None:
+    """The bare Perceiver has no embedding of words: what it is given would have to be embedded already."""
+    config = transformers.PerceiverConfig(
+        num_latents=4, d_latents=16, d_model=16, num_blocks=1, num_self_attends_per_block=1, num_self_attention_heads=2,
+        num_cross_attention_heads=2, qk_channels=16, v_channels=16, max_position_embeddings=8, vocab_size=32,
+    )  # fmt: skip
+    transformers.PerceiverForMaskedLM(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, causal=False)
+    assert type(model).__name__ == "PerceiverForMaskedLM"
+    assert model(inputs=torch.ones(1, 8, dtype=torch.int64)).logits.shape == (1, 8, 32)
+
+
 def test_tables_that_are_computed_need_no_values_in_the_file(tmp_path: Path) -> None:
     halves = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
     config = transformers.MarianConfig(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from quantcli.models.inputs import decoder_inputs
+from quantcli.conversion.checkpoint.made_up_inputs import candidates
+from quantcli.core.ports import Port
+from quantcli.models.inputs import decoder_inputs, hugging_face_ports
 
 SIZES = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 
@@ -30,3 +36,40 @@ def test_decoder_inputs_that_are_given_stay() -> None:
 def test_the_decoder_of_a_sound_begins_with_its_start() -> None:
     made = decoder_inputs({"input_features": np.zeros((2, 8, 20), np.float32)}, 7)
     assert made["decoder_input_ids"].tolist() == [[7], [7]]
+
+
+def named(folder: Path, architecture: str) -> dict[str, Port]:
+    """The inputs of a folder of which nothing but its class is known."""
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    return {port.name: port for port in hugging_face_ports(folder)}
+
+
+def test_data_may_bring_every_tensor_that_a_class_takes(tmp_path: Path) -> None:
+    ports = named(tmp_path, "DecisionTransformerModel")
+    assert {"states", "actions", "rewards", "returns_to_go", "timesteps"} <= ports.keys()
+    assert ports["timesteps"].dtype_of(np.dtype(np.int32)) == np.int32
+    assert ports["actions"].dtype_of(np.dtype(np.float64)) == np.float32
+    # Boxes are whole numbers in one class, and shares of a page in another.
+    assert named(tmp_path, "UdopForConditionalGeneration")["bbox"].dtype_of(np.dtype(np.float32)) == np.float32
+    # What training and generation give is no data, nor is what stands in for token ids.
+    never = {"labels", "past_key_values", "inputs_embeds", "encoder_outputs", "position_ids"}
+    assert not never & named(tmp_path, "BartForConditionalGeneration").keys()
+
+
+def test_sound_under_either_name_is_enough(tmp_path: Path) -> None:
+    ports = named(tmp_path, "SpeechEncoderDecoderModel")
+    assert "inputs" not in ports or ports["inputs"].optional
+    assert ports["input_values"].optional and "decoder_input_ids" in ports
+
+
+@pytest.mark.parametrize("given", ["pixel_values", "input_values"])
+def test_a_decoder_of_pictures_or_sound_is_given_ids_to_go_on_from(given: str) -> None:
+    class Model(torch.nn.Module):
+        main_input_name, config = given, SimpleNamespace(vocab_size=40)
+
+        def forward(self, pixel_values: object = None, input_values: object = None, decoder_input_ids: object = None):
+            return None
+
+    first = next(candidates(Model()))
+    assert first.keys() == {given, "decoder_input_ids"}
+    assert int(first["decoder_input_ids"].max()) < 40

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from support import tiny_by_hand
+
 #: Kinds of models: the mapping of transformers that lists them.
 KINDS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING",
@@ -106,7 +108,10 @@ class NotBuiltError(Exception):
 
 
 def architectures() -> dict[str, str]:
-    """``kind:model_type`` -> the name of the model's class, one kind for each class of model. Imports no model."""
+    """``kind:model_type`` -> the name of the model's class, one kind for each class of model. Imports no model.
+
+    Those of the kind ``hand`` are written down by hand, and have no name here.
+    """
     import transformers.models.auto.modeling_auto as auto
 
     found: dict[str, tuple[str, bool]] = {}
@@ -117,7 +122,7 @@ def architectures() -> dict[str, str]:
             own = re.sub("[-_]", "", model_type) == re.split("For|LMHead|Model", name)[0].lower()
             if name not in found or (own and not found[name][1]):
                 found[name] = (found[name][0].partition(":")[0] if name in found else kind) + f":{model_type}", own
-    return {case: name for name, (case, _) in found.items()}
+    return {case: name for name, (case, _) in found.items()} | {f"hand:{case}": "" for case in tiny_by_hand.CASES}
 
 
 def build(case: str, folder: Path) -> dict[str, Any]:
@@ -137,6 +142,8 @@ def build(case: str, folder: Path) -> dict[str, Any]:
     import transformers
 
     name, model_type = architectures()[case], case.partition(":")[2]
+    if not name:
+        return _build_by_hand(model_type, folder)
     try:
         model_class: Any = getattr(transformers, name)
         config_class: Any = transformers.CONFIG_MAPPING[model_type]
@@ -162,13 +169,33 @@ def build(case: str, folder: Path) -> dict[str, Any]:
         except Exception as error:
             why.setdefault("forward", _said(error))
             continue
-        # What a forward pass swallows among its other arguments (FNet's mask) is no input of the model.
-        taken = inspect.signature(model.forward).parameters
-        inputs = {name: values for name, values in inputs.items() if name in taken} or inputs
-        model.save_pretrained(folder)
-        _save_data(inputs, folder.with_name("data.npz"))
-        return {"parameters": size, "class": name, "inputs": sorted(inputs)}
+        return _saved(model, inputs, folder)
     raise NotBuiltError(why.get("forward") or why.get("class") or why.get("size") or "no configuration")
+
+
+def _build_by_hand(case: str, folder: Path) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    try:
+        name, config, inputs = tiny_by_hand.CASES[case]()
+        model = getattr(transformers, name)(config).float().eval()
+        _refill(model)
+        outputs(model, inputs)
+    except Exception as error:
+        raise NotBuiltError(_said(error)) from error
+    return _saved(model, inputs, folder)
+
+
+def _saved(model: Any, inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    # What a forward pass swallows among its other arguments (FNet's mask) is no input of the model.
+    taken = inspect.signature(model.forward).parameters
+    inputs = {name: values for name, values in inputs.items() if name in taken} or inputs
+    model.save_pretrained(folder)
+    _save_data(inputs, folder.with_name("data.npz"))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return {"parameters": size, "class": type(model).__name__, "inputs": sorted(inputs)}
 
 
 def _said(error: Exception) -> str:

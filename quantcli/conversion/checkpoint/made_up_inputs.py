@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,7 +88,8 @@ def _noise(*shape: int) -> Any:
 def _pixels(model: Any) -> dict[str, Any]:
     size = _find(model.config, "image_size") or 64
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    return {"pixel_values": _noise(_BATCH, _find(model.config, "num_channels") or 3, height, width)}
+    pixels = {"pixel_values": _noise(_BATCH, _find(model.config, "num_channels") or 3, height, width)}
+    return pixels | _said(model)
 
 
 def _text_and_pixels(model: Any) -> dict[str, Any]:
@@ -97,7 +99,13 @@ def _text_and_pixels(model: Any) -> dict[str, Any]:
 
 
 def _sound(model: Any) -> dict[str, Any]:
-    return {"input_values": _noise(_BATCH, _SOUND)}
+    return {"input_values": _noise(_BATCH, _SOUND)} | _said(model)
+
+
+def _said(model: Any) -> dict[str, Any]:
+    """What a decoder is given, where there is one: it says what it sees or hears."""
+    takes = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    return {"decoder_input_ids": _ids(model)} if takes else {}
 
 
 def _features(model: Any) -> dict[str, Any]:
