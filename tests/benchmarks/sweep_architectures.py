@@ -116,7 +116,8 @@ def _evaluated(model: Path, artifact: Path) -> Outcome:
         return Outcome(SKIPPED, "no artifact")
     command = ["eval", model, artifact, "--data", model.with_name("data.npz"), "--task", "fidelity", "--samples", "2"]
     outcome = sweeping.judged(sweeping.quantcli(command, COMMAND))
-    if _NO_THREADS in outcome.why:
+    if outcome.verdict == FAULT or outcome.verdict == REFUSED:
+        # Once more, since a forked process may get no threads, for which there are several messages.
         outcome = sweeping.judged(sweeping.quantcli(command, COMMAND))
     # The sweep's data fits the model, which it has run on: there is nothing to refuse.
     return Outcome(FAULT, outcome.why, outcome.seconds) if outcome.verdict == REFUSED else outcome
