@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.benchmarking.generation import NEW_TOKENS, wants_generation
+from quantcli.conversion.onnx.trial_inputs import NoFeeds
+from quantcli.conversion.onnx.trial_inputs import made_up as tried
 from quantcli.core.ports import Arrays, Port, cache_ports
 from quantcli.data.for_models import input_ports, source_for
 from quantcli.data.made_up import DEFAULT_LENGTH, made_up_feeds
@@ -19,6 +21,8 @@ from quantcli.data.sources import is_text
 from quantcli.data.sources.base import Sample, batch_sizes, hash_samples
 from quantcli.errors import InputError, UsageError
 from quantcli.models.batch_size import SIZES, least_batch_size
+from quantcli.models.inputs import fit
+from quantcli.models.session import session_of
 from quantcli.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -80,7 +84,10 @@ def load_feeds(
         make_up = partial(made_up_feeds, ports, seq_len=tokens, seed=seed)
         own = 1 if graph is None or run is None else least_batch_size(run, make_up)
         chosen = dict.fromkeys(sizes or (fixed or own or 1,))
-        feeds = Feeds({size: [make_up(size)] for size in chosen}, "made up")
+        made = {size: [make_up(size)] for size in chosen}
+        if not sizes and seq_len is None:
+            made = _that_run(sources, made)
+        feeds = Feeds(made, "made up")
         shapes = ", ".join(f"{name} {shape}" for name, shape in feeds.shapes.items())
         feeds.warnings.append(
             f"No --data was given: the inputs are made up ({shapes}). Latency may differ on real ones, whose "
@@ -101,6 +108,20 @@ def load_feeds(
     chosen = dict.fromkeys(sizes or (fixed or own,))
     samples = chosen_samples(max(chosen) * _BATCHES)
     return Feeds({size: _batches(samples, size) for size in chosen}, request.data, list(samples.warnings))
+
+
+def _that_run(sources: Sequence[ModelSource], made: dict[int, list[Arrays]]) -> dict[int, list[Arrays]]:
+    """Made-up batches; where the first graph does not run on those of usual lengths, such as `convert` finds."""
+    source = next((source for source in sources if source.onnx and not cache_ports(source.onnx.inputs)), None)
+    if source is None or source.onnx is None:
+        return made
+    session = session_of(source.onnx.path, shared=True)
+    try:
+        session.run(fit(next(iter(made.values()))[0], session.inputs, source.path))
+    except InputError:
+        found = tried(session, source.onnx.ir)
+        return made if isinstance(found, NoFeeds) else {count: [dict(arrays)] for arrays, count in list(found())[:1]}
+    return made
 
 
 def _usual_length(sources: Sequence[ModelSource]) -> int:

@@ -56,6 +56,7 @@ class ActivationCapture:
 
     def __init__(self, graph: ir.Model, folder: Path | None) -> None:
         self._graph, self._folder = graph, folder
+        self._optimize = True
 
     def session(self, names: Sequence[str], *, shared: bool = False) -> Session | None:
         """A session with these values as outputs, and no other nodes than they need; None where all are inputs.
@@ -96,7 +97,12 @@ class ActivationCapture:
             kinds[shape.outputs[0].name] = name
         if not kinds:
             return {}
-        shapes = self._load(model).run(feeds)
+        try:
+            shapes = self._load(model).run(feeds)
+        except InputError:
+            # In a layout of the runtime's own, a value that is asked for may have the wrong size.
+            self._optimize = False
+            shapes = self._load(model).run(feeds)
         sizes = {kinds[key]: 4 * int(np.prod(shape)) for key, shape in shapes.items()}
         return {name: sizes[name] for name in values if name in sizes}
 
@@ -104,10 +110,10 @@ class ActivationCapture:
         import onnx_ir as ir
 
         if self._folder is None:
-            return Session(ir.to_proto(model).SerializeToString(), shared=shared)
+            return Session(ir.to_proto(model).SerializeToString(), shared=shared, optimize=self._optimize)
         path = self._folder / "part.onnx"
         ir.save(model, path)
-        return Session(path, shared=shared, name="The model")
+        return Session(path, shared=shared, optimize=self._optimize, name="The model")
 
 
 def _values(model: ir.Model) -> dict[str, ir.Value]:

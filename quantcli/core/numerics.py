@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import replace
-from math import log10
+from math import isfinite, log10
 from types import ModuleType
 
 import torch
@@ -182,6 +182,18 @@ def decoded(tensor: QuantizedTensor) -> Tensor:
 
 def error_powers(groups: Tensor, tensor: QuantizedTensor) -> tuple[float, float]:
     """Sums of squares of a weight (see `in_groups`) and of what quantization changed in it."""
+    signal, noise = _error_powers(groups, tensor)
+    if isfinite(signal) and isfinite(noise):
+        return signal, noise
+    # Squares of numbers beyond 1e19 are none that float32 has.
+    restored = dequantize(
+        in_groups(tensor.codes, tensor.number_format), tensor.scale, tensor.zero_point, tensor.number_format
+    )
+    wide = groups.double()
+    return wide.square().sum().item(), (restored.double() - wide).square().sum().item()
+
+
+def _error_powers(groups: Tensor, tensor: QuantizedTensor) -> tuple[float, float]:
     codes = in_groups(tensor.codes, tensor.number_format)
     loops = _loops_for(groups, tensor.scale)
     if loops:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -72,3 +72,25 @@ def dtype_family(dtype: np.dtype[Any]) -> str:
     if np.issubdtype(dtype, np.integer) or dtype.name.removeprefix("u") in ("int2", "int4"):
         return "integer"
     return "float" if np.issubdtype(dtype, np.floating) or "float" in dtype.name else "other"
+
+
+def tensors_of(value: Any) -> Iterator[np.ndarray]:
+    """The tensors of an output, which may be a sequence or maps; an optional that is empty has none."""
+    import numpy as np
+
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors_of(each)
+    elif isinstance(value, dict):
+        yield from (np.array(list(value)), np.array(list(value.values())))
+    elif value is not None:
+        yield np.asarray(value)
+
+
+def is_table_of_maps(value: Any) -> bool:
+    """Whether an output is one map for each sample, all with the same keys, as classifiers of scikit-learn return."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, dict) and each.keys() == value[0].keys() for each in value)
+    )

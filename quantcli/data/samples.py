@@ -81,7 +81,7 @@ class Samples:
     def spread(self, most: int) -> Samples:
         """At most so many of the samples, evenly spread: one or more times as many as the model takes at a time."""
         most = max(most, self.fixed_batch or 1)
-        return self._some([self._chosen[index] for index in evenly(len(self), most)])
+        return self._some([self._chosen[index] for index in evenly(len(self), most, self.fixed_batch or 1)])
 
     def part(self, numbers: range) -> Samples:
         """Some of the samples that follow each other."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from math import isfinite
+from typing import Any
 
 import torch
 
-from quantcli.core.ports import Arrays, cache_ports
+from quantcli.core.ports import Arrays, cache_ports, is_table_of_maps
 from quantcli.evaluation.contamination import LeakCheck
 from quantcli.evaluation.inputs import Inputs
 from quantcli.evaluation.layers_onnx import compare_graphs
@@ -92,12 +93,20 @@ def _may_need_several(source: ModelSource) -> bool:
 
 
 def single_sample(arrays: Arrays, position: int, count: int) -> Arrays:
-    """One sample of a batch, where an array has as many entries as the batch."""
+    """One sample of a batch, where an array, or a list of maps, has as many entries as the batch."""
     if count == 1:
         return arrays
     return {
-        name: value[position : position + 1] if value.shape[:1] == (count,) else value for name, value in arrays.items()
+        name: value[position : position + 1] if _entries(value) == count else value for name, value in arrays.items()
     }
+
+
+def _entries(value: Any) -> int | None:
+    """How many samples a value may be of; None where it does not tell, as a sequence does not."""
+    if is_table_of_maps(value):
+        return len(value)
+    shape = getattr(value, "shape", ())
+    return shape[0] if shape else None
 
 
 def _groups(sources: Sequence[ModelSource]) -> Iterator[list[int]]:

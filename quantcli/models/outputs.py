@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantcli.core.ports import Arrays, dtype_family
+from quantcli.core.ports import Arrays, dtype_family, is_table_of_maps, tensors_of
 from quantcli.errors import InputError
 
 
@@ -44,13 +44,19 @@ def paired(
     return pairs
 
 
-def floats(outputs: Mapping[str, np.ndarray]) -> Arrays:
-    """The floating-point outputs, in float32 (bfloat16 included); sequences and maps are none."""
-    return {
-        name: np.asarray(value, dtype=np.float32)
-        for name, value in outputs.items()
-        if isinstance(value, np.ndarray) and dtype_family(value.dtype) == "float"
-    }
+def floats(outputs: Mapping[str, Any]) -> Arrays:
+    """The floating-point outputs, in float32 (bfloat16 included).
+
+    A sequence gives one for each of its tensors, with its number in the name; maps with the same keys are a table.
+    """
+    found: Arrays = {}
+    for name, given in outputs.items():
+        value = np.array([list(each.values()) for each in given]) if is_table_of_maps(given) else given
+        for number, tensor in enumerate(tensors_of(value)):
+            if dtype_family(tensor.dtype) == "float":
+                key = name if isinstance(value, np.ndarray) else f"{name}[{number}]"
+                found[key] = np.asarray(tensor, dtype=np.float32)
+    return found
 
 
 def logits_of(outputs: Arrays, name: str, places: str, hint: str) -> np.ndarray:

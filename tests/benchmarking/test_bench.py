@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.tiny_onnx import classifier, language_model, weights
+from onnx import helper
+from support.tiny_onnx import FLOAT, INT64, classifier, language_model, save, weights
 
 import quantcli
 from quantcli.benchmarking.probe import Probe, probe
@@ -181,3 +182,27 @@ def test_numbers_that_cannot_be_meant() -> None:
     for wrong in ({"runs": 0}, {"threads": 0}):
         with pytest.raises(UsageError, match="at least one is needed"):
             quantcli.bench("any.onnx", **wrong)
+
+
+def test_made_up_inputs_of_a_graph_that_takes_no_usual_lengths(tmp_path: Path, no_child: None) -> None:
+    """A table of 20 positions serves no sequence of 128; nothing but a run tells of it."""
+    nodes = [
+        helper.make_node("Gather", ["table", "positions"], ["p"]),
+        helper.make_node("Add", ["x", "p"], ["h"]),
+        helper.make_node("Slice", ["whole", "zero", "length", "zero"], ["part"]),
+        helper.make_node("Add", ["h", "part"], ["y"]),
+        helper.make_node("Shape", ["positions"], ["length"], start=1),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", FLOAT, ["n", "s", 8]),
+        helper.make_tensor_value_info("positions", INT64, ["n", "s"]),
+    ]
+    constants = {
+        "table": weights()[0][:, :1].repeat(8, 1),
+        "whole": np.ones((20, 8), np.float32),
+        "zero": np.array([0]),
+    }
+    model = save(tmp_path / "m.onnx", [*nodes[-1:], *nodes[:-1]], inputs,
+                 [helper.make_tensor_value_info("y", FLOAT, ["n", "s", 8])], constants)  # fmt: skip
+    report = quantcli.bench(model, runs=2)
+    assert report.details["inputs"]["x"][1] <= 20

@@ -309,3 +309,14 @@ def test_infinities_and_nans_are_found_and_large_sums_are_none(dtype: torch.dtyp
     opposite = values.clone()
     opposite[0, 0], opposite[0, 1] = torch.inf, -torch.inf
     assert not numerics.all_finite(opposite)
+
+
+@pytest.mark.parametrize("columns", [8, 512])
+def test_error_powers_of_numbers_whose_squares_float32_lacks(columns: int) -> None:
+    weight = torch.randn(4, columns, generator=torch.Generator().manual_seed(0))
+    weight[1, 2] = 1e30
+    number_format = NumberFormat("int8", Granularity("channel"))
+    codes, scale, zero_point, _ = quantized(weight, number_format)
+    tensor = QuantizedTensor(codes.reshape(weight.shape), scale, zero_point, (4, columns), number_format)
+    signal, noise = numerics.error_powers(numerics.in_groups(weight, number_format), tensor)
+    assert signal == pytest.approx(1e60, rel=1e-3) and 0 <= noise < 1e57

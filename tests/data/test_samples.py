@@ -425,3 +425,15 @@ def test_text_that_does_not_fit(tmp_path: Path) -> None:
         load(tmp_path / "x.txt", ids(shape=(1, 4)), folder=folder, seq_len=3)
     with pytest.raises(UsageError, match="at least two tokens"):
         load(tmp_path / "x.txt", ids(), folder=folder, seq_len=1)
+
+
+def test_what_a_model_takes_at_a_time_stays_together(tmp_path: Path) -> None:
+    """A file may hold one vector or one sequence, whose entries are no samples of their own."""
+    (tmp_path / "d").mkdir()
+    for number in range(6):
+        np.save(tmp_path / "d" / f"{number}.npy", np.arange(4, dtype=np.float32) + 10 * number)
+    samples = load(tmp_path / "d", (Port("x", FLOAT, (4,)),), samples=9)
+    given = [feeds["x"].tolist() for feeds, _ in batches(samples, 1)]
+    assert given == [[0, 1, 2, 3], [30, 31, 32, 33]]
+    few = load(tmp_path / "d", (Port("x", FLOAT, (4,)),)).spread(11)
+    assert [feeds["x"].tolist() for feeds, _ in batches(few, 1)] == given

@@ -309,3 +309,45 @@ def test_bad_input_is_explained(
     captured = capsys.readouterr()
     assert words in captured.err
     assert captured.out == ""
+
+
+def maps_and_sequences(path: Path, batch: object) -> Path:
+    """What classifiers of scikit-learn return, and a sequence beside it."""
+    generator = np.random.default_rng(1)
+    constants = {
+        "w": generator.standard_normal((32, 64)).astype(np.float32),
+        "v": (generator.standard_normal((64, 10)) / 8).astype(np.float32),
+        "halves": np.array(32),
+    }
+    table = helper.make_map_type_proto(onnx.TensorProto.INT64, helper.make_tensor_type_proto(FLOAT, []))
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"]),
+            helper.make_node("SplitToSequence", ["h", "halves"], ["parts"], axis=1),
+            helper.make_node("MatMul", ["h", "v"], ["l"]),
+            helper.make_node("Softmax", ["l"], ["p"]),
+            helper.make_node("ZipMap", ["p"], ["maps"], domain="ai.onnx.ml", classlabels_int64s=list(range(10))),
+        ],
+        "classes",
+        [helper.make_tensor_value_info("x", FLOAT, [batch, 32])],
+        [
+            helper.make_value_info("maps", helper.make_sequence_type_proto(table)),
+            helper.make_tensor_sequence_value_info("parts", FLOAT, None),
+        ],
+        [onnx.numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize("batch", ["n", 2])
+def test_maps_and_sequences(tmp_path: Path, batch: object) -> None:
+    model = maps_and_sequences(tmp_path / "m.onnx", batch)
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(2).standard_normal((6, 32)).astype(np.float32))
+    quantcli.convert(model, tmp_path / "q.onnx", scheme="int8", allow_larger=True)
+    report = quantcli.evaluate(model, [tmp_path / "q.onnx"], data=tmp_path / "d.npz", by_layer=True)
+    row = report.models[1]
+    assert set(row.details["outputs"]) == {"maps", "parts[0]", "parts[1]"}
+    assert row.metrics["sqnr_db"] > 25 and row.details["outputs"]["maps"]["argmax_agreement"] == 1
+    assert {layer.name for layer in report.layers} == {"w", "v"}

@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from quantcli.conversion.onnx.trial_inputs import Feeds, has_numbers, is_flat, tensors_of
-from quantcli.core.ports import dtype_family
+from quantcli.conversion.onnx.trial_inputs import Feeds, has_numbers, is_flat
+from quantcli.core.ports import dtype_family, tensors_of
 from quantcli.data.not_finite import input_not_finite
 from quantcli.errors import InputError
 from quantcli.models.narrow import in_numpy
@@ -24,6 +24,9 @@ COMPARED_SAMPLES = 8
 
 #: Of infinite outputs, the part that must be infinite in the artifact, too.
 _INFINITE_ALIKE = 0.5
+
+#: Integers that keep this much of their signal are measured by it, and need not be the same.
+_NEAR_DB = 20.0
 
 #: An artifact this much slower than its model is worth a word.
 _SLOW = 0.8
@@ -40,6 +43,8 @@ class Comparison:
     - ``speed``: the reference's median time over the candidate's. A hint only, since nothing was warmed up or
       repeated; None for a single sample, and for models that are run in pieces.
     - ``outputs``: signal to noise of each float output.
+    - ``same``: of each other output, the part of its values that are the same; all where it is numbers, as of an image,
+      that are near the reference's.
     - ``not_finite``: outputs for which the reference returned no finite number.
     - ``flat``: outputs of many numbers, but hardly two different ones.
     - ``made_up``: whether the inputs were.
@@ -50,6 +55,7 @@ class Comparison:
     equal: float | None = None
     speed: float | None = None
     outputs: Mapping[str, float | None] = field(default_factory=dict)
+    same: Mapping[str, float] = field(default_factory=dict)
     not_finite: Sequence[str] = ()
     flat: Sequence[str] = ()
     made_up: bool = False
@@ -219,6 +225,8 @@ class _Loss:
         self.is_float = _is_float(expected)
         if not self.is_float:
             self.same += int((expected == got).sum())
+            if expected.dtype.kind in "iu":
+                self._weigh(expected.astype(np.float64), got.astype(np.float64))
             return
         wide, other = expected.astype(np.float64), got.astype(np.float64)
         finite, infinite = np.isfinite(wide), np.isinf(wide)
@@ -229,9 +237,20 @@ class _Loss:
             raise _not_finite_alike(f"The output {name} of the artifact is finite where the original's is not.", notes)
         self.finite += int(finite.sum())
         self.is_flat = self.is_flat and is_flat(wide)
+        self._weigh(wide[finite], other[finite])
+
+    def _weigh(self, expected: np.ndarray, got: np.ndarray) -> None:
+        import numpy as np
+
         with np.errstate(over="ignore"):
-            self.signal += float(np.square(wide[finite]).sum())
-            self.noise += float(np.square(wide[finite] - other[finite]).sum())
+            self.signal += float(np.square(expected).sum())
+            self.noise += float(np.square(expected - got).sum())
+
+    @property
+    def part_same(self) -> float:
+        """Of values that are no floats, the part that are the same; all where they are numbers, and near."""
+        db = self.db
+        return 1.0 if self.signal > 0 and (db is None or db >= _NEAR_DB) else self.same / self.values
 
     @property
     def db(self) -> float | None:
@@ -254,15 +273,16 @@ def _summary(
     from quantcli.core.numerics import decibels
 
     floats = {key: loss for key, loss in losses.items() if loss.is_float}
-    others = [loss for loss in losses.values() if not loss.is_float and loss.values]
+    others = {key: loss for key, loss in losses.items() if not loss.is_float and loss.values}
     # The first run of a session also prepares its memory; in pieces, all load weights.
     later = [(ours, theirs) for ours, theirs in times[1:] if ours is not None and theirs is not None]
     return Comparison(
         samples,
         decibels(sum(loss.signal for loss in floats.values()), sum(loss.noise for loss in floats.values())),
-        sum(loss.same for loss in others) / sum(loss.values for loss in others) if others else None,
+        sum(loss.same for loss in others.values()) / sum(loss.values for loss in others.values()) if others else None,
         median(ours for ours, _ in later) / median(theirs for _, theirs in later) if later else None,
         {key: loss.db for key, loss in floats.items()},
+        {key: loss.part_same for key, loss in others.items()},
         [key for key, loss in floats.items() if not loss.finite],
         [key for key, loss in floats.items() if loss.finite and loss.is_flat],
         made_up,

@@ -63,7 +63,13 @@ def simplified(model: OnnxModel, data: Data = no_data, *, fold: bool = True) -> 
         return graph
     plain = prepared(without=STEPS)
     if not reference.is_met_by(plain):
-        # Written anew as it is the model differs, too: nothing can be told from this.
+        if reference.is_literal:
+            raise InputError(
+                f"{model.shown} computes something else once it is read and written anew: onnxruntime reads it in "
+                "another way.",
+                "Check the model with onnx.checker; if it is valid, please report it.",
+            )
+        # The runtime itself rewrote the model to run it at all: nothing can be told from this.
         return graph
     for step in STEPS:
         lacking = prepared(without=[step])
@@ -118,10 +124,19 @@ def _as_written(model: Path | ir.Model) -> Runnable:
 
 
 class _Reference:
-    """What a graph returns for some inputs, and for the first of them once more: random numbers are others then."""
+    """What a graph returns for some inputs, and for the first of them once more: random numbers are others then.
 
-    def __init__(self, runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], again: Mapping[str, Any]) -> None:
-        self.runs = runs
+    ``is_literal``: it was run as it is written.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+        again: Mapping[str, Any],
+        *,
+        is_literal: bool = True,
+    ) -> None:
+        self.runs, self.is_literal = runs, is_literal
         first = runs[0][1]
         self.repeats = {name for name in first if _alike(first[name], again[name])}
 
@@ -132,9 +147,11 @@ class _Reference:
         Raises:
             InputError: a constant is damaged, the runtime does not load the file, or it does not run on the data.
         """
+        is_literal = True
         try:
             session = _as_written(graph if path is None else path)
         except InputError as error:
+            is_literal = False
             if path is None:
                 return NoFeeds(error.message)
             for value in (value for each in graph.graphs() for value in each.initializers.values()):
@@ -151,7 +168,7 @@ class _Reference:
             return feeds
         given = [arrays for arrays, _ in feeds()]
         *outputs, again = (got for got, _ in session.runs([*given, given[0]]))
-        return _Reference(list(zip(given, outputs, strict=True)), again)
+        return _Reference(list(zip(given, outputs, strict=True)), again, is_literal=is_literal)
 
     def is_met_by(self, graph: ir.Model) -> bool:
         """Whether another graph returns the same, but for rounding and for what is drawn anew in every run."""

@@ -39,6 +39,9 @@ _FIRST_LOOK_DB = 15.0
 #: Outputs of which so little is left are looked at whatever the weights keep, and told of.
 _POOR_DB = 10.0
 
+#: Of an output of integers or texts, the part that should be the same: more than truth values share by chance.
+_LEAST_SAME = 0.6
+
 #: An artifact this far below its decoded form computes something else.
 _FAR_DB = 12.0
 
@@ -89,8 +92,13 @@ class Honest:
         self.outcomes = [outcome for outcome in outcomes if outcome.plan.form]
         least = max(self._expected_db - _FIRST_LOOK_DB, _POOR_DB)
         doubtful = {name: db for name, db in found.outputs.items() if db is not None and db < least}
+        unlike = _unlike(found, comparison)
         if not doubtful:
-            return []
+            return unlike
+        return [*self._judged(doubtful, comparison, artifact), *unlike]
+
+    def _judged(self, doubtful: Mapping[str, float], comparison: OutputComparison, artifact: Path) -> list[str]:
+        """What is to be said of outputs that lost much. Raises InputError as `require`."""
         if self._jumps(_JUMPS):
             return [_unjudged(doubtful, "operators follow that make a large error of a small one.")]
         if not comparison.repeats():
@@ -223,6 +231,18 @@ def _unjudged(doubtful: Mapping[str, float], reason: str) -> str:
         f"The output {worst} keeps {doubtful[worst]:.1f} dB of the model's, and whether that is the error of its "
         f"weights was not judged: {reason}"
     )
+
+
+def _unlike(found: Comparison, comparison: OutputComparison) -> list[str]:
+    """A word on outputs of integers or texts of which many changed: a jump leads to them, so that none is judged."""
+    worst = min(found.same, key=lambda name: found.same[name], default=None)
+    if worst is None or found.same[worst] >= _LEAST_SAME or not comparison.repeats():
+        return []
+    return [
+        f"The output {worst} has the model's values in {100 * found.same[worst]:.0f}% of its places. A small error "
+        "tips such values, so that it was not judged whether that of the weights explains this; quantcli eval with "
+        "real data tells more."
+    ]
 
 
 def _explained(doubtful: Mapping[str, float], decoded: Comparison) -> list[str]:

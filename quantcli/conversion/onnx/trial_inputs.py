@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.conversion.onnx.solved_sizes import first_axes, named_axes, solved
 from quantcli.conversion.onnx.tied_sizes import tied
-from quantcli.core.ports import Arrays, Port, dtype_family
+from quantcli.core.ports import Arrays, Port, dtype_family, tensors_of
 from quantcli.data.made_up import FILLS, SPREADS, Draw, counts_samples, lengths, made_up_feeds, table_sizes
 from quantcli.data.samples import Samples, batches
 from quantcli.errors import InputError
@@ -158,19 +158,6 @@ def _varied(outputs: Mapping[str, Any]) -> float:
     arrays = [array for value in outputs.values() for array in tensors_of(value)]
     floats = [array for array in arrays if dtype_family(array.dtype) == "float"]
     return sum(not is_flat(array) for array in floats) / len(floats) if floats else 1
-
-
-def tensors_of(value: Any) -> Iterator[np.ndarray]:
-    """The tensors of an output, which may be a sequence or maps; an optional that is empty has none."""
-    import numpy as np
-
-    if isinstance(value, list | tuple):
-        for each in value:
-            yield from tensors_of(each)
-    elif isinstance(value, dict):
-        yield from (np.array(list(value)), np.array(list(value.values())))
-    elif value is not None:
-        yield np.asarray(value)
 
 
 def _is_finite(values: np.ndarray) -> bool:

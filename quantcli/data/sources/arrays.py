@@ -69,8 +69,13 @@ class ArraySource:
         return _Opened(ArrayFile(path, self._ports), self._ports, self._following, single=self._single)
 
     def choose(self, wanted: int | None, seed: int) -> Sequence[int]:
-        """Spread evenly over all files."""
-        return evenly(self._starts[-1], wanted)
+        """Spread evenly over all files.
+
+        Where files hold what the model takes at a time, that stays together: it may be one sequence or vector.
+        """
+        fixed = self.fixed_batch or 1
+        whole = all(start % fixed == 0 for start in self._starts)
+        return evenly(self._starts[-1], wanted, fixed if whole else 1)
 
     def files(self, chosen: Sequence[int]) -> Iterable[Path]:
         """All files: each is opened anew."""

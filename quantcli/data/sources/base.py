@@ -117,9 +117,14 @@ def readable(problems: Mapping[str, str], chosen: int, what: str) -> list[str]:
     return [f"{message} They were left out."]
 
 
-def evenly(available: int, wanted: int | None) -> Sequence[int]:
-    """Indices of at most ``wanted`` of so many samples, or of all."""
-    return range(available) if wanted is None or wanted >= available else spread(available, wanted)
+def evenly(available: int, wanted: int | None, together: int = 1) -> Sequence[int]:
+    """Indices of at most ``wanted`` of so many samples, or of all; ``together`` neighbours each time."""
+    if wanted is None or wanted >= available:
+        return range(available)
+    if together == 1 or wanted < together:
+        return spread(available, wanted)
+    groups = evenly(available // together, wanted // together)
+    return [group * together + index for group in groups for index in range(together)]
 
 
 def fixed_batch_of(ports: Sequence[Port], forms: Mapping[str, Layout], where: str) -> int | None:

@@ -35,6 +35,22 @@ def require_sound(model: ir.Model) -> None:
         _require_attributes(node, model.opset_imports.get(node.domain, 0))
 
 
+def require_one_of_each(graph: onnx.GraphProto) -> None:
+    """Raise ValueError where a graph, or a body in it, has two constants of one name, and they are not the same.
+
+    onnx-ir would keep the last one; onnxruntime says that it does, and takes the first.
+    """
+    first: dict[str, onnx.TensorProto] = {}
+    for tensor in graph.initializer:
+        known = first.setdefault(tensor.name, tensor)
+        if known is not tensor and known.SerializeToString() != tensor.SerializeToString():
+            raise ValueError(f"the constant {tensor.name!r} is there twice")
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                require_one_of_each(body)
+
+
 def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for graph in model.graphs():
         for value in graph.initializers.values():

@@ -182,14 +182,19 @@ def load_graph(path: Path, *, mapped: bool = False) -> ir.Model:
     """Read a file as it is, but for what onnx-ir has not.
 
     Types of maps are left out, which onnxruntime infers by itself; sparse constants are written out; nodes are put into
-    order. With ``mapped``
-    its large weights are tensors of an external file, which is the file itself.
+    order. With ``mapped`` its large weights are tensors of an external file, which is the file itself.
+
+    Raises:
+        ValueError: a constant is there twice.
     """
     import onnx
     from onnx_ir import external_data
 
+    from quantcli.onnx.graph.checked import require_one_of_each
+
     proto = read_lean(path, LARGE_BYTES) if mapped else onnx.load(path, load_external_data=False)
     write_out_sparse(proto, path.parent)
+    require_one_of_each(proto.graph)
     model = from_message(proto)
     external_data.set_base_dir(model.graph, path.parent)
     if not _is_sorted(model.graph):
@@ -262,10 +267,12 @@ def port(value: ir.Value) -> Port:
     import onnx_ir as ir
 
     kind = value.type
-    if not isinstance(kind, ir.TensorType) or kind.dtype == ir.DataType.UNDEFINED:
+    tensor = kind.elem_type if isinstance(kind, ir.OptionalType) else kind
+    if not isinstance(tensor, ir.TensorType) or tensor.dtype == ir.DataType.UNDEFINED:
         return Port(value.name or "", np.dtype(object), None, kind="of no stated type" if kind is None else str(kind))
     dims = None if value.shape is None else tuple(_dimension(dim) for dim in value.shape)
-    return Port(value.name or "", np.dtype(kind.dtype.numpy()), dims)
+    # An optional tensor is given as one.
+    return Port(value.name or "", np.dtype(tensor.dtype.numpy()), dims, kind="" if tensor is kind else str(kind))
 
 
 def _dimension(dim: Any) -> int | str | None:

@@ -24,6 +24,7 @@ from quantcli.onnx.graph.values import (
     array,
     constant,
     free_name,
+    holds_infinity,
     input_of,
     integer,
     integers,
@@ -153,7 +154,6 @@ def _products_with_bias(model: ir.Model) -> None:
 
     The runtime does the same at load, but then no longer finds the integer form of the product.
     """
-    import numpy as np
     import onnx_ir as ir
 
     for node in list(model.graph):
@@ -165,9 +165,8 @@ def _products_with_bias(model: ir.Model) -> None:
         tensor = constant(bias)
         if rank(data) != 2 or len(weight.shape) != 2 or tensor is None or list(tensor.shape) != [weight.shape[1]]:
             continue
-        values = array(bias)
         # What masks classes out is no bias: integer kernels have none that is infinite.
-        if not weight.dtype.is_floating_point() or values is None or np.isinf(values).any():
+        if not weight.dtype.is_floating_point() or holds_infinity(bias):
             continue
         gemm = ir.Node("", "Gemm", [data, node.inputs[1], bias], num_outputs=1, name=node.name)
         output = add.outputs[0]

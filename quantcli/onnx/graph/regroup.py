@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 #: Operators that move values and compute none.
-_MOVERS = ("Concat", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+_MOVERS = ("Concat", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 #: What nodes compute, by node; equal for nodes that compute the same.
 _Keys: TypeAlias = "dict[ir.Node, Hashable]"

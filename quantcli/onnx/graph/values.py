@@ -39,6 +39,12 @@ def array(value: ir.Value | None) -> np.ndarray | None:
         raise InputError(f"The model's constant {name} is damaged: {error}.") from error
 
 
+def holds_infinity(value: ir.Value | None) -> bool:
+    """Whether a constant has infinite values, as one does that masks classes out."""
+    values = array(value)
+    return values is not None and bool(np.isinf(values).any())
+
+
 def only_consumer(value: ir.Value) -> ir.Node | None:
     """The one node that reads a value, where nobody else does and it is not an output."""
     uses = list(value.uses())
@@ -66,6 +72,12 @@ def real(node: ir.Node, name: str, default: float) -> float:
     """A float attribute."""
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.as_float()
+
+
+def text(node: ir.Node, name: str, default: str) -> str:
+    """A text attribute."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_string()
 
 
 def is_standard(node: ir.Node, *op_types: str) -> bool:

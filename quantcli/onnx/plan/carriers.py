@@ -116,6 +116,9 @@ def carried(node: ir.Node) -> list[Carried]:
         if value is None or tensor is None or tensor.dtype.name not in _FLOATS or len(tensor.shape) < 2:
             continue
         summed = place.summed(node, len(tensor.shape))
+        # Of a product of two constants one is its weight, and the other its input.
+        if any(place.role == each.role == "linear" for each in found):
+            continue
         if summed is not None and value not in [each.value for each in found]:
             found.append(Carried(place.index, value, place.role, summed))
     return found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from quantcli.core.scheme import Scheme
 from quantcli.onnx.graph.operands import channel_axis, readers
 from quantcli.onnx.graph.opset import NARROW_OPSET, QDQ_OPSET
-from quantcli.onnx.graph.values import constant, input_of, integer, is_standard, real
+from quantcli.onnx.graph.values import constant, holds_infinity, input_of, integer, is_standard, real
 from quantcli.onnx.plan.plan import NodePlan
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def no_integer_kernel(layer: NodePlan, scheme: Scheme) -> str | None:
         return "ConvTranspose has no integer kernel"
     if node.op_type == "Conv" and inputs.dynamic:
         return "onnxruntime's dynamic convolution is many times slower than its float one"
+    if constant(node.inputs[0]) is not None:
+        return "its input is constant"
     weight = constant(node.inputs[1])
     if weight is None:
         return "it turns a matrix that others read too"
@@ -41,14 +43,24 @@ def no_integer_kernel(layer: NodePlan, scheme: Scheme) -> str | None:
         return f"integer kernels take and return float32, and this is {precision} precision"
     if node.op_type == "MatMul":
         return None if len(weight.shape) == 2 else "the weight is not a matrix"
-    bias = constant(input_of(node, 2))
-    if input_of(node, 2) is not None and bias is None:
-        return "the bias is not constant"
-    if node.op_type == "Gemm":
-        if integer(node, "transA", 0) or real(node, "alpha", 1.0) != 1.0 or real(node, "beta", 1.0) != 1.0:
-            return "Gemm with a transposed or scaled input has no integer kernel"
-        if bias is not None and not inputs.dynamic and not _per_output(bias, weight.shape.numpy()[channel_axis(node)]):
-            return "the bias is not one value per output"
+    scaled = real(node, "alpha", 1.0) != 1.0 or real(node, "beta", 1.0) != 1.0
+    if node.op_type == "Gemm" and (integer(node, "transA", 0) or scaled):
+        return "Gemm with a transposed or scaled input has no integer kernel"
+    return _no_integer_bias(node, weight.shape.numpy()[channel_axis(node)], becomes_codes=not inputs.dynamic)
+
+
+def _no_integer_bias(node: ir.Node, outputs: int, *, becomes_codes: bool) -> str | None:
+    """Why the bias of a convolution or Gemm stands against integers, or None."""
+    value = input_of(node, 2)
+    bias = constant(value)
+    if bias is None:
+        return None if value is None else "the bias is not constant"
+    if not becomes_codes:
+        return None
+    if holds_infinity(value):
+        return "its bias is infinite in places, for which no integer stands"
+    if node.op_type == "Gemm" and not _per_output(bias, outputs):
+        return "the bias is not one value per output"
     return None
 
 

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantcli.onnx.graph.values import array, constant, input_of, integer, integers, is_standard, only_consumer, rank
+from quantcli.onnx.graph.values import (
+    array,
+    constant,
+    input_of,
+    integer,
+    integers,
+    is_standard,
+    only_consumer,
+    rank,
+    text,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,11 +42,14 @@ PASS_THROUGH = (
 
 
 def has_wrong_kernel(node: ir.Node) -> bool:
-    """Whether the runtime's integer kernel of a pool computes something else, or cannot be loaded.
+    """Whether the runtime's integer kernel computes something else, or cannot be loaded.
 
     With ``ceil_mode`` and ``count_include_pad`` QLinearAveragePool divides by places beyond the padding too, where the
-    float operator does not. It knows no dilations (onnxruntime 1.32; tests look at both).
+    float operator does not. It knows no dilations. A Resize takes the value that it gives places outside of the image
+    for a code (onnxruntime 1.32; tests look at all of them).
     """
+    if is_standard(node, "Resize"):
+        return text(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
     if not is_standard(node, "AveragePool"):
         return False
     dilated = any(dilation != 1 for dilation in integers(node, "dilations") or ())
@@ -177,16 +190,11 @@ def _may_join(node: ir.Node) -> bool:
         return False
     if is_standard(node, "Resize"):
         # Others than nearest neighbours are mixed.
-        return _mode(node) == "nearest"
+        return text(node, "mode", "nearest") == "nearest"
     if is_standard(node, "Gather") and constant(node.inputs[0]) is not None:
         return False
     every_output_is_read = all(output.uses() or output.is_graph_output() for output in node.outputs)
     return len(node.outputs) == 1 or (is_standard(node, "Split") and every_output_is_read)
-
-
-def _mode(node: ir.Node) -> str:
-    attribute = node.attributes.get("mode")
-    return "nearest" if attribute is None else attribute.as_string()
 
 
 def _share_ranges(model: ir.Model, placement: Placement) -> None:

@@ -40,9 +40,9 @@ QUANTIZED_OPS = {
 class NodePlan:
     """What happens to one node's weight.
 
-    ``data`` names what meets the weight, as calibration knows it; ``form`` is one of `quantcli.onnx.plan.forms`, None:
-    float; ``reason`` says why it stays so, ``note`` tells of a choice; ``input`` is what gptq must know the inputs of.
-    ``summed`` are the dimensions of the weight that its products are summed over.
+    ``data`` names what meets the weight, where calibration knows it; ``form`` is one of `quantcli.onnx.plan.forms`,
+    None: float; ``reason`` says why it stays so, ``note`` tells of a choice; ``input`` is what gptq must know the
+    inputs of. ``summed`` are the dimensions of the weight that its products are summed over.
     """
 
     node: ir.Node
@@ -197,8 +197,9 @@ def weighted_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, Carried]]:
 def undecided(model: ir.Model, node: ir.Node, weight: Carried, file: Path) -> NodePlan:
     """A node and its weight before anything is decided: float."""
     other = input_of(node, 0 if weight.index else 1)
-    # Calibration sees the values of the graph itself, and bodies may call theirs by the same names.
-    data = other.name if other is not None and node.graph is model.graph else None
+    # Calibration sees what the graph itself computes; bodies may call their values by the same names.
+    seen = other is not None and node.graph is model.graph and constant(other) is None
+    data = other.name if other is not None and seen else None
     return NodePlan(node, weight.value, tensor_info(weight.value, file), weight.role, data, summed=weight.summed)
 
 

@@ -125,7 +125,7 @@ class _Planner:
         return replace(plan, form="cast", scheme=PRESETS[rest], label=rest, reason=None, note=f"cast: {plan.reason}")
 
     def _quantize(self, plan: NodePlan, scheme: Scheme, label: str, wish: str) -> NodePlan:
-        if scheme.is_static and plan.data is None and plan.role != "embedding":
+        if scheme.is_static and self._is_in_body(plan) and plan.role != "embedding":
             # The values of a body are not calibrated: ranges are found at inference.
             scheme, label = replace(scheme, inputs=PRESETS["int8-dynamic"].inputs), "int8-dynamic"
             plan = replace(plan, note=_IN_A_BODY)
@@ -171,15 +171,20 @@ class _Planner:
             return replace(plan, algorithm=wish)
         tensor = constant(plan.weight)
         assert tensor is not None
-        if plan.data is None:
+        if self._is_in_body(plan):
             inputs: LayerInput | str = _IN_A_BODY
         else:
             inputs = "a lookup reads the same table" if _is_tied(plan.weight) else layer_input(plan.node, tensor)
+        if plan.form == "stored" and not isinstance(inputs, str):
+            inputs = "its weight is stored for readers of several kinds"
         if isinstance(inputs, str):
             return plan.rounded_plainly(inputs)
         if weights.granularity.kind == "block" and inputs.columns % (weights.granularity.size or 1):
             return plan.rounded_plainly("its blocks reach over the ends of rows")
         return replace(plan, algorithm="gptq", input=inputs)
+
+    def _is_in_body(self, plan: NodePlan) -> bool:
+        return plan.node.graph is not self.model.graph
 
 
 def _in_form(plan: NodePlan, scheme: Scheme, label: str) -> NodePlan:

@@ -16,9 +16,10 @@ from quantcli.conversion.onnx import equivalence
 from quantcli.conversion.onnx.equivalence import simplified, upgraded
 from quantcli.errors import InputError
 from quantcli.models.session import Session, session_of_lean
+from quantcli.onnx.graph import model as graph_model
 from quantcli.onnx.graph import prepare as steps
 from quantcli.onnx.graph.external import LARGE_BYTES
-from quantcli.onnx.graph.model import open_onnx
+from quantcli.onnx.graph.model import from_message, open_onnx
 from quantcli.onnx.graph.prepare import STEPS
 from quantcli.onnx.graph.save import lean, save_graph
 
@@ -240,3 +241,31 @@ def test_a_default_whose_shapes_the_runtime_stumbles_over_stays_an_input(tmp_pat
     written = onnx.load(tmp_path / "q.onnx")
     assert [entry.name for entry in written.graph.input] == ["x", "size"]
     assert "MatMulNBits" in [each.op_type for each in written.graph.node]
+
+
+def test_a_graph_that_is_read_wrongly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An artifact of it would differ from the model, and so would its decoded form: the error would look explained."""
+    proto = rows("Softmax", -1, ["n", 8], 17)
+    path = saved(proto, tmp_path)
+
+    def misread(read: onnx.ModelProto) -> ir.Model:
+        found = from_message(read)
+        for each in found.graph:
+            if each.op_type == "Softmax":
+                each.attributes.add(ir.AttrInt64("axis", 0))
+        return found
+
+    monkeypatch.setattr(graph_model, "from_message", misread)
+    with pytest.raises(InputError, match=r"computes something else once it is read and written anew"):
+        simplified(open_onnx(path))
+
+
+def test_data_of_an_optional_input(tmp_path: Path) -> None:
+    tensor = helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, ["n", 16])
+    nodes = [node("OptionalGetElement", ["x"], ["h"]), node("MatMul", ["h", "w"], ["y"])]
+    proto = model(nodes, {}, {"y": None}, {"w": normal(16, 96)}, opset=18)
+    proto.graph.input.append(helper.make_value_info("x", helper.make_optional_type_proto(tensor)))
+    np.savez(tmp_path / "d.npz", x=normal(8, 16))
+    out = tmp_path / "q.onnx"
+    report = convert(saved(proto, tmp_path), output=out, scheme="int8-static", data=tmp_path / "d.npz")
+    assert report.details["outputs"]["sqnr_db"] > 25 and report.details["outputs"]["samples"] == 8

@@ -127,3 +127,49 @@ def test_two_branches_whose_weights_have_one_name(tmp_path: Path, monkeypatch: p
 def test_a_jump_behind_a_body(tmp_path: Path) -> None:
     report = convert(recurrent(tmp_path / "m.onnx", 8, "Round"), tmp_path / "out.onnx", scheme="int4")
     assert any("was not judged: operators follow" in told for told in report.warnings)
+
+
+def ending_in(path: Path, operator: str, **attributes: Any) -> Path:
+    """A product whose output becomes integers."""
+    kind = TensorProto.INT64 if operator == "ArgMax" else TensorProto.UINT8
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Mul", ["h", "gain"], ["g"]),
+        helper.make_node("Add", ["g", "offset"], ["a"]),
+        helper.make_node("Clip", ["a", "low", "high"], ["c"]),
+        helper.make_node(operator, ["c"], ["y"], **attributes),
+    ]
+    constants = {"w": matrix(64, 96), "gain": 40, "offset": 128, "low": 0, "high": 255}
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", kind, None)],
+        [numpy_helper.from_array(np.asarray(values, np.float32), name) for name, values in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def test_classes_that_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ending_in(tmp_path / "m.onnx", "ArgMax", axis=-1)
+    report = convert(model, tmp_path / "out.onnx", scheme="int8", allow_larger=True)
+    assert not report.warnings
+    make = nbits._product
+
+    def negated(*arguments: Any) -> list[ir.Node]:
+        product, node = make(*arguments)[-1], arguments[0]
+        product.outputs[0].name = "product"
+        return [product, ir.node("Neg", [product.outputs[0]], name=f"{node.name}_negated")]
+
+    monkeypatch.setattr(nbits, "_product", negated)
+    report = convert(model, tmp_path / "wrong.onnx", scheme="int8", allow_larger=True)
+    (told,) = report.warnings
+    assert told.startswith("The output y has the model's values in 0% of its places.")
+
+
+def test_an_image_whose_last_bits_differ(tmp_path: Path) -> None:
+    """Hardly a value may be the same, and the image is."""
+    model = ending_in(tmp_path / "m.onnx", "Cast", to=TensorProto.UINT8)
+    report = convert(model, tmp_path / "out.onnx", scheme="int4", allow_larger=True)
+    assert report.details["outputs"]["equal"] < 0.6 and not report.warnings

@@ -75,3 +75,16 @@ def test_a_place_of_weights_that_is_no_name_of_a_file(tmp_path: Path, location: 
     (tmp_path / "forged.onnx").write_bytes(content.replace(b"model_.bin", location))
     with pytest.raises(InputError, match=r"forged.onnx keeps c in .*, which is no name of a file"):
         open_onnx(tmp_path / "forged.onnx")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_constant_that_is_there_twice(tmp_path: Path, same: bool) -> None:
+    """onnxruntime takes the first, and says that it took the last."""
+    proto = model([node("Add", ["x", "c"], ["y"])], {"x": [3]}, {"y": [3]}, {"c": np.float32([1, 2, 3])})
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32([1, 2, 3 if same else 4]), "c"))
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    if same:
+        assert len(list(constants(open_onnx(tmp_path / "m.onnx").ir))) == 1
+    else:
+        with pytest.raises(InputError, match=r"m\.onnx is not a readable ONNX model: the constant 'c' is there twice"):
+            open_onnx(tmp_path / "m.onnx")

@@ -113,3 +113,19 @@ def test_a_branch_that_is_never_taken_reads_no_weight() -> None:
     graph = prepared(whole)
     assert set(operators(graph)) == {"LSTM", "Identity"}
     same_function(whole, {"x": normal(5, 2, 64)}, graph)
+
+
+def test_layers_of_one_stacked_weight(tmp_path: Path) -> None:
+    """As exporters write layers whose weights lie in one array: each takes its own by a lookup, a slice or a split."""
+    nodes = [
+        node("Gather", ["w", "first"], ["w0"]), node("MatMul", ["x", "w0"], ["a"]),
+        node("Slice", ["w", "one", "two", "axis"], ["s"]), node("Squeeze", ["s", "axis"], ["w1"]),
+        node("MatMul", ["a", "w1"], ["b"]), node("Gather", ["w", "last"], ["g"]),
+        node("Reshape", ["g", "shape"], ["w2"]), node("MatMul", ["b", "w2"], ["y"]),
+    ]  # fmt: skip
+    held = {"first": np.array(0), "last": np.array([-1]), "one": np.array([1]), "two": np.array([2])}
+    held |= {"axis": np.array([0]), "shape": np.array([64, 64]), "w": normal(3, 64, 64, scale=0.1)}
+    proto = model(nodes, {"x": ["n", 64]}, {"y": None}, held)
+    graph = prepared(proto)
+    assert operators(graph) == {"MatMul": 3}
+    same_function(proto, {"x": normal(2, 64)}, graph)

@@ -552,3 +552,12 @@ def test_a_weight_that_a_branch_reads_too(tmp_path: Path, scheme: str) -> None:
     found = Converted(proto, tmp_path, None, scheme)
     assert found.sqnr_db("y") > 30 and found.sqnr_db("z") > 30
     assert not found.plan.of_mode("float")
+
+
+def test_a_resize_that_fills_places_outside_of_the_image(tmp_path: Path) -> None:
+    """Between codes the runtime would write the filling as one of them."""
+    resize = {"mode": "nearest", "coordinate_transformation_mode": "tf_crop_and_resize", "extrapolation_value": 7.0}
+    nodes = [conv("x", "w", "h"), node("Resize", ["h", "roi", "", "sizes"], ["r"], **resize), conv("r", "w2", "y")]
+    roi = np.float32([0, 0, -0.5, 0.2, 1, 1, 1.5, 0.8])
+    proto = net(nodes, inputs={"x": [2, 8, 10, 10]}, roi=roi, sizes=np.array([2, 8, 12, 12]))
+    assert Converted(proto, tmp_path, {"x": normal(2, 8, 10, 10)}).sqnr_db() > 25

@@ -284,3 +284,25 @@ def test_a_weight_without_values_stays(tmp_path: Path) -> None:
     found = Converted(model(nodes, X, {"y": None, "z": None}, held), tmp_path, None, "int8-static")
     assert found.sqnr_db() >= LEAST["int8-static"]
     assert [layer.reason for layer in found.plan.nodes if not layer.form] == ["it holds no values"]
+
+
+@pytest.mark.parametrize("scheme", LEAST)
+@pytest.mark.parametrize("operator", ["MatMul", "Conv"])
+def test_layers_whose_input_is_constant(tmp_path: Path, operator: str, scheme: str) -> None:
+    """As tables of positions that go through layers of their own, and are too many to be computed beforehand."""
+    if operator == "MatMul":
+        held = {"p": normal(200, 64), "w": normal(64, 96, scale=0.1), "v": normal(64, 96, scale=0.1)}
+        shape: list[object] = ["n", 200, 64]
+    else:
+        held = {"p": normal(1, 3, 30, 30), "w": normal(96, 3, 3, 3, scale=0.2), "v": normal(96, 3, 3, 3, scale=0.2)}
+        shape = ["n", 3, 30, 30]
+    nodes = [node(operator, ["p", "w"], ["h"]), node(operator, ["x", "v"], ["z"]), node("Add", ["h", "z"], ["y"])]
+    source, target = tmp_path / "m.onnx", tmp_path / "q.onnx"
+    onnx.save(model(nodes, {"x": shape}, {"y": None}, held), source)
+    x = {"x": normal(2, *shape[1:])}  # type: ignore[arg-type]
+    np.savez(tmp_path / "d.npz", **x)
+    report = convert(source, output=target, scheme=scheme, data=tmp_path / "d.npz", algorithm=None)
+    rows = {row.name: row.scheme for row in report.layers}
+    assert rows["v"] and "p" not in {name for name, label in rows.items() if label}
+    expected, got = (Session(path).run(x)["y"] for path in (source, target))
+    assert 10 * np.log10(np.square(expected).sum() / np.square(expected - got).sum()) > LEAST[scheme] - 5

@@ -390,3 +390,18 @@ def test_a_real_encoder_is_nearer_than_without_data(tmp_path: Path) -> None:
     ]
     # Measured on 64 sentences: 0.991.
     assert np.mean([scoring.cosine([ours], [theirs]) for ours, theirs in zip(*embeddings, strict=True)]) >= 0.99
+
+
+def test_a_weight_that_is_read_in_two_ways_is_rounded_plainly(tmp_path: Path) -> None:
+    """As the right factor of a product and the left one of another: it is stored for both."""
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("MatMul", ["w", "h"], ["g"]), node("MatMul", ["g", "v"], ["y"])]
+    proto = model(nodes, {"x": [64, 64]}, {"y": None}, {"w": normal(64, 64), "v": normal(64, 64, seed=1)})
+    onnx.save(proto, tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=normal(2, 64, 64, seed=2))
+    report = quantcli.convert(
+        tmp_path / "m.onnx", tmp_path / "q.onnx", scheme="int4", algorithm="gptq", data=tmp_path / "d.npz",
+        allow_larger=True,
+    )  # fmt: skip
+    notes = {row.name: row.details.get("note") or "" for row in report.layers if row.scheme}
+    assert "in place of gptq: its weight is stored for readers of several kinds" in notes["w"]
+    assert "in place of gptq" not in notes["v"]
