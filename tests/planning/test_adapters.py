@@ -25,7 +25,7 @@ PEFT = "base_model.model.model.layers.0.self_attn.q_proj"
 )
 def test_changes_without_their_layers_are_no_model(names: tuple[str, ...]) -> None:
     with pytest.raises(InputError, match="is part of an adapter") as caught:
-        refuse_adapter(infos(dict.fromkeys(names, (64, 8))))
+        refuse_adapter(infos({name: () if name.endswith("alpha") else (64, 8) for name in names}))
     assert names[0] in caught.value.message
     assert "merge_and_unload" in str(caught.value.hint)
 
@@ -35,6 +35,7 @@ def test_changes_without_their_layers_are_no_model(names: tuple[str, ...]) -> No
     [
         ("q_proj.weight", "q_proj.lora_A.weight", "q_proj.lora_B.weight"),
         (f"{PEFT}.base_layer.weight", f"{PEFT}.lora_A.default.weight"),
+        ("Wqkv.parametrizations.weight.original", "Wqkv.parametrizations.weight.0.lora_A", "a.weight"),
         ("layers.0.q_a_proj.weight", "layers.0.attn.w_lora.lora.0.weight", "explora_model.weight"),
     ],
 )
