@@ -156,9 +156,10 @@ def _left_in_diffusers(plan: Plan) -> list[str]:
     for name in left:
         for other in quantized:
             if other.rpartition(".")[2] == name or f"{name}." in other:
+                globs = dict.fromkeys(f"--skip '*{each}'" for each in (name, other.rpartition(".")[2]))
                 raise UsageError(
                     f"{name} stays unquantized, and diffusers would take {other} for unquantized as well.",
-                    f"Leave both: --skip '*{name}' --skip '*{other.rpartition('.')[2]}'",
+                    f"Leave both: {' '.join(globs)}",
                 )
     return left
 
