@@ -11,12 +11,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Protocol
 
 from quantcli.checkpoint.config_file import read_config
-from quantcli.checkpoint.hugging_face import DIFFUSERS_STEM, PIPELINE_INDEX, load_json
+from quantcli.checkpoint.hugging_face import DIFFUSERS_STEM, PIPELINE_INDEX, WEIGHT_INDEX, load_json
 from quantcli.checkpoint.safetensors import SafetensorsReader, read_header
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError
 from quantcli.system.files import Unchanged, reading
+from quantcli.system.text import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,8 @@ _FOLDER_ENTRIES = (
     "pytorch_model.bin.index.json",
     f"{DIFFUSERS_STEM}.safetensors",
     f"{DIFFUSERS_STEM}.safetensors.index.json",
+    f"{DIFFUSERS_STEM}.bin",
+    f"{DIFFUSERS_STEM}.bin.index.json",
 )
 
 _OTHER_FORMATS = {
@@ -184,7 +187,7 @@ def _open(path: Path) -> Checkpoint:
         raise InputError(f"{path} does not exist.", _KINDS)
     if path.is_dir():
         return _open_folder(path)
-    if path.name.endswith(".index.json"):
+    if WEIGHT_INDEX.search(path.name):
         return _open_index(path)
     return _open_file(path, None)
 
@@ -204,7 +207,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         entry = folder / name
         if entry.is_file():
             return _open_index(entry) if name.endswith(".json") else _open_file(entry, folder)
-    indices = sorted(folder.glob("*.index.json"))
+    indices = sorted(path for path in folder.glob("*.json") if WEIGHT_INDEX.search(path.name))
     if len(indices) == 1:
         return _open_index(indices[0])
     files = sorted(folder.glob("*.safetensors"))
@@ -266,34 +269,43 @@ def _open_file(path: Path, folder: Path | None) -> Checkpoint:
 
 
 def _open_index(index: Path) -> Checkpoint:
-    """A sharded model: the index says which file holds which tensor; both sides are checked."""
+    """A sharded model: the index says which file holds which tensor; both sides are checked.
+
+    Tensors that the index says nothing of are taken from its shards, as transformers takes them.
+    """
     weight_map = load_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index} has no weight_map from tensor names to file names.")
     folder = index.parent
     infos: list[TensorInfo] = []
     metadata: dict[str, str] = {}
-    unlisted: list[str] = []
+    unlisted: dict[str, TensorInfo] = {}
+    elsewhere: list[str] = []
     for shard in sorted(set(weight_map.values())):
         path = _inside(folder, shard, index)
         if not path.is_file():
             raise InputError(f"{index} names the shard {shard}, which is not there.", "Download or copy it again.")
         part = _open_file(path, None)
         metadata |= part.metadata
-        listed = {name for name, file in weight_map.items() if file == shard}
-        missing = sorted(listed - {info.name for info in part.infos()})
+        own = {name for name, file in weight_map.items() if file == shard}
+        missing = sorted(own - {info.name for info in part.infos()})
         if missing:
             raise InputError(f"{index} says that {missing[0]!r} is in {shard}, which does not hold it.")
         for info in part.infos():
-            if info.name in listed:
-                infos.append(info if info.shares in listed else replace(info, shares=None))
+            if info.name in own:
+                infos.append(info if info.shares in own else replace(info, shares=None))
+            elif info.name in weight_map:
+                elsewhere.append(f"{info.name} ({shard})")
             else:
-                unlisted.append(f"{info.name} ({shard})")
+                unlisted[info.name] = replace(info, shares=None)
+    infos += unlisted.values()
     _refuse_empty(tuple(infos), index)
-    warnings: tuple[str, ...] = ()
-    if unlisted:
-        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
-        warnings = (f"Shards hold tensors that the index does not list; ignored: {unlisted[0]}{more}.",)
+    taken = [f"{info.name} ({info.file.name})" for info in unlisted.values()]
+    said = {
+        "Shards hold tensors that the index does not list; taken all the same": taken,
+        "Shards hold tensors that the index lists for others; ignored": elsewhere,
+    }
+    warnings = tuple(f"{what}: {listed(names)}." for what, names in said.items() if names)
     return Checkpoint(folder, tuple(infos), folder=folder, metadata=metadata, warnings=warnings)
 
 

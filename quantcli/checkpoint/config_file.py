@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quantcli.checkpoint.hugging_face import load_json
 from quantcli.errors import InputError
+
+#: What config.json tells of codes, now and formerly.
+_SECTIONS = ("quantization_config", "compression_config")
 
 
 class _Part(BaseModel):
@@ -61,3 +65,20 @@ def config_of(model: Path) -> dict[str, Any] | None:
     """The config.json of a model, None where that is no folder with one. Raises InputError where it is damaged."""
     file = model / "config.json"
     return read_config(file) if file.is_file() else None
+
+
+def section_of(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The ``quantization_config`` of a config.json, or of the language model within it; empty where there is none."""
+    outer = config or {}
+    parts = (outer, *(part for part in outer.values() if isinstance(part, Mapping)))
+    found = (part.get(key) for part in parts for key in _SECTIONS)
+    return next((section for section in found if section and isinstance(section, Mapping)), {})
+
+
+def without_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that tells of no codes, as one of plain weights does."""
+
+    def plain(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in part.items() if key not in _SECTIONS}
+
+    return {key: plain(value) if isinstance(value, dict) else value for key, value in plain(config).items()}

@@ -8,8 +8,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, CheckpointView
+from quantcli.checkpoint.config_file import without_section
 from quantcli.checkpoint.floats import FloatCheckpoint
-from quantcli.checkpoint.quantized import SECTIONS, QuantizedCheckpoint, open_values
+from quantcli.checkpoint.quantized import QuantizedCheckpoint, QuantizedWeight, open_values
 from quantcli.core.tensors import QuantizedTensor, TensorInfo
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class DecodedCheckpoint(CheckpointView):
         self.method = method
         CheckpointView.__init__(self, original, infos)
         if self.config is not None:
-            self.config = {key: value for key, value in self.config.items() if key not in SECTIONS}
+            self.config = without_section(self.config)
 
     @property
     def held_bytes(self) -> int:
@@ -70,13 +71,17 @@ class DecodedCheckpoint(CheckpointView):
         weight = self._quantized.weights.get(info.name)
         if weight is None:
             return self.original.read_rows(info, start, stop)
+        tensor = self._tensor(info.name)
+        if weight.transposed:
+            return self._matrix(tensor, weight, 0, weight.shape[0]).T[start:stop].contiguous()
+        return self._matrix(tensor, weight, start, stop)
+
+    def _matrix(self, tensor: QuantizedTensor, weight: QuantizedWeight, start: int, stop: int) -> Tensor:
+        """Rows of a weight ``[outputs, inputs]``."""
         from quantcli.core import numerics
 
-        tensor = self._tensor(info.name)
         if weight.order is not None:
             return self._in_groups(tensor, weight.order, start, stop)
-        if weight.transposed:
-            return _blocks(tensor, 0, weight.shape[0]).T[start:stop].contiguous()
         if tensor.number_format.granularity.kind == "block":
             return _blocks(tensor, start, stop)
         one_scale = tensor.number_format.granularity.kind == "tensor"
@@ -172,7 +177,7 @@ def _in_order(quantized: QuantizedCheckpoint) -> list[TensorInfo]:
         if info.name in by_codes:
             weight = by_codes[info.name]
             shape = weight.shape[::-1] if weight.transposed else weight.shape
-            infos.append(TensorInfo(weight.name, shape, "F32", prod(shape) * 4, info.file))
+            infos.append(TensorInfo(weight.name, shape, "F32", prod(shape) * 4, info.file, decoded=True))
         elif info.name in rest:
             infos.append(info)
     return infos

@@ -1,12 +1,15 @@
-"""Checkpoints of scaled floating-point weights, as some models are published: eight bits, or four, and scales.
+"""Checkpoints of weights in eight bits, or four, with scales, as some models are published: mostly floating-point ones.
 
 What a weight is follows from dtypes and shapes. Whatever tool wrote it, a value is its code times a scale, for all
 values, a row, a group or a block; only where blocks end in the middle is the configuration asked for their size.
 
 - FP8 (``fp8``, ``fbgemm_fp8``, compressed-tensors): ``weight`` F8 with ``weight_scale_inv`` or ``weight_scale``; both
   are multiplied. MXFP8 has scales of eight bits that are powers of two (E8M0).
+- FP8 without any scale: a plain cast. A scale that is missing is told from that by what the rest of the file has.
+- INT8 of bitsandbytes: ``weight`` I8 with ``SCB``, the largest value of a row, which is 127.
 - FP4 of compressed-tensors: ``weight_packed`` U8, two E2M1 codes each, with ``weight_scale``: E8M0 for 32 values
   (MXFP4), or F8 for 16 beside a ``weight_global_scale`` that divides (NVFP4).
+- NVFP4 of ModelOpt (``modelopt``): ``weight`` U8, ``weight_scale`` F8, and a ``weight_scale_2`` that multiplies.
 - FP4 beside FP8 (``fp8``): ``weight`` I8 or U8, two E2M1 codes each, with ``weight_scale_inv``.
 - MXFP4 of gpt-oss (``mxfp4``): ``X_blocks`` U8 ``[experts, outputs, groups, 16]`` and ``X_scales`` U8 stand for ``X``
   ``[experts, inputs, outputs]``.
@@ -32,6 +35,13 @@ if TYPE_CHECKING:
 
 _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _BYTES = ("I8", "U8")
+#: Kinds of checkpoints whose signed bytes are integers, and what one of them calls the largest value of each row.
+_WITH_INTEGERS = ("compressed-tensors", "bitsandbytes")
+_LARGEST = "SCB"
+#: One scale over the scales, of two tools: the one divides by it, the other multiplies.
+_OVER_ALL = ("_global_scale", "_scale_2")
+#: What inputs are multiplied by before a layer, so that its weight alone is not what the layer computes with.
+_OF_LAYER = "pre_quant_scale"
 #: Values of the 16 codes of E2M1.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 #: Sides of a block where nothing else is said: DeepSeek's, which all others took over.
@@ -52,14 +62,15 @@ _PART = re.compile(r"(_scale|_scale_inv|_global_scale|_packed|_blocks|_scales|_z
 class FloatWeight:
     """A weight as codes and scales: ``block`` is how many rows and columns share a scale, ``packed`` means FP4.
 
-    ``codes`` hold its rows; ``by_expert``: gpt-oss, whose experts are stored turned.
+    ``codes`` hold its rows, and are its values where there is no ``scale``; ``by_expert``: gpt-oss, whose experts are
+    stored turned.
     """
 
     name: str
     shape: tuple[int, ...]
     label: str
     codes: TensorInfo
-    scale: TensorInfo
+    scale: TensorInfo | None
     block: tuple[int, int]
     others: tuple[TensorInfo, ...] = ()
     packed: bool = False
@@ -68,7 +79,7 @@ class FloatWeight:
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
         """Every tensor that stands for it."""
-        return (self.codes, self.scale, *self.others)
+        return (self.codes, *([self.scale] if self.scale else []), *self.others)
 
 
 class FloatCheckpoint:
@@ -78,12 +89,15 @@ class FloatCheckpoint:
         self.checkpoint, self.method = checkpoint, method
         self._infos = {info.name: info for info in checkpoint.infos()}
         self._section = section
+        self._is_cast = not section and _is_cast(self._infos)
         found = (self._weight(info) for info in self._infos.values())
         self.weights = {weight.name: weight for weight in found if weight is not None}
         taken = {part.name for weight in self.weights.values() for part in weight.parts}
         rest = [info for info in self._infos.values() if info.name not in taken and not _of_inputs(info.name)]
         self.rest = tuple(rest)
         for info in rest:
+            if info.name.endswith(_OF_LAYER):
+                raise InputError(f"{info.name} scales the inputs of a layer whose weight was quantized: not read.")
             if info.dtype in _FP8 or (_PART.search(info.name) and not _is_plain(info)):
                 raise InputError(
                     f"{info.name} ({info.dtype}) has no scale, or is one of no weight, in {checkpoint.path}.",
@@ -111,7 +125,8 @@ class FloatCheckpoint:
         for info in self._infos.values():
             if info.name in by_codes:
                 weight = by_codes[info.name]
-                infos.append(TensorInfo(weight.name, weight.shape, "F32", prod(weight.shape) * 4, info.file))
+                nbytes = prod(weight.shape) * 4
+                infos.append(TensorInfo(weight.name, weight.shape, "F32", nbytes, info.file, decoded=True))
             elif info.name in rest:
                 infos.append(info)
         return infos
@@ -126,25 +141,28 @@ class FloatCheckpoint:
         scale = self._scale_of(name)
         if info.dtype in _FP8 and scale:
             return self._scaled(info, name, packed=False)
+        if info.dtype in _FP8 and self._is_cast:
+            return FloatWeight(name, info.shape, "fp8", info, None, (1, 1))
         if info.dtype in _BYTES and scale and len(info.shape) > 1:
-            # In compressed-tensors bytes that are not packed are integers.
-            return self._scaled(info, name, packed=self.method != "compressed-tensors")
+            # Bytes that are not packed are integers, and then they have a sign.
+            return self._scaled(info, name, packed=info.dtype != "I8" or self.method not in _WITH_INTEGERS)
         return None
 
     def _scale_of(self, name: str) -> TensorInfo | None:
-        return self._infos.get(f"{name}_scale_inv") or self._infos.get(f"{name}_scale")
+        largest = self._infos.get(f"{name.removesuffix('weight')}{_LARGEST}") if name.endswith("weight") else None
+        return self._infos.get(f"{name}_scale_inv") or self._infos.get(f"{name}_scale") or largest
 
     def _scaled(self, codes: TensorInfo, name: str, *, packed: bool) -> FloatWeight:
         scale = self._scale_of(name)
         if scale is None:
             raise InputError(f"{name}_scale is missing: without it {codes.name} means nothing.")
         shape = (*codes.shape[:-1], codes.shape[-1] * (1 + packed))
-        over_all = self._infos.get(f"{name}_global_scale")
         zero_point = self._infos.get(f"{name}_zero_point")
         if zero_point is not None:
             raise InputError(f"{name} is {codes.dtype} with zero points, and that is not read.")
         block = _block(shape, scale.shape, self._declared())
-        if block is None or not (scale.is_float or scale.dtype in (*_FP8, "U8", "F8_E8M0")):
+        # Codes of four bits have scales of eight: with wide ones they would be integers.
+        if block is None or not ((scale.is_float and not packed) or scale.dtype in (*_FP8, "U8", "F8_E8M0")):
             raise InputError(
                 f"{name} {list(shape)} has the scales {scale.name} {scale.dtype} {list(scale.shape)}, which do not "
                 "divide it into rows, groups or blocks.",
@@ -152,7 +170,8 @@ class FloatCheckpoint:
             )
         kind = "int8" if codes.dtype == "I8" and not packed else "fp4" if packed else "fp8"
         label = f"{kind}, {_shared(shape, block)}"
-        others = tuple(part for part in (over_all, self._infos.get(f"{name}_shape")) if part)
+        beside = (f"{name}_shape", f"{name}_format", *(name + suffix for suffix in _OVER_ALL))
+        others = tuple(part for part in map(self._infos.get, beside) if part)
         return FloatWeight(name, shape, label, codes, scale, block, others, packed)
 
     def _experts(self, blocks: TensorInfo) -> FloatWeight:
@@ -188,22 +207,21 @@ class FloatCheckpoint:
             return self._expert_rows(weight, start, stop)
         codes = self.checkpoint.read_rows(weight.codes, start, stop)
         values = _unpacked(codes) if weight.packed else codes.float()
-        scale = self._scales(weight, start, stop)
-        return values.mul_(scale)
+        return values if weight.scale is None else values.mul_(self._scales(weight, weight.scale, start, stop))
 
-    def _scales(self, weight: FloatWeight, start: int, stop: int) -> Tensor:
+    def _scales(self, weight: FloatWeight, info: TensorInfo, start: int, stop: int) -> Tensor:
         """Scales of rows, one for each value or in a shape that spreads over them."""
         import torch
 
-        info, dims = weight.scale, len(weight.shape)
+        dims = len(weight.shape)
         if info.numel == 1:
-            return self._finite(weight, self.checkpoint.read_rows(info, 0, info.rows)).reshape([1] * dims)
+            return self._finite(weight, info, 0, info.rows).reshape([1] * dims)
         if dims == 3 or info.rows == weight.shape[0]:
-            scale = self._finite(weight, self.checkpoint.read_rows(info, start, stop))
+            scale = self._finite(weight, info, start, stop)
             scale = scale.reshape(stop - start, *info.shape[1:], *[1] * (dims - len(info.shape)))
         else:
             first = start // weight.block[0]
-            scale = self._finite(weight, self.checkpoint.read_rows(info, first, -(-stop // weight.block[0])))
+            scale = self._finite(weight, info, first, -(-stop // weight.block[0]))
             scale = scale[torch.arange(start, stop) // weight.block[0] - first]
         for axis, size in ((-2, weight.block[0]), (-1, weight.block[1])):
             wanted = weight.shape[axis]
@@ -211,14 +229,18 @@ class FloatCheckpoint:
                 scale = scale.repeat_interleave(size, axis).narrow(axis, 0, wanted)
         return scale
 
-    def _finite(self, weight: FloatWeight, stored: Tensor) -> Tensor:
+    def _finite(self, weight: FloatWeight, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """Rows of the scales, float32, as values are multiplied by them."""
         import torch
 
-        is_power = weight.scale.dtype in ("U8", "F8_E8M0")
-        scale = _powers(stored) if is_power else stored.float()
-        over_all = next((part for part in weight.others if part.name.endswith("_global_scale")), None)
-        if over_all is not None:
-            scale = scale / self.checkpoint.read_rows(over_all, 0, over_all.rows).float().reshape(-1)[0]
+        stored = self.checkpoint.read_rows(info, start, stop)
+        scale = _powers(stored) if info.dtype in ("U8", "F8_E8M0") else stored.float()
+        if info.name.endswith(_LARGEST):
+            scale = scale / 127
+        for over_all in weight.others:
+            if over_all.name.endswith(_OVER_ALL):
+                factor = self.checkpoint.read_rows(over_all, 0, over_all.rows).float().reshape(-1)[0]
+                scale = scale / factor if over_all.name.endswith(_OVER_ALL[0]) else scale * factor
         if not bool(torch.isfinite(scale).all()):
             raise InputError(f"The scales of {weight.name} are not finite: the model is damaged.")
         return scale
@@ -226,10 +248,11 @@ class FloatCheckpoint:
     def _expert_rows(self, weight: FloatWeight, start: int, stop: int) -> Tensor:
         import torch
 
-        values = torch.empty(stop - start, *weight.shape[1:])
+        values, scale = torch.empty(stop - start, *weight.shape[1:]), weight.scale
+        assert scale is not None
         for expert in range(start, stop):
             blocks = self.checkpoint.read_rows(weight.codes, expert, expert + 1)[0]
-            scales = self._finite(weight, self.checkpoint.read_rows(weight.scale, expert, expert + 1)[0])
+            scales = self._finite(weight, scale, expert, expert + 1)[0]
             for first in range(0, len(blocks), _CHUNK):
                 part = _unpacked(blocks[first : first + _CHUNK]).mul_(scales[first : first + _CHUNK].unsqueeze(-1))
                 values[expert - start, :, first : first + _CHUNK] = part.reshape(len(part), -1).T
@@ -294,11 +317,21 @@ def _is_plain(info: TensorInfo) -> bool:
     return info.is_float and not info.name.endswith(("weight_scale", "weight_scale_inv", "weight_global_scale"))
 
 
+def _is_cast(infos: Mapping[str, TensorInfo]) -> bool:
+    """Whether what there is of eight bits is a plain cast: none of its modules has anything else that is a scale."""
+    places = {name: name.rpartition(".") for name in infos}
+    of_eight_bits = Counter(places[name][0] for name, info in infos.items() if info.dtype in _FP8)
+    return not any(
+        "scale" in leaf and of_eight_bits[module] > (infos[name].dtype in _FP8)
+        for name, (module, _, leaf) in places.items()
+    )
+
+
 def holds_floats(infos: Iterable[TensorInfo]) -> bool:
     """Whether weights are scaled floating-point numbers of eight bits or four."""
     found = {info.name: info.dtype for info in infos}
     return any(
         dtype in _FP8 or (dtype == "U8" and name.endswith(("_blocks", "weight_packed")))
-        or (dtype in _BYTES and f"{name}_scale_inv" in found)
+        or (dtype in _BYTES and f"{name}_scale_inv" in found) or name.rpartition(".")[2] == _LARGEST
         for name, dtype in found.items()
     )  # fmt: skip

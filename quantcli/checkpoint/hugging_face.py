@@ -32,7 +32,8 @@ def load_json(path: Path) -> dict[str, Any]:
 
 _COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".bpe", ".vocab", ".py", ".yaml")
 _COMPANION_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|README)", re.IGNORECASE)
-_WEIGHT_INDEX = re.compile(r"\.index\.json$")
+#: What says which shard holds which tensor; that of a variant has its name inside, as in ``index.fp16.json``.
+WEIGHT_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 
 
 #: What a diffusers pipeline lists its components in, and what each of its own models is stored as.
@@ -63,7 +64,7 @@ def companions(folder: Path) -> Iterator[Path]:
     hidden ones and linked ones are not.
     """
     for path in _visible_files(folder):
-        if _WEIGHT_INDEX.search(path.name):
+        if WEIGHT_INDEX.search(path.name):
             continue
         if path.suffix.lower() in _COMPANION_SUFFIXES or _COMPANION_NAMES.match(path.name):
             yield path.relative_to(folder)
@@ -74,20 +75,25 @@ _WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".ggml", ".onnx", ".onnx_data",
     ".tflite", ".mlmodel", ".npz", ".data", ".pte",
 )  # fmt: skip
-#: A subfolder with at least this share of the model's own weights holds another copy of them.
+#: A subfolder with at least this share of the model's own weights holds another copy of them, and so do files of a
+#: kind that is used for other things as well: a model's voices, or its filters.
 _COPY_SHARE = 0.25
+_OTHER_USES = (".pt", ".pth", ".npz")
+#: An adapter beside a model, which libraries add to it as they load it.
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Neighbours:
     """What lies beside a model's weights: what travels with them, and weights of other kinds that do not.
 
-    ``part_of``: the sentence-transformers model around it, which does not travel either.
+    ``part_of``: the sentence-transformers model around it, which does not travel either. ``adapted``: an adapter does.
     """
 
     copied: tuple[Path, ...]
     left: tuple[str, ...]
     part_of: Path | None = None
+    adapted: bool = False
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -96,6 +102,11 @@ class Neighbours:
         if self.left:
             more = f" and {len(self.left) - 4} more" if len(self.left) > 4 else ""
             said.append(f"Left behind, as other weights of the same model: {', '.join(self.left[:4])}{more}.")
+        if self.adapted:
+            said.append(
+                f"An adapter lies beside the model ({_ADAPTER}) and is copied as it is: what loads the result may add "
+                "it to the quantized weights. Merge it first where it is to be quantized with them."
+            )
         if self.part_of:
             said.append(
                 f"This is one part of the sentence-transformers model in {self.part_of}: to use it, put it in its "
@@ -116,15 +127,17 @@ def neighbours(folder: Path, weights: Collection[Path]) -> Neighbours:
     modules = {path.parts[0] for path in paths if path.parts}
     own = sum(file.stat().st_size for file in weights)
     files = [path for path in _visible_files(folder) if path not in weights]
+    adapted = (folder / _ADAPTER).is_file()
+    copies = _kinds_of_copies([path for path in files if path.parent == folder], _COPY_SHARE * own)
     in_folder: dict[str, list[Path]] = {}
     copied, left = [], []
     for path in files:
         top = path.relative_to(folder).parts[0]
-        if path.parent == folder and _WEIGHT_INDEX.search(path.name):
+        if path.parent == folder and WEIGHT_INDEX.search(path.name):
             continue
         if path.parent != folder and top not in modules:
             in_folder.setdefault(top, []).append(path)
-        elif path.parent == folder and path.suffix.lower() in _WEIGHT_SUFFIXES:
+        elif path.parent == folder and path.suffix.lower() in copies and not (adapted and path.stem == "adapter_model"):
             left.append(path.name)
         else:
             copied.append(path)
@@ -137,7 +150,13 @@ def neighbours(folder: Path, weights: Collection[Path]) -> Neighbours:
             copied += members
     around = sentence_model(folder)
     part_of = around if around != folder else None
-    return Neighbours(tuple(sorted(path.relative_to(folder) for path in copied)), tuple(left), part_of)
+    return Neighbours(tuple(sorted(path.relative_to(folder) for path in copied)), tuple(left), part_of, adapted)
+
+
+def _kinds_of_copies(files: Collection[Path], size: float) -> set[str]:
+    """Suffixes of copies of a model's weights; of those that have other uses, where files are together of a size."""
+    sizes = {suffix: sum(p.stat().st_size for p in files if p.suffix.lower() == suffix) for suffix in _OTHER_USES}
+    return {suffix for suffix in _WEIGHT_SUFFIXES if sizes.get(suffix, size) >= size}
 
 
 def sentence_model(folder: Path) -> Path | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quantcli import formats
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.config_file import section_of
 from quantcli.checkpoint.floats import FloatCheckpoint, holds_floats
 from quantcli.checkpoint.roles import module_of, quantization_of
 from quantcli.core.dtypes import FLOAT_DTYPES
@@ -22,6 +22,7 @@ from quantcli.core.scheme import Scheme
 from quantcli.core.tensors import QuantizedTensor, TensorInfo, TensorSpec
 from quantcli.errors import InputError
 from quantcli.formats.base import QuantizedFormat
+from quantcli.formats.compressed_tensors import refuse_unread
 from quantcli.system.files import about
 
 if TYPE_CHECKING:
@@ -29,10 +30,9 @@ if TYPE_CHECKING:
 
 READ = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf")
 #: Kinds of scaled floating-point weights, by the names that their configurations have.
-FLOATS = ("fp8", "fbgemm_fp8", "mxfp4")
-
-#: What config.json tells of codes, now and formerly.
-SECTIONS = ("quantization_config", "compression_config")
+FLOATS = ("fp8", "fbgemm_fp8", "mxfp4", "modelopt")
+#: Kinds that may be such, or others.
+_MAYBE_FLOATS = ("compressed-tensors", "bitsandbytes")
 
 #: What the second version of gptq's format is called, which gptqmodel computes with.
 _GPTQ_V2 = "gptq_v2"
@@ -45,9 +45,10 @@ _PART = re.compile(
     r"(^|\.)(qweight|qzeros|g_idx|SCB|weight_(packed|shape|zero_point)|weight\.(\w*absmax|\w*quant_map|quant_state\..+))$"
 )
 
-#: Where transformers has layers that store ``[inputs, outputs]``; bitsandbytes quantizes them turned.
+#: Where transformers has layers that store ``[inputs, outputs]``; these kinds of codes are of the turned weight.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _CONV1D_LEAF = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
+_TURNING = ("bitsandbytes", "gptq", "awq")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class QuantizedCheckpoint:
     def __init__(self, checkpoint: Checkpoint, form: QuantizedFormat) -> None:
         self.checkpoint, self.form = checkpoint, form
         self._infos = {info.name: info for info in checkpoint.infos()}
-        section = section_of(checkpoint.config)
+        section = section_of(checkpoint.config) or _section_of_manifest(checkpoint)
         versions = (section.get("checkpoint_format"), section.get("format"))
         self._plain_zeros = form.NAME == "gptq" and _GPTQ_V2 in versions
         if self._plain_zeros:
@@ -95,7 +96,7 @@ class QuantizedCheckpoint:
                 parts = (*(part for part in parts if part != index), index)
                 self._check_groups(name, index, shape, scheme, filled=not in_order)
             turned = model_type in _CONV1D_MODELS and bool(_CONV1D_LEAF.search(module_of(name)))
-            turned = turned and form.carries("conv1d") is None
+            turned = turned and form.NAME in _TURNING
             self.weights[name] = QuantizedWeight(name, shape, scheme, parts, turned, None if in_order else index)
         if not self.weights and not form.STORAGE.starts_anew:
             raise InputError(
@@ -244,10 +245,15 @@ def _fits(info: TensorInfo, spec: TensorSpec) -> bool:
     return info.shape == spec.shape or (info.numel == prod(spec.shape) == 1)
 
 
-def section_of(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The ``quantization_config`` of a config.json; empty where there is none."""
-    sections = (section for key in SECTIONS if isinstance(section := (config or {}).get(key), Mapping))
-    return next(sections, {})
+def _section_of_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How the inputs of layers are quantized, of a bare file, which has no configuration: as its manifest tells."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, layer in checkpoint.manifest.layers.items():
+        inputs = (layer.scheme or "").partition(" | inputs ")[2]
+        settings = {"strategy": "token" if "token" in inputs else "tensor", "dynamic": "dynamic" in inputs}
+        group = groups.setdefault(inputs, {"targets": [], "input_activations": settings if inputs else None})
+        group["targets"] += [module_of(name)] if layer.scheme else []
+    return {"config_groups": groups} if groups else {}
 
 
 def open_quantized(checkpoint: Checkpoint, *, as_values: bool = False) -> QuantizedCheckpoint:
@@ -298,9 +304,11 @@ def open_floats_of(checkpoint: Checkpoint) -> FloatCheckpoint | None:
         InputError: they are scaled in a way that is not read, or what is there contradicts itself.
     """
     method = _method_of(checkpoint)
-    if method not in FLOATS and not (method == "compressed-tensors" and holds_floats(checkpoint.infos())):
+    if method not in FLOATS and not (method in _MAYBE_FLOATS and holds_floats(checkpoint.infos())):
         return None
     with about(checkpoint.path):
+        if method == "compressed-tensors":
+            refuse_unread(section_of(checkpoint.config))
         return FloatCheckpoint(checkpoint, method, section_of(checkpoint.config))
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+from quantcli.checkpoint.config_file import section_of
 from quantcli.core.dtypes import FLOAT_DTYPES, SMALL_DTYPES
 from quantcli.core.tensors import TensorInfo
 
@@ -164,9 +165,8 @@ def _transposed(roles: Mapping[str, str], by_name: Mapping[str, TensorInfo]) -> 
 
 def quantization_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> str | None:
     """How a checkpoint is quantized already, or None."""
-    declared = (config or {}).get("quantization_config")
-    if isinstance(declared, dict):
-        return str(declared.get("quant_method", "quantization_config"))
+    if declared := section_of(config):
+        return str(declared.get("quant_method") or _method_of(declared))
     suffixes = {
         "weight_packed": "compressed-tensors", "weight_scale": "compressed-tensors", "qweight": "gptq or awq",
         "bitsandbytes__nf4": "bitsandbytes", "bitsandbytes__fp4": "bitsandbytes", "SCB": "bitsandbytes",
@@ -183,6 +183,13 @@ def quantization_of(infos: Iterable[TensorInfo], config: Mapping[str, Any] | Non
         if info.dtype in SMALL_DTYPES:
             return info.dtype
     return None
+
+
+def _method_of(section: Mapping[str, Any]) -> str:
+    """How weights are quantized by a configuration that does not name it, as early ones did not."""
+    if section.get("load_in_4bit") or section.get("load_in_8bit"):
+        return "bitsandbytes"
+    return "compressed-tensors" if "config_groups" in section else "quantization_config"
 
 
 def original_dtype(infos: Iterable[TensorInfo]) -> str:

@@ -85,8 +85,46 @@ _ALLOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+class _Record(dict[Any, Any]):
+    """What stands for a harmless object that is no tensor, such as a training script's options: its entries, if any.
+
+    Whatever else a pickle says of the object is taken and forgotten.
+    """
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def append(self, value: Any) -> None: ...
+
+    def extend(self, values: Any) -> None: ...
+
+
+#: What training scripts keep beside the weights, and its kind; none of it is made.
+_RECORDS = {
+    "collections": ("Counter", "defaultdict"),
+    "argparse": ("Namespace",),
+    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePosixPath"),
+    "pathlib._local": ("Path", "PosixPath", "WindowsPath", "PurePosixPath"),
+    "builtins": ("set", "frozenset", "complex", "bytearray", "slice", "range", "dict", "list"),
+    "__builtin__": ("set", "frozenset", "complex", "bytearray", "slice", "xrange", "dict", "list"),
+    "_codecs": ("encode",),
+    "datetime": ("datetime", "timedelta", "date"),
+    "numpy": ("dtype",),
+    "numpy.core.multiarray": ("scalar",),
+    "numpy._core.multiarray": ("scalar",),
+    "torch": ("device",),
+    "pytorch_lightning.utilities.parsing": ("AttributeDict",),
+    "lightning.fabric.utilities.data": ("AttributeDict",),
+    "lightning_fabric.utilities.data": ("AttributeDict",),
+}
+
+
 class _StateDictUnpickler(pickle._Unpickler):
-    """Understands tensors, containers and plain values; everything else is refused by name.
+    """Understands tensors, containers and plain values, and passes over a few records; all else is refused by name.
 
     Python's own implementation: the faster one in C allocates as many memo slots as a corrupt file asks for.
     """
@@ -101,6 +139,8 @@ class _StateDictUnpickler(pickle._Unpickler):
             return _DTYPES[name]
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
+        if name in _RECORDS.get(module, ()):
+            return _Record
         raise InputError(
             f"{self._path} is a pickle that needs {module}.{name}; quantcli reads tensors only and never runs "
             "code from a file.",

@@ -39,7 +39,8 @@ class TensorSpec:
 class TensorInfo:
     """One tensor as a checkpoint's headers describe it; no weight has been read.
 
-    ``shares`` names an earlier tensor that is the same memory (tied weights of a torch file).
+    ``shares`` names an earlier tensor that is the same memory (tied weights of a torch file). ``decoded``: its values
+    are made of codes, so that no author chose its dtype.
     """
 
     name: str
@@ -48,6 +49,7 @@ class TensorInfo:
     nbytes: int
     file: Path
     shares: str | None = None
+    decoded: bool = False
 
     @property
     def numel(self) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 from quantcli.checkpoint.config_file import read_config
 from quantcli.checkpoint.hugging_face import is_causal_config
 from quantcli.errors import InputError
+from quantcli.export.experts import can_be_taken_apart
 from quantcli.models import hugging_face
 from quantcli.system.text import first_line, listed
 
@@ -114,9 +115,10 @@ def _kind_reason(name: str, model: nn.Module, config: Any) -> NoCache | None:
     if getattr(model, "_is_stateful", False) or others:
         kind = f" ({listed(others)})" if others else ""
         return NoCache(f"{name} remembers a state of its own kind{kind}, and not keys and values alone", exports=False)
-    if any(type(module).__name__.endswith("Experts") for module in model.modules()):
+    experts = [module for module in model.modules() if type(module).__name__.endswith("Experts")]
+    if experts:
         reason = f"{name} is a mixture of experts, whose weights no operator of an export keeps as codes"
-        return NoCache(reason, exports=False)
+        return NoCache(reason, exports=all(map(can_be_taken_apart, experts)))
     return None
 
 

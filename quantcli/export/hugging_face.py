@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantcli.checkpoint.config_file import read_config
 from quantcli.checkpoint.hugging_face import load_json
 from quantcli.errors import InputError
+from quantcli.export.experts import take_apart
 from quantcli.export.source import Example, ExportSource, wave
 from quantcli.models import hugging_face
 from quantcli.models.runner import TorchRunner, open_runner
@@ -52,6 +53,7 @@ def hugging_face_source(path: Path) -> ExportSource:
     if hasattr(module, "set_attn_implementation"):
         # Plain products and a Softmax: fewer nodes, and what runtimes know how to fuse.
         module.set_attn_implementation("eager")  # type: ignore[operator]
+    take_apart(module)
     if runner.inputs[0].shape is None:
         raise InputError(
             f"{path} takes {runner.inputs[0].name}, and only models of text and images are exported.",

@@ -42,8 +42,8 @@ _EXPERTS_LEFT = {
     "format": "float-quantized",
 }
 
-#: Parts of a ``quantization_config`` that change what codes mean, or that quantize more than weights and inputs.
-_NOT_READ = ("transform_config", "sparsity_config", "kv_cache_scheme")
+#: Parts of a ``quantization_config`` that change what codes mean.
+_NOT_READ = ("transform_config", "sparsity_config")
 
 
 def supports(scheme: Scheme) -> str | None:
@@ -190,9 +190,9 @@ def find(
         InputError: codes that are not 4- or 8-bit integers, columns in an order of their own, or a part that is
             missing.
     """
-    stray = [key for key in _NOT_READ if section.get(key)]
-    if stray:
-        raise InputError(f"The model's quantization_config has a {stray[0]}, which is not read.")
+    refuse_unread(section)
+    if section.get("kv_cache_scheme"):
+        raise InputError("The model's quantization_config has a kv_cache_scheme, which is not read.")
     found = {}
     for name, info in infos.items():
         weight, mark, part = name.rpartition("weight")
@@ -214,6 +214,15 @@ def find(
             stored = infos[weight].dtype if weight in infos else "a form that is not known"
             raise InputError(f"{weight} is stored as {stored}.", f"Of {NAME}, int4 and int8 codes are read.")
     return found
+
+
+def refuse_unread(section: Mapping[str, Any]) -> None:
+    """Raise InputError where a ``quantization_config`` has a part without which codes are misread."""
+    for key in _NOT_READ:
+        part = section.get(key)
+        # Files that are not sparse may say so.
+        if part and not (isinstance(part, Mapping) and part.get("format") == "dense"):
+            raise InputError(f"The model's quantization_config has a {key}, which is not read.")
 
 
 def _find_packed(

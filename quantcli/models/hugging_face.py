@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quantcli.checkpoint.config_file import read_config
+from quantcli.checkpoint.config_file import read_config, section_of
 from quantcli.checkpoint.decoded import decoded_checkpoint
 from quantcli.checkpoint.hugging_face import is_causal_config
-from quantcli.checkpoint.quantized import FLOATS, section_of
+from quantcli.checkpoint.quantized import FLOATS
 from quantcli.errors import InputError, MissingExtraError
 from quantcli.models.library_errors import not_made
-from quantcli.models.stored_parameters import computed_tables, with_layers_for_experts
+from quantcli.models.stored_parameters import computed_tables, forget_codes, with_layers_for_experts
 from quantcli.system.text import first_line
 
 #: Parameters that a checkpoint may lack without its outputs being random.
@@ -155,7 +155,7 @@ def _with_weights(loader: Any, plain: Checkpoint, options: dict[str, Any]) -> tu
     """A model with the decoded weights of a checkpoint, and what transformers says of their names."""
     transformers = transformers_library()
     config = transformers.AutoConfig.from_pretrained(plain.folder, local_files_only=True, trust_remote_code=False)
-    method = (vars(config).pop("quantization_config", None) or {}).get("quant_method")
+    method = forget_codes(config)
     if not issubclass(loader, transformers.PreTrainedModel):
         # Only a class of its own takes weights that lie in no folder.
         with torch.device("meta"):
@@ -208,7 +208,7 @@ def build_model(path: Path) -> nn.Module:
         if named is not None:
             model = named._from_config(config, dtype=torch.float32)
         else:
-            model = transformers.AutoModel.from_config(config, dtype=torch.float32)
+            model = transformers.AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
         disable_caches(model.config)
         return model  # type: ignore[no-any-return]
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError) as error:

@@ -206,3 +206,10 @@ def with_layers_for_experts(kind: type, method: str) -> type:
 
     # The library's rules for a class hold for those of its own modules.
     return type(kind.__name__, (kind,), {"__init__": make, "__module__": kind.__module__})
+
+
+def forget_codes(config: Any) -> str | None:
+    """Take what a configuration of transformers tells of codes out of it, wherever that is; returns their kind."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {})]
+    found = [vars(part).pop("quantization_config", None) for part in parts if part is not None]
+    return next((section.get("quant_method") for section in found if section), None)

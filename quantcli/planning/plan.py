@@ -74,7 +74,7 @@ class Loader:
     - ``name``: the class, for messages.
     - ``modules``: modules of the file that it calls otherwise. ``absent``: linear modules that no tensor fills.
     - ``leave``: reasons, by tensor, why it would not run codes. ``unknown``: tensors that it does not load at all.
-    - ``untied``: heads that a file holds in the memory of the embedding, and that it does not tie.
+    - ``untied``: tensors that a file holds in the memory of others, and that it does not tie.
     - ``takes_codes``: whether it loads this class with codes of the format at all.
     - ``unpacked``: weights whose codes it takes only under the weight's own name; ``fits_nf4`` says whether it would
       run some of them as nf4.

@@ -11,12 +11,13 @@ from typing import Any
 
 from quantcli import algorithms, formats
 from quantcli.algorithms import default_rounding
-from quantcli.checkpoint.roles import LAYER_ROLES, classify, module_of
+from quantcli.checkpoint.roles import LAYER_ROLES, classify, module_of, original_dtype
 from quantcli.core.dtypes import DTYPE_OF_NUMBER
 from quantcli.core.scheme import FALLBACK_GROUP_SIZES, Scheme
 from quantcli.core.tensors import TensorInfo
 from quantcli.errors import InputError, UsageError
 from quantcli.formats.base import Storage
+from quantcli.planning.adapters import refuse_adapter
 from quantcli.planning.plan import LayerPlan, Loader, Plan
 from quantcli.planning.recipe import Recipe, Rule, SchemeSpec, build_scheme
 from quantcli.planning.requantization import refuse_quantized
@@ -59,9 +60,10 @@ def resolve(
     Raises:
         UsageError: scheme, algorithm and format do not go together, a rule matches nothing, or a group
             size that was asked for does not divide a layer.
-        InputError: the checkpoint holds quantized weights already, or nothing the scheme applies to.
+        InputError: the checkpoint is quantized, or an adapter, or holds nothing the scheme applies to.
     """
     refuse_quantized(infos, config)
+    refuse_adapter(infos)
     return _Resolver(recipe, scheme_asked_for(recipe), infos, config, data, leave or {}, loader or Loader()).plan()
 
 
@@ -92,10 +94,8 @@ class _Resolver:
         self.indivisible = False
         self._check_combination(scheme)
         floats = [info for info in infos if info.is_float]
-        by_dtype = Counter[str]()
-        for info in floats:
-            by_dtype[info.dtype] += info.numel
-        self.majority = by_dtype.most_common(1)[0][0] if by_dtype else "F32"
+        self.has_decoded = any(info.decoded for info in floats)
+        self.majority = original_dtype([info for info in floats if not info.decoded] or floats)
         self.rest_dtype = self._rest_dtype()
 
     def _scheme(self, wish: str | SchemeSpec) -> Scheme:
@@ -137,7 +137,7 @@ class _Resolver:
             wide = self.majority in ("F32", "F64")
             if not self.loader.runs_narrow:
                 return None if wide else "F32"
-            return "BF16" if wide else None
+            return "BF16" if wide else self.majority if self.has_decoded else None
         return None if wish == "keep" else DTYPE_OF_NUMBER[wish]
 
     def plan(self) -> Plan:
@@ -220,7 +220,7 @@ class _Resolver:
 
     def _decide(self, info: TensorInfo, rule: Rule | None) -> LayerPlan:
         role = self.roles[info.name]
-        if role == "tied head" and info.shares and self._is_tied_as_loaded(info):
+        if info.shares and self._is_tied_as_loaded(info, role):
             return LayerPlan(info, role, info.dtype, reason=f"tied to {info.shares}: stored once", dropped=True)
         if rule and rule.skip:
             return self._leave(info, role, SKIPPED)
@@ -242,15 +242,19 @@ class _Resolver:
             return self._leave(info, role, reason)
         return self._quantize(info, role, scheme, label, rule)
 
-    def _is_tied_as_loaded(self, info: TensorInfo) -> bool:
-        """Whether what loads the result ties a head that a file holds in the memory of the embedding.
+    def _is_tied_as_loaded(self, info: TensorInfo, role: str) -> bool:
+        """Whether what loads the result ties a head, or a table of words, that a file holds in the memory of another.
 
         A file of torch says so of any two tensors of one memory; a configuration, or its class, need not.
         """
         if self.loader.name:
-            return info.name not in self.loader.untied
+            return role in ("tied head", "embedding") and info.name not in self.loader.untied
         told = (self.config or {}).get("tie_word_embeddings")
-        return told is not False and (told is True or self.recipe.runtime[0] in (None, "transformers"))
+        return (
+            role == "tied head"
+            and told is not False
+            and (told is True or self.recipe.runtime[0] in (None, "transformers"))
+        )
 
     def _cast(self, info: TensorInfo, role: str, scheme: Scheme, label: str, rule: Rule | None) -> LayerPlan:
         if self.recipe.group_size and scheme == self.scheme:
@@ -267,7 +271,7 @@ class _Resolver:
 
     def _is_kept_fp32(self, info: TensorInfo) -> bool:
         """Whether a wide tensor stays wide: all others are 16 bits, so someone meant it."""
-        wide = info.dtype in ("F32", "F64")
+        wide = info.dtype in ("F32", "F64") and not info.decoded
         return self.recipe.rest == "auto" and wide and self.majority in ("F16", "BF16")
 
     def _is_wide_vector(self, info: TensorInfo) -> bool:

@@ -198,6 +198,53 @@ def test_powers_and_pairs(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=3e-7, atol=0)
 
 
+def test_a_plain_cast_to_eight_bits(tmp_path: Path) -> None:
+    tensors = {NAME: (random(64, 32) * 50).to(E4M3), "a.bias": random(64).to(torch.float8_e5m2), "n.weight": random(8)}
+    tensors["query_norm.scale"] = random(8).to(E4M3)  # which is a norm's weight
+    save_file(tensors, tmp_path / "cast.safetensors")
+    found = opened(tmp_path / "cast.safetensors")
+    assert {name: found.load(name).tolist() for name in tensors} == {n: t.float().tolist() for n, t in tensors.items()}
+    # Something that scales, whatever it is called, makes it another thing.
+    save_file(tensors | {"a.scale_weight": torch.ones(1)}, tmp_path / "scaled.safetensors")
+    with pytest.raises(InputError, match="has no scale, or is one of no weight"):
+        opened(tmp_path / "scaled.safetensors")
+
+
+@pytest.mark.parametrize("section", [{"quant_method": "modelopt", "quant_algo": "NVFP4"}, {}])
+def test_nvfp4_of_modelopt(tmp_path: Path, section: dict[str, Any]) -> None:
+    packed, scale = random_bytes(64, 48), (random(64, 6, seed=1).abs() * 100).to(E4M3)
+    tensors = {NAME: packed, f"{NAME}_scale": scale, f"{NAME}_scale_2": torch.tensor(0.02)}
+    tensors[NAME.replace("weight", "input_scale")] = torch.ones(1)
+    found = opened(folder_of(tmp_path / "m", tensors, section))
+    wanted = fp4_values(packed) * spread(scale.double() * 0.02, (1, 16), (64, 96))
+    torch.testing.assert_close(rows_agree(found, NAME).double(), wanted, rtol=1e-6, atol=0)
+    tensors[NAME.replace("weight", "pre_quant_scale")] = torch.ones(96)
+    with pytest.raises(InputError, match="pre_quant_scale scales the inputs of a layer"):
+        opened(folder_of(tmp_path / "awq", tensors, section))
+    integers = {NAME: packed, f"{NAME}_scale": torch.ones(64, 3)}
+    with pytest.raises(InputError, match=r"F32 \[64, 3\], which do not divide"):
+        opened(folder_of(tmp_path / "int4", integers, {"quant_method": "modelopt"}))
+
+
+def test_int8_of_bitsandbytes(tmp_path: Path) -> None:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    codes, largest = random_bytes(64, 48).view(torch.int8), random(64, seed=1).abs()
+    tensors = {NAME: codes, NAME.replace("weight", "SCB"): largest, f"{NAME}_format": torch.tensor(0).byte()}
+    for name, section in (("new", {"quant_method": "bitsandbytes"}), ("old", {"load_in_8bit": True})):
+        found = opened(folder_of(tmp_path / name, tensors, section))
+        assert [info.name for info in found.infos()] == [NAME]
+        torch.testing.assert_close(rows_agree(found, NAME), int8_vectorwise_dequant(codes, largest))
+
+
+def test_values_of_rotated_weights_are_not_the_layers(tmp_path: Path) -> None:
+    tensors = {NAME: (random(64, 32) * 50).to(E4M3), f"{NAME}_scale": torch.ones(64, 1)}
+    section = compressed("channel") | {"transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}}
+    with pytest.raises(InputError, match="has a transform_config, which is not read"):
+        opened(folder_of(tmp_path / "m", tensors, section))
+    opened(folder_of(tmp_path / "plain", tensors, section | {"transform_config": {}, "kv_cache_scheme": {"a": 1}}))
+
+
 def damaged(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], Path]:
     def make(place: Path) -> Path:
         folder, _, _ = fp8_blocks(place / "whole")
@@ -283,6 +330,20 @@ def test_fp8_to_any_scheme_is_as_from_its_values(models: Path, tmp_path: Path, s
     assert all(torch.equal(made[name], wanted[name]) for name in wanted)
     manifest = json.loads((tmp_path / "a" / "quantcli.json").read_text())
     assert manifest["source"] == {"format": "fp8"}
+
+
+@pytest.mark.usefixtures("no_runtime_check")
+@pytest.mark.parametrize("scheme", ["bf16", "int8"])
+def test_float32_beside_16_bits_is_kept(models: Path, tmp_path: Path, scheme: str) -> None:
+    folder, values = fp8_llama(models, tmp_path / "fp8")
+    kept = {"model.layers.0.mlp.gate.e_score_correction_bias": torch.tensor([9.013, 9.026])}
+    save_file(tensors_of(folder) | kept, folder / "model.safetensors")
+    skipped = "model.layers.0.mlp.up_proj"
+    convert(folder, tmp_path / "out", scheme=scheme, skip=[skipped] if scheme == "int8" else [])
+    made = tensors_of(tmp_path / "out")
+    assert torch.equal(made[next(iter(kept))], kept[next(iter(kept))])
+    # Values of codes are in float32 by no one's choice.
+    assert torch.equal(made[f"{skipped}.weight"], values[f"{skipped}.weight"].bfloat16())
 
 
 def test_inspect_names_what_it_is(models: Path, tmp_path: Path) -> None:

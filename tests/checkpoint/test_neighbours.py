@@ -42,6 +42,19 @@ def test_other_copies_of_the_weights_are_left_and_named(tmp_path: Path) -> None:
     assert warning.endswith("pytorch_model.bin, tf_model.h5, training_args.bin, int8/ and 2 more.")
 
 
+def test_what_weights_are_kept_in_may_be_another_thing(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "spk_dict.pt", "filters.npz", spk_dict_pt=100, filters_npz=100)
+    assert found(folder) == (["filters.npz", "spk_dict.pt"], [])
+    folder_with(folder, "optimizer.pt")
+    assert found(folder) == (["filters.npz"], ["optimizer.pt", "spk_dict.pt"])
+
+
+def test_an_adapter_beside_a_model_travels(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin")
+    assert found(folder) == (["adapter_config.json", "adapter_model.safetensors"], ["pytorch_model.bin"])
+    assert "An adapter lies beside" in neighbours(folder, [folder / "model.safetensors"]).warnings[1]
+
+
 def test_small_weights_in_a_subfolder_travel_and_hidden_ones_do_not(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, "head/model.safetensors", ".git/config", head_model_safetensors=100)
     assert found(folder) == (["head/model.safetensors"], [])

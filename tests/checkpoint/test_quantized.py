@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ from support.artifacts import decoded, tensors_of
 from support.quantized_models import KINDS, Artifacts, changed
 from torch import Tensor
 
-from quantcli import convert
+from quantcli import convert, formats
+from quantcli.algorithms import rtn
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint, decoded_checkpoint
 from quantcli.checkpoint.quantized import open_quantized
+from quantcli.core import numerics
+from quantcli.core.scheme import Granularity, NumberFormat, Scheme
 from quantcli.errors import InputError
 from quantcli.planning.recipe import Recipe
 
@@ -67,6 +71,61 @@ def test_transposed_weights_are_turned_back(artifact: Artifacts, models: Path) -
     own = view(artifact("nf4", "gpt2", rest="keep"))
     for name in ("transformer.h.0.attn.c_attn.weight", "transformer.h.1.mlp.c_proj.weight"):
         assert torch.equal(own.load(name), turned[name].T)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_codes_of_turned_weights_are_turned_back(models: Path, tmp_path: Path, name: str) -> None:
+    scheme = Scheme(NumberFormat("int4", Granularity("group", 32)))
+    form, tensors, wanted = formats.quantized_format(name), {}, {}
+    for key, part in tensors_of(models / "gpt2").items():
+        if not key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            tensors[key] = wanted[key] = part
+            continue
+        coded = rtn.run(part.T.contiguous(), scheme.weights, torch.float16)
+        tensors[form.codes_name(key, scheme)] = form.encode_codes(coded.codes, scheme)
+        tensors |= form.encode_scales(key, coded, scheme, "F16")
+        wanted[key] = numerics.decoded(coded).T
+    section = {"quant_method": name, "bits": 4, "group_size": 32}
+    config = json.loads((models / "gpt2" / "config.json").read_text()) | {"quantization_config": section}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({key: part.contiguous() for key, part in tensors.items()}, tmp_path / "model.safetensors")
+    found = view(tmp_path)
+    assert {key: part.shape for key, part in values(found).items()} == {k: part.shape for k, part in wanted.items()}
+    assert all(torch.equal(part, wanted[key].float()) for key, part in values(found).items())
+    info = next(info for info in found.infos() if info.name.endswith("h.0.mlp.c_proj.weight"))
+    assert torch.equal(found.read_rows(info, 5, 9), wanted[info.name][5:9])
+
+
+def test_a_section_of_the_language_model_within(artifact: Artifacts, tmp_path: Path) -> None:
+    folder = changed(artifact("int4"), tmp_path / "inner")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] = {"hidden_size": 1, "quantization_config": config.pop("quantization_config")}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = view(folder)
+    assert len(open_quantized(open_checkpoint(folder)).weights) == 14
+    assert found.config is not None and found.config["text_config"] == {"hidden_size": 1}
+
+
+def test_what_says_that_it_is_not_sparse_changes_nothing(artifact: Artifacts, tmp_path: Path) -> None:
+    folder = changed(artifact("int4"), tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text())
+    for kind, is_read in (("dense", True), ("sparse-24-bitmask", False)):
+        config["quantization_config"]["sparsity_config"] = {"format": kind, "global_sparsity": 0.1}
+        (folder / "config.json").write_text(json.dumps(config))
+        with contextlib.nullcontext() if is_read else pytest.raises(InputError, match="a sparsity_config, which is"):
+            assert len(view(folder).infos()) == len(view(artifact("int4")).infos())
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8"])
+def test_a_bare_file_of_plain_int8_tells_of_its_inputs(models: Path, tmp_path: Path, scheme: str) -> None:
+    source = models / "llama" / "model.safetensors"
+    convert(source, tmp_path / "out.safetensors", scheme=scheme)
+    found = open_quantized(open_checkpoint(tmp_path / "out.safetensors"))
+    assert {str(weight.scheme.inputs) for weight in found.weights.values()} == {
+        "int8, token, dynamic" if scheme == "int8-dynamic" else "None"
+    }
+    error = (DecodedCheckpoint(found).load(NAME) - open_checkpoint(source).load(NAME)).norm()
+    assert error < 0.02 * open_checkpoint(source).load(NAME).norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -366,7 +425,10 @@ def test_groups_that_do_not_divide_in_a_bare_file(artifact: Artifacts, tmp_path:
 def test_nothing_quantized_and_unknown_kinds(models: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="quantized as nothing"):
         open_quantized(open_checkpoint(models / "llama"))
-    save_file({"a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
+    codes = torch.zeros(4, 4).to(torch.float8_e4m3fn)
+    save_file(
+        {"a.weight": codes, "b.weight": codes.clone(), "b.weight_scale": torch.ones(1)}, tmp_path / "m.safetensors"
+    )
     with pytest.raises(InputError, match=r"a.weight \(F8_E4M3\) has no scale"):
         decoded_checkpoint(open_checkpoint(tmp_path / "m.safetensors"))
 

@@ -70,6 +70,23 @@ def test_every_model_keeps_its_layout(pipeline: Path, tmp_path: Path, scheme: st
     assert inspect(out / "unet").models[0].scheme == scheme
 
 
+def test_what_stays_is_named_plainly(tmp_path: Path) -> None:
+    """diffusers compares names, and the last parts of names, where transformers matches patterns."""
+    names = ["a.proj_out", "a.to_q", "proj_out", "narrow"]
+    tensors = {f"{name}.weight": torch.rand(128 if name != "narrow" else 20, 128) for name in names}
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps(UNET))
+    save_file(tensors, tmp_path / "m" / "diffusion_pytorch_model.safetensors")
+    convert(tmp_path / "m", tmp_path / "out", scheme="nf4", skip=["*proj_out"])
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert section["llm_int8_skip_modules"] == ["a.proj_out", "narrow", "proj_out"]
+    with pytest.raises(
+        UsageError, match=r"proj_out stays unquantized, and diffusers would take a\.proj_out for"
+    ) as caught:
+        convert(tmp_path / "m", tmp_path / "other", scheme="nf4", skip=["proj_out"], dry_run=True)
+    assert "--skip '*proj_out'" in str(caught.value.hint)
+
+
 def test_what_diffusers_does_not_load_is_refused_before_work(pipeline: Path, tmp_path: Path) -> None:
     for source in (pipeline, pipeline / "unet"):
         with pytest.raises(UsageError, match="which does not load weights stored as compressed-tensors"):

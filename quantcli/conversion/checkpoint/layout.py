@@ -13,12 +13,13 @@ from quantcli import formats
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.hugging_face import is_diffusers, weights_stem
 from quantcli.checkpoint.positional import PositionalFile
+from quantcli.checkpoint.roles import module_of
 from quantcli.checkpoint.safetensors import build_header
 from quantcli.core.dtypes import TORCH_NAMES
 from quantcli.core.manifest import MANIFEST, MANIFEST_KEY, Manifest
 from quantcli.core.tensors import TensorSpec
 from quantcli.errors import UsageError
-from quantcli.planning.plan import LayerPlan, Plan, quantization_config
+from quantcli.planning.plan import LayerPlan, Plan, left_linear_modules, quantization_config
 from quantcli.system.files import write_text
 
 #: Formats that diffusers loads for its own models.
@@ -85,6 +86,8 @@ class Layout:
         if "dtype" not in config and "torch_dtype" not in config and not is_diffusers(config):
             config["dtype"] = dtype
         section = quantization_config(plan)
+        if section and is_diffusers(config):
+            section["llm_int8_skip_modules"] = _left_in_diffusers(plan)
         return config | {"quantization_config": section} if section else config
 
     def write_manifest(self, out: Path, manifest: Manifest) -> None:
@@ -119,6 +122,8 @@ def plan_layout(plan: Plan, checkpoint: Checkpoint, target: Path) -> Layout:
             f"{checkpoint.path} is a model of diffusers, which does not load weights stored as {plan.format}.",
             "Use --scheme nf4, fp16 or bf16.",
         )
+    if is_diffusers(checkpoint.config):
+        _left_in_diffusers(plan)
     layer_specs = {layer.info.name: _layer_specs(layer, plan) for layer in plan.layers}
     shards = _fill_shards(layer_specs.values(), None if wants_file else plan.recipe.max_shard_size)
     metadata = checkpoint.metadata | {"format": "pt"}
@@ -137,6 +142,26 @@ def plan_layout(plan: Plan, checkpoint: Checkpoint, target: Path) -> Layout:
         layout.headers[name] = build_header(specs, metadata, reserve)
         layout.nbytes += layout.headers[name][2]
     return layout
+
+
+def _left_in_diffusers(plan: Plan) -> list[str]:
+    """Modules that diffusers (0.42 was read) is to leave: by plain names, where transformers has patterns.
+
+    It leaves what is called so, whatever is within it, and what ends in a name without dots. Raises UsageError where
+    that would leave a quantized module as well.
+    """
+    names = {module_of(layer.info.name) for layer in plan.layers}
+    quantized = [module_of(layer.info.name) for layer in plan.layers if layer.has_codes]
+    left = [name for name in dict.fromkeys(left_linear_modules(plan)) if name in names]
+    for name in left:
+        for other in quantized:
+            if other.rpartition(".")[2] == name or f"{name}." in other:
+                globs = dict.fromkeys(f"--skip '*{each}'" for each in (name, other.rpartition(".")[2]))
+                raise UsageError(
+                    f"{name} stays unquantized, and diffusers would take {other} for unquantized as well.",
+                    f"Leave both: {' '.join(globs)}",
+                )
+    return left
 
 
 def _layer_specs(layer: LayerPlan, plan: Plan) -> dict[str, TensorSpec]:

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint.config_file import read_config
-from quantcli.checkpoint.quantized import section_of
+from quantcli.checkpoint.config_file import read_config, section_of
 from quantcli.system.child import raise_if_out_of_memory
 from quantcli.system.text import first_line
 
@@ -77,7 +76,7 @@ def _loading_info(
     loader = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
     if keep:
         loader = _with_blocks(loader, config, keep)
-    options = {"device_map": device} if device else {}
+    options: dict[str, Any] = {"trust_remote_code": False} | ({"device_map": device} if device else {})
     options |= {"dtype": dtype} if dtype else {}
     model, info = loader.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
     return model, {kind: {_name(entry) for entry in info.get(kind, ())} for kind in _KINDS}
@@ -90,7 +89,7 @@ def _with_blocks(loader: Any, config: Any, keep: Blocks) -> type:
 
     if loader is transformers.AutoModel:
         with torch.device("meta"):
-            loader = type(transformers.AutoModel.from_config(config))
+            loader = type(transformers.AutoModel.from_config(config, trust_remote_code=False))
 
     def make(self: Any, *args: Any, **kwargs: Any) -> None:
         loader.__init__(self, *args, **kwargs)

@@ -25,7 +25,7 @@ from quantcli.system.text import first_line
 def survey(request: dict[str, Any]) -> dict[str, Any]:
     """What `quantcli.planning.plan.Loader` holds, or an ``error`` where transformers has no such model.
 
-    ``request``: ``folder`` of the original, ``tensors`` by name (``shape``), heads that are ``twins`` of an embedding,
+    ``request``: ``folder`` of the original, ``tensors`` by name (``shape``), those that are ``twins`` of others,
     ``coded`` by name (``role``, ``packed``, ``inputs``, and whether a rule ``asked`` for it), ``format``, and the
     ``dtype`` of the result by torch's name.
     """
@@ -48,7 +48,7 @@ def build(folder: str, dtype: str) -> Any:
     with torch.device("meta"):
         if named is not None:
             return named._from_config(config, dtype=getattr(torch, dtype)).eval()
-        return transformers.AutoModel.from_config(config, dtype=getattr(torch, dtype)).eval()
+        return transformers.AutoModel.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False).eval()
 
 
 class _Survey:
@@ -155,7 +155,7 @@ class _Survey:
         return loaded, joined, unknown
 
     def _untied(self) -> list[str]:
-        """Heads in the memory of an embedding, in a file of torch, that the class does not tie."""
+        """Tensors in the memory of others, in a file of torch, that the class does not tie."""
         names = parameter_names(self.model, self.request.get("twins", ()))
         known = self.model.state_dict().keys() - self.model.all_tied_weights_keys.keys()
         return [name for name, loaded in names.items() if loaded in known]

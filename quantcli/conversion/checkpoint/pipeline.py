@@ -39,7 +39,7 @@ BASE_MEMORY_BYTES = 300 << 20
 _CALIBRATED_WEIGHT = 100
 
 #: Files that tell how weights are stored: rewritten, or no longer true.
-_OF_WEIGHTS = ("config.json", "quantcli.json", "quantize_config.json", "quant_config.json")
+_OF_WEIGHTS = ("config.json", "quantcli.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 class Work(Protocol):

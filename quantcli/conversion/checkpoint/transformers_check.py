@@ -248,7 +248,7 @@ class RuntimeCheck:
         return {
             "folder": str(self._checkpoint.folder),
             "tensors": {layer.info.name: layer.info.shape for layer in plan.layers if not layer.dropped},
-            "twins": [layer.info.name for layer in plan.layers if layer.role == "tied head" and layer.info.shares],
+            "twins": [layer.info.name for layer in plan.layers if layer.info.shares],
             "coded": coded,
             "format": plan.format,
             "dtype": TORCH_NAMES[plan.dtype],

@@ -484,3 +484,16 @@ def test_a_head_in_the_memory_of_the_embedding_is_stored_where_the_class_does_no
     served = convert(tmp_path / "m", tmp_path / "served", scheme="int8", target="vllm", dry_run=True)
     reason = next(layer.reason for layer in served.layers if layer.name == "lm_head.weight")
     assert ("stored once" in str(reason)) == bool(told)
+
+
+def test_tables_that_the_class_ties_are_stored_once(models: Path, tmp_path: Path) -> None:
+    """A file of torch has a name for each of an encoder-decoder's tables, and one memory for all."""
+    model: Any = transformers.BartForConditionalGeneration.from_pretrained(models / "bart")
+    model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "m" / "pytorch_model.bin")
+    convert(tmp_path / "m", tmp_path / "out", scheme="nf4")
+    tables = [name for name in load_file(tmp_path / "out" / "model.safetensors") if "embed_tokens" in name]
+    assert tables == []
+    _, info = transformers.BartForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]

@@ -16,6 +16,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands.convert import convert
 from quantcli.conversion.checkpoint import proof, transformers_check
 from quantcli.conversion.checkpoint.layout import plan_layout
+from quantcli.conversion.checkpoint.loader_load import load
 from quantcli.conversion.checkpoint.loader_memory import Blocks
 from quantcli.conversion.checkpoint.transformers_check import RuntimeCheck
 from quantcli.errors import InputError, NotProvenError
@@ -273,6 +274,27 @@ def test_a_model_larger_than_memory_is_run_in_part(
     assert runtime["blocks"] == {"model.layers": {"run": ["0", "2", "3"], "of": 4}}
     assert "runs 18 of 25 quantized layers" in runtime["summary"]
     assert "(blocks 0, 2, 3 of 4 in model.layers)" in runtime["summary"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_blocks_that_are_left_out_are_not_made(llama: Path, *, named: bool) -> None:
+    """The others keep their names, and so their values; nothing is missing, and the class is what it was."""
+    whole: Any = transformers.LlamaForCausalLM.from_pretrained(llama)
+    config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
+    path = "model.layers" if named else "layers"
+    if not named:
+        (llama / "config.json").write_text(json.dumps(config | {"architectures": None}), encoding="utf-8")
+    model, answer = load(str(llama), str(llama), None, keep={path: ["0", "3"]})
+    assert (answer["checked"], answer["problems"]) == (True, [])
+    assert answer["class"] == type(model).__name__ == ("LlamaForCausalLM" if named else "LlamaModel")
+    made, values = model.state_dict(), (whole if named else whole.model).state_dict()
+    assert made.keys() == {name for name in values if not name.startswith((f"{path}.1.", f"{path}.2."))}
+    assert all(torch.equal(made[name], values[name]) for name in made)
+    for key in ("2", "1"):
+        del whole.model.layers[int(key)]
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids)[0], (whole if named else whole.model)(ids)[0])
 
 
 def test_layers_that_are_not_compared_are_not_called_run() -> None:
