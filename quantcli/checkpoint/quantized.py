@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,7 @@ class QuantizedCheckpoint:
         groups = self._group_indices()
         hidden = {index.name for index, _ in groups.values()}
         plain = {name: info for name, info in self._infos.items() if name not in hidden}
-        model_type = (checkpoint.config or {}).get("model_type")
+        turned_parts = _turned_parts(checkpoint.config, plain) if form.NAME in _TURNING else ()
         self.weights: dict[str, QuantizedWeight] = {}
         for name, (shape, found) in form.find(plain, section, self._load).items():
             scheme = self._of_version_2(name, shape, found) if self._plain_zeros else found
@@ -95,8 +96,7 @@ class QuantizedCheckpoint:
             if index is not None:
                 parts = (*(part for part in parts if part != index), index)
                 self._check_groups(name, index, shape, scheme, filled=not in_order)
-            turned = model_type in _CONV1D_MODELS and bool(_CONV1D_LEAF.search(module_of(name)))
-            turned = turned and form.NAME in _TURNING
+            turned = name.startswith(turned_parts) and bool(_CONV1D_LEAF.search(module_of(name)))
             self.weights[name] = QuantizedWeight(name, shape, scheme, parts, turned, None if in_order else index)
         if not self.weights and not form.STORAGE.starts_anew:
             raise InputError(
@@ -243,6 +243,22 @@ def _fits(info: TensorInfo, spec: TensorSpec) -> bool:
     if ".quant_state." in info.name:
         return True
     return info.shape == spec.shape or (info.numel == prod(spec.shape) == 1)
+
+
+def _turned_parts(config: Mapping[str, Any] | None, names: Iterable[str]) -> tuple[str, ...]:
+    """What names begin with in models, or parts of models, whose layers may store ``[inputs, outputs]``.
+
+    A part is named as its configuration is (``decoder`` of a model that captions pictures), or anywhere.
+    """
+    config, names = config or {}, list(names)
+    if config.get("model_type") in _CONV1D_MODELS:
+        return ("",)
+    parts = [
+        f"{key.removesuffix('_config')}."
+        for key, part in config.items()
+        if isinstance(part, Mapping) and part.get("model_type") in _CONV1D_MODELS
+    ]
+    return tuple(part if any(name.startswith(part) for name in names) else "" for part in parts)
 
 
 def _section_of_manifest(checkpoint: Checkpoint) -> dict[str, Any]:

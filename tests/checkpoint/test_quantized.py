@@ -73,6 +73,23 @@ def test_transposed_weights_are_turned_back(artifact: Artifacts, models: Path) -
         assert torch.equal(own.load(name), turned[name].T)
 
 
+def test_transposed_weights_of_a_part_are_turned_back(artifact: Artifacts, models: Path, tmp_path: Path) -> None:
+    """GPT-2 says what a model of pictures sees, whose other part has linear layers under the same names."""
+    folder = artifact("nf4", "gpt2")
+    config = json.loads((folder / "config.json").read_text())
+    section = config.pop("quantization_config")
+    whole = {"model_type": "vision-encoder-decoder", "decoder": config, "quantization_config": section}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = tensors_of(folder)
+    tensors |= {f"encoder.{name}": part.clone() for name, part in tensors.items() if ".h.0.mlp.c_fc." in name}
+    named = {name if name.startswith("encoder.") else f"decoder.{name}": part for name, part in tensors.items()}
+    save_file(named, tmp_path / "model.safetensors")
+    shapes = {info.name: info.shape for info in view(tmp_path).infos()}
+    for info in open_checkpoint(models / "gpt2").infos():
+        assert shapes[f"decoder.{info.name}"] == info.shape
+    assert shapes["encoder.transformer.h.0.mlp.c_fc.weight"] == shapes["decoder.transformer.h.0.mlp.c_fc.weight"][::-1]
+
+
 @pytest.mark.parametrize("name", ["gptq", "awq"])
 def test_codes_of_turned_weights_are_turned_back(models: Path, tmp_path: Path, name: str) -> None:
     scheme = Scheme(NumberFormat("int4", Granularity("group", 32)))
