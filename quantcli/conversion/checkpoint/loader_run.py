@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,7 @@ class _Comparison:
         begun: list[str] = []
         hooks = []
         for name, module in self.layers.items():
-            hooks.append(module.register_forward_pre_hook(lambda _, __, name=name: begun.append(name)))
+            hooks.append(module.register_forward_pre_hook(self._beginning(name, begun)))
             hooks.append(module.register_forward_hook(self._hook(name, begun), with_kwargs=True))
         for inputs in candidates(self.model):
             begun.clear()
@@ -149,6 +150,16 @@ class _Comparison:
         for hook in hooks:
             hook.remove()
         self._reached = len(self._seen)
+
+    def _beginning(self, name: str, begun: list[str]) -> Any:
+        crashes = self.quantized.weights[name].scheme.weights.dtype == "nf4" and _crashes_without_rows()
+
+        def begin(_: Any, args: Any) -> None:
+            begun.append(name)
+            if crashes and args and not args[0].numel():
+                raise RuntimeError("it is given no rows, at which bitsandbytes crashes on this processor")
+
+        return begin
 
     def _hook(self, name: str, begun: list[str]) -> Any:
         def compare(_: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -250,6 +261,14 @@ class _Comparison:
                 f"{name} computes something else than its codes say (error {error:.3g} of {size:.3g}, {limit:.3g} "
                 "allowed)"
             )
+
+
+@cache
+def _crashes_without_rows() -> bool:
+    """Whether bitsandbytes (0.50) multiplies by its kernel for AVX512-BF16, which divides by the number of rows."""
+    from bitsandbytes import functional
+
+    return bool(getattr(functional, "has_avx512bf16", lambda: False)())
 
 
 def _rms(values: Tensor) -> Tensor:

@@ -497,3 +497,26 @@ def test_tables_that_the_class_ties_are_stored_once(models: Path, tmp_path: Path
     assert tables == []
     _, info = transformers.BartForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
+
+
+def test_a_layer_that_is_given_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' kernel divides by the number of rows, and ends the process: of a sound that is not there, say."""
+
+    class Hears(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ear = torch.nn.Linear(64, 64, bias=False)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.ear(x[x[:, 0] > 9])
+
+    save_file({"ear.weight": torch.randn(64, 64)}, tmp_path / "m.safetensors")
+    convert(tmp_path / "m.safetensors", tmp_path / "nf4.safetensors", scheme="nf4")
+    quantized = open_quantized(open_checkpoint(tmp_path / "nf4.safetensors"))
+    monkeypatch.setattr(loader_run, "candidates", lambda _: iter([{"x": torch.zeros(3, 64)}]))
+    for crashes in (True, False):
+        monkeypatch.setattr(loader_run, "_crashes_without_rows", lambda crashes=crashes: crashes)
+        comparison = loader_run._Comparison(Hears(), quantized, {"ear.weight": "ear.weight"}, {})
+        comparison.run()
+        assert comparison.broken == ("ear.weight" if crashes else None)
+        assert ("is given no rows" in str(comparison.error)) == crashes
