@@ -73,3 +73,16 @@ def test_a_decoder_of_pictures_or_sound_is_given_ids_to_go_on_from(given: str) -
     first = next(candidates(Model()))
     assert first.keys() == {given, "decoder_input_ids"}
     assert int(first["decoder_input_ids"].max()) < 40
+
+
+def test_flattened_patches_have_their_places_before_them() -> None:
+    class Model(torch.nn.Module):
+        main_input_name = "flattened_patches"
+        config = SimpleNamespace(patch_embed_hidden_size=12, vocab_size=40)
+
+        def forward(self, flattened_patches: object = None, decoder_input_ids: object = None) -> None:
+            return None
+
+    patches = next(candidates(Model()))["flattened_patches"]
+    assert patches.shape[-1] == 14
+    assert patches[0, :5, :2].tolist() == [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1]]

@@ -203,6 +203,20 @@ def _document() -> Made:
     return "UdopForConditionalGeneration", t.UdopConfig(**_T5, image_size=32, patch_size=8), given
 
 
+def _patches() -> Made:
+    import torch
+    import transformers as t
+
+    reads = {**_T5, "hidden_size": 64}
+    reads.pop("d_model")
+    sees = {**_SMALL, "patch_embed_hidden_size": 768, "d_ff": 128, "d_kv": 16, "seq_len": 64}
+    sees.pop("intermediate_size")
+    places = torch.arange(12).float()
+    rows_and_columns = torch.stack([places // 4 + 1, places % 4 + 1], -1).expand(SAMPLES, 12, 2)
+    given = {"flattened_patches": torch.cat([rows_and_columns, _noise(12, 768)], -1), **_said()}
+    return "Pix2StructForConditionalGeneration", t.Pix2StructConfig(text_config=reads, vision_config=sees), given
+
+
 def _decision() -> Made:
     import torch
     import transformers as t
@@ -239,6 +253,7 @@ CASES: Mapping[str, Callable[[], Made]] = {
     "speech-encoder-decoder": _listener,
     "encoder-decoder": _translator,
     "udop": _document,
+    "pix2struct": _patches,
     "decision_transformer": _decision,
     "patchtst": _series,
 }

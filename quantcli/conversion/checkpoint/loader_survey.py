@@ -15,7 +15,7 @@ from quantcli.conversion.checkpoint.loader_dtypes import is_kept_wide, mixes_dty
 from quantcli.conversion.checkpoint.loader_experts import held_one_by_one, stacked_as_loaded
 from quantcli.conversion.checkpoint.loader_rows import rearranged, rules_against_codes
 from quantcli.conversion.checkpoint.made_up_inputs import candidates
-from quantcli.conversion.checkpoint.watched import watched_dtypes, watched_weights, watched_writes
+from quantcli.conversion.checkpoint.watched import names_weight, watched_dtypes, watched_weights, watched_writes
 from quantcli.models.hugging_face import output_head
 from quantcli.models.library_errors import is_of_its_own_code
 from quantcli.models.stored_parameters import parameter_names, use_layers_for_experts
@@ -350,6 +350,12 @@ class _Survey:
                 except Exception:
                     continue
                 break
+            else:
+                # Nothing made up runs through it, so that the code around the layers tells.
+                for name in targets:
+                    outer, _, leaf = self.loaded[name].removesuffix(".weight").rpartition(".")
+                    if names_weight(self.modules[outer], leaf):
+                        self.leave[name] = f"{self.name} of transformers reads its weight"
         for hook in hooks:
             hook.remove()
         for name in written:

@@ -17,7 +17,9 @@ def candidates(model: Any, device: str = "cpu") -> Iterator[dict[str, Any]]:
     """
     import torch
 
-    makers: list[Callable[[Any], dict[str, Any]]] = [_text_and_pixels, _text, _text_to_text, _pixels, _sound, _features]
+    makers: list[Callable[[Any], dict[str, Any]]] = [
+        *(_text_and_pixels, _text, _text_to_text, _pixels, _patches, _sound, _features)
+    ]
     made = [make(model) for make in makers]
     made.sort(key=lambda inputs: model.main_input_name not in inputs)
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
@@ -90,6 +92,18 @@ def _pixels(model: Any) -> dict[str, Any]:
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     pixels = {"pixel_values": _noise(_BATCH, _find(model.config, "num_channels") or 3, height, width)}
     return pixels | _said(model)
+
+
+def _patches(model: Any) -> dict[str, Any]:
+    """Patches of pictures of any size, each behind its row and column, counted from one (Pix2Struct)."""
+    import torch
+
+    width = _find(model.config, "patch_embed_hidden_size")
+    if not isinstance(width, int):
+        return {}
+    place = torch.arange(_TOKENS, device="cpu").float()
+    places = torch.stack([place // 4 + 1, place % 4 + 1], -1).expand(_BATCH, _TOKENS, 2)
+    return {"flattened_patches": torch.cat([places, _noise(_BATCH, _TOKENS, width)], -1)} | _said(model)
 
 
 def _text_and_pixels(model: Any) -> dict[str, Any]:

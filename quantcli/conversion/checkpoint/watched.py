@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Collection
 from typing import Any
+
+
+def names_weight(module: Any, leaf: str) -> bool:
+    """Whether the code of a module's forward pass names the weight of a layer in it, whatever it does with that."""
+    try:
+        source = inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"\bself\.{re.escape(leaf)}\.weight\b", source) is not None
 
 
 class watched_weights:

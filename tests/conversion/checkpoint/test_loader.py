@@ -17,7 +17,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint
 from quantcli.checkpoint.quantized import open_quantized
 from quantcli.commands.convert import convert
-from quantcli.conversion.checkpoint import loader_run
+from quantcli.conversion.checkpoint import loader_run, loader_survey
 from quantcli.conversion.checkpoint.loader_survey import _computes_plainly, survey
 from quantcli.errors import InputError, UsageError
 from quantcli.planning.plan import Plan
@@ -175,6 +175,18 @@ def test_layers_to_the_dtype_of_whose_weights_inputs_are_cast_are_left(tmp_path:
     left = surveyed(tmp_path / "cast", "nf4")[1]["leave"]
     assert {name.split(".")[-2] for name, reason in left.items() if "casts to the dtype" in reason} == {"wo"}
     assert not any("casts to the dtype" in why for why in surveyed(tmp_path / "cast", "int8")[1]["leave"].values())
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_what_cannot_be_watched_is_read_in_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    """Where no inputs can be made up that the model runs on, its code tells whether it casts to a weight's dtype."""
+    if not runs:
+        monkeypatch.setattr(loader_survey, "candidates", lambda *_: iter(()))
+    tiny_architectures.build("hand:pix2struct", tmp_path / "cast")
+    left = surveyed(tmp_path / "cast", "nf4")[1]["leave"]
+    assert {name.split(".")[-2] for name in left} == {"wo"}
 
 
 def test_a_class_that_does_not_run_in_bfloat16_keeps_its_dtype(tmp_path: Path) -> None:
