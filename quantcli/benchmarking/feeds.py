@@ -126,7 +126,7 @@ def _that_run(sources: Sequence[ModelSource], made: dict[int, list[Arrays]]) -> 
 
 def _usual_length(sources: Sequence[ModelSource]) -> int:
     """Tokens of a sequence where nobody says it: fewer than usual where a model takes fewer, or is to generate more."""
-    from quantcli.models.hugging_face import longest_sequence
+    from quantcli.models.positions import longest_sequence
 
     room = NEW_TOKENS if wants_generation(sources) else 0
     folders = [source.folder for source in sources if source.checkpoint or Path(source.path).is_dir()]

@@ -47,7 +47,7 @@ _PART = re.compile(
 )
 
 #: Where transformers has layers that store ``[inputs, outputs]``; these kinds of codes are of the turned weight.
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 _CONV1D_LEAF = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
 _TURNING = ("bitsandbytes", "gptq", "awq")
 

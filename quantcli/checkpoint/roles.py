@@ -112,6 +112,9 @@ def _by_shape(info: TensorInfo, by_name: Mapping[str, TensorInfo]) -> str:
         return "bias"
     if _is_experts(info):
         return "experts"
+    if parameter in ("gamma", "beta") and len(info.shape) == 1 and "norm" in _leaf(module).lower():
+        # As TensorFlow names them, and BERT's own files still do; transformers loads them as weight and bias.
+        return "norm" if parameter == "gamma" else "bias"
     if parameter != "weight":
         return "parameter"
     matrix = "embedding" if _is_embedding(module, by_name) else "linear"

@@ -19,6 +19,7 @@ from quantcli.core.ports import CACHE_INPUT, CACHE_OUTPUT
 from quantcli.export.cache_shape import CacheShape, read_cache_shape
 from quantcli.export.source import Example, ExportSource, wave
 from quantcli.models import hugging_face
+from quantcli.models.positions import longest_sequence
 from quantcli.models.runner import TorchRunner, open_runner
 from quantcli.models.stored_parameters import vocabulary_of
 
@@ -104,7 +105,7 @@ def _whole_length(folder: Path) -> int:
     config = hugging_face.load_config(folder)
     window = getattr(config, "sliding_window", None) or 0
     length = window + 8 if 0 < window < _LONGEST else _WHOLE
-    return min(max(length, _WHOLE), hugging_face.longest_sequence(folder))
+    return min(max(length, _WHOLE), longest_sequence(folder))
 
 
 def _example(model: nn.Module, shape: CacheShape, names: list[str], batch: int, length: int, past: int) -> Example:

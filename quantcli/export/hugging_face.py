@@ -16,6 +16,7 @@ from quantcli.errors import InputError
 from quantcli.export.experts import take_apart
 from quantcli.export.source import Example, ExportSource, wave
 from quantcli.models import hugging_face
+from quantcli.models.positions import longest_sequence
 from quantcli.models.runner import TorchRunner, open_runner
 from quantcli.models.stored_parameters import vocabulary_of
 from quantcli.system.text import first_line
@@ -102,7 +103,7 @@ def _output_names(module: nn.Module, example: Example, options: dict[str, Any], 
 
 def _tokens(module: nn.Module, path: Path, names: list[str]) -> list[Example]:
     """Two batches of tokens, some padded; any tokens do, as only torch and its own export are compared."""
-    words, longest = vocabulary_of(module), hugging_face.longest_sequence(path)
+    words, longest = vocabulary_of(module), longest_sequence(path)
     examples = []
     for batch, length in ((2, min(12, longest)), (3, min(7, longest))):
         ids = (torch.arange(batch * length).reshape(batch, length) * 37 + 5) % words

@@ -141,7 +141,10 @@ def hugging_face_ports(path: Path, *, text: bool = False) -> tuple[Port, ...]:
             ports.append(Port("token_type_ids", np.dtype(np.int64), ids, True))
         ports = [port for port in ports if port.name == "input_ids" or port.name in taken]
     elif main == "pixel_values":
-        ports = [Port(main, np.dtype(np.float32), ("batch", "channels", "height", "width"))]
+        # A model of videos has as many pictures in a row.
+        picture = ("channels", "height", "width")
+        shape = ("batch", "frames", *picture) if isinstance(config.get("num_frames"), int) else ("batch", *picture)
+        ports = [Port(main, np.dtype(np.float32), shape)]
     else:
         # Of a class that reads sound under either name `inputs` means whichever it is (SpeechEncoderDecoder).
         ports = [] if main == "inputs" and "input_values" in taken else [_tensor(main, optional=False)]

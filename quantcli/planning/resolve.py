@@ -250,11 +250,7 @@ class _Resolver:
         if self.loader.name:
             return role in ("tied head", "embedding") and info.name not in self.loader.untied
         told = (self.config or {}).get("tie_word_embeddings")
-        return (
-            role == "tied head"
-            and told is not False
-            and (told is True or self.recipe.runtime[0] in (None, "transformers"))
-        )
+        return role == "tied head" and bool(self.recipe.runtime[0] in (None, "transformers") if told is None else told)
 
     def _cast(self, info: TensorInfo, role: str, scheme: Scheme, label: str, rule: Rule | None) -> LayerPlan:
         if self.recipe.group_size and scheme == self.scheme:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from support.artifacts import decoded, tensors_of
 from support.quantized_models import KINDS, Artifacts, changed
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from quantcli import convert, formats
 from quantcli.algorithms import rtn
+from quantcli.checkpoint import quantized
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.decoded import DecodedCheckpoint, decoded_checkpoint
 from quantcli.checkpoint.quantized import open_quantized
@@ -88,6 +91,17 @@ def test_transposed_weights_of_a_part_are_turned_back(artifact: Artifacts, model
     for info in open_checkpoint(models / "gpt2").infos():
         assert shapes[f"decoder.{info.name}"] == info.shape
     assert shapes["encoder.transformer.h.0.mlp.c_fc.weight"] == shapes["decoder.transformer.h.0.mlp.c_fc.weight"][::-1]
+
+
+def test_every_model_of_turned_layers_is_known() -> None:
+    """By what the installed transformers imports where: a new one would be read as it is not."""
+    models = Path(transformers.__file__).parent / "models"
+    files = (
+        file for file in models.glob("*/modeling_*.py") if re.search(r"import .*\bConv1D\b", file.read_text("utf-8"))
+    )
+    turned = {file.parent.name for file in files}
+    known = {name.replace("-gpt", "").removesuffix("_decoder") for name in quantized._CONV1D_MODELS}
+    assert turned and turned <= known
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])

@@ -285,12 +285,19 @@ def test_what_is_no_layer() -> None:
     assert classify([], None) == {}
 
 
+def test_norms_under_the_names_of_tensorflow() -> None:
+    """BERT's own files and those of ESM name them so; a scale of a layer that is called gamma is none."""
+    found = roles(info("a.LayerNorm.gamma", 64), info("a.LayerNorm.beta", 64), info("blocks.0.ls1.gamma", 64))
+    assert list(found.values()) == ["norm", "bias", "parameter"]
+
+
 @pytest.mark.parametrize(
     ("infos", "config", "expected"),
     [
         ([info("a.weight", 2, 2)], {"dtype": "bfloat16"}, None),
         ([info("a.weight", 2, 2)], {"quantization_config": {"quant_method": "awq"}}, "awq"),
-        ([info("a.weight", 2, 2)], {"quantization_config": {}}, "quantization_config"),
+        # It is what some exporters leave behind of a section, and says nothing.
+        ([info("a.weight", 2, 2)], {"quantization_config": {}}, None),
         ([info("a.weight_packed", 2, 2, dtype="I32")], None, "compressed-tensors"),
         ([info("a.qweight", 2, 2, dtype="I32")], None, "gptq or awq"),
         ([info("a.weight.quant_state.bitsandbytes__nf4", 2, dtype="U8")], None, "bitsandbytes"),

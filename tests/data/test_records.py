@@ -17,7 +17,7 @@ from quantcli.data.request import DataRequest
 from quantcli.data.samples import Samples, load_samples
 from quantcli.data.text_files import load_labelled_texts
 from quantcli.errors import InputError
-from quantcli.models.hugging_face import longest_sequence
+from quantcli.models.positions import longest_sequence
 
 INT64 = np.dtype("int64")
 

@@ -62,6 +62,14 @@ def test_sound_under_either_name_is_enough(tmp_path: Path) -> None:
     assert ports["input_values"].optional and "decoder_input_ids" in ports
 
 
+def test_a_model_of_videos_takes_pictures_in_a_row(tmp_path: Path) -> None:
+    assert len(named(tmp_path, "ViTForImageClassification")["pixel_values"].shape or ()) == 4
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["VideoMAEForVideoClassification"], "num_frames": 4})
+    )
+    assert hugging_face_ports(tmp_path)[0].shape == ("batch", "frames", "channels", "height", "width")
+
+
 @pytest.mark.parametrize("given", ["pixel_values", "input_values"])
 def test_a_decoder_of_pictures_or_sound_is_given_ids_to_go_on_from(given: str) -> None:
     class Model(torch.nn.Module):

@@ -353,8 +353,7 @@ class _Survey:
             else:
                 # Nothing made up runs through it, so that the code around the layers tells.
                 for name in targets:
-                    outer, _, leaf = self.loaded[name].removesuffix(".weight").rpartition(".")
-                    if names_weight(self.modules[outer], leaf):
+                    if names_weight(self.modules, self.loaded[name]):
                         self.leave[name] = f"{self.name} of transformers reads its weight"
         for hook in hooks:
             hook.remove()

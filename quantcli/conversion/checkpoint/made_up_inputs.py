@@ -90,8 +90,11 @@ def _noise(*shape: int) -> Any:
 def _pixels(model: Any) -> dict[str, Any]:
     size = _find(model.config, "image_size") or 64
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    pixels = {"pixel_values": _noise(_BATCH, _find(model.config, "num_channels") or 3, height, width)}
-    return pixels | _said(model)
+    frames = getattr(model.config, "num_frames", None)
+    row = (frames,) if isinstance(frames, int) else ()
+    return {"pixel_values": _noise(_BATCH, *row, _find(model.config, "num_channels") or 3, height, width)} | _said(
+        model
+    )
 
 
 def _patches(model: Any) -> dict[str, Any]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
-def names_weight(module: Any, leaf: str) -> bool:
-    """Whether the code of a module's forward pass names the weight of a layer in it, whatever it does with that."""
+def names_weight(modules: Mapping[str, Any], weight: str) -> bool:
+    """Whether the code of the module around a layer names the layer's weight, whatever it does with that.
+
+    Args:
+        modules: those of a model, by name.
+        weight: of the layer, as the model names it.
+    """
+    outer, _, leaf = weight.removesuffix(".weight").rpartition(".")
     try:
-        source = inspect.getsource(type(module).forward)
+        source = inspect.getsource(type(modules[outer]).forward)
     except (OSError, TypeError):
         return False
     return re.search(rf"\bself\.{re.escape(leaf)}\.weight\b", source) is not None

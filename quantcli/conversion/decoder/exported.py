@@ -18,7 +18,8 @@ from quantcli.conversion.decoder.proof import (
 )
 from quantcli.errors import InputError
 from quantcli.models.decoder import Decoder, cached_decoder
-from quantcli.models.hugging_face import load_config, longest_sequence
+from quantcli.models.hugging_face import load_config
+from quantcli.models.positions import longest_sequence
 from quantcli.models.session import Session
 
 #: Tokens of the made-up text, and windows of attention up to this length that it passes.

@@ -13,7 +13,8 @@ from quantcli.export.cache_shape import read_cache_shape
 from quantcli.export.decoder.architecture import why_not_built
 from quantcli.export.decoder.genai import Dimensions, genai_config
 from quantcli.models.decoder import GENAI_CONFIG, LOGITS
-from quantcli.models.hugging_face import load_config, longest_sequence
+from quantcli.models.hugging_face import load_config
+from quantcli.models.positions import longest_sequence
 from quantcli.onnx.graph.operands import Operand, operand_of
 from quantcli.onnx.graph.save import save_graph
 from quantcli.planning.recipe import Recipe, Rule, build_scheme

@@ -46,12 +46,13 @@ class IllustratedTexts:
     """Records of text with images, one sample each; those without an image are left out."""
 
     def __init__(self, request: DataRequest, ports: Sequence[Port], folder: Path) -> None:
-        from quantcli.models import hugging_face, processors
+        from quantcli.models import processors
+        from quantcli.models.positions import longest_sequence
 
         if request.seq_len is not None and request.seq_len < 2:
             raise UsageError(f"--seq-len {request.seq_len}: at least two tokens are needed.")
         self._path, self._ports, self._folder = Path(request.data), ports, folder
-        self._longest = request.seq_len or hugging_face.longest_sequence(folder)
+        self._longest = request.seq_len or longest_sequence(folder)
         self._placeholders = set(processors.placeholder_ids(folder))
         self._processor = processors.load_processor(folder)
         self.labels: Labels = ""

@@ -52,6 +52,7 @@ class TextSource:
         folder: Path | None,
     ) -> None:
         from quantcli.models import hugging_face  # brings torch
+        from quantcli.models.positions import longest_sequence
 
         path, seq_len = Path(request.data), request.seq_len
         if seq_len is not None and seq_len < 2:
@@ -67,7 +68,7 @@ class TextSource:
         config = next((each for each in (folder, place) if each and (each / "config.json").is_file()), None)
         causal = hugging_face.is_causal(config) if request.windows is None and config else bool(request.windows)
         self._fixed = _fixed_length(ports)
-        longest = hugging_face.longest_sequence(config) if config else DEFAULT_LENGTH
+        longest = longest_sequence(config) if config else DEFAULT_LENGTH
         self._length = seq_len or self._fixed or min(DEFAULT_LENGTH, longest)
         if self._fixed and self._length != self._fixed:
             raise UsageError(f"--seq-len {seq_len}: the model takes sequences of {self._fixed} tokens.")
