@@ -1,10 +1,12 @@
 """Budgets beside single schemes: what is kept of a model at the same size, and what a second budget takes.
 
-Run: .venv/bin/python tests/benchmarks/benchmark_budgets.py [smollm2] [smollm2-gptq] [efficientnet] [recognizer]
+Run: .venv/bin/python tests/benchmarks/benchmark_budgets.py [PART...]     (all by default)
 
 smollm2       SmolLM2-135M, --max-size of uniform int4 in groups of 32: bytes, and perplexity on text that was held out;
               then another budget on the same model, whose search is timed
 smollm2-gptq  the same with gptq on both
+autoscheme    SmolLM2-135M, the layers that AutoRound's AutoScheme gives 8 bits for 5 bits on average, and the others
+              4, beside a mix that is searched for within the bytes of that; codes of both by mse
 efficientnet  EfficientNet-Lite0, --max-drop of one point of argmax agreement: bytes and latency beside the smallest
               single scheme that keeps it, too; then another budget. Images are crops of two photographs; those whose
               first class leads by less than a tenth of a nat are left out, since float16 turns them as well.
@@ -27,10 +29,13 @@ from support import real_models
 
 import quantcli
 from quantcli.errors import InputError
+from quantcli.planning.recipe import Recipe
 from quantcli.search.bounds import drop_of
 from quantcli.search.budget import Budget
 
 SEQUENCE, WINDOWS = 512, 24
+#: Of the linear layers' weights, for AutoScheme.
+AVERAGE_BITS = 5.0
 #: What the mix may have of uniform's perplexity, and the second search of the first one's time.
 PERPLEXITY, SECOND = 0.985, 0.1
 
@@ -58,9 +63,7 @@ def _smollm2(folder: Path, algorithm: str) -> None:
     flags = ["--scheme", "int4", "--group-size", 32, "--algorithm", algorithm, *data, "-q"]
     subprocess.run(list(map(str, [COMMAND, "convert", model, "-o", uniform, *flags])), check=True, capture_output=True)
     first = _searched(model, mix, _bytes(uniform), calibration, algorithm, kept)
-    command = [COMMAND, "eval", model, uniform, mix, "--data", held_out, "--seq-len", SEQUENCE, "--samples", WINDOWS]
-    done = subprocess.run(list(map(str, [*command, "--json", "-q"])), check=True, capture_output=True, text=True)
-    _, ours, theirs = (row["metrics"] for row in json.loads(done.stdout)["models"])
+    ours, theirs = _evaluated(model, (uniform, mix), held_out)
     sizes = _bytes(uniform), _bytes(mix)
     line(f"{algorithm}: bytes, uniform -> mix", f"{sizes[0]:,} -> {sizes[1]:,}", "no more", sizes[1] <= sizes[0])
     ratio = theirs["perplexity"] / ours["perplexity"]
@@ -88,6 +91,36 @@ def smollm2(folder: Path) -> None:
 def smollm2_gptq(folder: Path) -> None:
     """Codes chosen with data, for both."""
     _smollm2(folder, "gptq")
+
+
+def autoscheme(folder: Path) -> None:
+    """Which layers get more bits: the same format, the same rounding, the same bytes."""
+    import models
+    import peers
+    from benchmark_algorithms import CACHE, THREADS
+    from support.real_models import prose_halves
+
+    model = models.prepare("SmolLM2-135M", folder / "SmolLM2-135M")
+    calibration, held_out = prose_halves(folder, 0.575)
+    bits, cost = peers.auto_scheme(model, calibration, folder, CACHE, AVERAGE_BITS, threads=THREADS)
+    eight = [name for name, each in bits.items() if each == 8]
+    recipe = {"scheme": "int4", "group_size": 64, "algorithm": "mse", "rules": [{"match": eight, "scheme": "int8"}]}
+    theirs, ours = folder / "theirs", folder / "ours"
+    quantcli.convert(model, theirs, recipe=Recipe.model_validate(recipe))
+    seconds = _searched(model, ours, _bytes(theirs), calibration, "mse", folder / "sensitivity.json")
+    show("seconds of the search, theirs and ours", f"{cost.wall_seconds:.0f}, {seconds:.0f}")
+    first, second = _evaluated(model, (theirs, ours), held_out)
+    line("bytes", f"{_bytes(theirs):,} -> {_bytes(ours):,}", "no more", _bytes(ours) <= _bytes(theirs))
+    for name in ("perplexity", "kl_nats"):
+        line(name, f"{first[name]:.3f} -> {second[name]:.3f}", "no more", second[name] <= first[name])
+
+
+def _evaluated(model: Path, artifacts: tuple[Path, Path], text: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """The metrics of two artifacts beside their model."""
+    command = [COMMAND, "eval", model, *artifacts, "--data", text, "--seq-len", SEQUENCE, "--samples", WINDOWS]
+    done = subprocess.run(list(map(str, [*command, "--json", "-q"])), check=True, capture_output=True, text=True)
+    _, first, second = (row["metrics"] for row in json.loads(done.stdout)["models"])
+    return first, second
 
 
 #: One point, with confidence; single schemes that are tried beside the mix; samples to calibrate with.
@@ -182,6 +215,7 @@ if __name__ == "__main__":
     parts = {
         "smollm2": (smollm2, prose),
         "smollm2-gptq": (smollm2_gptq, prose),
+        "autoscheme": (autoscheme, prose),
         "efficientnet": (efficientnet, "EfficientNet-Lite0 on crops of scikit-learn's two photographs"),
         "recognizer": (recognizer, "PP-OCRv4's recognizer on rendered pictures of text"),
     }

@@ -74,6 +74,31 @@ plain.load_state_dict({name: found[name] for name in plain.state_dict()})
 plain.save_pretrained(output)
 """
 
+#: Its choice of schemes alone, without a quantization by them.
+_AUTO_SCHEME = """
+import json
+import sys
+import torch
+from auto_round import AutoRound, AutoScheme
+from auto_round.auto_scheme.gen_auto_scheme import GenScheme
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+source, texts, output, bits = sys.argv[1:]
+found = GenScheme.get_layer_config
+
+def kept(self):
+    chosen = {name: entry["bits"] for name, entry in found(self).items()}
+    with open(output, "w") as file:
+        json.dump(chosen, file)
+    raise SystemExit(0)
+
+GenScheme.get_layer_config = kept
+given = {"dataset": texts, "nsamples": 16, "seqlen": 256}
+scheme = AutoScheme(avg_bits=float(bits), options=("W4A16", "W8A16"), batch_size=4, **given)
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+AutoRound(model, AutoTokenizer.from_pretrained(source), scheme=scheme, iters=0, **given).quantize()
+"""
+
 _SCRIPTS = {"llm-compressor": _LLM_COMPRESSOR, "auto-round": _AUTO_ROUND}
 
 
@@ -137,6 +162,28 @@ def environment(name: str, cache: Path) -> Path:
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]], check=True)
         stamp.write_text(wanted)
     return python
+
+
+def auto_scheme(
+    model: Path, text: Path, folder: Path, cache: Path, bits: float, *, threads: int
+) -> tuple[dict[str, int], Cost]:
+    """AutoRound's AutoScheme: bits of each linear layer, 4 or 8, that make so many on average; and what it took.
+
+    Args:
+        model: a Hugging Face folder.
+        text: what it calibrates on.
+        folder: for files on the way.
+        cache: where environments are kept.
+        bits: the average, scales included, as it counts them.
+        threads: threads of the program.
+    """
+    whole, part = text.read_text(encoding="utf-8"), 6000
+    records = [json.dumps({"text": whole[at : at + part]}) + "\n" for at in range(0, len(whole) - part, part)]
+    (folder / "texts.jsonl").write_text("".join(records), encoding="utf-8")
+    paths = [path.resolve() for path in (model, folder / "texts.jsonl", folder / "bits.json")]
+    command = [environment("auto-round", cache), "-c", _AUTO_SCHEME, *paths, bits]
+    cost = measured(command, folder / "auto-scheme.log", threads=threads)
+    return json.loads((folder / "bits.json").read_text()), cost
 
 
 def quantized(
