@@ -79,6 +79,8 @@ _WEIGHT_SUFFIXES = (
 #: kind that is used for other things as well: a model's voices, or its filters.
 _COPY_SHARE = 0.25
 _OTHER_USES = (".pt", ".pth", ".npz")
+#: What a run of training goes on from.
+_OF_TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states)\w*\.(pt|pth|pkl)", re.IGNORECASE)
 #: An adapter beside a model, which libraries add to it as they load it.
 _ADAPTER = "adapter_config.json"
 
@@ -137,7 +139,10 @@ def neighbours(folder: Path, weights: Collection[Path]) -> Neighbours:
             continue
         if path.parent != folder and top not in modules:
             in_folder.setdefault(top, []).append(path)
-        elif path.parent == folder and path.suffix.lower() in copies and not (adapted and path.stem == "adapter_model"):
+        elif path.parent == folder and (
+            _OF_TRAINING.fullmatch(path.name)
+            or (path.suffix.lower() in copies and not (adapted and path.stem == "adapter_model"))
+        ):
             left.append(path.name)
         else:
             copied.append(path)
