@@ -262,7 +262,9 @@ class CheckpointTrials:
         if searched := measured.get(f"searched {self._key(mix)}"):
             row["searched"] = searched["distance"]
         if compared := measured.get(f"alone {self._held_out_key(mix)}" if self.evidence else ""):
-            row["perplexity"] = exp(fmean(compared[str(number)] or 0.0 for number in range(self._compared_by_all())))
+            # A mix that an earlier search compared, and this one did not, is beside none.
+            count = self._compared_by_all() or len(compared)
+            row["perplexity"] = exp(fmean(compared[str(number)] or 0.0 for number in range(count)))
         if self.is_judged(mix):
             row["held_out"] = {name: drop.mean for name, drop in self.drops(mix).items()}
         return row

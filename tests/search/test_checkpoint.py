@@ -290,7 +290,11 @@ def test_what_lost_less_than_a_uniform_scheme_speaks_for_mixes_that_should_lose_
 
     def alone(self: CheckpointTrials, mix: Mix, _: object, count: int) -> list[float]:
         asked.append(mix)
-        return [0.5 * (mix in self.uniforms()) + 0.01 * number for number in range(count)]
+        self.seen[mix] = None
+        values = [0.5 * (mix in self.uniforms()) + 0.01 * number for number in range(count)]
+        self.store.found.measured[f"alone {self._held_out_key(mix)}"] = {str(n): each for n, each in enumerate(values)}
+        self.store.save()
+        return values
 
     monkeypatch.setattr(CheckpointTrials, "measured_count", lambda _: 1)
     monkeypatch.setattr(CheckpointTrials, "_alone", alone)
@@ -300,7 +304,8 @@ def test_what_lost_less_than_a_uniform_scheme_speaks_for_mixes_that_should_lose_
         assert tried.evidence is not None
         monkeypatch.setattr(tried.evidence.held_out.task, "METRICS", ("perplexity",))
         asked.clear()
-        assert CheckpointSearch(tried, replace(tried.budget, max_size=size))._for_size() not in tried.uniforms()
+        found = CheckpointSearch(tried, replace(tried.budget, max_size=size)).run()
+        assert found.recipe.rules
         runs.append(len(set(asked)))
     # More bytes and less loss by estimate need no run; fewer bytes and more loss do.
     assert runs == [2, 0, 2]
